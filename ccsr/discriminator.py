@@ -1,0 +1,279 @@
+"""The discriminator of CCSR's released decoder tuning: heads on the features of a frozen DINO (StyleGAN-T's design).
+
+Images go through random shifts and cutouts, then a frozen ViT; each of five of its token maps has a small head of
+spectrally normalised convolutions, whose logits are weighted by a projection of what another frozen ViT says about the
+low-quality image. Module names follow the release, so that its weights load as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consissr.checkpoint import read_weights
+from consissr.errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FEATURE_BLOCKS = (2, 5, 8, 11)
+"""Blocks whose outputs are judged, beside the embedded patches."""
+SHIFT, CUTOUT = 0.125, 0.2
+"""Largest shift and side of the cutout, as fractions of the image's side."""
+
+
+class ViT(nn.Module):
+    """A vision transformer with timm's names: DINO v1 and, with layer scales, DINOv2."""
+
+    def __init__(self, side: int, patch: int, width: int, depth: int, heads: int, layer_scale: bool = False) -> None:
+        super().__init__()
+        self.side, self.heads = side, heads
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (side // patch) ** 2, width))
+        self.blocks = nn.ModuleList(ViTBlock(width, heads, layer_scale) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def tokens(self, x: Tensor) -> list[Tensor]:
+        """Embedded tokens, then every block's output, each (B, 1 + N, D); x (B,3,side,side), normalised."""
+        patches = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
+        tokens = [torch.cat([self.cls_token.expand(len(x), -1, -1), patches], 1) + self.pos_embed]
+        for block in self.blocks:
+            tokens.append(block(tokens[-1]))
+        return tokens
+
+    def summary(self, x: Tensor) -> Tensor:
+        """The class token after the final norm, (B, D)."""
+        return self.norm(self.tokens(x)[-1])[:, 0]
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, width: int, heads: int, layer_scale: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.ls1, self.ls2 = (LayerScale(width) if layer_scale else nn.Identity() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        batch, count, width = x.shape
+        qkv = self.attn["qkv"](self.norm1(x)).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(batch, count, width)
+        x = x + self.ls1(self.attn["proj"](mixed))
+        return x + self.ls2(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (DINOv2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x times gamma."""
+        return x * self.gamma
+
+
+class SpectralConv1d(nn.Module):
+    """A 1-d convolution divided by its largest singular value, estimated by one power iteration per training pass."""
+
+    def __init__(self, channels: int, out: int, kernel: int) -> None:
+        super().__init__()
+        conv = nn.Conv1d(channels, out, kernel)
+        self.weight_orig, self.bias = conv.weight, conv.bias
+        self.register_buffer("weight_u", F.normalize(torch.randn(out), dim=0))
+        self.register_buffer("weight_v", F.normalize(torch.randn(channels * kernel), dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, N) -> (B, out, N), circular at the ends."""
+        matrix = self.weight_orig.flatten(1)
+        if self.training:
+            with torch.no_grad():
+                self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12))
+                self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
+        sigma = self.weight_u.clone() @ (matrix @ self.weight_v.clone())
+        margin = self.weight_orig.shape[2] // 2
+        x = F.pad(x, (margin, margin), mode="circular") if margin else x
+        return F.conv1d(x, self.weight_orig / sigma, self.bias)
+
+
+def block(width: int, kernel: int) -> nn.Sequential:
+    """Spectral convolution, GroupNorm, LeakyReLU."""
+    return nn.Sequential(SpectralConv1d(width, width, kernel), nn.GroupNorm(4, width), nn.LeakyReLU(0.2))
+
+
+class Residual(nn.Module):
+    """(fn(x) + x) / sqrt(2)."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape."""
+        return (self.fn(x) + x) / 2**0.5
+
+
+class ConditionMap(nn.Module):
+    """A linear layer with weights of unit variance, scaled when used."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(out, width)), nn.Parameter(torch.zeros(out))
+
+    def forward(self, c: Tensor) -> Tensor:
+        """(B, width) -> (B, out)."""
+        return F.linear(c, self.weight / self.weight.shape[1] ** 0.5, self.bias)
+
+
+class Head(nn.Module):
+    """Logits (B, N) for one token map (B, D, N) under a condition (B, c_dim)."""
+
+    def __init__(self, width: int, c_dim: int, maps: int = 64) -> None:
+        super().__init__()
+        self.main = nn.Sequential(block(width, 1), Residual(block(width, 9)))
+        self.cls = SpectralConv1d(width, maps, 1)
+        self.cmapper = ConditionMap(c_dim, maps)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Projection of the map's features on the condition."""
+        features, condition = self.cls(self.main(x)), self.cmapper(c)
+        return (features * condition[:, :, None]).sum(1) / condition.shape[1] ** 0.5
+
+
+@dataclass
+class Augmentation:
+    """One draw of shifts and cutouts: (B,) integers each, x along rows and y along columns."""
+
+    shift_x: Tensor
+    shift_y: Tensor
+    centre_x: Tensor
+    centre_y: Tensor
+
+    @classmethod
+    def draw(cls, count: int, height: int, width: int, generator: torch.Generator | None = None) -> Augmentation:
+        """Uniform shifts of up to SHIFT of the side; uniform centres of the cutout."""
+
+        def integers(low: int, high: int) -> Tensor:
+            return torch.randint(low, high, (count,), generator=generator)
+
+        reach, holes = [int(n * SHIFT + 0.5) for n in (height, width)], [int(n * CUTOUT + 0.5) for n in (height, width)]
+        return cls(
+            integers(-reach[0], reach[0] + 1),
+            integers(-reach[1], reach[1] + 1),
+            integers(0, height + 1 - holes[0] % 2),
+            integers(0, width + 1 - holes[1] % 2),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images (B,3,H,W) shifted, zeros moving in, then with a square of zeros."""
+        _, _, height, width = x.shape
+        row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+        rows, columns = row + self.shift_x.to(row)[:, None], column + self.shift_y.to(column)[:, None]
+        inside = _between(rows, height)[:, None, :, None] & _between(columns, width)[:, None, None, :]
+        place = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
+        x = x[torch.arange(len(x), device=x.device)[:, None, None], :, *place].permute(0, 3, 1, 2) * inside
+        hole = [
+            ((position - centre.to(position)[:, None] + size // 2) >= 0)
+            & ((position - centre.to(position)[:, None] + size // 2) < size)
+            for position, centre, size in (
+                (row, self.centre_x, int(height * CUTOUT + 0.5)),
+                (column, self.centre_y, int(width * CUTOUT + 0.5)),
+            )
+        ]
+        return x * ~(hole[0][:, None, :, None] & hole[1][:, None, None, :])
+
+
+def _between(position: Tensor, length: int) -> Tensor:
+    return (position >= 0) & (position < length)
+
+
+class ProjectedDiscriminator(nn.Module):
+    """Images (B,3,H,W) in [-1, 1] and a condition (B, c_dim) -> logits (B, 5 N). The ViT stays frozen."""
+
+    def __init__(self, vit: ViT, c_dim: int, crop_probability: float = 0.5) -> None:
+        super().__init__()
+        self.vit = vit.eval().requires_grad_(False)
+        width = vit.cls_token.shape[-1]
+        self.heads = nn.ModuleList(Head(width, c_dim) for _ in range(len(FEATURE_BLOCKS) + 1))
+        self.crop_probability = crop_probability
+
+    def train(self, mode: bool = True) -> ProjectedDiscriminator:
+        """The heads follow `mode`."""
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    def forward(self, x: Tensor, c: Tensor, augmentation: Augmentation | None = None) -> Tensor:
+        """Logits of all heads; `augmentation` None leaves images as they are."""
+        x = x if augmentation is None else augmentation(x)
+        return torch.cat([head(f, c) for head, f in zip(self.heads, self.features(x), strict=True)], dim=1)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Token maps (B, D, N) of FEATURE_BLOCKS and of the embedded patches: patch tokens plus the class token."""
+        x = self.cropped(x / 2 + 0.5)
+        x = F.interpolate(x, size=(self.vit.side, self.vit.side), mode="area")
+        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        tokens = self.vit.tokens((x - mean) / std)
+        chosen = [tokens[i + 1] for i in FEATURE_BLOCKS] + [tokens[0]]
+        return [(t[:, 1:] + t[:, :1]).transpose(1, 2) for t in chosen]
+
+    def cropped(self, x: Tensor) -> Tensor:
+        """In training and with `crop_probability`, a random window of the ViT's side."""
+        side, height, width = self.vit.side, *x.shape[2:]
+        if not self.training or min(height, width) <= side or torch.rand(()) >= self.crop_probability:
+            return x
+        top, left = (int(torch.randint(length - side + 1, ())) for length in (height, width))
+        return x[:, :, top : top + side, left : left + side]
+
+
+def build_vit(state: dict[str, Tensor], heads: int) -> ViT:
+    """A ViT of the sizes that its weights show; the number of heads does not show."""
+    _, _, patch, _ = state["patch_embed.proj.weight"].shape
+    positions, width = state["pos_embed"].shape[1:]
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    scaled = "blocks.0.ls1.gamma" in state
+    vit = ViT(round((positions - 1) ** 0.5) * patch, patch, width, depth, heads, scaled)
+    vit.load_state_dict({name: tensor.float() for name, tensor in state.items() if name != "mask_token"})
+    return vit.eval().requires_grad_(False)
+
+
+def read_dino(path: str | Path, heads: int = 6) -> ViT:
+    """DINO or DINOv2 from .safetensors or the authors' .pth, which cannot execute anything. Raises UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"DINO weights {path} do not exist: download dino_deitsmall16_pretrain.pth and name its path")
+    if path.suffix == ".safetensors":
+        state = read_weights(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return build_vit(state, heads)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not hold a DINO ViT: {str(error).splitlines()[0]}") from error
+
+
+def condition_of(dino_v2: ViT, lq: Tensor) -> Tensor:
+    """The frozen DINOv2's summary (B, D) of low-quality images (B,3,H,W) in [-1, 1]; not normalised, as released."""
+    size = (dino_v2.side, dino_v2.side)
+    return dino_v2.summary(F.interpolate(lq / 2 + 0.5, size=size, mode="bilinear", align_corners=False))
+
+
+def read_discriminator(state: dict[str, Tensor], c_dim: int, heads: int) -> ProjectedDiscriminator:
+    """The release's discriminator from its state dict, the ViT under `dino.model.model.`; strict."""
+    prefix = "dino.model.model."
+    vit = build_vit({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, heads)
+    discriminator = ProjectedDiscriminator(vit, c_dim)
+    own = {k.removeprefix("heads."): v.float() for k, v in state.items() if k.startswith("heads.")}
+    discriminator.heads.load_state_dict(own)
+    unknown = [k for k in state if not k.startswith((prefix, "heads."))]
+    if unknown:
+        raise UserError(f"the discriminator's file has unknown keys, first {unknown[0]}")
+    return discriminator

@@ -1,0 +1,103 @@
+"""Stage 'nuts': the ControlNet under non-uniform timestep sampling (Sec. III-B, CCSR).
+
+Everything but the ControlNet is frozen. With `nuts.losses: [l_diff]` this is ordinary ControlNet pre-training, which
+CCSR's release starts from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ccsr.losses import nuts_losses
+from ccsr.timesteps import t_max_step, with_plan
+from consissr.checkpoint import find_model, read_config
+from consissr.config import FolderConfig, TrainConfig
+from consissr.diffusion.schedule import Schedule, alpha_bar
+from consissr.models.attention import replace_blocks
+from consissr.models.base import load_base
+from consissr.models.controlnet import build_controlnet
+from consissr.models.denoiser import Condition, Denoiser
+from consissr.models.folder import load_controlnet, save_model
+from consissr.training.stage import Batch, Phase
+
+
+class Nuts:
+    """l_diff at uniform t < t_max, l_T and l_tmax at the noisiest timestep (Eq. 2 and 3, CCSR)."""
+
+    needs_lq = True
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        base = load_base(config.model.base, sha256=config.model.base_sha256)
+        if config.init:
+            folder = find_model(config.init)
+            controlnet = load_controlnet(folder, read_config(folder))
+        else:
+            controlnet = build_controlnet(base.unet, config.model)
+        replace_blocks(base.unet, config.model)
+        table = alpha_bar(*base.betas)
+        self.schedule = Schedule(table)
+        self.denoiser = Denoiser(base.unet, controlnet, table, base.prediction_type)
+        self.latents = base.latents
+        self.networks = nn.ModuleDict({"denoiser": self.denoiser, "latents": self.latents})
+        self.buffers: dict[str, Tensor] = {}
+        self.text = base.text.encode([""])  # (1, L, D): training is captionless (CCSR v2)
+        if config.gradient_checkpointing:
+            self.denoiser.unet.enable_gradient_checkpointing()
+            controlnet.enable_gradient_checkpointing()
+        s = config.sampler
+        self.t_max = t_max_step(s.steps, config.nuts.t_max, s.grid, len(table))
+        self.phases = [Phase("controlnet", dict(controlnet.named_parameters()), self.loss, config.optimizer)]
+
+    def prepare(self, batch: Batch) -> None:
+        """Latents of both images."""
+        z = self.latents.encode(torch.cat([batch.hq, batch.lq])).float()
+        batch.cache["z_hq"], batch.cache["z_lq"] = z.chunk(2)  # (B, C, h, w) each
+        if self.config.nuts.posterior == "sample":
+            for name, image in (("z_hq", batch.hq), ("z_lq", batch.lq)):
+                noise = batch.randn(*z.shape[1:])
+                batch.cache[name] = self.latents.encode(image, "sample", noise).float()
+
+    def condition(self, batch: Batch) -> Condition:
+        """Empty prompt and the LQ latent."""
+        z_lq = batch.cache["z_lq"]
+        return Condition(self.text.to(z_lq.device).expand(len(z_lq), -1, -1), z_lq)
+
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The configured losses, each with weight 1."""
+        c = self.config.nuts
+        z_hq, z_lq = batch.cache["z_hq"], batch.cache["z_lq"]
+        condition = self.condition(batch)
+        noises = [batch.randn(*z_hq.shape[1:]) for _ in range(3)]
+        t = batch.randint(self.t_max if "l_T" in c.losses else len(self.schedule))
+        parts = nuts_losses(
+            lambda z_t, t: self.denoiser(z_t, t, condition), z_hq, z_lq, t, noises, self.schedule, self.t_max, c.start,
+            c.losses,
+        )  # fmt: skip
+        used = {name: parts[name] for name in c.losses}
+        return {"loss": torch.stack(list(used.values())).sum(), **used}
+
+    def one_step(self, batch: Batch) -> Tensor:
+        """x0_from_T (B, C, h, w): the latent that one evaluation at the noisiest timestep gives."""
+        z_lq = batch.cache["z_lq"]
+        condition = self.condition(batch)
+        last = torch.full((len(z_lq),), len(self.schedule) - 1, device=z_lq.device)
+        z_T = self.schedule.add_noise(z_lq, batch.randn(*z_lq.shape[1:]), last)
+        return self.schedule.x0_from_eps(z_T, self.denoiser(z_T, last, condition), last)
+
+    def restore(self, batch: Batch) -> Tensor:
+        """One-step result at noise that depends on the image alone."""
+        return self.latents.decode(self.one_step(batch))
+
+    def export(self, folder: Path) -> None:
+        """A model folder."""
+        save_model(folder, self.folder_config(), self.denoiser.controlnet)
+
+    def folder_config(self) -> FolderConfig:
+        """The model's configuration, its default plan spelled out so that sampling needs no knowledge of NUTS."""
+        return FolderConfig(model=self.config.model, sampler=with_plan(self.config.sampler, len(self.schedule)))
+
+

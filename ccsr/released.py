@@ -1,0 +1,215 @@
+"""Readers of what CCSR's authors published: v2 (diffusers folders) and v1 (one file in LDM naming)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from consissr import ldm
+from consissr.config import ModelConfig, SamplerConfig
+from consissr.diffusion.schedule import alpha_bar
+from consissr.errors import UserError
+from consissr.ldm import Report, State
+from consissr.models.attention import replace_blocks
+from consissr.models.controlnet import empty_controlnet
+from consissr.models.latents import Latents
+from consissr.models.text import OpenClipText
+from consissr.released import read_controlnet, read_hint_encoder, read_latents, read_schedule, read_unet
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+HINT = "condition_conv_in"
+"""CCSR v2's name of the hint convolution."""
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+"""File names that diffusers 0.21 writes, in order of preference."""
+
+MODEL = ModelConfig(hint="conv")
+"""What CCSR's ControlNet has: the hint convolution and nothing else."""
+
+AS_RELEASED_V2 = SamplerConfig(
+    plan="nuts",
+    steps=6,
+    t_max=2 / 3,
+    t_min=1 / 2,
+    grid="leading",
+    start="lq",
+    guidance=4.5,
+    positive="clean, high-resolution, 8k",
+    negative="blurry, dotted, noise, raster lines, unclear, lowres, over-smoothed",
+    first_prompt="negative",
+    posterior="sample",
+    posterior_rows=2,
+    geometry="ccsr",
+)
+"""How the authors sample with v2 in two steps (one step: steps 1, t_min 0, guidance 1)."""
+
+
+@dataclass
+class Released:
+    """A published CCSR model, all parts float32 on the CPU; parts that the source does not have are None."""
+
+    controlnet: ControlNetModel
+    unet: UNet2DConditionModel | None = None
+    latents: Latents | None = None
+    """The autoencoder, with the fine-tuned decoder."""
+    hint_latents: Latents | None = None
+    """What encodes the hint: the same object, unless v1's copy of the encoder differs."""
+    text: OpenClipText | None = None
+    """v1's text encoder; v2 uses the base's."""
+    alpha_bar: Tensor = field(default_factory=alpha_bar)
+    prediction_type: str = "epsilon"
+    model: ModelConfig = field(default_factory=lambda: MODEL)
+    sampler: SamplerConfig = field(default_factory=lambda: AS_RELEASED_V2)
+    report: Report = field(default_factory=Report)
+
+
+def is_v2(source: Path) -> bool:
+    """Whether `source` is a folder with CCSR v2's ControlNet in it."""
+    config = source / "controlnet" / "config.json"
+    return config.is_file() and "use_vae_encode_condition" in json.loads(config.read_text())
+
+
+def is_v1(state: State) -> bool:
+    """Whether the keys are CCSR v1's: a ControlNet whose first convolution takes latent and hint together."""
+    first = state.get("control_model.input_blocks.0.0.weight")
+    plain = state.get("model.diffusion_model.input_blocks.0.0.weight")
+    return first is not None and plain is not None and first.shape[1] == 2 * plain.shape[1]
+
+
+def read_v2(source: str | Path) -> Released:
+    """A folder with controlnet/, and vae/, unet/ and scheduler/ where they are there, in diffusers 0.21's layout.
+
+    UserError for a folder that is not CCSR v2's, a damaged file or keys that don't fit.
+    """
+    source = Path(source)
+    if not is_v2(source):
+        raise UserError(f"{source} is not CCSR v2's: it needs controlnet/config.json with use_vae_encode_condition")
+    found = Released(read_v2_controlnet(source / "controlnet", report := Report()), report=report)
+    if (source / "vae").is_dir():
+        found.latents = found.hint_latents = read_v2_vae(source / "vae", report)
+    if (source / "unet").is_dir():
+        found.unet = read_v2_unet(source / "unet", report)
+    scheduler = source / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        config = json.loads(scheduler.read_text())
+        found.alpha_bar = alpha_bar(config["num_train_timesteps"], config["beta_start"], config["beta_end"])
+        found.prediction_type = config.get("prediction_type", "epsilon")
+    return found
+
+
+def read_part(folder: Path) -> tuple[dict[str, Any], State]:
+    """config.json and weights of one part."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise UserError(f"{folder} has no weights: it needs {WEIGHTS[0]}")
+    return {name: value for name, value in config.items() if not name.startswith("_")}, ldm.read_state(weights)
+
+
+def read_v2_controlnet(folder: Path, report: Report) -> ControlNetModel:
+    """The ControlNet; its hint convolution moves to our name."""
+    config, state = read_part(folder)
+    if not config.pop("use_vae_encode_condition"):
+        raise UserError(f"{folder} was made for pixel hints (use_vae_encode_condition is false), which CCSR's was not")
+    with torch.device("meta"):
+        controlnet = empty_controlnet(config, MODEL)
+    renamed = {
+        name.replace(HINT, "controlnet_cond_embedding.0") if name.startswith(HINT) else name: tensor
+        for name, tensor in state.items()
+    }
+    ldm.load_strict(controlnet, renamed, "controlnet", report)
+    return controlnet.eval()
+
+
+def read_v2_vae(folder: Path, report: Report) -> Latents:
+    """The autoencoder; its attention may carry diffusers' old names."""
+    from diffusers import AutoencoderKL
+
+    config, state = read_part(folder)
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(config)
+    ldm.load_strict(vae, {ldm.modern(name): tensor for name, tensor in state.items()}, "vae", report)
+    return Latents(vae.eval())
+
+
+def read_v2_unet(folder: Path, report: Report) -> UNet2DConditionModel:
+    """The base's UNet, where it was copied beside the ControlNet."""
+    from diffusers import UNet2DConditionModel
+
+    config, state = read_part(folder)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        replace_blocks(unet, MODEL)
+    ldm.load_strict(unet, state, "unet", report)
+    return unet.eval()
+
+
+def read_v1(source: str | Path | State, heads: Sequence[int] | None = None) -> Released:
+    """v1's single file, or its state dict. `heads`: attention heads per level, if not 64 wide as in SD2.1.
+
+    The ControlNet's first convolution over [z_t, hint] becomes two: one on z_t, which keeps the bias, and the hint's.
+    """
+    state = dict(source) if isinstance(source, dict) else ldm.read_state(source)
+    if not is_v1(state):
+        raise UserError("the checkpoint is not CCSR v1's: its ControlNet does not take latent and hint together")
+    report = Report()
+    schedule = read_schedule(state, report)
+    for prefix in ("first_stage_model.loss.", "loss."):
+        report.ignored[f"training losses ({prefix}*)"] = list(ldm.take(state, prefix))
+    unet, _ = read_unet(ldm.take(state, "model.diffusion_model."), report, heads)
+    control = split_first(ldm.take(state, "control_model."))
+    controlnet = read_controlnet(control, unet, MODEL, report)
+    latents = read_latents(ldm.take(state, "first_stage_model."), report)
+    encoder = ldm.take(state, "cond_encoder.")
+    text = read_text(ldm.take(state, "cond_stage_model.model."), report)
+    if state:
+        name, rest = next(iter(state)), len(state) - 1
+        raise UserError(f"the checkpoint has an unknown key, {name} ({rest} more): it is not CCSR v1's")
+    return Released(
+        controlnet=controlnet,
+        unet=unet,
+        latents=latents,
+        hint_latents=read_hint_encoder(encoder, latents, report) if encoder else latents,
+        text=text,
+        alpha_bar=schedule,
+        sampler=SamplerConfig(steps=45, t_max=2 / 3, t_min=1 / 3, start="noise", geometry="pad"),
+        report=report,
+    )
+
+
+def split_first(state: State) -> State:
+    """The first convolution over [z_t, hint] as two whose outputs add up to its output."""
+    weight = ldm.require(state, "input_blocks.0.0.weight")
+    on_latent, on_hint = weight.chunk(2, dim=1)
+    hint = {"input_hint_block.0.weight": on_hint, "input_hint_block.0.bias": on_hint.new_zeros(weight.shape[0])}
+    return state | hint | {"input_blocks.0.0.weight": on_latent}
+
+
+def read_text(state: State, report: Report) -> OpenClipText | None:
+    """The text tower, where the file has one."""
+    if not state:
+        return None
+    from open_clip.transformer import TextTransformer
+
+    unused = [name for name in ("logit_scale", "attn_mask") if state.pop(name, None) is not None]
+    report.ignored["CLIP's temperature and mask"] = unused
+    length, width = ldm.require(state, "positional_embedding").shape
+    with torch.device("meta"):
+        tower = TextTransformer(
+            length,
+            ldm.require(state, "token_embedding.weight").shape[0],
+            width,
+            heads=max(width // 64, 1),
+            layers=ldm.indices(state, "transformer.resblocks"),
+            output_dim=ldm.require(state, "text_projection").shape[1],
+        )
+    ldm.load_strict(tower, state, "text", report)
+    return OpenClipText(tower).eval()

@@ -1,0 +1,276 @@
+"""Restore many files: read ahead, restore, write behind; one bad file never stops the others.
+
+Files are decoded and encoded in threads while the model computes. Images of equal size share a forward pass when
+`batch_size` allows. What each image looks like depends on none of this: its noise is named by (seed, key, repeat).
+"""
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+from torch import Tensor
+
+from consissr import images
+from consissr.errors import UserError
+from consissr.images import Photo
+from consissr.jobs import Job
+from consissr.memory import is_out_of_memory
+
+READERS = 2
+WRITERS = 2
+
+
+class Restores(Protocol):
+    """What a run needs of a `Restorer`."""
+
+    def __call__(self, images: Tensor, **settings: Any) -> Tensor:
+        """LQ images (B,3,h,w) in [-1, 1] -> restored images (B,3,H,W) in [-1, 1]; see `Restorer.__call__`."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B,C,h,w) -> images (B,3,H,W) about [-1, 1]."""
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """What every image of a run has in common."""
+
+    scale: float = 4.0
+    longest: int | None = None
+    seed: int = 0
+    batch_size: int = 1
+    quality: int = 95
+    save_steps: bool = False
+    plan: Sequence[Any] | None = None  # timesteps other than the model's own
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size} is out of range: use at least 1")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"--quality {self.quality} is out of range: use 1 to 100")
+
+
+@dataclass
+class Outcome:
+    """What became of one job."""
+
+    job: Job
+    status: str  # "done", "skipped" or "failed"
+    error: str = ""
+    seconds: float = 0.0  # of the model, shared equally within a batch
+
+
+@dataclass
+class Report:
+    """Counts the outcomes, and passes each on: to a log (one JSON object per line) and to `tell`."""
+
+    tell: Callable[[Outcome], None] = lambda outcome: None
+    log: TextIO | None = None
+    seed: int = 0
+    counts: dict[str, int] = field(default_factory=lambda: {"done": 0, "skipped": 0, "failed": 0})
+
+    def add(self, outcome: Outcome) -> None:
+        self.counts[outcome.status] += 1
+        if self.log:
+            self.log.write(json.dumps(_logged(outcome, self.seed)) + "\n")
+            self.log.flush()
+        self.tell(outcome)
+
+
+def run(restorer: Restores, jobs: Iterable[Job], settings: Settings, report: Report) -> None:
+    """Restore and write every job; each one ends in `report` exactly once."""
+    jobs = list(jobs)
+    for job in jobs:
+        if job.error:
+            report.add(Outcome(job, "failed", job.error))
+    groups = _groups([job for job in jobs if not job.error], settings.batch_size)
+    with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(WRITERS) as writers:
+        writing: deque[tuple[Outcome, Future]] = deque()
+        try:
+            for group, futures in _read_ahead(readers, groups):
+                for outcome, photo in _restore_group(restorer, group, futures, settings, report):
+                    writing.append((outcome, writers.submit(_write, outcome.job, photo, settings)))
+                while len(writing) > 2 * WRITERS * settings.batch_size:
+                    _finish(*writing.popleft(), report)
+            while writing:
+                _finish(*writing.popleft(), report)
+        finally:  # after an interrupt, what is not being read or written yet is dropped
+            readers.shutdown(cancel_futures=True)
+            writers.shutdown(cancel_futures=True)
+
+
+def _groups(jobs: list[Job], batch_size: int) -> list[list[Job]]:
+    """Jobs that can share a forward pass: equal size, same repeat, at most `batch_size`."""
+    if batch_size == 1:
+        return [[job] for job in jobs]
+
+    def alike(job: Job) -> tuple[int, int, int]:
+        return job.repeat, job.height, job.width
+
+    groups = []
+    for _, same in groupby(sorted(jobs, key=alike), alike):
+        same = list(same)
+        groups += [same[i : i + batch_size] for i in range(0, len(same), batch_size)]
+    return groups
+
+
+def _read_ahead(readers: ThreadPoolExecutor, groups: list[list[Job]]) -> Iterator[tuple[list[Job], list[Future]]]:
+    """Each group with the futures of its photos; the next group is being read while this one is worked on."""
+    ahead: deque = deque()
+    for group in groups:
+        ahead.append((group, [readers.submit(images.read, job.source) for job in group]))
+        if len(ahead) > 1:
+            yield ahead.popleft()
+    yield from ahead
+
+
+def _restore_group(
+    restorer: Restores, group: list[Job], futures: list[Future], settings: Settings, report: Report
+) -> list[tuple[Outcome, Photo]]:
+    """The restored photos of a group; files that turn out damaged, or for which memory runs out, are reported."""
+    read: list[tuple[Job, Photo]] = []
+    for job, future in zip(group, futures, strict=True):
+        try:
+            photo = future.result()
+        except (UserError, MemoryError) as error:
+            report.add(Outcome(job, "failed", _reason(error, job)))
+            continue
+        if tuple(photo.pixels.shape[-2:]) != (job.height, job.width):
+            report.add(Outcome(job, "failed", "changed while the run was going on"))
+            continue
+        read.append((job, photo))
+    if not read:
+        return []
+
+    begin = time.perf_counter()
+    try:
+        results = _restore(restorer, read, settings)
+    except (UserError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        for job, _ in read:
+            report.add(Outcome(job, "failed", _reason(error, job)))
+        return []
+    seconds = (time.perf_counter() - begin) / len(read)
+    return [(Outcome(job, "done", seconds=seconds), photo) for (job, _), photo in zip(read, results, strict=True)]
+
+
+def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settings) -> list[Photo]:
+    """The model on photos of one size; transparency is enlarged beside it."""
+    jobs = [job for job, _ in read]
+    y = restorer(
+        torch.stack([photo.pixels for _, photo in read]),
+        scale=settings.scale,
+        longest=settings.longest,
+        seed=settings.seed,
+        keys=[job.key for job in jobs],
+        repeat=jobs[0].repeat,
+        plan=settings.plan,
+        batch_size=len(jobs),
+        on_step=_step_writer(restorer, jobs) if settings.save_steps else None,
+    ).cpu()
+    size = (y.shape[-2], y.shape[-1])
+    return [
+        replace(photo, pixels=pixels, alpha=None if photo.alpha is None else images.resize(photo.alpha, size, (0, 1)))
+        for pixels, (_, photo) in zip(y, read, strict=True)
+    ]
+
+
+def _step_writer(restorer: Restores, jobs: list[Job]) -> Callable:
+    """Writes what each sampling step expects the result to be, as RGB: <target>_steps/00_t999.png, ..."""
+
+    def write(index: int, step: Any, eps: Tensor, x0: Tensor) -> None:
+        decoded = restorer.decode(x0).float().cpu()
+        for job, pixels in zip(jobs, decoded, strict=True):
+            path = job.target.with_name(f"{job.target.name}_steps") / f"{index:02d}_t{step.t:03d}.png"
+            images.write(path, Photo(images.crop(pixels, (job.out_height, job.out_width)), None, images.Form()))
+
+    return write
+
+
+def _write(job: Job, photo: Photo, settings: Settings) -> None:
+    images.write(job.target, photo, settings.quality)
+
+
+def _finish(outcome: Outcome, future: Future, report: Report) -> None:
+    try:
+        future.result()
+    except (UserError, MemoryError) as error:
+        outcome = replace(outcome, status="failed", error=_reason(error, outcome.job))
+    report.add(outcome)
+
+
+def _reason(error: Exception, job: Job) -> str:
+    """One line, without the path that the report names anyway."""
+    if isinstance(error, UserError):
+        return str(error).removeprefix(f"{job.source}: ").removeprefix(f"{job.target}: ")
+    return (
+        f"{job.width}x{job.height} to {job.out_width}x{job.out_height}: memory ran out; use --tile or a smaller --scale"
+    )
+
+
+def _logged(outcome: Outcome, seed: int) -> dict:
+    job = outcome.job
+    return {
+        "event": "image",
+        "status": outcome.status,
+        "error": outcome.error,
+        "source": os.path.abspath(job.source),
+        "target": os.path.abspath(job.target) if job.target else None,
+        "size": [job.width, job.height],
+        "result_size": [job.out_width, job.out_height],
+        "seed": seed,
+        "key": job.key,
+        "repeat": job.repeat,
+        "seconds": round(outcome.seconds, 4),
+        "peak_mb": peak_memory_mb(),
+    }
+
+
+def choose_device(name: str, local_rank: int = 0) -> str:
+    """The device of this process: 'auto' takes an accelerator where there is one; processes get one GPU each.
+
+    Raises:
+        UserError: no such device here.
+    """
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    kind, _, index = name.partition(":")
+    here = kind == "cpu" or (kind == "mps" and torch.backends.mps.is_available())
+    if not here and not (kind == "cuda" and index.isdigit() and int(index) < gpus):
+        raise UserError(f"--device {name}: this machine has no such device ({gpus} GPUs); use auto or cpu")
+    return name
+
+
+def peak_memory_mb() -> int:
+    """The most memory used so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() // 2**20
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def open_log(path: Path) -> TextIO:
+    """A log to append to, so that several processes can share it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,95 @@
+"""Model folders and weight files: what stands where, read strictly (models/folder.py loads and saves whole models).
+
+    config.yaml                 model and sampler configuration, every field resolved
+    controlnet/                 diffusers' layout, with our hint and additions
+    unet_adapter.safetensors    only what was added to the base's UNet
+    image_encoder/              CLIP image tower and adapter, where the model has an image prompt
+    vae/                        where the decoder was tuned
+    README.md                   model card
+
+The base model is named in config.yaml, never copied. All weights are safetensors, loaded strictly.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from consissr.config import FolderConfig, load_config, nearest
+from consissr.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED = ("nano-ccsr",)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+UNET_ADAPTER = "unet_adapter.safetensors"
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder of a bundled name, a local model folder, or a hub id (downloaded). Raises UserError otherwise."""
+    if str(name) in BUNDLED:
+        return ASSETS / "nano" / str(name)
+    path = Path(name)
+    if (path / "config.yaml").is_file():
+        return path
+    if path.exists():
+        raise UserError(f"{name} is no model folder (no config.yaml): scripts/convert.py makes one of a release")
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise UserError(f"model '{name}' is no bundled name, folder or hub id{nearest(str(name), list(BUNDLED))}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model '{name}' is not on this machine and could not be fetched: {reason}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. Raises UserError if it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"weights {path} cannot be read ({error}): copy or download the model again") from error
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Tensors to a safetensors file, floating-point ones stored as `dtype` where one is given."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {
+        name: (t.to(dtype) if dtype is not None and t.is_floating_point() else t).detach().cpu().contiguous()
+        for name, t in tensors.items()
+    }
+    save_file(stored, path, metadata={"format": "pt"})
+
+
+def load_strict(module: nn.Module, tensors: dict[str, Tensor], what: str, subset: set[str] | None = None) -> None:
+    """Load `tensors` into `module`: exactly its state (or the `subset` of names), else UserError naming the keys."""
+    wanted = set(module.state_dict()) if subset is None else subset
+    missing, unplanned = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+    if missing or unplanned:
+        raise UserError(
+            f"{what}: {len(missing)} keys are missing (first: {missing[:1]}) and {len(unplanned)} are unplanned "
+            f"(first: {unplanned[:1]}): the file belongs to another model"
+        )
+    own = module.state_dict()
+    for name, value in tensors.items():
+        if own[name].shape != value.shape:
+            raise UserError(f"{what}: {name} has shape {tuple(value.shape)}, this model's is {tuple(own[name].shape)}")
+    module.load_state_dict(tensors, strict=False)
+    log.info("%s: %d keys used, %d of the base kept", what, len(tensors), len(own) - len(tensors))
+
+
+def read_config(folder: Path) -> FolderConfig:
+    """config.yaml of a model folder."""
+    return load_config(FolderConfig, folder / "config.yaml")

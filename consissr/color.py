@@ -1,0 +1,42 @@
+"""Colour transfer: give a restored image the colours of the low-quality image.
+
+Both functions take NCHW tensors in one common range, whatever it is, and do not clamp. They were checked against
+the arrays that the authors' code produces (StableSR's colour fix, which both papers use).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+_EPSILON = 1e-5  # added to the variance
+_LEVELS = 5
+
+
+def adain(content: Tensor, style: Tensor) -> Tensor:
+    """Give `content` the mean and standard deviation of `style`, per image and channel (NCHW, any range).
+
+    The 1e-5 is meant for images in [0, 1]; on [-1, 1] it is a quarter of that, which no 8-bit image shows.
+    """
+    # a single pixel has no variance: it takes the colour of `style`
+    correction = min(1, content[0, 0].numel() - 1, style[0, 0].numel() - 1)
+    content_std, style_std = (
+        (x.var((2, 3), keepdim=True, correction=correction) + _EPSILON).sqrt() for x in (content, style)
+    )
+    normalised = (content - content.mean((2, 3), keepdim=True)) / content_std
+    return normalised * style_std + style.mean((2, 3), keepdim=True)
+
+
+def wavelet(content: Tensor, style: Tensor) -> Tensor:
+    """High frequencies of `content` on the low frequencies of `style` (NCHW, any range)."""
+    return content - _low_frequencies(content) + _low_frequencies(style)
+
+
+def _low_frequencies(x: Tensor) -> Tensor:
+    """Five blurs with [1 2 1] x [1 2 1] / 16, dilated 1, 2, 4, 8, 16; the borders are repeated."""
+    channels = x.shape[1]
+    row = x.new_tensor([0.25, 0.5, 0.25])
+    kernel = (row[:, None] * row).expand(channels, 1, 3, 3)
+    for level in range(_LEVELS):
+        reach = 2**level
+        padded = F.pad(x, (reach,) * 4, mode="replicate")
+        x = F.conv2d(padded, kernel, dilation=reach, groups=channels)
+    return x

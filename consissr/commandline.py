@@ -1,0 +1,105 @@
+"""The flags of `scripts/infer.py`. Nothing heavy is imported here: --help and mistakes must show at once.
+
+Names follow the habits of the field (Real-ESRGAN's short flags), with the names of CCSR's and SeeSR's scripts beside
+them.
+"""
+
+import argparse
+from pathlib import Path
+
+SAMPLER_FLAGS = ("guidance", "positive", "negative", "start", "color_fix", "tile", "tile_overlap", "vae_tile")
+PLAN_FLAGS = ("plan", "steps", "t_max", "t_min")
+
+
+def tile_size(text: str) -> int:
+    """Pixels of a tile, or "auto" (-1 in the configuration)."""
+    value = -1 if text == "auto" else int(text)
+    if value < -1:
+        raise argparse.ArgumentTypeError(f"{value} is negative: use pixels, 0 (off) or auto")
+    return value
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """All flags; those of the sampler default to None, which means: as the model says."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    files = p.add_argument_group("files")
+    add = files.add_argument
+    add("-i", "--input", nargs="+", required=True, help="files, folders, patterns, or .txt lists of files")
+    add(
+        "-o",
+        "--output",
+        "--output_dir",
+        type=Path,
+        default=Path("results"),
+        help="folder, or a file for one input (%(default)s)",
+    )
+    add("--recursive", action="store_true", help="search sub-folders, and keep them")
+    add("--skip-existing", "--skip_if_exist", action="store_true", help="keep results that exist")
+    add("--overwrite", action="store_true", help="replace results that exist (inputs never)")
+    add("--suffix", help="added to names (default: none, or _x4 and the like beside the inputs)")
+    add(
+        "--ext",
+        default="auto",
+        choices=("auto", "png", "jpg", "webp", "tif"),
+        help="format of results (%(default)s: the input's; png where that format cannot hold them)",
+    )
+    add("--quality", type=int, default=95, help="of JPEG and WebP results (%(default)s)")
+    add(
+        "--repeat",
+        "--sample_times",
+        type=int,
+        default=1,
+        metavar="N",
+        help="restore N times with different noise, to sample0 ...",
+    )
+    add("--json", type=Path, metavar="LOG", help="append one JSON object per image to this file")
+    add("--dry-run", action="store_true", help="print settings and what would be written; load nothing")
+    add("-q", "--quiet", action="store_true", help="print failures only")
+    model = p.add_argument_group("model and result")
+    add = model.add_argument
+    add(
+        "-m",
+        "-n",
+        "--model",
+        "--model_path",
+        default="nano-ccsr",
+        help="bundled name, model folder or hub id (%(default)s)",
+    )
+    add("--base", help="where the model's base is: name, folder, file or hub id (default: as the model says)")
+    add("-s", "--scale", "--outscale", "--upscale", type=float, default=4.0, help="any factor (%(default)g)")
+    add("--longest-side", type=int, metavar="PX", help="size of results instead of --scale")
+    add("--seed", type=int, default=0, help="of the noise; each image has its own (%(default)s)")
+    add("--color-fix", "--color_fix_type", choices=("adain", "wavelet", "none"), help="colours from the input")
+    add("--save-steps", action="store_true", help="also write the picture that each sampling step expects")
+    sampler = p.add_argument_group("sampling (default: as the model says)")
+    add = sampler.add_argument
+    add("--plan", choices=("nuts", "ddpm"), help="CCSR's non-uniform timesteps, or evenly spaced ones")
+    add("--steps", "--num_inference_steps", type=int, metavar="T", help="steps of the grid")
+    add("--t-max", "--t_max", type=float, help="nuts: where uniform steps begin, 0 to 1")
+    add("--t-min", "--t_min", type=float, help="nuts: where sampling ends, 0 to 1")
+    add("--start", "--start_point", choices=("lq", "noise"), help="first latent: the noised input, or noise")
+    add("--guidance", "--guidance_scale", type=float, help="scale of the text guidance; 1 is off")
+    add("--positive", "--prompt", metavar="TEXT", help="positive prompt")
+    add("--negative", "--negative_prompt", metavar="TEXT", help="negative prompt")
+    machine = p.add_argument_group("machine")
+    add = machine.add_argument
+    add(
+        "-t",
+        "--tile",
+        "--tile_size",
+        type=tile_size,
+        metavar="PX",
+        help="diffusion tiles, pixels of the result; 0 off, auto",
+    )
+    add("--tile-overlap", type=tile_size, metavar="PX", help="how far they overlap")
+    add("--vae-tile", type=tile_size, metavar="PX", help="autoencoder tiles; 0 off, auto")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="auto: fp32 on CPU, bf16 on GPU")
+    add("--batch-size", type=int, default=1, metavar="N", help="images of equal size restored together (%(default)s)")
+    add("--compile", action="store_true", help="torch.compile the networks: slow start, then faster")
+    return p
+
+
+def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
+    """The flags among `names` that were set."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

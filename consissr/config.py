@@ -1,0 +1,378 @@
+"""Typed, documented configuration: dataclasses, YAML files and key=value overrides, strictly checked.
+
+Every field is documented by the string below it (meaning, unit, source) and read by code; `tests/test_config.py`
+holds both to that. Defaults stand here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from consissr.errors import UserError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """The known word most like `word`, as a phrase for an error message ("" when none is close)."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def check_word(value: str, known: tuple[str, ...], name: str) -> None:
+    """Raise UserError unless `value` is one of the `known` words of the field `name`."""
+    if value not in known:
+        raise UserError(f"{name} is '{value}', which it cannot be{nearest(str(value), list(known))}")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """What the weights of a model need: fixed when it is trained or converted, stored in its folder."""
+
+    base: str = "sd21-base"
+    """Base model: 'sd21-base' (known mirrors), a bundled name ('nano'), a diffusers folder, a file or a hub id."""
+    base_sha256: str = ""
+    """Optional SHA-256 of the base's UNet weight file; loading fails when it differs. Empty: not checked."""
+    hint: str = "conv"
+    """How z_lq enters the ControlNet: 'conv' (CCSR v2, one 3x3 convolution) or 'stack' (ConsisSR, eight)."""
+    position_embedding: int = 0
+    """Side of the latent that learned self-attention positions are made for (ConsisSR: 64); 0 turns them off."""
+    transposed_attention: bool = False
+    """Channel-wise self-attention after the spatial one (Sec. 3.3, ConsisSR)."""
+    image_prompt: str = "none"
+    """Image branch of the cross-attention: 'none', 'hpa', 'hpa_separate' or 'ip_adapter' (Table 3, ConsisSR)."""
+    image_kv: str = "shared"
+    """Keys and values of the HPA image branch: 'shared' with the text's (paper) or 'separate' (as released)."""
+    image_tokens: str = "pooled"
+    """Image tokens: 'pooled' (one, as released) or 'patches' (one per CLIP patch)."""
+    adapter_init: str = "default"
+    """Initial last layer of the image adapter: 'default' or 'as_released' (zero, which blocks all gradients)."""
+
+    def __post_init__(self) -> None:
+        check_word(self.hint, ("conv", "stack"), "model.hint")
+        check_word(self.image_prompt, ("none", "hpa", "hpa_separate", "ip_adapter"), "model.image_prompt")
+        check_word(self.image_kv, ("shared", "separate"), "model.image_kv")
+        check_word(self.image_tokens, ("pooled", "patches"), "model.image_tokens")
+        check_word(self.adapter_init, ("default", "as_released"), "model.adapter_init")
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """How images are restored: the model's default, changed by the flags of scripts/infer.py."""
+
+    plan: str = "nuts"
+    """Timesteps: 'nuts' (CCSR) or 'ddpm' (ConsisSR, spaced DDPM)."""
+    steps: int = 6
+    """Grid steps T: 6 for NUTS (Sec. IV-A, CCSR), 50 for spaced DDPM (Sec. 4.1, ConsisSR)."""
+    t_max: float = 2 / 3
+    """NUTS: fraction of T where uniform steps begin (Sec. IV-A, CCSR)."""
+    t_min: float = 1 / 2
+    """NUTS: fraction of T where sampling is cut off (Sec. IV-A, CCSR)."""
+    grid: str = "trailing"
+    """NUTS grid: 'trailing' (ours), 'leading' (CCSR v2 as released) or 'linspace' (CCSR v1)."""
+    timesteps: list[Any] = field(default_factory=list)
+    """The plan itself, a list of [t, t_next, kind]; written into model folders by training and conversion. Empty:
+    from `plan`, `steps`, `t_max`, `t_min` and `grid`."""
+    start: str = "lq"
+    """First latent: 'lq' (z_lq noised to T-1, CCSR v2) or 'noise' (ConsisSR, CCSR v1)."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance by the text; 1 evaluates the positive prompt only."""
+    positive: str = ""
+    """Positive prompt."""
+    negative: str = ""
+    """Negative prompt, used when guidance is not 1."""
+    first_prompt: str = "positive"
+    """First step under guidance: 'guided' like the others, or unguided with the 'positive' or the 'negative' prompt
+    (CCSR v2 as released: negative)."""
+    posterior: str = "mode"
+    """z_lq: 'mode' or 'sample' of the VAE posterior (CCSR v2 samples)."""
+    posterior_rows: int = 1
+    """Under guidance: 1 posterior sample for both halves, or 2 (CCSR v2 as released)."""
+    geometry: str = "pad"
+    """Size rules: 'pad' (ours: exact scale, reflection), 'ccsr' or 'consissr' (as released)."""
+    color_fix: str = "adain"
+    """Colour transfer from the LQ image: 'adain', 'wavelet' or 'none'."""
+    tile: int = -1
+    """Side of a diffusion tile in output pixels; 0 turns tiles off, -1 chooses from image size and memory."""
+    tile_overlap: int = -1
+    """How far diffusion tiles overlap, in output pixels (CCSR: half the tile); -1: a quarter of the tile."""
+    tile_weights: str = "symmetric"
+    """Gaussian weights of a tile: 'symmetric' (ours) or 'as_released' (CCSR v2, centred half a pixel low)."""
+    vae_tile: int = -1
+    """Side of an autoencoder tile in output pixels; 0 turns tiles off, -1 chooses from image size and memory."""
+    vae_tiling: str = "exact"
+    """Autoencoder tiles: 'exact', 'windowed' (attention in windows) or 'as_released' (CCSR v2, decoder only)."""
+
+    def __post_init__(self) -> None:
+        check_word(self.plan, ("nuts", "ddpm"), "sampler.plan")
+        check_word(self.grid, ("trailing", "leading", "linspace"), "sampler.grid")
+        check_word(self.start, ("lq", "noise"), "sampler.start")
+        check_word(self.first_prompt, ("guided", "positive", "negative"), "sampler.first_prompt")
+        check_word(self.posterior, ("mode", "sample"), "sampler.posterior")
+        check_word(self.geometry, ("pad", "ccsr", "consissr"), "sampler.geometry")
+        check_word(self.color_fix, ("adain", "wavelet", "none"), "sampler.color_fix")
+        check_word(self.tile_weights, ("symmetric", "as_released"), "sampler.tile_weights")
+        check_word(self.vae_tiling, ("exact", "windowed", "as_released"), "sampler.vae_tiling")
+        for name in ("tile", "tile_overlap", "vae_tile"):
+            if getattr(self, name) < -1:
+                raise UserError(f"sampler.{name} is {getattr(self, name)}: use pixels, 0 for off or -1 for automatic")
+        if self.posterior_rows not in (1, 2):
+            raise UserError(f"sampler.posterior_rows is {self.posterior_rows}: use 1 or 2")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Training images and how their low-quality partners are made."""
+
+    paths: list[str] = field(default_factory=list)
+    """Folders (recursive), text lists of files, or tar shards."""
+    probabilities: list[float] = field(default_factory=list)
+    """How often each entry of `paths` is drawn; empty: in proportion to its image count."""
+    lq_paths: list[str] = field(default_factory=list)
+    """For each entry of `paths`, the folder of low-quality partners (a quarter the side, by name); empty: degrade."""
+    cache_mb: int = 1024
+    """Memory for decoded photographs, MiB."""
+    crop: int = 512
+    """Side of a training crop in pixels (512 in both papers)."""
+    crop_rule: str = "random"
+    """'random' (CCSR) or 'center' (ConsisSR: short side resized to the crop, centre)."""
+    flips: str = "horizontal"
+    """Random flips: 'none', 'horizontal' or 'both' (Sec. 4.1, ConsisSR)."""
+    degradation: str = "ccsr"
+    """Preset of the two-stage Real-ESRGAN degradation: 'ccsr' or 'consissr'."""
+    validation: str = ""
+    """Folder of photographs for the fixed validation set; empty: no validation."""
+    validation_count: int = 8
+    """Images of the fixed validation set."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """One optimiser's settings; a stage with two players has two of them."""
+
+    lr: float = 5e-5
+    """Learning rate after warm-up."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Adam's decay rates."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (AdamW)."""
+    warmup: int = 0
+    """Optimiser steps of linear warm-up."""
+    decay: str = "constant"
+    """After warm-up: 'constant' or 'cosine' to `final` at the last step."""
+    final: float = 0.01
+    """Learning rate at the end of a cosine decay, and at the start of a warm-up, relative to `lr`."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        check_word(self.decay, ("constant", "cosine"), "optimizer.decay")
+
+
+@dataclass(kw_only=True)
+class AutoencoderConfig:
+    """Stage 'autoencoder': a KL autoencoder from scratch (for `nano`)."""
+
+    patch: int = 2
+    """Space-to-depth factor before the encoder and after the decoder."""
+    widths: list[int] = field(default_factory=lambda: [32, 64, 128])
+    """Channels per resolution; each further entry halves the side."""
+    layers: int = 1
+    """Residual blocks per resolution."""
+    latent_channels: int = 16
+    """Channels of the latent."""
+    linear_path: bool = True
+    """Add a linear code of pixel blocks, started at their principal components, beside the networks."""
+    whitening: float = 0.75
+    """How far the linear code's channels are brought to equal variance: 0 not at all, 1 fully."""
+    kl_weight: float = 1e-4
+    """Weight of the Kullback-Leibler term (mean over latent elements)."""
+    gradient_weight: float = 1.0
+    """Weight of the L1 loss on image differences, which keeps edges sharp."""
+
+
+@dataclass(kw_only=True)
+class PriorConfig:
+    """Stage 'prior': an unconditional diffusion UNet on latents (for `nano`)."""
+
+    widths: list[int] = field(default_factory=lambda: [64, 128, 192])
+    """Channels per resolution."""
+    layers: int = 1
+    """Residual blocks per resolution."""
+    heads: int = 4
+    """Attention heads at every resolution that has attention."""
+    attention: list[bool] = field(default_factory=lambda: [False, True, True])
+    """Which resolutions have transformer blocks."""
+    context_dim: int = 64
+    """Width of prompt embeddings."""
+
+
+@dataclass(kw_only=True)
+class NutsConfig:
+    """Stage 'nuts' (Sec. III-B, CCSR)."""
+
+    t_max: float = 2 / 3
+    """Fraction of T where uniform steps begin; the same as in sampling."""
+    start: str = "lq"
+    """Latent noised to T for the extra losses: 'lq' (as sampled) or 'hq' (CCSR v2 stage 1 as released)."""
+    losses: list[str] = field(default_factory=lambda: ["l_diff", "l_T", "l_tmax"])
+    """Losses summed with weight 1 (Eq. 2 and 3, CCSR); l_diff alone is ControlNet pre-training."""
+    posterior: str = "mode"
+    """z_lq: 'mode' or 'sample' of the VAE posterior (sample as released)."""
+
+    def __post_init__(self) -> None:
+        check_word(self.start, ("lq", "hq"), "nuts.start")
+        check_word(self.posterior, ("mode", "sample"), "nuts.posterior")
+        for name in self.losses:
+            check_word(name, ("l_diff", "l_T", "l_tmax"), "nuts.losses")
+
+
+@dataclass(kw_only=True)
+class DeftConfig:
+    """Stage 'deft' (Sec. III-C, CCSR): the decoder tuned adversarially on stage-1 outputs."""
+
+    reconstruction: str = "l1"
+    """Pixel loss: 'l1' (paper: "the same as that of VAE") or 'l2' (as released)."""
+    perceptual: str = "features"
+    """'features' (matching in the discriminator's features), 'lpips' or 'none'."""
+    perceptual_weight: float = 1.0
+    """Weight of the perceptual loss."""
+    adversarial_weight: float = 0.5
+    """Weight of the generator's adversarial loss, before the adaptive factor."""
+    adaptive: bool = True
+    """Scale the adversarial loss by the ratio of gradient norms at the last layer (LDM's VAE training)."""
+    adversarial_start: int = 0
+    """Optimiser step after which the generator sees the adversarial loss."""
+    discriminator: str = "patchgan"
+    """'patchgan' (paper) or 'dino' (as released)."""
+    discriminator_width: int = 32
+    """Channels of the PatchGAN's first layer."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The discriminator's optimiser."""
+
+    def __post_init__(self) -> None:
+        check_word(self.reconstruction, ("l1", "l2"), "deft.reconstruction")
+        check_word(self.perceptual, ("features", "lpips", "none"), "deft.perceptual")
+        check_word(self.discriminator, ("patchgan", "dino"), "deft.discriminator")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """A whole training run: one YAML file plus key=value overrides."""
+
+    stage: str = "nuts"
+    """Which stage runs; the table of stages stands in scripts/train.py."""
+    output_dir: str = "runs/default"
+    """Folder of checkpoints, logs, validation images and the final model."""
+    init: str = ""
+    """Model folder, or earlier run's output_dir, whose weights the stage starts from; empty: the base's."""
+    seed: int = 0
+    """Seed of data order, degradation, noise and initial weights."""
+    steps: int = 20000
+    """Optimiser steps."""
+    batch: int = 96
+    """Global batch: images per optimiser step over all processes (96 for NUTS, 64 for DeFT: Sec. IV-A, CCSR)."""
+    micro_batch: int = 4
+    """Images per process and forward pass; accumulation = batch / (micro_batch * processes)."""
+    processes: int = 0
+    """Expected number of processes; another world size is an error. 0: take what was launched."""
+    precision: str = "auto"
+    """Autocast: 'bf16', 'fp32' or 'auto' (bf16 where the device computes it fast, else fp32)."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the trained weights; 0: none."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory in the UNet and the ControlNet."""
+    workers: int = 1
+    """Threads that prepare batches ahead of the step."""
+    log_every: int = 50
+    """Optimiser steps between log lines."""
+    checkpoint_every: int = 1000
+    """Optimiser steps between checkpoints."""
+    checkpoint_limit: int = 2
+    """Newest checkpoints kept."""
+    validate_every: int = 1000
+    """Optimiser steps between validations; 0: only at the end."""
+    tracker: str = "tensorboard"
+    """'tensorboard', 'wandb' or 'none'."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The generator's (or only) optimiser."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What is trained, and on which base."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Default sampler of the resulting model; validation runs it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and validation images."""
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    """Read by stage 'autoencoder'."""
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    """Read by stage 'prior'."""
+    nuts: NutsConfig = field(default_factory=NutsConfig)
+    """Read by stage 'nuts'."""
+    deft: DeftConfig = field(default_factory=DeftConfig)
+    """Read by stage 'deft'."""
+
+    def __post_init__(self) -> None:
+        check_word(self.precision, ("auto", "bf16", "fp32"), "precision")
+        check_word(self.tracker, ("tensorboard", "wandb", "none"), "tracker")
+
+
+@dataclass(kw_only=True)
+class FolderConfig:
+    """`config.yaml` of a model folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What the weights need."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How the model samples unless told otherwise."""
+
+
+def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: list[str] | None = None) -> ConfigT:
+    """A checked `cls` from a YAML file and `key=value` overrides (both optional).
+
+    Raises UserError for a missing file, bad YAML, an unknown key (naming the nearest valid one) or a wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    layers = []
+    try:
+        if path is not None:
+            if not Path(path).is_file():
+                raise UserError(f"config file {path} does not exist: give the path of a YAML file")
+            layers.append((str(path), OmegaConf.load(path)))
+        for word in overrides or []:
+            if "=" not in word:
+                raise UserError(f"override '{word}' is not of the form key=value")
+            layers.append((f"'{word}'", OmegaConf.from_dotlist([word])))
+        merged = OmegaConf.structured(cls)
+        for source, layer in layers:
+            check_keys(cls, OmegaConf.to_container(layer), source)
+            merged = OmegaConf.merge(merged, layer)
+        return OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"bad configuration: {str(error).strip().splitlines()[0]}") from error
+
+
+def check_keys(cls: type, given: Any, source: str, prefix: str = "") -> None:
+    """Raise UserError if the mapping `given` has a key that the dataclass `cls` lacks, at any depth."""
+    if not isinstance(given, dict):
+        raise UserError(f"{source}: {prefix or 'the file'} must be a mapping of keys to values")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in given.items():
+        if key not in fields:
+            raise UserError(f"{source}: unknown key '{prefix}{key}'{nearest(str(key), list(fields))}")
+        default = fields[key].default_factory
+        if dataclasses.is_dataclass(default) and value is not None:
+            check_keys(default, value, source, f"{prefix}{key}.")
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write a config dataclass, every field resolved, as YAML."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.structured(config), path)

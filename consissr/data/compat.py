@@ -1,0 +1,16 @@
+"""Lets basicsr 1.4.2 import beside current torchvision. Call `prepare_basicsr` before the first basicsr import."""
+
+import sys
+import types
+
+
+def prepare_basicsr() -> None:
+    """Provide `torchvision.transforms.functional_tensor`, which torchvision dropped in 0.17 and basicsr still names."""
+    name = "torchvision.transforms.functional_tensor"
+    if name in sys.modules:
+        return
+    from torchvision.transforms import functional
+
+    module = types.ModuleType(name, "Stand-in for a removed module; holds the one function that basicsr takes from it.")
+    module.rgb_to_grayscale = functional.rgb_to_grayscale
+    sys.modules[name] = module

@@ -1,0 +1,217 @@
+"""Training photographs: sample number n is a pure function of (seed, n), whatever the restarts and processes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from consissr.data.files import Photo, decode, list_photos, partners
+from consissr.errors import UserError
+from consissr.images import resize
+
+log = logging.getLogger(__name__)
+
+CROP_RULES = ("random", "center")
+FLIPS = ("none", "horizontal", "both")
+MAX_RETRIES = 20
+
+
+class RejectedError(Exception):
+    """An image that cannot give a sample; the message says why."""
+
+
+def generator(*key: int) -> np.random.Generator:
+    """A generator that belongs to `key`, independent of those of other keys."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The centre [size,size,3] of `image` [H,W,3] uint8 after its short side was brought to `size`.
+
+    Box-filtered halvings while the short side is at least twice `size`, then bicubic (guided-diffusion's rule, which
+    ConsisSR's release follows).
+    """
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    top, left = (picture.height - size) // 2, (picture.width - size) // 2
+    return np.asarray(picture)[top : top + size, left : left + size]
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """uint8 [H,W,3] -> float32 [3,H,W] in [-1,1]."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(127.5).sub_(1)
+
+
+class PhotoDataset:
+    """Crops of photographs by sample number.
+
+    paths: folders, text lists, tar shards or patterns (see `files.list_photos`); probabilities: how often each entry
+    of `paths` is drawn (images of an entry are then drawn with replacement), empty for epochs over all images;
+    crop: side in pixels; crop_rule: 'random' (an image smaller than the crop is skipped) or 'center'; flips: 'none',
+    'horizontal' or 'both'; lq_paths: for each entry of `paths` the folder of low-quality partners, empty for none;
+    scale: HQ side / LQ side of such pairs; cache_mb: memory for decoded images.
+
+    Images that cannot be read are replaced by another draw of the same sample number, counted in `skipped` (label ->
+    reason) and logged once each. Reading is safe from several threads.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        crop: int,
+        seed: int,
+        crop_rule: str = "random",
+        flips: str = "horizontal",
+        probabilities: Sequence[float] = (),
+        lq_paths: Sequence[str] = (),
+        scale: int = 4,
+        cache_mb: int = 1024,
+    ):
+        self._check(paths, crop, crop_rule, flips, probabilities, lq_paths, scale)
+        self.crop, self.seed, self.crop_rule, self.flips, self.scale = crop, seed, crop_rule, flips, scale
+        groups = [list_photos(path) for path in paths]
+        self.photos: list[Photo] = [photo for group in groups for photo in group]
+        self.partners: list[Photo] | None = None
+        if lq_paths:
+            pairs = zip(groups, lq_paths, strict=True)
+            self.partners = [partner for group, folder in pairs for partner in partners(group, folder)]
+        self._starts = np.cumsum([0, *map(len, groups)])
+        self._edges = np.cumsum(probabilities) / np.sum(probabilities) if len(probabilities) else None
+        self.skipped: dict[str, str] = {}
+        self._cache: dict[str, np.ndarray] = {}
+        self._cache_left = cache_mb * 2**20
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def _check(paths, crop, crop_rule, flips, probabilities, lq_paths, scale) -> None:
+        if not paths:
+            raise UserError("no training images: name at least one folder, list or shard in data.paths")
+        if crop_rule not in CROP_RULES:
+            raise UserError(f"data.crop_rule is '{crop_rule}': use one of {', '.join(CROP_RULES)}")
+        if flips not in FLIPS:
+            raise UserError(f"data.flips is '{flips}': use one of {', '.join(FLIPS)}")
+        if len(probabilities) not in (0, len(paths)):
+            raise UserError(f"data.probabilities has {len(probabilities)} entries for {len(paths)} data.paths")
+        if len(probabilities) and (min(probabilities) < 0 or sum(probabilities) <= 0):
+            raise UserError("data.probabilities must be at least 0 and not all 0")
+        if len(lq_paths) not in (0, len(paths)):
+            raise UserError(f"data.lq_paths has {len(lq_paths)} entries for {len(paths)} data.paths")
+        if lq_paths and crop_rule != "random":
+            raise UserError("data.crop_rule must be 'random' for LQ/HQ pairs, which are never resized")
+        if lq_paths and crop % scale:
+            raise UserError(f"data.crop {crop} does not divide by the pairs' scale {scale}")
+
+    def __len__(self) -> int:
+        """Number of images; an epoch."""
+        return len(self.photos)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The image indices of an epoch, a permutation that depends on (seed, epoch)."""
+        known, indices = self._order
+        if known != epoch:
+            indices = generator(self.seed, 0, epoch).permutation(len(self))
+            self._order = (epoch, indices)
+        return indices
+
+    def index(self, n: int, attempt: int = 0) -> int:
+        """Which image sample number `n` shows; `attempt` counts replacements of unreadable ones."""
+        if self._edges is None and attempt == 0:
+            return int(self.order(n // len(self))[n % len(self)])
+        rng = generator(self.seed, 1, n, attempt)
+        if self._edges is None:
+            return int(rng.integers(len(self)))
+        group = min(int(np.searchsorted(self._edges, rng.random(), side="right")), len(self._edges) - 1)
+        return int(rng.integers(self._starts[group], self._starts[group + 1]))
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        """Sample number `n` >= 0: hq [3,S,S] in [-1,1], name, and seed (for its degradation).
+
+        Pairs have lq too: the low-quality crop, enlarged to [3,S,S] in [-1,1] as in use.
+
+        Raises UserError when many replacements in a row cannot be read either.
+        """
+        for attempt in range(MAX_RETRIES):
+            index = self.index(n, attempt)
+            try:
+                return self._sample(index, n)
+            except RejectedError as reason:
+                self._skip(self.photos[index].label, str(reason))
+        label, reason = next(reversed(self.skipped.items()))
+        raise UserError(f"{MAX_RETRIES} images in a row gave no sample, the last: {label}: {reason}; check data.paths")
+
+    def batch(self, numbers: Iterable[int]) -> dict[str, Any]:
+        """Samples stacked: hq [B,3,S,S], names, seeds, and lq for pairs."""
+        samples = [self[n] for n in numbers]
+        stacked = {"hq": torch.stack([s["hq"] for s in samples])}
+        if self.partners is not None:
+            stacked["lq"] = torch.stack([s["lq"] for s in samples])
+        return stacked | {"names": [s["name"] for s in samples], "seeds": [s["seed"] for s in samples]}
+
+    def _sample(self, index: int, n: int) -> dict[str, Any]:
+        rng = generator(self.seed, 2, n)
+        images = [self._image(self.photos[index])]
+        if self.partners is not None:
+            images.append(self._image(self.partners[index]))
+        if self.crop_rule == "center":
+            images = [center_crop(images[0], self.crop)]
+        else:
+            images = self._random_crops(images, rng)
+        mirror, upend = rng.random(2) < 0.5
+        if self.flips != "none" and mirror:
+            images = [image[:, ::-1] for image in images]
+        if self.flips == "both" and upend:
+            images = [image[::-1] for image in images]
+        sample: dict[str, Any] = {"hq": to_tensor(images[0])}
+        if self.partners is not None:
+            sample["lq"] = resize(to_tensor(images[1]), (self.crop, self.crop))
+        return sample | {"name": self.photos[index].name, "seed": int(rng.integers(2**62))}
+
+    def _random_crops(self, images: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+        """The same random window of an HQ image and, for pairs, of its LQ partner."""
+        step = self.scale if len(images) == 2 else 1
+        h, w = images[0].shape[:2]
+        if len(images) == 2 and images[1].shape[:2] != (h // step, w // step):
+            lh, lw = images[1].shape[:2]
+            raise RejectedError(f"its {w}x{h} pixels are not {step} times its partner's {lw}x{lh}")
+        if min(h, w) < self.crop:
+            raise RejectedError(f"its {w}x{h} pixels are fewer than a {self.crop}-pixel crop needs")
+        top = int(rng.integers((h - self.crop) // step + 1))
+        left = int(rng.integers((w - self.crop) // step + 1))
+        return [
+            image[top * s : top * s + self.crop * s // step, left * s : left * s + self.crop * s // step]
+            for image, s in zip(images, (step, 1)[: len(images)], strict=True)
+        ]
+
+    def _image(self, photo: Photo) -> np.ndarray:
+        """Decoded uint8 RGB [H,W,3], from memory where it is kept."""
+        cached = self._cache.get(photo.label)
+        if cached is not None:
+            return cached
+        if photo.label in self.skipped:
+            raise RejectedError(self.skipped[photo.label])
+        try:
+            image = decode(photo.read())
+        except (OSError, UserError) as error:
+            raise RejectedError(str(error)) from error
+        with self._lock:
+            if image.nbytes <= self._cache_left and photo.label not in self._cache:
+                self._cache[photo.label] = image
+                self._cache_left -= image.nbytes
+        return image
+
+    def _skip(self, label: str, reason: str) -> None:
+        with self._lock:
+            if label in self.skipped:
+                return
+            self.skipped[label] = reason
+        log.warning("skipped %s: %s (%d so far)", label, reason, len(self.skipped))

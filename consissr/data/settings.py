@@ -1,0 +1,134 @@
+"""Settings of the two-stage degradation, and the papers' values under two names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from consissr.config import check_word
+from consissr.errors import UserError
+
+MODES = ("area", "bilinear", "bicubic")
+
+
+def _list(*values):
+    return field(default_factory=lambda: list(values))
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """One of the two stages. Ranges are [low, high], drawn uniformly unless said otherwise. Defaults: CCSR's first."""
+
+    sinc_prob: float = 0.1
+    """Probability that the blur is a circular low-pass filter."""
+    family_weights: list[float] = _list(0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
+    """Weights of the other blur families, in the order of `kernels.FAMILIES`."""
+    sigma: list[float] = _list(0.2, 1.5)
+    """Standard deviations of a kernel along its two axes, pixels."""
+    betag: list[float] = _list(0.5, 2.0)
+    """Shape of generalized Gaussians: half of the draws lie below 1, half above."""
+    betap: list[float] = _list(1.0, 1.5)
+    """Shape of plateau kernels, drawn likewise."""
+    resize_weights: list[float] = _list(0.2, 0.7, 0.1)
+    """Weights of enlarging, shrinking and keeping the size."""
+    resize: list[float] = _list(0.3, 1.5)
+    """Smallest and largest resize factor; relative to the LQ size in the second stage."""
+    gaussian_prob: float = 0.5
+    """Probability of Gaussian noise; Poisson noise otherwise."""
+    gaussian: list[float] = _list(1.0, 15.0)
+    """Standard deviation of Gaussian noise, 8-bit steps."""
+    poisson: list[float] = _list(0.05, 2.0)
+    """Factor on Poisson noise."""
+    gray_prob: float = 0.4
+    """Probability that all channels share one noise field."""
+    jpeg: list[float] = _list(60.0, 95.0)
+    """JPEG quality, below 100."""
+
+    def __post_init__(self) -> None:
+        for name in ("sigma", "betag", "betap", "resize", "gaussian", "poisson", "jpeg"):
+            low, high = _pair(name, getattr(self, name))
+            if not 0 < low <= high:
+                raise UserError(f"degradation {name} is [{low}, {high}]: it must rise from above 0")
+        for name, count in (("family_weights", 6), ("resize_weights", 3)):
+            weights = getattr(self, name)
+            if len(weights) != count or min(weights) < 0 or sum(weights) <= 0:
+                raise UserError(f"degradation {name} is {weights}: give {count} numbers >= 0, not all 0")
+        if self.jpeg[1] > 100:
+            raise UserError(f"degradation jpeg is {self.jpeg}: qualities end at 100")
+
+
+@dataclass(kw_only=True)
+class DegradationConfig:
+    """The whole degradation. `preset` returns the papers' settings."""
+
+    scale: int = 4
+    """HQ side / LQ side."""
+    first: StageConfig = field(default_factory=StageConfig)
+    """First stage; it always blurs."""
+    second: StageConfig = field(default_factory=StageConfig)
+    """Second stage."""
+    second_blur_prob: float = 0.5
+    """Probability that the second stage blurs."""
+    final_sinc_prob: float = 0.8
+    """Probability of the circular low-pass filter after the last resize."""
+    enlarge: list[str] = _list("area", "bilinear", "bicubic")
+    """Filters from which the one that brings the LQ image back to HQ size is picked."""
+
+    def __post_init__(self) -> None:
+        if self.scale < 1:
+            raise UserError(f"degradation scale is {self.scale}: it must be at least 1")
+        if not self.enlarge:
+            raise UserError(f"degradation enlarge is empty: name one of {', '.join(MODES)}")
+        for mode in self.enlarge:
+            check_word(mode, MODES, "degradation.enlarge")
+
+
+def _pair(name: str, values: list[float]) -> tuple[float, float]:
+    if len(values) != 2:
+        raise UserError(f"degradation {name} is {values}: give [low, high]")
+    return values[0], values[1]
+
+
+def ccsr_degradation() -> DegradationConfig:
+    """CCSR's training settings, milder than Real-ESRGAN's."""
+    second = StageConfig(
+        sigma=[0.2, 1.0],
+        resize_weights=[0.3, 0.4, 0.3],
+        resize=[0.6, 1.2],
+        gaussian=[1.0, 12.0],
+        poisson=[0.05, 1.0],
+        jpeg=[60.0, 100.0],
+    )
+    return DegradationConfig(second=second)
+
+
+def consissr_degradation() -> DegradationConfig:
+    """ConsisSR's training settings: Real-ESRGAN's own."""
+    first = StageConfig(
+        sigma=[0.2, 3.0],
+        betag=[0.5, 4.0],
+        betap=[1.0, 2.0],
+        resize=[0.15, 1.5],
+        gaussian=[1.0, 30.0],
+        poisson=[0.05, 3.0],
+        jpeg=[30.0, 95.0],
+    )
+    second = StageConfig(
+        sigma=[0.2, 1.5],
+        betag=[0.5, 4.0],
+        betap=[1.0, 2.0],
+        resize_weights=[0.3, 0.4, 0.3],
+        resize=[0.3, 1.2],
+        gaussian=[1.0, 25.0],
+        poisson=[0.05, 2.5],
+        jpeg=[30.0, 95.0],
+    )
+    return DegradationConfig(first=first, second=second, second_blur_prob=0.8, enlarge=["bicubic"])
+
+
+PRESETS = {"ccsr": ccsr_degradation, "consissr": consissr_degradation}
+
+
+def preset(name: str) -> DegradationConfig:
+    """The named settings, fresh each time. Raises UserError for an unknown name."""
+    check_word(name, tuple(PRESETS), "degradation")
+    return PRESETS[name]()

@@ -1,0 +1,90 @@
+"""The one sampler: runs a plan. And the one source of noise: draws that depend on nothing but an image's key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from consissr.diffusion.plans import Step
+from consissr.diffusion.schedule import Schedule
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""(z_t (B,C,h,w), t (B,) int64) -> predicted noise (B,C,h,w)."""
+
+Draw = Callable[[str, Sequence[int]], Tensor]
+"""(name, shape) -> standard normal noise, float32. Names: `posterior` (VAE sample of the low-quality image),
+`init` (the start), `tmax` (re-noising), `step[i]` (the DDPM step at position i of the plan)."""
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    plan: Sequence[Step],
+    z: Tensor,
+    schedule: Schedule,
+    draw: Draw,
+    first: Denoise | None = None,
+    on_step: Callable[[int, Step, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Run `plan` from latent z (B,C,h,w), float32, at the noise level of its first timestep -> x0 (B,C,h,w).
+
+    `first`: another denoiser for the first evaluation (CCSR's release takes its first step without guidance).
+    `on_step(i, step, eps, x0)` is called after each evaluation.
+    """
+    for i, step in enumerate(plan):
+        t = torch.full((len(z),), step.t, dtype=torch.int64, device=z.device)
+        eps = (first if first and i == 0 else denoise)(z, t)
+        x0 = schedule.x0_from_eps(z, eps, step.t)
+        if on_step:
+            on_step(i, step, eps, x0)
+        if step.kind == "x0":
+            return x0
+        if step.kind == "renoise":
+            z = schedule.add_noise(x0, draw("tmax", z.shape).to(z), step.t_next)
+        else:
+            mean, variance = schedule.posterior(z, x0, step.t, step.t_next)
+            z = mean + variance.sqrt() * draw(f"step[{i}]", z.shape).to(z)
+    raise ValueError("the plan does not end with x0; see plans.check_plan")
+
+
+def start_latent(start: str, z_lq: Tensor, schedule: Schedule, draw: Draw) -> Tensor:
+    """The sampler's first latent: `noise` itself, or the low-quality latent noised to the last timestep (`lq`)."""
+    noise = draw("init", z_lq.shape).to(z_lq)
+    return noise if start == "noise" else schedule.add_noise(z_lq, noise, len(schedule) - 1)
+
+
+def seeded_draw(seed: int, keys: Iterable[str | int], repeat: int = 0) -> Draw:
+    """Noise for a batch of images, on the CPU: image b's depends only on (seed, keys[b], repeat, name, shape).
+
+    A key is the image's path below the input folder (str) or its index (int). Each tensor has a generator of its own,
+    seeded with BLAKE2b of these values, so batch size, order, device and process count change nothing.
+    """
+    keys = list(keys)
+
+    def draw(name: str, shape: Sequence[int]) -> Tensor:
+        if shape[0] != len(keys):
+            raise ValueError(f"noise for {shape[0]} images, but {len(keys)} keys")
+        return torch.cat([_noise(json.dumps([seed, key, repeat, name]), (1, *shape[1:])) for key in keys])
+
+    return draw
+
+
+def recorded_draw(tensors: dict[str, Tensor]) -> Draw:
+    """Noise from named tensors instead of a generator: for conformance with recorded runs."""
+
+    def draw(name: str, shape: Sequence[int]) -> Tensor:
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise ValueError(f"recorded noise {name!r} is {tuple(tensors[name].shape)}, wanted {tuple(shape)}")
+        return tensors[name].float()
+
+    return draw
+
+
+def _noise(identity: str, shape: Sequence[int]) -> Tensor:
+    digest = hashlib.blake2b(identity.encode(), digest_size=8).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randn(tuple(shape), generator=generator)

@@ -1,0 +1,114 @@
+"""Tile diffusion: a denoiser on windows of the latent, merged with Gaussian weights at every step.
+
+The windows share one spatial size, so a batch of them is one ordinary forward pass of the network at the size it was
+trained for, whatever the image's size. Text and image tokens are those of the whole image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise, product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+WEIGHTS = ("symmetric", "as_released")
+
+
+class Window(NamedTuple):
+    """A rectangle of the latent: rows top..top+height-1, columns left..left+width-1."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def crop(self, z: Tensor) -> Tensor:
+        """The window's part of z (..., h, w), a view."""
+        return z[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def starts(size: int, tile: int, stride: int) -> list[int]:
+    """First positions of windows of length `tile` that cover 0..size-1: every `stride`, and one flush with the end."""
+    if not 0 < stride <= tile:
+        raise ValueError(f"stride {stride} must lie in 1..{tile}, or the windows leave gaps")
+    at = list(range(0, max(size - tile, 0) + 1, stride))
+    return at if at[-1] + tile >= size else [*at, size - tile]
+
+
+def windows(height: int, width: int, tile: int, stride: int) -> list[Window]:
+    """Windows of one size that cover a latent of height x width; none is larger than the latent."""
+    h, w = min(tile, height), min(tile, width)
+    rows, columns = starts(height, h, min(stride, h)), starts(width, w, min(stride, w))
+    return [Window(top, left, h, w) for top, left in product(rows, columns)]
+
+
+def gaussian_weights(height: int, width: int, form: str = "symmetric") -> Tensor:
+    """Weights (height, width), float64, highest in the middle (Section IV-E, CCSR): what each window says there.
+
+    `as_released` reproduces CCSR's rows, whose centre lies half a pixel low.
+    """
+
+    def profile(n: int, centre: float) -> Tensor:
+        x = (torch.arange(n, dtype=torch.float64) - centre) / n
+        return torch.exp(-(x**2) / 0.02) / (0.02 * torch.pi) ** 0.5
+
+    rows = profile(height, height / 2 if form == "as_released" else (height - 1) / 2)
+    return torch.outer(rows, profile(width, (width - 1) / 2))
+
+
+class TiledDenoiser(nn.Module):
+    """A denoiser of the same call, (z_t, t, condition) -> eps, that works through windows of the latent.
+
+    tile, stride: in latent pixels. batch: windows per forward pass. Latents no larger than a tile go straight through.
+    """
+
+    def __init__(self, denoiser: nn.Module, tile: int, stride: int, weights: str = "symmetric", batch: int = 4):
+        super().__init__()
+        self.denoiser, self.tile, self.stride, self.weights, self.batch = (
+            denoiser,
+            tile,
+            stride,
+            weights,
+            batch,
+        )
+
+    def forward(self, z_t: Tensor, t: Tensor, condition) -> Tensor:
+        """z_t (B,C,h,w), t (B,), condition of B images -> eps (B,C,h,w)."""
+        images, _, height, width = z_t.shape
+        places = windows(height, width, self.tile, self.stride)
+        if len(places) == 1:
+            return self.denoiser(z_t, t, condition)
+        weights = gaussian_weights(places[0].height, places[0].width, self.weights).to(z_t)
+        total, norm = torch.zeros_like(z_t), torch.zeros_like(z_t[:1, :1])
+        for place in places:
+            place.crop(norm).add_(weights)
+        jobs = [(b, place) for place in places for b in range(images)]
+        for chunk in even_chunks(jobs, self.batch):
+            rows = torch.tensor([b for b, _ in chunk], device=z_t.device)
+            eps = self.denoiser(
+                torch.cat([place.crop(z_t[b : b + 1]) for b, place in chunk]),
+                t[rows],
+                _pick(condition, rows, chunk),
+            )
+            for (b, place), part in zip(chunk, eps, strict=True):
+                place.crop(total[b]).add_(weights * part)
+        return total / norm
+
+
+def even_chunks(items: list, limit: int) -> list[list]:
+    """Split `items` into as few lists as a limit of `limit` each allows, of nearly equal lengths."""
+    count = -(-len(items) // max(limit, 1))
+    edges = [round(i * len(items) / count) for i in range(count + 1)]
+    return [items[a:b] for a, b in pairwise(edges)]
+
+
+def _pick(condition, rows: Tensor, chunk: list[tuple[int, Window]]):
+    """The condition of each window: its image's tokens, and its part of its image's hint."""
+    return replace(
+        condition,
+        text=condition.text[rows],
+        hint=torch.cat([place.crop(condition.hint[b : b + 1]) for b, place in chunk]),
+        image=None if condition.image is None else condition.image[rows],
+    )

@@ -1,0 +1,202 @@
+"""Metrics with learned weights: LPIPS, DISTS, FID, CLIP-IQA, MUSIQ and MANIQA through pyiqa, CLIP-I through open_clip.
+
+Nothing here downloads. Weights are looked for in the folder the user gives, then where pyiqa, torchvision and CLIP
+keep theirs; what is missing is reported by name, with its source. pyiqa (since 2026 under the PolyForm
+Noncommercial licence) is imported only when one of its metrics is computed.
+"""
+
+import contextlib
+import hashlib
+import io
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from unittest import mock
+
+from consissr.errors import UserError
+
+PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"
+TORCHVISION = "https://download.pytorch.org/models/"
+CLIP = "https://openaipublic.azureedge.net/clip/models/"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_SIDE = 224
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of weights: its name, the folder below torch's hub folder that pyiqa reads, and where it comes from."""
+
+    name: str
+    place: str
+    url: str
+
+
+def _pyiqa(name: str) -> WeightFile:
+    return WeightFile(name, "pyiqa", PYIQA + name)
+
+
+def _torchvision(name: str) -> WeightFile:
+    return WeightFile(name, "checkpoints", TORCHVISION + name)
+
+
+def _clip(name: str, digest: str) -> WeightFile:
+    return WeightFile(name, "clip", f"{CLIP}{digest}/{name}")
+
+
+VIT_B32 = _clip("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af")
+WEIGHTS: dict[str, tuple[WeightFile, ...]] = {
+    "lpips": (_pyiqa("LPIPS_v0.1_alex-df73285e.pth"), _torchvision("alexnet-owt-7be5be79.pth")),
+    "dists": (_pyiqa("DISTS_weights-f5e65c96.pth"), _torchvision("vgg16-397923af.pth")),
+    "fid": (_pyiqa("pt_inception-2015-12-05-6726825d.pth"),),
+    "clipiqa": (_clip("RN50.pt", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),),
+    "musiq": (_pyiqa("musiq_koniq_ckpt-e95806b9.pth"),),
+    "maniqa": (_pyiqa("MANIQA_PIPAL-ae6d356b.pth"),),
+    "clip-i": (VIT_B32,),
+    "delta-clip-i": (VIT_B32,),
+    "clip-i-lr": (VIT_B32,),
+}
+
+
+def find(file: WeightFile, folder: Path | None) -> Path | None:
+    """Where `file` lies: below the user's `folder`, in torch's hub folder, or in CLIP's cache; None if nowhere."""
+    import torch
+
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"--weights {folder} is not a folder")
+        if found := sorted(folder.rglob(file.name)):
+            return found[0]
+    caches = [_hub(torch) / file.place] + ([Path.home() / ".cache" / "clip"] if file.place == "clip" else [])
+    return next((cache / file.name for cache in caches if (cache / file.name).is_file()), None)
+
+
+def missing(metric: str, folder: Path | None) -> list[WeightFile]:
+    """The weight files of `metric` that are nowhere to be found."""
+    return [file for file in WEIGHTS[metric] if find(file, folder) is None]
+
+
+def missing_text(metric: str, folder: Path | None) -> str:
+    """"" when `metric` can be computed, else why not: which files are missing."""
+    names = ", ".join(file.name for file in missing(metric, folder))
+    return f"weights missing: {names}; scripts/eval.py --list-weights says where they come from" if names else ""
+
+
+def listing(folder: Path | None) -> list[tuple[str, str, str, str]]:
+    """One row per metric and file: metric, file name, path or 'missing', where to download it and where to put it."""
+    import torch
+
+    rows = []
+    for metric, files in WEIGHTS.items():
+        for file in files if metric != "clip-i-lr" else ():
+            path = find(file, folder)
+            advice = f"{file.url} -> {_hub(torch) / file.place}, or any folder given as --weights"
+            rows.append((metric, file.name, str(path) if path else "missing", "" if path else advice))
+    return rows
+
+
+@lru_cache
+def fingerprint(metric: str, folder: Path | None) -> str:
+    """Hash of the weights behind `metric` (16 hexadecimal digits), for records and caches."""
+    digest = hashlib.sha256()
+    for file in WEIGHTS[metric]:
+        with find(file, folder).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def load(metric: str, folder: Path | None, device: str) -> Callable[..., float]:
+    """A callable on images (1, 3, H, W) in [0, 1]; raises UserError when weights are missing or do not fit."""
+    if reason := missing_text(metric, folder):
+        raise UserError(f"{metric}: {reason}")
+    if metric.startswith("clip-i"):
+        return ClipImageSimilarity(find(VIT_B32, folder), device)
+    model = _pyiqa_metric("maniqa-pipal" if metric == "maniqa" else metric, metric, folder, device)
+    return lambda *images: model(*images).item()
+
+
+def frechet_distance(sr: list[Path], hr: list[Path], folder: Path | None, device: str) -> float:
+    """FID between two sets of image files (pyiqa's default, resized as clean-fid does)."""
+    model = _pyiqa_metric("fid", "fid", folder, device)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = []
+        for label, files in (("sr", sr), ("hr", hr)):  # pyiqa wants a folder that holds nothing else
+            folders.append(Path(scratch) / label)
+            folders[-1].mkdir()
+            for index, file in enumerate(files):
+                (folders[-1] / f"{index:06d}{file.suffix}").symlink_to(file.resolve())
+        return float(model(*map(str, folders), verbose=False, num_workers=0))
+
+
+class ClipImageSimilarity:
+    """CLIP-I: cosine of two images' ViT-B/32 embeddings, each image resized and cropped to 224 as CLIP does."""
+
+    def __init__(self, weights: Path, device: str) -> None:
+        import open_clip
+
+        with _readable(weights):
+            self.model = open_clip.openai.load_openai_model(str(weights), precision="fp32", device=device)
+        self.device = device
+
+    def __call__(self, image, reference) -> float:
+        import torch
+
+        with torch.inference_mode():
+            first, second = (self.model.encode_image(self._prepare(x), normalize=True) for x in (image, reference))
+        return (first * second).sum().item()
+
+    def _prepare(self, image):
+        """(1, 3, H, W) in [0, 1] -> (1, 3, 224, 224), short side to 224 (bicubic), centre, CLIP's mean and std."""
+        import torch
+        import torch.nn.functional as F
+
+        height, width = image.shape[-2:]
+        scale = CLIP_SIDE / min(height, width)
+        size = (max(CLIP_SIDE, round(height * scale)), max(CLIP_SIDE, round(width * scale)))
+        image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = ((side - CLIP_SIDE) // 2 for side in size)
+        image = image[..., top : top + CLIP_SIDE, left : left + CLIP_SIDE].to(self.device)
+        mean, std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        return (image - mean) / std
+
+
+def _pyiqa_metric(pyiqa_name: str, metric: str, folder: Path | None, device: str):
+    """pyiqa's metric, made from the files that `find` found and from no other place."""
+    import torch
+
+    files = {file: find(file, folder) for file in WEIGHTS[metric]}
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        for file, path in files.items():
+            place = Path(scratch) / file.place
+            place.mkdir(exist_ok=True)
+            (place / file.name).symlink_to(path.resolve())
+        import pyiqa
+        import timm
+        from pyiqa.utils import download_util
+
+        options = {"backbone": str(files[WEIGHTS["clipiqa"][0]])} if metric == "clipiqa" else {}
+        offline = lambda name, **_: timm_create(name, pretrained=False)  # noqa: E731
+        timm_create = timm.create_model  # MANIQA asks timm for weights that its own file then replaces
+        with (
+            mock.patch.object(download_util, "DEFAULT_CACHE_DIR", str(Path(scratch) / "pyiqa")),
+            mock.patch.object(torch.hub, "get_dir", lambda: scratch),
+            mock.patch.object(timm, "create_model", offline),
+            _readable(*files.values()),
+        ):
+            return pyiqa.create_metric(pyiqa_name, device=torch.device(device), **options)
+
+
+@contextlib.contextmanager
+def _readable(*files: Path):
+    """Weights that cannot be read or do not fit the network are the user's to mend."""
+    try:
+        yield
+    except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
+        names = ", ".join(str(file) for file in files)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{names} cannot be used: {reason}; download the file again") from error
+
+
+def _hub(torch) -> Path:
+    return Path(torch.hub.get_dir())

@@ -1,0 +1,115 @@
+"""NIQE, the natural image quality evaluator (Mittal, Soundararajan, Bovik: "Making a completely blind image quality
+analyzer", 2012). Lower is better; natural photographs lie near 3 to 6.
+
+Written from the paper. The statistics of its pristine photographs (mean and covariance of 36 features) are read from
+the parameter file in the installed basicsr package, so nothing is downloaded. Two conventions follow pyiqa, whose
+values the SR papers print: luminance is full-range 0.299 R + 0.587 G + 0.114 B rounded to integers, and borders of the
+7 x 7 Gaussian repeat the edge pixel.
+"""
+
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from consissr.errors import UserError
+from consissr.evaluation.metrics import gaussian_blur
+
+BLOCK = 96  # pixels per side of a patch at the first scale, half of it at the second
+WINDOW, SIGMA = 7, 7 / 6
+GRAY_WEIGHTS = (299, 587, 114)  # per thousand: whole numbers keep ties exact, so every machine rounds alike
+SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))  # neighbours: right, below, and the two diagonals
+HALVING_TAPS = (-0.01171875, -0.03515625, 0.11328125, 0.43359375)  # see `halve`
+
+
+def niqe(image: torch.Tensor) -> torch.Tensor:
+    """NIQE of RGB images: (N, 3, H, W) in [0, 1], at least 2 blocks of 96 x 96 -> (N,) float64."""
+    rows, columns = image.shape[-2] // BLOCK, image.shape[-1] // BLOCK
+    if rows * columns < 2:
+        raise UserError(
+            f"NIQE needs an image of at least {BLOCK}x{2 * BLOCK}, this one is {image.shape[-1]}x{image.shape[-2]}"
+        )
+    levels = (image.double() * 255.0).round()[..., : rows * BLOCK, : columns * BLOCK]
+    gray = ((levels * levels.new_tensor(GRAY_WEIGHTS).view(1, 3, 1, 1)).sum(1, keepdim=True) / 1000).round()
+    features = torch.cat([block_features(gray, BLOCK), block_features(halve(gray), BLOCK // 2)], dim=-1)
+    return torch.stack([distance(blocks) for blocks in features])  # features: (N, blocks, 36)
+
+
+def distance(blocks: torch.Tensor) -> torch.Tensor:
+    """Distance between the Gaussian of an image's blocks, (blocks, 36), and that of pristine photographs (Eq. 10).
+
+    A block with an undefined feature (it is flat) leaves the covariance, and that feature leaves the mean.
+    """
+    pristine_mean, pristine_covariance = pristine()
+    mean = blocks.nanmean(dim=0)
+    covariance = blocks[~blocks.isnan().any(dim=1)].T.cov()
+    difference = pristine_mean - mean
+    return (difference @ torch.linalg.pinv((pristine_covariance + covariance) / 2) @ difference).sqrt()
+
+
+def block_features(gray: torch.Tensor, size: int) -> torch.Tensor:
+    """18 features of each size x size block: (N, 1, H, W) in [0, 255] -> (N, blocks, 18)."""
+    blocks = F.unfold(normalized(gray), size, stride=size).transpose(1, 2).unflatten(2, (size, size))
+    alpha, left, right = asymmetric_gaussian(blocks)
+    features = [alpha, (left + right) / 2]
+    for shift in SHIFTS:
+        alpha, left, right = asymmetric_gaussian(blocks * blocks.roll(shift, dims=(2, 3)))
+        mean = (right - left) * torch.exp(torch.lgamma(2 / alpha) - torch.lgamma(1 / alpha))  # Eq. 8
+        features += [alpha, mean, left, right]
+    return torch.stack(features, dim=-1)
+
+
+def normalized(gray: torch.Tensor) -> torch.Tensor:
+    """Local mean removed, local contrast divided out (Eq. 1)."""
+    padded = F.pad(gray, [WINDOW // 2] * 4, mode="replicate")
+    mean = gaussian_blur(padded, WINDOW, SIGMA)
+    deviation = (gaussian_blur(padded**2, WINDOW, SIGMA) - mean**2).abs().sqrt()
+    return (gray - mean) / (deviation + 1)
+
+
+def asymmetric_gaussian(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Moment fit of the asymmetric generalised Gaussian (Eq. 4): (..., h, w) -> shape, left and right scale, each (...)."""
+    square = samples**2
+    left, right = (
+        torch.sqrt((square * side).sum(dim=(-1, -2)) / side.sum(dim=(-1, -2))) for side in (samples < 0, samples > 0)
+    )
+    gamma = left / right
+    ratio = samples.abs().mean(dim=(-1, -2)) ** 2 / square.mean(dim=(-1, -2))
+    ratio = ratio * (gamma**3 + 1) * (gamma + 1) / (gamma**2 + 1) ** 2
+    alphas, moments = shape_table()
+    alpha = alphas[(moments - ratio.unsqueeze(-1)).abs().argmin(dim=-1)]
+    scale = torch.exp((torch.lgamma(1 / alpha) - torch.lgamma(3 / alpha)) / 2)
+    return alpha, left * scale, right * scale
+
+
+def halve(gray: torch.Tensor) -> torch.Tensor:
+    """Half-size bicubic (a = -0.5) with antialiasing and mirrored borders: (N, 1, H, W), H and W even.
+
+    At exactly one half every output pixel uses the same eight taps: the cubic at 1.75, 1.25, 0.75 and 0.25, halved.
+    """
+    taps = gray.new_tensor(HALVING_TAPS + HALVING_TAPS[::-1]).view(1, 1, 1, 8)
+    padded = torch.cat([gray[..., :3].flip(-1), gray, gray[..., -3:].flip(-1)], dim=-1)
+    padded = torch.cat([padded[..., :3, :].flip(-2), padded, padded[..., -3:, :].flip(-2)], dim=-2)
+    return F.conv2d(F.conv2d(padded, taps, stride=(1, 2)), taps.transpose(2, 3), stride=(2, 1))
+
+
+@lru_cache(maxsize=1)
+def shape_table() -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes 0.2 ... 10 in steps of 0.001, and Gamma(2/a)**2 / (Gamma(1/a) Gamma(3/a)) of each."""
+    alpha = 0.2 + 0.001 * torch.arange(9801, dtype=torch.float64)
+    return alpha, torch.exp(2 * torch.lgamma(2 / alpha) - torch.lgamma(1 / alpha) - torch.lgamma(3 / alpha))
+
+
+@lru_cache(maxsize=1)
+def pristine() -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (36,) and covariance (36, 36) of the pristine photographs' features."""
+    package = find_spec("basicsr")  # finds the folder without importing the package
+    path = Path(package.origin).parent / "metrics" / "niqe_pris_params.npz" if package else None
+    if path is None or not path.is_file():
+        raise UserError("NIQE reads basicsr's niqe_pris_params.npz, which is not installed: pip install basicsr==1.4.2")
+    with np.load(path) as parameters:
+        mean, covariance = parameters["mu_pris_param"], parameters["cov_pris_param"]
+    return torch.from_numpy(mean).double().flatten(), torch.from_numpy(covariance).double()

@@ -1,0 +1,104 @@
+"""What each metric is, and the named conventions under which papers compute them."""
+
+from dataclasses import asdict, dataclass
+
+from consissr.config import nearest
+from consissr.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One metric: how to print and to read it."""
+
+    name: str
+    label: str
+    higher: bool
+    """Whether larger values are better."""
+    span: str
+    """Typical range on 4x photographs."""
+    needs: str
+    """'hr' (full reference), 'none' (no reference), 'hr lr' or 'set' (compares two sets of images)."""
+    source: str
+    """'own', 'pyiqa' or 'clip'."""
+    digits: int = 4
+    about: str = ""
+
+    @property
+    def arrow(self) -> str:
+        return "↑" if self.higher else "↓"
+
+
+MEASURES = {
+    measure.name: measure
+    for measure in (
+        Measure(name="psnr", label="PSNR", higher=True, span="20 to 30 dB", needs="hr", source="own", digits=2),
+        Measure(name="ssim", label="SSIM", higher=True, span="0.5 to 0.85 of 1", needs="hr", source="own"),
+        Measure(name="lpips", label="LPIPS", higher=False, span="0.2 to 0.5", needs="hr", source="pyiqa"),
+        Measure(name="dists", label="DISTS", higher=False, span="0.15 to 0.35", needs="hr", source="pyiqa"),
+        Measure(name="fid", label="FID", higher=False, span="25 to 180, strongly biased by the number of images",
+                needs="set", source="pyiqa", digits=2),
+        Measure(name="niqe", label="NIQE", higher=False, span="3 to 10", needs="none", source="own"),
+        Measure(name="clipiqa", label="CLIPIQA", higher=True, span="0.3 to 0.8 of 1", needs="none", source="pyiqa"),
+        Measure(name="musiq", label="MUSIQ", higher=True, span="40 to 75 of 100", needs="none", source="pyiqa",
+                digits=2),
+        Measure(name="maniqa", label="MANIQA", higher=True, span="0.4 to 0.7 of 1", needs="none", source="pyiqa",
+                about="pyiqa's maniqa-pipal; 20 random crops up to pyiqa 0.1.11, a grid of crops since 0.1.12"),
+        Measure(name="clip-i", label="CLIP-I", higher=True, span="0.8 to 1", needs="hr", source="clip",
+                about="cosine of the ViT-B/32 CLIP image embeddings of SR and HR"),
+        Measure(name="delta-clip-i", label="ΔCLIP-I", higher=True, span="0 to 0.02", needs="hr lr", source="clip",
+                about="CLIP-I(SR, HR) / CLIP-I(LR, HR) - 1 (Eq. 5, ConsisSR); the mean is the ratio of the means"),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How one paper or project computes the metrics that leave a choice."""
+
+    name: str
+    psnr_space: str = "y"
+    """Colours of the PSNR: 'y' of YCbCr or 'rgb'. SSIM is on Y everywhere."""
+    crop: int = 0
+    """Pixels cut from each side before full-reference metrics."""
+    local_std_crop: int = 0
+    """Pixels cut from each side before L-STD."""
+    about: str
+
+    def as_text(self) -> str:
+        space = "Y of YCbCr" if self.psnr_space == "y" else "RGB"
+        return f"{self.name}: PSNR on {space}, SSIM on Y, {self.crop} pixels cropped. {self.about}"
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(name="ccsr", about="CCSR's paper (Sec. IV-B); its published values follow this."),
+        Protocol(name="osediff", about="OSEDiff's released metric logs, reproduced exactly."),
+        Protocol(name="ccsr-v1", crop=4, local_std_crop=4, about="The metric scripts of CCSR's first release."),
+        Protocol(name="seesr", crop=4, local_std_crop=4, about="SeeSR, by its author's words."),
+        Protocol(name="consissr-text", psnr_space="rgb", about="ConsisSR as its Sec. 4.1 states it."),
+        Protocol(
+            name="consissr-table",
+            about="ConsisSR as its Table 1 must have been made: rows it shares with CCSR equal CCSR's Y values to "
+            "0.01 dB, where RGB lies about 1.5 dB lower.",
+        ),
+    )
+}
+
+
+def get_protocol(name: str) -> Protocol:
+    if name not in PROTOCOLS:
+        raise UserError(f"unknown protocol '{name}'{nearest(name, list(PROTOCOLS))}")
+    return PROTOCOLS[name]
+
+
+def get_measures(names: list[str]) -> list[Measure]:
+    for name in names:
+        if name not in MEASURES:
+            raise UserError(f"unknown metric '{name}'{nearest(name, list(MEASURES))}")
+    return [MEASURES[name] for name in dict.fromkeys(names)]
+
+
+def describe(measures: list[Measure]) -> dict[str, dict]:
+    """The measures as plain data, for a summary file."""
+    return {measure.name: asdict(measure) for measure in measures}

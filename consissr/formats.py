@@ -1,0 +1,188 @@
+"""What image files can hold: formats, modes, depths, metadata. Needs Pillow only: planning a run must be quick.
+
+`probe` reads a file's header; `Form` says how an image was stored, so that its result can be stored likewise.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import floor
+from pathlib import Path
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from consissr.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How an image is stored. Palettes and bilevel images count as what they are expanded to (RGB, grey)."""
+
+    grey: bool = False
+    alpha: bool = False
+    bits: int = 8  # per sample: 8 or 16
+    cmyk: bool = False
+    profile: bytes | None = None  # embedded ICC profile
+    exif: bytes | None = None  # descriptive tags only; the orientation is applied to the pixels and left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What a file format can hold when this package writes it."""
+
+    name: str  # Pillow's
+    alpha: bool = False
+    deep: bool = False  # 16 bits per sample
+    cmyk: bool = False
+    exif: bool = True
+    longest: int = 2**31 - 1  # pixels of the longest side
+
+    def holds(self, form: Form) -> bool:
+        """True when neither the transparency nor the depth of `form` would be lost."""
+        return (self.alpha or not form.alpha) and (self.deep or form.bits == 8)
+
+
+_JPEG = Format(name="JPEG", cmyk=True, longest=65500)
+_TIFF = Format(name="TIFF", alpha=True, deep=True, cmyk=True)
+WRITABLE = {
+    ".png": Format(name="PNG", alpha=True, deep=True),
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
+    ".webp": Format(name="WEBP", alpha=True, longest=16383),
+    ".tif": _TIFF,
+    ".tiff": _TIFF,
+    ".bmp": Format(name="BMP", exif=False),
+}
+READABLE = frozenset(WRITABLE) | {".avif", ".gif", ".jfif", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm", ".tga"}
+
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error)
+"""What Pillow raises, in practice, on damaged files."""
+
+_KEPT_TAGS = (
+    ExifTags.Base.ImageDescription,
+    ExifTags.Base.Make,
+    ExifTags.Base.Model,
+    ExifTags.Base.Software,
+    ExifTags.Base.DateTime,
+    ExifTags.Base.Artist,
+    ExifTags.Base.HostComputer,
+    ExifTags.Base.Copyright,
+)
+_PIXEL_TAGS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
+
+
+def suffix_for(wanted: str, form: Form) -> str:
+    """The suffix to write `form` under: `wanted` (such as ".jpg") where that format holds it, else ".png"."""
+    target = WRITABLE.get(wanted.lower())
+    return wanted if target is not None and target.holds(form) else ".png"
+
+
+def output_size(height: int, width: int, scale: float, longest: int | None = None) -> tuple[int, int]:
+    """Height and width of the result: floor(scale * side + 0.5), at least 1.
+
+    `longest`, where given, replaces the scale by the one that gives the longest side that many pixels.
+    """
+    if longest is not None:
+        scale = longest / max(height, width)
+    return max(1, floor(scale * height + 0.5)), max(1, floor(scale * width + 0.5))
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, opened with Pillow; all that a bad file makes Pillow raise becomes one clear line.
+
+    Raises:
+        UserError: the path is missing or unreadable, is no image, is damaged, or is too large to be trusted.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except UnidentifiedImageError:
+        reason = "not an image that can be read" if Path(path).stat().st_size else "the file is empty"
+        raise UserError(f"{path}: {reason}") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise UserError(f"{path}: has more than {limit:.0f} million pixels; cut it into parts") from None
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except DAMAGE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: damaged image ({reason})") from None
+
+
+def form_of(image: Image.Image) -> Form:
+    """How `image` (opened, not necessarily loaded) is stored, except for `exif`; its pixels are not looked at.
+
+    Raises:
+        UserError: a mode whose range is not known (floating point) or that is no colour image (LAB, HSV).
+    """
+    mode = image.mode
+    if mode in ("F", "LAB", "HSV"):
+        raise UserError(f"{mode} pixels are not supported; save the image as 8- or 16-bit grey or RGB first")
+    packing = _raw_modes(image)
+    grey = mode in ("1", "L", "LA", "La", "I") or mode.startswith("I;16") or "LA;16B" in packing
+    deep = mode == "I" or mode.startswith("I;16") or any(";16" in raw for raw in packing)
+    # a transparent colour (not a channel) is honoured in 8-bit images only
+    keyed = "transparency" in image.info and not deep and mode != "CMYK"
+    return Form(
+        grey=grey,
+        alpha=keyed or mode in ("LA", "PA", "La", "RGBA", "RGBa"),
+        bits=16 if deep else 8,
+        cmyk=mode == "CMYK",
+        profile=image.info.get("icc_profile") or None,
+    )
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1..8. Pillow itself turns TIFF files when they load; they say 1 from then on."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DAMAGE:  # a damaged EXIF block does not make the picture unreadable
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def probe(path: str | Path) -> tuple[int, int, Form]:
+    """Height and width (as seen: after rotation) and form of an image file, from its header.
+
+    Raises:
+        UserError: as `opened` and `form_of`.
+    """
+    with opened(path) as image:
+        try:
+            form = form_of(image)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        width, height = image.size
+        if orientation(image) >= 5 and image.format != "TIFF":  # Pillow swaps TIFF's sides itself
+            width, height = height, width
+        return height, width, form
+
+
+def _raw_modes(image: Image.Image) -> list[str]:
+    """How the file's samples are packed ("RGB;16B"), one entry per tile; [] for images from no file."""
+    modes = []
+    for tile in getattr(image, "tile", []):
+        arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        modes += [word for word in arguments[:1] if isinstance(word, str)]
+    return modes
+
+
+def kept_exif(image: Image.Image) -> bytes | None:
+    """The descriptive EXIF tags of a loaded image (who, when, with what, where); nothing that speaks of pixels."""
+    try:
+        old = image.getexif()
+        new = Image.Exif()
+        for tag in _KEPT_TAGS:
+            if tag in old:
+                new[tag] = old[tag]
+        for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            tags = {tag: value for tag, value in old.get_ifd(ifd).items() if tag not in _PIXEL_TAGS}
+            tags.pop(ExifTags.Base.ExifInteroperabilityOffset, None)
+            if tags:
+                new[ifd] = tags
+        return new.tobytes() if len(new) else None
+    except DAMAGE:
+        return None

@@ -1,0 +1,125 @@
+"""From a low-quality image to the network's input, and from its output to the restored image: sizes, padding, colours.
+
+`pad`       ours: bicubic to exactly floor(scale side + 0.5), reflection up to the networks' multiple, cropped back.
+`ccsr`      CCSR v2's test script: short side raised to 512, sides floored to multiples of 8 (slightly distorted),
+            colours transferred in 8 bits, bicubic to the final size.
+`consissr`  ConsisSR's: upscaled, short side raised to 512, zeros up to multiples of 64, Lanczos to the final size.
+
+The released rules work on 8-bit images as the authors' code does, with Pillow. All tensors are (B,3,H,W) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from consissr import color
+from consissr.formats import output_size
+from consissr.images import crop, pad_to_multiple, resize, to_uint8
+
+RELEASED_SHORT_SIDE = 512
+"""What both releases raise the short side to, in pixels."""
+
+
+@dataclass
+class Prepared:
+    """One image on its way."""
+
+    x: Tensor
+    """The network's input (1,3,H,W)."""
+    size: tuple[int, int]
+    """Height and width of the result."""
+    upscaled: tuple[int, int]
+    """Height and width of the part of x that is not padding."""
+
+
+def prepare(
+    image: Tensor,
+    scale: float,
+    rule: str,
+    multiple: int,
+    longest: int | None = None,
+    short_side: int = RELEASED_SHORT_SIDE,
+) -> Prepared:
+    """The network's input for one image (1,3,H,W) under a size rule.
+
+    `multiple`: what the networks' input must be a multiple of (pad only). `longest`, where given, sets the result's
+    longest side instead of `scale`. `short_side`: what the released rules raise the short side to.
+    """
+    height, width = image.shape[2:]
+    size = output_size(height, width, scale, longest)
+    if longest is not None:
+        scale = longest / max(height, width)
+    if rule == "pad":
+        x = resize(image, size)
+        return Prepared(pad_to_multiple(x, multiple), size, size)
+    if rule == "ccsr":
+        x = to_tensor(ccsr_input(to_pil(image), scale, short_side))
+        return Prepared(x, size, tuple(x.shape[2:]))
+    lq = to_pil(image)
+    lq = lq.resize((ceil(lq.width * scale), ceil(lq.height * scale)), Image.Resampling.BICUBIC) if scale != 1 else lq
+    raised = raise_short_side(lq, short_side)
+    x = to_tensor(raised)
+    bottom, right = -x.shape[2] % 64, -x.shape[3] % 64
+    x = torch.nn.functional.pad(x, (0, right, 0, bottom), value=-1.0)
+    return Prepared(x, (lq.height, lq.width), (raised.height, raised.width))
+
+
+def finish(prepared: Prepared, y: Tensor, rule: str, color_fix: str) -> Tensor:
+    """The restored image (1,3,*prepared.size) in [-1, 1] from the decoder's output y (1,3,H,W), not clamped."""
+    x = prepared.x / 2 + 0.5
+    if rule == "pad":
+        y = crop(y / 2 + 0.5, prepared.upscaled)
+        return (transfer(y, crop(x, prepared.upscaled), color_fix) * 2 - 1).clamp(-1, 1)
+    if rule == "ccsr":
+        y = truncated(transfer(to_uint8(y) / 255, x, color_fix) if color_fix != "none" else to_uint8(y) / 255)
+        return to_tensor(to_pil(y).resize(prepared.size[::-1], Image.Resampling.BICUBIC))
+    y = crop(truncated(transfer(y / 2 + 0.5, x, color_fix)), prepared.upscaled)
+    return to_tensor(to_pil(y).resize(prepared.size[::-1], Image.Resampling.LANCZOS))
+
+
+def transfer(content: Tensor, style: Tensor, color_fix: str) -> Tensor:
+    """Colours of `style` for `content`, both in [0, 1], by 'adain', 'wavelet' or 'none'."""
+    return (
+        content if color_fix == "none" else {"adain": color.adain, "wavelet": color.wavelet}[color_fix](content, style)
+    )
+
+
+def truncated(y: Tensor) -> Tensor:
+    """[0, 1] -> [-1, 1], cut down to 8-bit levels as the releases' cast to uint8 does, instead of rounded."""
+    return (y.clamp(0, 1) * 255).floor() / 127.5 - 1
+
+
+def ccsr_input(lq: Image.Image, upscale: float, short_side: int = RELEASED_SHORT_SIDE) -> Image.Image:
+    """CCSR v2's network input for an RGB image: see the module's text."""
+    least = short_side // upscale
+    if min(lq.size) < least:
+        scale = least / min(lq.size)
+        lq = lq.resize((round(scale * lq.width), round(scale * lq.height)))
+    lq = lq.resize((round(lq.width * upscale), round(lq.height * upscale)))
+    return lq.resize((lq.width // 8 * 8, lq.height // 8 * 8))
+
+
+def raise_short_side(image: Image.Image, least: int) -> Image.Image:
+    """Bicubic enlargement, sides rounded up, to a short side of `least`; larger images stay as they are."""
+    short = min(image.size)
+    if short >= least:
+        return image
+    scale = least / short
+    return image.resize((ceil(image.width * scale), ceil(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def to_pil(x: Tensor) -> Image.Image:
+    """(1,3,H,W) in [-1, 1] -> an 8-bit RGB image, rounded."""
+    return Image.fromarray(to_uint8(x[0]).permute(1, 2, 0).cpu().numpy())
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An 8-bit RGB image -> (1,3,H,W) in [-1, 1]."""
+    array = torch.from_numpy(np.asarray(image.convert("RGB")).copy())
+    return array.permute(2, 0, 1)[None].float() / 127.5 - 1

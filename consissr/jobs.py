@@ -1,0 +1,263 @@
+"""What a run over image files will do: which files, under which names. No torch here: mistakes must show at once.
+
+A plan depends on the inputs and flags only, not on what exists in the output folder, so that every process of a
+distributed run makes the same plan and takes its share of it.
+"""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from consissr import formats
+from consissr.errors import UserError
+
+BYTES_PER_PIXEL = 80
+"""Memory that one pixel of a result takes at most beside the model: float RGB copies and their rounding."""
+
+_LISTS = (".txt", ".lst")
+_ENVIRONMENT = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One image to restore."""
+
+    source: Path
+    key: str  # path below the input folder, with "/": names the image's noise
+    repeat: int = 0
+    height: int = 0
+    width: int = 0
+    out_height: int = 0
+    out_width: int = 0
+    ext: str = ""  # of the target
+    target: Path | None = None  # None: nothing will be written
+    error: str = ""  # why this file cannot be restored, where its header already says so
+
+
+@dataclass(frozen=True, kw_only=True)
+class Naming:
+    """Where results go and how large they are."""
+
+    output: Path
+    scale: float = 4.0
+    longest: int | None = None  # pixels of the longest side; replaces the scale
+    suffix: str | None = None  # between stem and extension; None: only where input and output share a folder
+    ext: str = "auto"  # "auto": the input's where it can be written, else png
+    repeat: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= 64:
+            raise UserError(f"--scale {self.scale:g} is out of range: use a number above 0, up to 64")
+        if self.longest is not None and self.longest < 1:
+            raise UserError(f"--longest-side {self.longest} is out of range: use at least 1")
+        if self.repeat < 1:
+            raise UserError(f"--repeat {self.repeat} is out of range: use at least 1")
+        if self.suffix and ("/" in self.suffix or os.sep in self.suffix):
+            raise UserError(f"--suffix '{self.suffix}' has a path separator: use plain characters such as _x4")
+
+    @property
+    def label(self) -> str:
+        """Suffix of results that stand beside their inputs."""
+        return f"_{self.longest}px" if self.longest else f"_x{self.scale:g}"
+
+
+def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False) -> list[Job]:
+    """Every job of a run, in a fixed order; jobs whose file cannot be read carry the reason.
+
+    Raises:
+        UserError: no images; an input that does not exist; an output that would replace an input, or another output.
+    """
+    single = len(inputs) == 1 and Path(inputs[0]).is_file() and Path(inputs[0]).suffix.lower() not in _LISTS
+    to_file = naming.output.suffix.lower() in formats.WRITABLE and not naming.output.is_dir()
+    if to_file and (not single or naming.repeat > 1):
+        raise UserError(f"--output {naming.output} names one file, but there are several results: give a folder")
+    if not naming.output.is_dir() and not to_file:
+        if naming.output.exists() or naming.output.suffix.lower() in formats.READABLE:
+            known = " ".join(formats.WRITABLE)
+            raise UserError(f"--output {naming.output} is neither a folder nor an image file that is written ({known})")
+
+    found = {}  # absolute path -> job; a file named twice is restored once
+    for text in inputs:
+        for job in _find(text, recursive, naming.output):
+            found.setdefault(os.path.abspath(job.source), job)
+    jobs = [_measured(job, naming) for job in found.values()]
+    if not jobs:
+        hint = "" if recursive else " (sub-folders are searched with --recursive)"
+        raise UserError(
+            f"no images in {', '.join(inputs)}{hint}; image files end in {' '.join(sorted(formats.READABLE))}"
+        )
+    if to_file:
+        jobs = [_to_file(job, naming.output) for job in jobs]
+    else:
+        jobs = _named(jobs, naming)
+    _check_targets(jobs, found)
+    return [
+        replace(job, repeat=r, target=job.target and _in_sample(job.target, naming, r))
+        for r in range(naming.repeat)
+        for job in jobs
+    ]
+
+
+def share(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
+    """The jobs of one process."""
+    return list(jobs[rank::world])
+
+
+def processes() -> tuple[int, int, int]:
+    """(rank, local rank, number of processes), as `accelerate launch` and `torchrun` pass them on; (0, 0, 1) alone."""
+    rank, local, world = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
+    if not 0 <= rank < world:
+        raise UserError(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit: use torchrun")
+    return rank, local, world
+
+
+def drop_existing(jobs: Iterable[Job], skip: bool, overwrite: bool) -> tuple[list[Job], list[Job]]:
+    """(jobs to do, jobs whose result exists and is kept).
+
+    Raises:
+        UserError: results exist, and neither `skip` nor `overwrite` says what to do with them.
+    """
+    jobs = list(jobs)
+    if overwrite:
+        return jobs, []
+    existing = [job for job in jobs if job.target is not None and job.target.exists()]
+    if existing and not skip:
+        rest = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise UserError(
+            f"{existing[0].target}{rest} exist already: use --overwrite, --skip-existing or another --output"
+        )
+    return [job for job in jobs if job not in existing], existing
+
+
+# --- finding ---
+
+
+def _find(text: str, recursive: bool, output: Path) -> list[Job]:
+    """The images that one --input word names: a file, a list of files, a folder, or a pattern."""
+    path = Path(text)
+    try:
+        if path.is_dir():
+            return _in_folder(path, recursive, output)
+        if path.is_file():
+            return _in_list(path) if path.suffix.lower() in _LISTS else [Job(source=path, key=path.name)]
+    except OSError as error:
+        raise UserError(f"{text}: cannot be read ({error.strerror})") from None
+    if glob.has_magic(text):
+        matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
+        fixed = Path(text)
+        while glob.has_magic(str(fixed)):
+            fixed = fixed.parent
+        return [Job(source=p, key=p.relative_to(fixed).as_posix()) for p in matches if _is_image(p)]
+    raise UserError(f"{text}: no such file or folder")
+
+
+def _in_folder(folder: Path, recursive: bool, output: Path) -> list[Job]:
+    """Image files of `folder`, by name; hidden files, other files and the output folder are passed over."""
+    jobs, errors = [], []
+    for root, folders, files in os.walk(folder, onerror=errors.append):
+        here = Path(root)
+        if recursive:
+            folders[:] = sorted(
+                name for name in folders if not name.startswith(".") and (here / name).resolve() != output.resolve()
+            )
+        else:
+            folders.clear()
+        paths = [here / name for name in files if _is_image(Path(name))]
+        jobs += [Job(source=path, key=path.relative_to(folder).as_posix()) for path in paths]
+    for error in errors:
+        if Path(error.filename) == folder:
+            raise error
+        key = Path(error.filename).relative_to(folder).as_posix()
+        jobs.append(Job(source=Path(error.filename), key=key, error=f"cannot be read ({error.strerror})"))
+    return sorted(jobs, key=lambda job: job.key)
+
+
+def _in_list(path: Path) -> list[Job]:
+    """One image per line, relative to the list's folder; empty lines and lines that begin with # do not count."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: a list of images must be UTF-8 text, one path per line") from None
+    jobs = []
+    for line in (line.strip() for line in lines):
+        if line and not line.startswith("#"):
+            source = path.parent / line
+            inside = source.resolve().is_relative_to(path.parent.resolve())
+            key = Path(os.path.relpath(source, path.parent)).as_posix() if inside else source.name
+            jobs.append(Job(source=source, key=key))
+    return jobs
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in formats.READABLE and not path.name.startswith(".")
+
+
+# --- measuring and naming ---
+
+
+def _measured(job: Job, naming: Naming) -> Job:
+    """`job` with the sizes of its image and result and the suffix of its target, or with the reason against it."""
+    if job.error:
+        return job
+    try:
+        height, width, form = formats.probe(job.source)
+    except UserError as error:
+        return replace(job, error=str(error).removeprefix(f"{job.source}: "))
+    rows, columns = formats.output_size(height, width, naming.scale, naming.longest)
+    job = replace(job, height=height, width=width, out_height=rows, out_width=columns)
+    needed, free = rows * columns * BYTES_PER_PIXEL / 2**30, psutil.virtual_memory().available / 2**30
+    if needed > free:
+        size = f"{width}x{height} to {columns}x{rows}"
+        return replace(job, error=f"{size} needs about {needed:.0f} GB, {free:.0f} are free; use a smaller --scale")
+    wanted = job.source.suffix if naming.ext == "auto" else f".{naming.ext.removeprefix('.')}"
+    return replace(job, ext=formats.suffix_for(wanted, form))
+
+
+def _named(jobs: list[Job], naming: Naming) -> list[Job]:
+    """Jobs with their full targets: the key's folders and stem below the output folder."""
+
+    def target(job: Job, with_old_suffix: bool) -> Path:
+        folder = naming.output / Path(job.key).parent
+        beside = folder.resolve() == job.source.parent.resolve() and naming.repeat == 1
+        mark = naming.suffix if naming.suffix is not None else naming.label if beside else ""
+        old = f"_{job.source.suffix.removeprefix('.')}" if with_old_suffix else ""
+        return folder / f"{job.source.stem}{old}{mark}{job.ext}"
+
+    taken = Counter(target(job, False) for job in jobs if job.ext)
+    return [replace(job, target=target(job, taken[target(job, False)] > 1)) if job.ext else job for job in jobs]
+
+
+def _to_file(job: Job, output: Path) -> Job:
+    """`job` with the target that the user named."""
+    if job.error:
+        return job
+    if not formats.WRITABLE[output.suffix.lower()].holds(formats.probe(job.source)[2]):
+        return replace(job, error=f"{output.suffix} cannot hold its transparency or 16 bits; use .png")
+    return replace(job, target=output)
+
+
+def _in_sample(target: Path, naming: Naming, repeat: int) -> Path:
+    """`target` moved to the folder of one repeat: output/sample0/..., output/sample1/..."""
+    if naming.repeat == 1:
+        return target
+    return naming.output / f"sample{repeat}" / target.relative_to(naming.output)
+
+
+def _check_targets(jobs: list[Job], inputs: Iterable[str]) -> None:
+    """Refuse results that would replace an input, or each other."""
+    sources = {os.path.realpath(path) for path in inputs}
+    seen: dict[Path, Job] = {}
+    for job in jobs:
+        if job.target is None:
+            continue
+        if os.path.realpath(job.target) in sources:
+            raise UserError(f"{job.target} would replace an input: use another --output or --suffix")
+        if job.target in seen:
+            other = seen[job.target].source
+            raise UserError(f"{other} and {job.source} would both become {job.target}: restore them separately")
+        seen[job.target] = job

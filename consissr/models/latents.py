@@ -1,0 +1,128 @@
+"""The one owner of latents: the autoencoder, its scaling factor, its total down-sampling, sample versus mode."""
+
+from __future__ import annotations
+
+import json
+from math import isqrt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from consissr.checkpoint import WEIGHTS, load_strict, read_weights, write_weights
+from consissr.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+LINEAR_PATH = "linear_path.safetensors"
+
+
+class LinearPath(nn.Module):
+    """The part of the code that is linear in f x f blocks of pixels, beside the autoencoder's networks.
+
+    A small network learns natural images' principal components slowly, so `nano` is given them: its encoder and decoder
+    only learn what is to be added. Both directions are trained on.
+    """
+
+    def __init__(self, channels: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.analysis = nn.Conv2d(3 * factor**2, channels, 1, bias=False)
+        self.synthesis = nn.Conv2d(channels, 3 * factor**2, 1, bias=False)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, whitening: float) -> None:
+        """Principal components of images `x` (B, 3, H, W), of unit mean variance; `whitening` 1 makes all variances 1.
+
+        Component i with variance v_i is scaled by v_i^(-whitening / 2).
+        """
+        blocks = F.pixel_unshuffle(x, self.factor).permute(0, 2, 3, 1).flatten(0, 2).double()  # (blocks, 3 f^2)
+        variance, axes = torch.linalg.eigh(blocks.T @ blocks / len(blocks))
+        count = self.analysis.out_channels
+        variance, axes = variance.flip(0)[:count], axes.flip(1)[:, :count]
+        gain = variance.pow(-whitening / 2)
+        gain = gain / (variance * gain**2).mean().sqrt()
+        self.analysis.weight.copy_((axes * gain).T[:, :, None, None])
+        self.synthesis.weight.copy_((axes / gain)[:, :, None, None])
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, H/f, W/f)."""
+        return self.analysis(F.pixel_unshuffle(x, self.factor))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, h f, w f)."""
+        return F.pixel_shuffle(self.synthesis(z), self.factor)
+
+
+class Latents(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] <-> scaled latents (B, C, H/f, W/f).
+
+    Wraps a diffusers AutoencoderKL. Where its input has 3 p^2 channels instead of 3, pixels are folded into channels
+    (space-to-depth by p) first and unfolded last, so that no convolution runs at full resolution. Where its config
+    says `linear_path`, a LinearPath is added to the posterior's mean and to the decoder's output. (`nano` has both.)
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scale: float = vae.config.scaling_factor
+        self.channels: int = vae.config.latent_channels
+        self.patch: int = isqrt(vae.config.in_channels // 3)
+        if 3 * self.patch**2 != vae.config.in_channels:
+            raise UserError(f"the autoencoder takes {vae.config.in_channels} channels: 3 p^2 with a whole p is needed")
+        self.factor: int = self.patch * 2 ** (len(vae.config.block_out_channels) - 1)
+        self.linear = LinearPath(self.channels, self.factor) if vae.config.get("linear_path") else None
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the posterior, unscaled, each (B, C, H/f, W/f)."""
+        posterior = self.vae.encode(self._fold(x)).latent_dist
+        mean = posterior.mean if self.linear is None else posterior.mean + self.linear.encode(x)
+        return mean, posterior.logvar
+
+    def encode(self, x: Tensor, posterior: str = "mode", noise: Tensor | None = None) -> Tensor:
+        """Scaled latents of images `x`: the posterior's 'mode', or its 'sample' with standard normal `noise`."""
+        mean, logvar = self.moments(x)
+        if posterior == "mode":
+            return mean * self.scale
+        if noise is None:
+            raise ValueError("a posterior sample needs its noise: pass `noise` of the latent's shape")
+        return (mean + torch.exp(0.5 * logvar) * noise) * self.scale
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images of scaled latents `z`, about [-1, 1], not clamped."""
+        z = z / self.scale
+        image = self._unfold(self.vae.decode(z).sample)
+        return image if self.linear is None else image + self.linear.decode(z)
+
+    def _fold(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
+
+
+def load_latents(folder: Path) -> Latents:
+    """The autoencoder of a `vae/` folder in diffusers' layout, float32 on the CPU. UserError if it is damaged."""
+    from diffusers import AutoencoderKL
+
+    settings = json.loads((folder / "config.json").read_text())
+    linear_path = settings.pop("linear_path", False)
+    vae = AutoencoderKL.from_config(settings)
+    vae.register_to_config(linear_path=linear_path)
+    latents = Latents(vae)
+    load_strict(vae, read_weights(folder / WEIGHTS), str(folder))
+    if latents.linear is not None:
+        load_strict(latents.linear, read_weights(folder / LINEAR_PATH), str(folder / LINEAR_PATH))
+    return latents
+
+
+def save_latents(folder: Path, latents: Latents, dtype: torch.dtype | None = None) -> None:
+    """Write what `load_latents` reads; `dtype` is the storage type."""
+    folder.mkdir(parents=True, exist_ok=True)
+    latents.vae.save_config(folder)
+    write_weights(folder / WEIGHTS, latents.vae.state_dict(), dtype)
+    if latents.linear is not None:
+        write_weights(folder / LINEAR_PATH, latents.linear.state_dict(), dtype)

@@ -1,0 +1,221 @@
+"""The autoencoder on images too large for it: encoding and decoding tile by tile.
+
+`exact`        equals the untiled result up to rounding: every GroupNorm sees the statistics of the whole image, every
+               convolution the pixels it would see, the middle attention all positions.
+`windowed`     the same, but the middle attention looks at windows, so its cost grows with the image's area only.
+`as_released`  the decoder of CCSR's release: tiles padded by 11, norms with means and variances averaged over the
+               padded tiles, attention per tile (the encoder runs untiled). An approximation; for comparisons.
+
+How the first two save memory: the network is a list of operations, cut into segments. A segment's output is computed
+tile by tile from its stored input, each tile read with the margin that its convolutions need. Before that, each norm
+in the segment gets its statistics from a pass over the same tiles that ends at this norm. A map is stored wherever it
+takes no more memory than a few tiles do; where maps are larger, segments grow longer and work is repeated instead.
+"""
+
+from __future__ import annotations
+
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+
+from consissr.config import check_word
+from consissr.errors import UserError
+from consissr.models.latents import Latents
+from consissr.models.vae_ops import Box, Op, Tile, advance, box_before, decoder_ops, encoder_ops, size_after
+
+MODES = ("exact", "windowed", "as_released")
+KEEP_TILES = 4
+"""A map is stored if it is no larger than this many tiles at full resolution."""
+RELEASED_MARGIN = 11
+"""The margin of CCSR's decoder tiles, in latent pixels."""
+
+
+class Statistics:
+    """Mean and variance per image and group, gathered over tiles without loss (Chan's parallel formula), float64."""
+
+    def __init__(self, groups: int):
+        self.groups, self.count = groups, 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in the values of a tile (B,C,h,w)."""
+        variance, mean = torch.var_mean(x.reshape(len(x), self.groups, -1).float(), dim=2, correction=0)
+        count, mean, spread = x[0].numel() // self.groups, mean.double(), variance.double()
+        if not self.count:
+            self.count, self.mean, self.spread = count, mean, spread * count
+            return
+        delta, total = mean - self.mean, self.count + count
+        self.spread += spread * count + delta**2 * (self.count * count / total)
+        self.mean, self.count = self.mean + delta * (count / total), total
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(mean, variance), each (B, groups), float32."""
+        return self.mean.float(), (self.spread / self.count).float()
+
+
+class TileRunner:
+    """Runs a list of operations on a map (B,C,H,W) through tiles; `tile` is a side in latent pixels."""
+
+    def __init__(self, ops: list[Op], tile: int, latent_size: tuple[int, int], windowed: bool):
+        self.ops, self.tile, self.latent_size, self.windowed = ops, tile, latent_size, windowed
+        self.statistics: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def run(self, x: Tensor) -> Tensor:
+        """The whole result."""
+        self.sizes = [tuple(x.shape[2:])]
+        for op in self.ops:
+            self.sizes.append(size_after(op, self.sizes[-1]))
+        self.factor = max(height for height, _ in self.sizes) // self.latent_size[0]
+        start = 0
+        for stop in self.cuts(x):
+            x, start = self.segment(x, start, stop), stop
+        return x
+
+    def cuts(self, x: Tensor) -> list[int]:
+        """Where maps are stored: after these many operations. Never inside a residual block."""
+        widest = max(op.module.out_channels for op in self.ops if op.kind in ("conv", "up", "down"))
+        budget = KEEP_TILES * widest * (self.tile * self.factor) ** 2
+        found, depth, channels = [], 0, x.shape[1]
+        for i, op in enumerate(self.ops):
+            depth += (op.kind == "push") - (op.kind == "add")
+            channels = op.module.out_channels if op.kind in ("conv", "up", "down") else channels
+            small = channels * prod(self.sizes[i + 1]) <= budget or self.sizes[i + 1] == self.latent_size
+            following = self.ops[i + 1].kind if i + 1 < len(self.ops) else None
+            if not depth and (small or following in (None, "attention")):
+                found.append(i + 1)
+        return found
+
+    def segment(self, source: Tensor, start: int, stop: int) -> Tensor:
+        """Operations start..stop-1 on a stored map."""
+        if self.ops[start].kind == "attention" and not self.windowed:
+            own = Tile(source, Box(0, source.shape[2], 0, source.shape[3]), self.sizes[start])
+            return advance(own, self.ops[start], None).x
+        for i in range(start, stop):
+            if self.ops[i].kind in ("norm", "attention"):
+                norm = self.ops[i].module if self.ops[i].kind == "norm" else self.ops[i].module.group_norm
+                gathered = Statistics(norm.num_groups)
+                for box in self.boxes(i):
+                    gathered.add(self.part(source, start, i, box))
+                self.statistics[i] = gathered.result()
+        out = None
+        for box in self.boxes(stop):
+            part = self.part(source, start, stop, box)
+            if out is None:
+                out = part.new_empty(*part.shape[:2], *self.sizes[stop])
+            box.of(out).copy_(part)
+        return out
+
+    def boxes(self, i: int) -> list[Box]:
+        """Tiles of the map after i operations."""
+        height, width = self.sizes[i]
+        side = max(self.tile * height // self.latent_size[0], 1)
+        return [
+            Box(top, min(top + side, height), left, min(left + side, width))
+            for top in range(0, height, side)
+            for left in range(0, width, side)
+        ]
+
+    def part(self, source: Tensor, start: int, stop: int, box: Box) -> Tensor:
+        """A part of the map after `stop` operations, from the stored map after `start`."""
+        needed = box
+        for i in reversed(range(start, stop)):
+            needed = box_before(self.ops[i], needed, self.sizes[i])
+        tile = Tile(needed.of(source), needed, self.sizes[start])
+        for i in range(start, stop):
+            tile = advance(tile, self.ops[i], self.statistics.get(i))
+        return box.inside(tile.box).of(tile.x)
+
+
+class PooledTiles:
+    """CCSR's released tiled decoder: padded tiles side by side through every operation, statistics averaged."""
+
+    def __init__(self, ops: list[Op], tile: int):
+        self.ops, self.tile = ops, tile
+
+    def run(self, z: Tensor) -> Tensor:
+        """(B,C,h,w) -> the decoder's output, tiles set side by side without blending."""
+        size = tuple(z.shape[2:])
+        cores = self.cores(size)
+        padded = [core.grown(RELEASED_MARGIN, size) for core in cores]
+        tiles = [Tile(x, Box(0, x.shape[2], 0, x.shape[3]), tuple(x.shape[2:])) for x in (b.of(z) for b in padded)]
+        for op in self.ops:
+            pooled = None
+            if op.kind in ("norm", "attention"):
+                norm = op.module if op.kind == "norm" else op.module.group_norm
+                pooled = pooled_statistics([tile.x for tile in tiles], norm.num_groups)
+            tiles = [advance(tile, op, pooled) for tile in tiles]
+        factor = tiles[0].size[0] // (padded[0].bottom - padded[0].top)
+        out = z.new_empty(len(z), tiles[0].x.shape[1], size[0] * factor, size[1] * factor)
+        for core, outer, tile in zip(cores, padded, tiles, strict=True):
+            place, within = (Box(*(edge * factor for edge in box)) for box in (core, core.inside(outer)))
+            place.of(out).copy_(within.of(tile.x))
+        return out
+
+    def cores(self, size: tuple[int, int]) -> list[Box]:
+        """The boxes whose results are kept; those at the border reach it."""
+        rows, columns = (self.spans(length) for length in size)
+        return [Box(*row, *column) for row in rows for column in columns]
+
+    def spans(self, length: int) -> list[tuple[int, int]]:
+        """One axis of `cores`."""
+        margin = RELEASED_MARGIN
+        count = max(ceil((length - 2 * margin) / self.tile), 1)
+        real = best_size(ceil((length - 2 * margin) / count), self.tile)
+        found = []
+        for i in range(count):
+            first, last = margin + i * real, min(margin + (i + 1) * real, length)
+            found.append((first if first > margin else 0, last if last < length - margin else length))
+        return found
+
+
+def best_size(least: int, most: int) -> int:
+    """`least` raised to a multiple of 32, 16, 8, 4 or 2 (the first that stays within `most`), or as it is."""
+    for divisor in (32, 16, 8, 4, 2):
+        raised = ceil(least / divisor) * divisor
+        if raised == least or raised <= most:
+            return raised
+    return least
+
+
+def pooled_statistics(parts: list[Tensor], groups: int) -> tuple[Tensor, Tensor]:
+    """Means and within-tile variances averaged by pixel count; that the tiles' means differ is ignored."""
+    share = torch.tensor([x.shape[2] * x.shape[3] for x in parts], dtype=torch.float32, device=parts[0].device)
+    share = (share / share.sum())[:, None, None]
+    moments = [torch.var_mean(x.reshape(len(x), groups, -1).float(), dim=2, correction=0) for x in parts]
+    variance, mean = ((torch.stack(values) * share).sum(0) for values in zip(*moments, strict=True))
+    return mean, variance
+
+
+class TiledLatents(Latents):
+    """Latents whose autoencoder works in tiles of `tile` latent pixels a side, in one of the MODES.
+
+    Shares the weights of the `latents` it is made from. Images that fit one tile go through untiled.
+    """
+
+    def __init__(self, latents: Latents, tile: int, mode: str = "exact") -> None:
+        super().__init__(latents.vae)
+        check_word(mode, MODES, "vae_tiling")
+        if tile < 1:
+            raise UserError(f"an autoencoder tile of {tile} latent pixels is too small: use at least 1")
+        self.linear, self.tile, self.mode = latents.linear, tile, mode
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As Latents.moments."""
+        size = (x.shape[2] // self.factor, x.shape[3] // self.factor)
+        if max(size) <= self.tile or self.mode == "as_released":
+            return super().moments(x)
+        runner = TileRunner(encoder_ops(self.vae), self.tile, size, self.mode == "windowed")
+        mean, logvar = runner.run(self._fold(x)).chunk(2, dim=1)
+        return mean if self.linear is None else mean + self.linear.encode(x), logvar.clamp(-30, 20)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """As Latents.decode."""
+        size, ops = (z.shape[2], z.shape[3]), decoder_ops(self.vae)
+        if max(size) <= self.tile + (2 * RELEASED_MARGIN if self.mode == "as_released" else 0):
+            return super().decode(z)
+        z = z / self.scale
+        if self.mode == "as_released":
+            image = self._unfold(PooledTiles(ops, self.tile).run(z))
+        else:
+            image = self._unfold(TileRunner(ops, self.tile, size, self.mode == "windowed").run(z))
+        return image if self.linear is None else image.add_(self.linear.decode(z))

@@ -1,0 +1,286 @@
+"""Reader of the checkpoint that ConsisSR's authors published: one file in LDM naming with everything in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from consissr import ldm
+from consissr.config import ModelConfig, SamplerConfig
+from consissr.diffusion.schedule import alpha_bar
+from consissr.errors import UserError
+from consissr.ldm import Report, State
+from consissr.models.attention import replace_blocks
+from consissr.models.controlnet import empty_controlnet
+from consissr.models.image_prompt import Adapter, ImagePrompt
+from consissr.models.latents import Latents
+from consissr.models.text import OpenClipText
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel, UNet2DConditionModel
+    from open_clip import CLIP
+
+SCHEDULE = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "logvar",
+    "lvlb_weights",
+)
+"""Tables that the authors' files carry and that follow from the noise schedule."""
+
+ADAPTER = {"0": "norm", "1": "linear_1", "4": "linear_2", "6": "linear_3"}
+"""The release's layer numbers of the image adapter."""
+
+HEAD_WIDTHS = {1280: 80}
+"""CLIP tower width -> width of a head, where it isn't 64 (ViT-H-14); the weights don't show it."""
+
+AS_RELEASED = SamplerConfig(
+    plan="ddpm",
+    steps=50,
+    start="noise",
+    guidance=5.0,
+    positive="clean, high-resolution, 8k",
+    negative="dotted, noise, blur, lowres, smooth",
+    geometry="consissr",
+)
+"""How the authors sample."""
+
+
+@dataclass
+class Released:
+    """A published ConsisSR model, all parts float32 on the CPU."""
+
+    model: ModelConfig
+    """Which additions the weights have."""
+    unet: UNet2DConditionModel
+    controlnet: ControlNetModel
+    latents: Latents
+    """The autoencoder."""
+    hint_latents: Latents
+    """What encodes the hint: the same object, unless the file's copy of the encoder (`cond_encoder`) differs."""
+    text: OpenClipText
+    image_prompt: ImagePrompt
+    alpha_bar: Tensor
+    sampler: SamplerConfig = field(default_factory=lambda: AS_RELEASED)
+    stage: str = "tala"
+    """'tala' for a finished model, 'rclip' for a stage-1 file (its UNet and ControlNet are untrained)."""
+    report: Report = field(default_factory=Report)
+
+
+def is_released(state: State) -> bool:
+    """Whether the keys are those of ConsisSR's release."""
+    return any(name.startswith("cond_stage_model.ft_layers_4.") for name in state)
+
+
+def read(source: str | Path | State, clip: dict[str, Any] | None = None) -> Released:
+    """The authors' model from a file or a state dict, every key accounted for in `report`.
+
+    `clip` is an open_clip model config (embed_dim, vision_cfg, text_cfg); without it sizes come from the weights, with
+    ViT-H-14's head widths. UserError for a file that is not ConsisSR's, is incomplete, or has keys left over.
+    """
+    state = dict(source) if isinstance(source, dict) else ldm.read_state(source)
+    if not is_released(state):
+        raise UserError("the checkpoint is not a ConsisSR release: it has no cond_stage_model.ft_layers_4 keys")
+    report = Report()
+    teacher = ldm.take(state, "cond_stage_model.model.v_fix.")
+    report.ignored["teacher of the RCLIP stage"] = list(teacher)
+    schedule = read_schedule(state, report)
+    unet, model = read_unet(ldm.take(state, "model.diffusion_model."), report)
+    controlnet = read_controlnet(ldm.take(state, "control_model."), unet, model, report)
+    latents = read_latents(ldm.take(state, "first_stage_model."), report)
+    hint_latents = read_hint_encoder(ldm.take(state, "cond_encoder."), latents, report)
+    tower = ldm.take(state, "cond_stage_model.model.")
+    adapter = ldm.take(state, "cond_stage_model.ft_layers_4.")
+    if state:
+        name, rest = next(iter(state)), len(state) - 1
+        raise UserError(f"the checkpoint has an unknown key, {name} ({rest} more): it is not a ConsisSR release")
+    encoder = read_clip(tower, clip, report)
+    return Released(
+        model=model,
+        unet=unet,
+        controlnet=controlnet,
+        latents=latents,
+        hint_latents=hint_latents,
+        text=OpenClipText(encoder).eval(),
+        image_prompt=ImagePrompt(encoder.visual, read_adapter(adapter, report)).eval(),
+        alpha_bar=schedule,
+        stage="rclip" if teacher else "tala",
+        report=report,
+    )
+
+
+def read_schedule(state: State, report: Report) -> Tensor:
+    """alpha_bar, float64 [T], after checking that it is the one the file was trained with; removes the tables."""
+    tables = {name: state.pop(name) for name in SCHEDULE if name in state}
+    report.ignored["tables of the noise schedule"] = list(tables)
+    known = alpha_bar()
+    stored = tables.get("alphas_cumprod")
+    if stored is not None and (stored.shape != known.shape or (stored.double() - known).abs().max() > 1e-6):
+        raise UserError("the checkpoint was trained with another noise schedule than Stable Diffusion's")
+    return known
+
+
+def read_unet(
+    state: State, report: Report, heads: Sequence[int] | None = None
+) -> tuple[UNet2DConditionModel, ModelConfig]:
+    """The UNet with ConsisSR's additions where the weights have them, and what those are; `heads`: per level."""
+    from diffusers import UNet2DConditionModel
+
+    _, levels = ldm.encoder_pairs(state)
+    config = ldm.network_config(state, levels, heads)
+    config["out_channels"] = ldm.require(state, "out.2.weight").shape[0]
+    config["up_block_types"] = tuple(kind.replace("Down", "Up") for kind in reversed(config["down_block_types"]))
+    model = additions(state, levels)
+    if model.position_embedding:
+        config["sample_size"] = model.position_embedding
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+        replace_blocks(unet, model)
+    ldm.load_strict(unet, unet_names(state), "unet", report)
+    return unet.eval(), model
+
+
+def unet_names(state: State) -> State:
+    """A UNet's weights under diffusers' names and ours."""
+    pairs, levels = ldm.encoder_pairs(state)
+    return ldm.rename(state, pairs | ldm.decoder_pairs(state, levels), ldm.RESNET)
+
+
+def additions(state: State, levels: list[ldm.Level]) -> ModelConfig:
+    """Which of ConsisSR's additions a UNet's weights have."""
+    depth, level = next((i, level) for i, level in enumerate(levels) if level.transformer)
+    block = f"{level.transformer}.transformer_blocks.0"
+    positions = state.get(f"{block}.attn1.position_emb")
+    side = 0 if positions is None else isqrt(positions.shape[0])
+    hpa = f"{block}.attn2.to_out_ip.0.weight" in state
+    return ModelConfig(
+        hint="stack",
+        position_embedding=side * 2**depth,
+        transposed_attention=f"{block}.attnT.to_qkv.weight" in state,
+        image_prompt="hpa" if hpa else "none",
+        image_kv="separate" if f"{block}.attn2.to_v_ip.weight" in state else "shared",
+        image_tokens="pooled",
+        adapter_init="as_released",
+    )
+
+
+def read_controlnet(
+    state: State, unet: UNet2DConditionModel, model: ModelConfig, report: Report
+) -> ControlNetModel:
+    """The ControlNet of the same sizes as `unet`."""
+    from diffusers import ControlNetModel
+
+    with torch.device("meta"):
+        stock = ControlNetModel.from_unet(
+            unet, load_weights_from_unet=False, conditioning_channels=unet.config.in_channels
+        )
+        controlnet = empty_controlnet(stock.config, model)
+    ldm.load_strict(controlnet, controlnet_names(state), "controlnet", report)
+    return controlnet.eval()
+
+
+def controlnet_names(state: State) -> State:
+    """A ControlNet's weights under diffusers' names and ours."""
+    pairs, _ = ldm.encoder_pairs(state)
+    pairs["middle_block_out.0"] = "controlnet_mid_block"
+    pairs["input_hint_block"] = "controlnet_cond_embedding"
+    for index in range(ldm.indices(state, "zero_convs")):
+        pairs[f"zero_convs.{index}.0"] = f"controlnet_down_blocks.{index}"
+    return ldm.rename(state, pairs, ldm.RESNET)
+
+
+def read_latents(state: State, report: Report, part: str = "vae") -> Latents:
+    """The autoencoder."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(**ldm.vae_config(state))
+    ldm.load_strict(vae, ldm.vae_names(state), part, report)
+    return Latents(vae.eval())
+
+
+def read_hint_encoder(state: State, latents: Latents, report: Report) -> Latents:
+    """The encoder of the hint: `latents` itself where the file's copy equals it."""
+    from diffusers import AutoencoderKL
+
+    names = ldm.vae_names(state)
+    own = latents.vae.state_dict()
+    if names.keys() == {n for n in own if n.startswith(("encoder.", "quant_conv."))} and all(
+        torch.equal(own[name], tensor.float()) for name, tensor in names.items()
+    ):
+        report.ignored["hint encoder, equal to the autoencoder's"] = list(state)
+        return latents
+    with torch.device("meta"):
+        vae = AutoencoderKL(**latents.vae.config)
+    vae.decoder, vae.post_quant_conv = latents.vae.decoder, latents.vae.post_quant_conv
+    decoder = {name: tensor for name, tensor in own.items() if name not in names}
+    ldm.load_strict(vae, names | decoder, "hint encoder", report)
+    report.used["hint encoder"] = len(names)
+    return Latents(vae.eval())
+
+
+def read_clip(state: State, config: dict[str, Any] | None, report: Report) -> CLIP:
+    """open_clip's CLIP with both towers (the image tower is the fine-tuned RCLIP)."""
+    from open_clip import CLIP
+
+    config = config or clip_config(state)
+    with torch.device("meta"):
+        clip = CLIP(config["embed_dim"], dict(config["vision_cfg"]), dict(config["text_cfg"]))
+    ldm.load_strict(clip, state, "clip", report)
+    return clip.eval()
+
+
+def clip_config(state: State) -> dict[str, Any]:
+    """open_clip config of these CLIP weights; head widths, which weights don't show, as in ViT-H-14 (else 64)."""
+    conv = ldm.require(state, "visual.conv1.weight")
+    width, patch = conv.shape[0], conv.shape[2]
+    grid = isqrt(ldm.require(state, "visual.positional_embedding").shape[0] - 1)
+    length, text_width = ldm.require(state, "positional_embedding").shape
+    return {
+        "embed_dim": ldm.require(state, "visual.proj").shape[1],
+        "vision_cfg": {
+            "image_size": grid * patch,
+            "patch_size": patch,
+            "width": width,
+            "layers": ldm.indices(state, "visual.transformer.resblocks"),
+            "head_width": HEAD_WIDTHS.get(width, 64),
+        },
+        "text_cfg": {
+            "context_length": length,
+            "vocab_size": ldm.require(state, "token_embedding.weight").shape[0],
+            "width": text_width,
+            "heads": max(text_width // 64, 1),
+            "layers": ldm.indices(state, "transformer.resblocks"),
+        },
+    }
+
+
+def read_adapter(state: State, report: Report) -> Adapter:
+    """The layers between the image tower and the image branch."""
+    features = ldm.require(state, "0.weight").shape[0]
+    width = ldm.require(state, "6.weight").shape[0]
+    with torch.device("meta"):
+        adapter = Adapter(features, width)
+    ldm.load_strict(adapter, adapter_names(state), "image adapter", report)
+    return adapter.eval()
+
+
+def adapter_names(state: State) -> State:
+    """An image adapter's weights under our names."""
+    return ldm.rename(state, ADAPTER, {})

@@ -1,0 +1,339 @@
+"""Start reading here: low-quality images in, restored images out.
+
+One image goes through `geometry.prepare` (upscale, pad), the autoencoder's encoder and the image prompt (together the
+`Condition`), the sampler with its plan, the autoencoder's decoder, and `geometry.finish` (crop, colours).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from consissr import checkpoint, images
+from consissr.config import SamplerConfig, nearest
+from consissr.diffusion.plans import Step, check_plan, ddpm_plan
+from consissr.diffusion.sampler import Draw, sample, seeded_draw, start_latent
+from consissr.diffusion.schedule import Schedule, alpha_bar
+from consissr.diffusion.tiling import TiledDenoiser
+from consissr.errors import UserError
+from consissr.geometry import finish, prepare
+from consissr.memory import Tiles, choose_tiles, is_out_of_memory, total_memory
+from consissr.models.base import load_base
+from consissr.models.denoiser import Condition, Denoiser, guided
+from consissr.models.folder import load_controlnet, load_unet_additions
+from consissr.models.latents import Latents, load_latents
+from consissr.models.vae_tiling import TiledLatents
+
+log = logging.getLogger(__name__)
+
+Images = Image | list[Image] | Tensor
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Restorer:
+    """A loaded model that restores images.
+
+    latents: the autoencoder; denoiser: UNet and ControlNet; prompts: a text encoder, or embeddings (1,L,D) by prompt;
+    image_prompt: image -> tokens, where the model has an image branch; hint_latents: the encoder of the ControlNet's
+    hint, where it is another than `latents`; sampler: the default settings.
+    """
+
+    def __init__(
+        self,
+        latents: Latents,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        prompts: dict[str, Tensor] | Any,
+        image_prompt: nn.Module | None = None,
+        sampler: SamplerConfig | None = None,
+        hint_latents: Latents | None = None,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+    ) -> None:
+        self.schedule, self.sampler = schedule, sampler or SamplerConfig()
+        self.prompts = prompts if isinstance(prompts, dict) else self.encode_prompts(prompts)
+        self.device, self.dtype = torch.device(device), PRECISIONS[precision]
+        self.latents, self.denoiser = latents, denoiser
+        self.image_prompt, self.hint_latents = image_prompt, hint_latents or latents
+        for network in self.networks():
+            network.eval().requires_grad_(False).to(self.device, self.dtype)
+        self.multiple = latents.factor * 2 ** (len(denoiser.unet.config.block_out_channels) - 1)
+        """What the sides of the network's input are multiples of, in pixels."""
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        device: str | None = None,
+        precision: str = "auto",
+        base: str | None = None,
+        **settings: Any,
+    ) -> Restorer:
+        """A model by bundled name, folder or hub id, ready on `device` (default: an accelerator if there is one).
+
+        precision: 'fp32', 'bf16', 'fp16' or 'auto' (bf16 on accelerators, fp32 on the CPU). base: another place of the
+        base model. settings: fields of SamplerConfig; prompts must be set here, because the text encoder is let go.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if precision == "auto":
+            precision = "fp32" if torch.device(device).type == "cpu" else "bf16"
+        if precision not in PRECISIONS:
+            raise UserError(f"precision '{precision}' is unknown; choose auto, {', '.join(PRECISIONS)}")
+        parts = load_parts(name, base, PRECISIONS[precision])
+        parts["sampler"] = changed(parts["sampler"], settings)
+        return cls(**parts, device=device, precision=precision)
+
+    def __call__(
+        self,
+        inputs: Images,
+        scale: float = 4,
+        seed: int = 0,
+        *,
+        longest: int | None = None,
+        keys: Sequence[str | int] | None = None,
+        repeat: int = 0,
+        plan: Sequence[Step] | None = None,
+        batch_size: int = 1,
+        on_step: Callable | None = None,
+        **settings: Any,
+    ) -> Images:
+        """Restore a PIL image, a list of them, or a tensor (B,3,H,W) in [-1, 1]; the same kind comes back.
+
+        Sides become floor(scale * side + 0.5), or the longest one `longest`. Noise depends on (seed, key, repeat) and
+        nothing else; keys default to indices. plan: see diffusion.plans and ccsr.timesteps; settings: fields of
+        SamplerConfig. Images of equal size run together, `batch_size` at a time. Raises UserError.
+        """
+        config = changed(self.sampler, settings)
+        steps = self.plan(config, plan, settings)
+        if not scale > 0 or (longest is not None and longest < 1):
+            raise UserError(f"scale {scale} (longest side {longest}): use a number above 0")
+        photos = [] if isinstance(inputs, Tensor) else [images.from_pil(image) for image in as_list(inputs)]
+        lqs = list(inputs.split(1)) if isinstance(inputs, Tensor) else [photo.pixels[None] for photo in photos]
+        keys = list(range(len(lqs))) if keys is None else list(keys)
+        if len(set(keys)) != len(lqs):
+            raise UserError(f"{len(lqs)} images have {len(set(keys))} different keys: give each image its own")
+
+        jobs = [prepare(lq, scale, config.geometry, self.multiple, longest) for lq in lqs]
+        results: dict[int, Tensor] = {}
+        for batch in equal_sizes([job.x.shape for job in jobs], batch_size):
+            x = torch.cat([jobs[i].x for i in batch])
+            y = self.restore_tensor(x, [keys[i] for i in batch], seed, repeat, config, steps, on_step=on_step)
+            for i, image in zip(batch, y.split(1), strict=True):
+                results[i] = finish(jobs[i], image, config.geometry, config.color_fix)
+
+        if isinstance(inputs, Tensor):
+            return torch.cat([results[i] for i in range(len(lqs))])
+        restored = [images.to_pil(restored_photo(photo, results[i][0])) for i, photo in enumerate(photos)]
+        return restored[0] if isinstance(inputs, Image) else restored
+
+    def restore_tensor(
+        self,
+        x: Tensor,
+        keys: Sequence[str | int],
+        seed: int = 0,
+        repeat: int = 0,
+        config: SamplerConfig | None = None,
+        plan: Sequence[Step] | None = None,
+        draw: Draw | None = None,
+        on_step: Callable | None = None,
+        tiles: Tiles | None = None,
+    ) -> Tensor:
+        """Prepared images (B,3,H,W) in [-1, 1], sides multiples of `multiple` -> decoded (B,3,H,W) float32, on the CPU.
+
+        Not clamped, colours not transferred. draw: noise other than that of (seed, key, repeat). Where memory runs out
+        the batch is split, then tiles are halved; what has NaN runs again in float32. Never returns NaN.
+        """
+        config = config or self.sampler
+        plan, tiles = self.plan(config, plan), tiles or self.tiles(config, tuple(x.shape[2:]), len(x))
+        rest = {"config": config, "plan": plan, "on_step": on_step}
+        y = self.attempt(x, draw or seeded_draw(seed, keys, repeat), tiles=tiles, **rest)
+        if y is None and len(x) > 1 and draw is None:
+            log.warning("out of memory with %d images at once: halving the batch", len(x))
+            half = len(x) // 2
+            parts = [(x[:half], keys[:half]), (x[half:], keys[half:])]
+            return torch.cat([self.restore_tensor(*part, seed, repeat, tiles=tiles, **rest) for part in parts])
+        if y is None:
+            tiles = tiles.smaller(x.shape[2] // self.latents.factor, x.shape[3] // self.latents.factor)
+            if tiles is None:
+                raise UserError(f"{keys[0]}: out of memory even in the smallest tiles; use another device or precision")
+            log.warning("out of memory: trying %s", tiles)
+            return self.restore_tensor(x, keys, seed, repeat, draw=draw, tiles=tiles, **rest)
+        bad = ~y.isfinite().flatten(1).all(1)
+        if bad.any():
+            y[bad] = self.in_float32(x, keys, seed, repeat, draw=draw, tiles=tiles, bad=bad, **rest)[bad]
+        return y
+
+    def in_float32(self, x: Tensor, keys: Sequence[str | int], *arguments, bad: Tensor, **rest) -> Tensor:
+        """Another attempt with float32 weights; UserError if they are that already."""
+        names = ", ".join(str(key) for key, is_bad in zip(keys, bad.tolist(), strict=True) if is_bad)
+        if self.dtype == torch.float32:
+            raise UserError(f"{names}: the result is not a number even in float32; check the input and the model")
+        log.warning("%s: not a number in %s, running again in float32", names, self.dtype)
+        usual, self.dtype = self.dtype, torch.float32
+        try:
+            for network in self.networks():
+                network.to(torch.float32)
+            return self.restore_tensor(x, keys, *arguments, **rest)
+        finally:
+            self.dtype = usual
+            for network in self.networks():
+                network.to(usual)
+
+    def attempt(self, x: Tensor, draw: Draw, tiles: Tiles, **rest) -> Tensor | None:
+        """Decoded images (B,3,H,W), float32 on the CPU, or None if memory ran out."""
+        try:
+            latents = self.tiled_latents(tiles, rest["config"])
+            z = self.restore_latent(x.to(self.device, self.dtype), draw, tiles=tiles, latents=latents, **rest)
+            with torch.no_grad():
+                return latents.decode(z.to(self.dtype)).float().cpu()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    @torch.no_grad()
+    def restore_latent(
+        self,
+        x: Tensor,
+        draw: Draw,
+        config: SamplerConfig,
+        plan: Sequence[Step],
+        tiles: Tiles,
+        latents: Latents,
+        on_step: Callable | None = None,
+    ) -> Tensor:
+        """Images (B,3,H,W) on the model's device -> restored latents (B,C,h,w), float32."""
+        shape = (len(x), latents.channels, x.shape[2] // latents.factor, x.shape[3] // latents.factor)
+        mean, logvar = (part.float() for part in latents.moments(x))
+
+        def z_lq(name: str) -> Tensor:
+            spread = torch.exp(0.5 * logvar) * draw(name, shape).to(mean) if config.posterior == "sample" else 0
+            return (mean + spread) * latents.scale
+
+        z = hint = z_lq("posterior")
+        if self.hint_latents is not self.latents:
+            hint = self.hint_latents.encode(x).float()
+        tokens = None if self.image_prompt is None else self.image_prompt.encode(x)
+        twice = config.posterior_rows == 2 and config.posterior == "sample" and config.guidance != 1
+        positive = Condition(self.prompt(config.positive, x), z_lq("posterior_positive") if twice else hint, tokens)
+        negative, denoiser = None, self.denoiser
+        if config.guidance != 1:
+            negative = Condition(self.prompt(config.negative, x), hint, tokens)
+        if tiles.diffusion:
+            denoiser = TiledDenoiser(denoiser, tiles.diffusion, tiles.stride, config.tile_weights)
+
+        denoise, first = guided(denoiser, positive, negative, config.guidance), None
+        if negative is not None and config.first_prompt != "guided" and plan[0].kind != "step":
+            text = negative.text if config.first_prompt == "negative" else positive.text
+            first = guided(denoiser, replace(negative, text=text))
+        start = start_latent(config.start, z, self.schedule, draw)
+        return sample(denoise, plan, start, self.schedule, draw, first, on_step)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B,C,h,w) -> images (B,3,H,W), about [-1, 1], float32 on the CPU."""
+        factor = self.latents.factor
+        tiles = self.tiles(self.sampler, (z.shape[2] * factor, z.shape[3] * factor), len(z))
+        return self.tiled_latents(tiles, self.sampler).decode(z.to(self.device, self.dtype)).float().cpu()
+
+    def tiled_latents(self, tiles: Tiles, config: SamplerConfig) -> Latents:
+        """The autoencoder, in tiles where there are any."""
+        return TiledLatents(self.latents, tiles.vae, config.vae_tiling) if tiles.vae else self.latents
+
+    def prompt(self, prompt: str, x: Tensor) -> Tensor:
+        """Embeddings (B,L,D) of a prompt, for a batch of images."""
+        if prompt not in self.prompts:
+            raise UserError(f"prompt '{prompt}' was not encoded at loading: pass it to Restorer.load")
+        return self.prompts[prompt].to(x).expand(len(x), -1, -1)
+
+    def encode_prompts(self, encoder: Any) -> dict[str, Tensor]:
+        """Embeddings of the sampler's prompts, after which the text encoder is not needed."""
+        wanted = dict.fromkeys([self.sampler.positive, self.sampler.negative])
+        return {prompt: encoder.encode([prompt]).float().cpu() for prompt in wanted}
+
+    def plan(self, config: SamplerConfig, plan: Sequence | None, settings: dict[str, Any] | None = None) -> list[Step]:
+        """The plan given, else the configuration's, checked."""
+        if plan is None and config.plan == "nuts":
+            stale = sorted({"plan", "steps", "t_max", "t_min", "grid"} & (settings or {}).keys())
+            if stale or not config.timesteps:
+                raise UserError(f"{' '.join(stale) or 'NUTS'}: pass plan=ccsr.timesteps.nuts_plan(T, t_max, t_min)")
+            plan = config.timesteps
+        return check_plan(ddpm_plan(config.steps, len(self.schedule)) if plan is None else plan, len(self.schedule))
+
+    def tiles(self, config: SamplerConfig, size: tuple[int, int], count: int) -> Tiles:
+        """Tile sizes for `count` prepared images of `size` (H, W)."""
+        unet, vae, factor = self.denoiser.unet, self.latents.vae.config, self.latents.factor
+        trained = unet.config.sample_size
+        one_size = any(name.endswith("position_emb") for name, _ in unet.named_parameters())
+        per_value = self.dtype.itemsize * count
+        needs = (
+            100 * unet.config.block_out_channels[0] * per_value,
+            8 * vae.block_out_channels[0] * (factor // self.latents.patch) ** 2 * per_value,
+        )
+        latent = (size[0] // factor, size[1] // factor)
+        side = trained if isinstance(trained, int) else max(latent)
+        return choose_tiles(config, latent, factor, side, one_size, needs, total_memory(self.device))
+
+    def networks(self) -> list[nn.Module]:
+        """All networks, each once."""
+        found = [self.latents, self.denoiser, self.image_prompt, self.hint_latents]
+        return list({id(network): network for network in found if network is not None}.values())
+
+
+def load_parts(name: str, base: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments of Restorer from a model folder and its base model."""
+    folder = checkpoint.find_model(name)
+    config = checkpoint.read_config(folder)
+    parts = load_base(base or config.model.base, dtype, config.model.base_sha256)
+    load_unet_additions(folder, parts.unet, config)
+    table = alpha_bar(*parts.betas)
+    controlnet = load_controlnet(folder, config).to(dtype)
+    return {
+        "latents": load_latents(folder / "vae") if (folder / "vae").is_dir() else parts.latents,
+        "denoiser": Denoiser(parts.unet, controlnet, table, parts.prediction_type),
+        "schedule": Schedule(table),
+        "prompts": parts.text,
+        "sampler": config.sampler,
+    }
+
+
+def changed(config: SamplerConfig, settings: dict[str, Any]) -> SamplerConfig:
+    """The configuration with some fields replaced; UserError naming the nearest for an unknown one."""
+    known = [field.name for field in fields(SamplerConfig)]
+    for name in settings:
+        if name not in known:
+            raise UserError(f"unknown setting '{name}'{nearest(name, known)}")
+    return SamplerConfig(**(asdict(config) | settings))
+
+
+def equal_sizes(shapes: Sequence[tuple], batch_size: int) -> list[list[int]]:
+    """Indices in batches of at most `batch_size` whose shapes are equal."""
+    groups: dict[tuple, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        groups.setdefault(tuple(shape), []).append(i)
+    return [
+        group[i : i + max(batch_size, 1)] for group in groups.values() for i in range(0, len(group), max(batch_size, 1))
+    ]
+
+
+def as_list(inputs: Image | list[Image]) -> list[Image]:
+    """A list of images, whether one or several were given."""
+    listed = [inputs] if isinstance(inputs, Image) else list(inputs)
+    for item in listed:
+        if not isinstance(item, Image):
+            raise UserError(f"cannot restore a {type(item).__name__}: give a PIL image, a list of them or a tensor")
+    return listed
+
+
+def restored_photo(photo: images.Photo, result: Tensor) -> images.Photo:
+    """The input's form with the result's pixels (3,H,W); transparency is resized along."""
+    alpha = None if photo.alpha is None else images.resize(photo.alpha, tuple(result.shape[1:]), (0.0, 1.0))
+    return replace(photo, pixels=result, alpha=alpha)

@@ -1,0 +1,91 @@
+"""Stage 'autoencoder': a small KL autoencoder with space-to-depth ends, trained from scratch for `nano`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from consissr.config import TrainConfig
+from consissr.models.latents import Latents, save_latents
+from consissr.training.stage import Batch, Phase, photographs
+
+
+def build_vae(config: TrainConfig) -> torch.nn.Module:
+    """A diffusers AutoencoderKL of the configured widths, without mid-block attention (any size costs linearly)."""
+    from diffusers import AutoencoderKL
+
+    c = config.autoencoder
+    vae = AutoencoderKL(
+        in_channels=3 * c.patch**2,
+        out_channels=3 * c.patch**2,
+        down_block_types=["DownEncoderBlock2D"] * len(c.widths),
+        up_block_types=["UpDecoderBlock2D"] * len(c.widths),
+        block_out_channels=list(c.widths),
+        layers_per_block=c.layers,
+        latent_channels=c.latent_channels,
+        norm_num_groups=8,
+        sample_size=config.data.crop,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+    vae.register_to_config(linear_path=c.linear_path)
+    return vae
+
+
+@torch.no_grad()
+def start_linear(latents: Latents, config: TrainConfig) -> None:
+    """Start as the linear code alone: principal components of the first crops, networks that add nothing."""
+    dataset = photographs(config.data, config.seed)
+    crops = torch.stack([dataset[n]["hq"] for n in range(256)])
+    latents.linear.fit(crops, config.autoencoder.whitening)
+    vae = latents.vae
+    for layer in (vae.quant_conv, vae.decoder.conv_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    vae.quant_conv.bias[latents.channels :] = -5.0  # a posterior of standard deviation 0.08
+
+
+class Autoencoder:
+    """L1 on pixels and on their differences, plus a small Kullback-Leibler term."""
+
+    needs_lq = False
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config.autoencoder
+        self.networks = Latents(build_vae(config))
+        if self.config.linear_path:
+            start_linear(self.networks, config)
+        self.buffers: dict[str, Tensor] = {}
+        self.phases = [
+            Phase("autoencoder", dict(self.networks.named_parameters()), self.loss, config.optimizer),
+        ]
+        self.latent_variance = torch.ones(())
+
+    def prepare(self, batch: Batch) -> None:
+        """Nothing is shared: there is one phase."""
+
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Reconstruction of `batch.hq` from a posterior sample."""
+        mean, logvar = self.networks.moments(batch.hq)
+        mean, logvar = mean.float(), logvar.float()  # (B, C, h, w)
+        z = mean + torch.exp(0.5 * logvar) * batch.randn(*mean.shape[1:])
+        difference = self.networks.decode(z).float() - batch.hq
+        l1 = difference.abs().mean()
+        edges = (difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()) / 2
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        total = l1 + self.config.gradient_weight * edges + self.config.kl_weight * kl
+        return {"loss": total, "l1": l1, "edges": edges, "kl": kl}
+
+    def restore(self, batch: Batch) -> Tensor:
+        """Reconstruction from the mode; the latents' variance is kept for the scaling factor."""
+        z = self.networks.encode(batch.hq)
+        self.latent_variance = z.float().var()
+        return self.networks.decode(z)
+
+    def export(self, folder: Path) -> None:
+        """`folder/vae`, with the scaling factor that gives latents of the validation set unit variance."""
+        vae = self.networks.vae
+        vae.register_to_config(scaling_factor=round(float(self.latent_variance.rsqrt()), 5))
+        save_latents(folder / "vae", self.networks)

@@ -1,0 +1,94 @@
+"""Stage 'prior': an unconditional diffusion UNet on the autoencoder's latents, in the place of SD2.1's (for `nano`).
+
+The UNet predicts v (Salimans and Ho 2022), not the noise: at the noisiest timestep, where NUTS and one-step sampling
+live, x0 then is the network's output itself, while noise prediction multiplies every error of a small network by 15.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from consissr.config import TrainConfig
+from consissr.diffusion.schedule import Schedule, alpha_bar
+from consissr.errors import UserError
+from consissr.models.latents import load_latents
+from consissr.training.stage import Batch, Phase
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+TEXT_FREE = re.compile(r"attn2\.to_[qkv]\.")
+"""Cross-attention to a single zero token is its output's bias: these weights have no effect and are not trained."""
+
+
+def build_unet(config: TrainConfig, latent_channels: int) -> nn.Module:
+    """A diffusers UNet2DConditionModel of the configured widths."""
+    from diffusers import UNet2DConditionModel
+
+    c = config.prior
+    return UNet2DConditionModel(
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=list(c.widths),
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.attention],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(c.attention)],
+        layers_per_block=c.layers,
+        attention_head_dim=c.heads,
+        cross_attention_dim=c.context_dim,
+        use_linear_projection=True,
+        norm_num_groups=16,
+    )
+
+
+class Prior:
+    """Mean squared error on v at uniformly drawn timesteps."""
+
+    needs_lq = False
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.vae_folder = Path(config.init) / "vae"
+        if not self.vae_folder.is_dir():
+            raise UserError(f"init='{config.init}': give the output_dir of an autoencoder run, which holds vae/")
+        latents = load_latents(self.vae_folder)
+        unet = build_unet(config, latents.channels)
+        self.networks = nn.ModuleDict({"latents": latents.requires_grad_(False), "unet": unet})
+        self.buffers: dict[str, Tensor] = {}
+        self.schedule = Schedule(alpha_bar())
+        self.context_dim = config.prior.context_dim
+        trained = {n: p for n, p in unet.named_parameters() if not TEXT_FREE.search(n)}
+        self.phases = [Phase("unet", trained, self.loss, config.optimizer)]
+
+    def prepare(self, batch: Batch) -> None:
+        """Latents of the photographs."""
+        batch.cache["z"] = self.networks["latents"].encode(batch.hq).float()  # (B, C, h, w)
+
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0."""
+        z = batch.cache["z"]
+        t = batch.randint(len(self.schedule))
+        eps = batch.randn(*z.shape[1:])
+        a = self.schedule.alpha_bar.to(t.device)[t].view(-1, 1, 1, 1)
+        target = (a.sqrt() * eps - (1 - a).sqrt() * z).float()
+        text = z.new_zeros(len(z), 1, self.context_dim)
+        v = self.networks["unet"](self.schedule.add_noise(z, eps, t), t, text).sample.float()
+        loss = F.mse_loss(v, target)
+        return {"loss": loss}
+
+    def restore(self, batch: Batch) -> Tensor | None:
+        """The prior sees no low-quality image, so it restores none."""
+        return None
+
+    def export(self, folder: Path) -> None:
+        """A base folder in diffusers' layout: unet/, vae/, scheduler/."""
+        self.networks["unet"].save_pretrained(folder / "unet")
+        shutil.copytree(self.vae_folder, folder / "vae", dirs_exist_ok=True)
+        (folder / "scheduler").mkdir(exist_ok=True)
+        scheduler = {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction", **BETAS}
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1))
+
+

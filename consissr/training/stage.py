@@ -1,0 +1,95 @@
+"""What a stage is: ordered phases (parameters and loss) over batches whose every random number is a sample's own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from consissr.config import DataConfig, OptimizerConfig
+from consissr.data.datasets import PhotoDataset
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed that depends on all `parts` and on nothing else (stable over runs and machines)."""
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def photographs(data: DataConfig, seed: int) -> PhotoDataset:
+    """The endless sequence of training crops that `data` and `seed` describe."""
+    return PhotoDataset(
+        data.paths,
+        crop=data.crop,
+        seed=seed,
+        crop_rule=data.crop_rule,
+        flips=data.flips,
+        probabilities=data.probabilities,
+        lq_paths=data.lq_paths,
+        cache_mb=data.cache_mb,
+    )
+
+
+@dataclass
+class Batch:
+    """Training images of one forward pass. Draws come from each sample's own generator, seeded by (seed, place)."""
+
+    hq: Tensor
+    """(B, 3, S, S) in [-1, 1]."""
+    names: list[str]
+    """File of each image."""
+    generators: list[torch.Generator]
+    """One CPU generator per image."""
+    lq: Tensor | None = None
+    """(B, 3, S, S) in [-1, 1]: degraded and brought back to full size; None where the stage needs none."""
+    cache: dict[str, Tensor] = field(default_factory=dict)
+    """What `Stage.prepare` computed once for all phases."""
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normal (B, *shape) on the images' device."""
+        drawn = torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+        return drawn.to(self.hq.device)
+
+    def rand(self) -> Tensor:
+        """Uniform [0, 1), shape (B,)."""
+        return torch.cat([torch.rand(1, generator=g) for g in self.generators]).to(self.hq.device)
+
+    def randint(self, high: int) -> Tensor:
+        """Uniform integers in [0, high), shape (B,)."""
+        return torch.cat([torch.randint(high, (1,), generator=g) for g in self.generators]).to(self.hq.device)
+
+
+@dataclass
+class Phase:
+    """One player of a stage: its trainable parameters by name, its loss, its optimiser's settings."""
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    loss: Callable[[Batch, int], dict[str, Tensor]]
+    """(batch, optimiser step) -> parts to log, and under "loss" the scalar that is differentiated."""
+    optimizer: OptimizerConfig
+
+
+class Stage(Protocol):
+    """What the loop asks of a stage."""
+
+    phases: list[Phase]
+    needs_lq: bool
+    networks: nn.Module
+    """Everything on the device, trained and frozen."""
+    buffers: dict[str, Tensor]
+    """Tensors beside parameters that training changes (spectral norm vectors); saved in checkpoints."""
+
+    def prepare(self, batch: Batch) -> None:
+        """Fill `batch.cache` with what all phases share; runs without gradients."""
+
+    def restore(self, batch: Batch) -> Tensor | None:
+        """What the stage makes of a validation batch, (B, 3, S, S) in [-1, 1], or None if it makes no image."""
+
+    def export(self, folder: Path) -> None:
+        """Write the result in the form that the next stage and scripts/infer.py read."""

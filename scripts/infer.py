@@ -1,0 +1,110 @@
+"""Restore photographs: one file, several, a list, a pattern or a folder.
+
+  python scripts/infer.py -i photos -o results                 a folder, 4 times larger
+  python scripts/infer.py -i a.png -o b.png -s 2.5             one file, 2.5 times larger
+  torchrun --nproc_per_node 4 scripts/infer.py -i photos       a folder, shared by four processes
+
+Results keep names, sub-folders, grey or colour, bit depth, transparency, colour profile and the way up. Use PNG where
+metrics will be measured. Exit status: 0 all restored, 1 a file failed (the others are done), 2 nothing was begun.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from consissr import jobs
+from consissr.commandline import PLAN_FLAGS, SAMPLER_FLAGS, given, parser
+from consissr.errors import UserError
+
+if TYPE_CHECKING:
+    from consissr.config import SamplerConfig
+    from consissr.diffusion.plans import Step
+    from consissr.restorer import Restorer
+
+
+def restore(args: argparse.Namespace) -> int:
+    """Plan everything, then load the model, then restore."""
+    # 1. which files, and under which names; every mistake that can show before the model loads shows here
+    rank, local_rank, world = jobs.processes()
+    sizes = {"scale": args.scale, "longest": args.longest_side}
+    naming = jobs.Naming(output=args.output, suffix=args.suffix, ext=args.ext, repeat=args.repeat, **sizes)
+    mine = jobs.share(jobs.plan(args.input, naming, args.recursive), rank, world)
+    todo, existing = jobs.drop_existing(mine, args.skip_existing, args.overwrite)
+    out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
+    if args.dry_run:
+        out.print_json(json.dumps(vars(args), default=str))
+        for job in todo:
+            result = f"{job.target} ({job.out_width}x{job.out_height})" if job.target else job.error
+            out.print(f"{job.source} -> {result}", markup=False)
+        out.print(f"{len(todo)} to restore, {len(existing)} exist", markup=False)
+        return 0
+
+    # 2. the model
+    from consissr import batch, reporting
+
+    settings = batch.Settings(**sizes, **given(args, ("seed", "batch_size", "quality", "save_steps")))
+    log = batch.open_log(args.json) if args.json else None
+    restorer = None
+    if any(not job.error for job in todo):
+        restorer = load(args, local_rank)
+        settings = replace(settings, plan=sampling_plan(args, restorer.sampler))
+
+    # 3. the files
+    with reporting.Terminal(err, len(todo), quiet=args.quiet or rank > 0) as terminal:
+        report = batch.Report(tell=terminal.tell, log=log, seed=args.seed)
+        for job in existing:
+            report.add(batch.Outcome(job, "skipped"))
+        batch.run(restorer, todo, settings, report)
+    process = f"process {rank + 1} of {world}: " if world > 1 else ""
+    if not args.quiet:
+        out.print(process + terminal.summary(report.counts), markup=False)
+    return 1 if report.counts["failed"] else 0
+
+
+def load(args: argparse.Namespace, local_rank: int) -> "Restorer":
+    """The model on its device, with the sampler's flags applied."""
+    from consissr.batch import choose_device
+    from consissr.restorer import Restorer
+
+    device = choose_device(args.device, local_rank)
+    restorer = Restorer.load(args.model, device, args.precision, args.base, **given(args, SAMPLER_FLAGS))
+    if args.compile:
+        for network in (restorer.denoiser, restorer.latents.vae.encoder, restorer.latents.vae.decoder):
+            network.compile()
+    return restorer
+
+
+def sampling_plan(args: argparse.Namespace, sampler: "SamplerConfig") -> "list[Step] | None":
+    """The timesteps that the flags ask for; None without such flags: the model's own."""
+    changes = given(args, PLAN_FLAGS)
+    if not changes:
+        return None
+    from ccsr import sampler_plan
+
+    config = replace(sampler, timesteps=[], **changes)
+    if config.plan != "nuts" and (args.t_max is not None or args.t_min is not None):
+        raise UserError("--t-max and --t-min belong to the plan nuts: add --plan nuts or leave them out")
+    return sampler_plan(config)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, restore; one line and exit status 2 for a mistake in the call."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    args = parser(__doc__).parse_args(arguments)
+    try:
+        return restore(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what is written is whole, and --skip-existing continues", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Train one stage.  accelerate launch scripts/train.py --config configs/ccsr/nuts.yaml [key=value ...]
+
+Writes checkpoints, log.jsonl, validation pictures and the result to the config's output_dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+
+from consissr.config import TrainConfig, check_word, load_config
+from consissr.errors import UserError
+
+STAGES = ("autoencoder", "prior", "nuts", "deft")
+
+
+def stage_builder(name: str) -> Callable:
+    """The class of a stage. Imported here, late, so that --help stays fast and a stage loads only its own needs."""
+    check_word(name, STAGES, "stage")
+    if name == "autoencoder":
+        from consissr.training.autoencoder import Autoencoder as Built
+    elif name == "prior":
+        from consissr.training.prior import Prior as Built
+    elif name == "nuts":
+        from ccsr.nuts import Nuts as Built
+    elif name == "deft":
+        from ccsr.deft import Deft as Built
+    return Built
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, build, run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of the run (see configs/)")
+    parser.add_argument("--resume", default="", metavar="latest|PATH", help="continue from a checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        config = load_config(TrainConfig, options.config, options.overrides)
+        builder = stage_builder(config.stage)
+
+        from consissr.training.loop import Loop
+
+        folder = Loop(config, builder, options.resume).run()
+        logging.info("done: %s", folder)
+    except UserError as error:
+        logging.error("error: %s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

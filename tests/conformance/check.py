@@ -1,0 +1,95 @@
+"""Compare this project with the authors' code: python tests/conformance/check.py DIR...
+
+Each DIR holds weights, inputs and recorded results (what is in it is found out, not assumed). Prints one line per
+quantity: name, largest absolute error, relative L2 error, tolerance, pass or FAIL; then what the folder lacks, and
+recorded quantities that nothing here checks. Exit status 1 if any quantity fails or a folder holds none.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+
+import ccsr_networks  # noqa: E402
+import ccsr_training  # noqa: E402
+import consissr_networks  # noqa: E402
+import consissr_training  # noqa: E402
+import sampler_cases  # noqa: E402
+import tables  # noqa: E402
+from fixtures import Check, Fixture, Lack  # noqa: E402
+
+Cases = Callable[[Fixture], Iterator[Check | Lack]]
+
+CASES: tuple[Cases, ...] = (
+    consissr_networks.cases,
+    ccsr_networks.cases,
+    consissr_training.cases,
+    sampler_cases.cases,
+    ccsr_training.cases,
+    tables.cases,
+)
+"""Every group of quantities; each yields nothing for a folder that is not of its kind."""
+
+RECORDED = ("outputs.safetensors", "networks.safetensors", "run_*.safetensors", "*_outputs.safetensors")
+"""Files of recorded results."""
+
+GIVEN = ("networks.safetensors:x", "networks.safetensors:cond_latent")
+"""Inputs that stand in such files."""
+
+
+def line(check: Check) -> str:
+    """One quantity's row."""
+    largest, relative = check.errors()
+    rule = f"{check.kind[:3]} {check.tolerance:.0e}" if check.kind in ("relative", "absolute") else check.kind
+    return f"{check.name:<62} {largest:9.2e} {relative:9.2e}  {rule:<9} {'pass' if check.passed() else 'FAIL'}"
+
+
+def run(folder: str, write: Callable[[str], None] = print) -> tuple[int, int]:
+    """Check one folder; (quantities compared, quantities failed)."""
+    fixture = Fixture(folder)
+    write(f"# {folder} ({fixture.kind or 'of no known kind'})")
+    compared, failed, lacks, seen = 0, 0, [], set()
+    for cases in CASES:
+        try:
+            for found in cases(fixture):
+                if isinstance(found, Lack):
+                    lacks.append(found.name)
+                    continue
+                compared, failed = compared + 1, failed + (not found.passed())
+                seen.add(found.name)
+                write(line(found))
+        except Exception as error:  # noqa: BLE001 - one broken group must not hide the others; it counts as failed
+            failed += 1
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            write(f"{cases.__module__}: {type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno}) FAIL")
+    for name in lacks:
+        write(f"lacks    {name}")
+    for name in unchecked(fixture, seen):
+        write(f"unchecked {name}")
+    write(f"# {compared} compared, {failed} failed, {len(lacks)} lacking")
+    return compared, failed
+
+
+def unchecked(fixture: Fixture, seen: set[str]) -> list[str]:
+    """Recorded results that no check has compared."""
+    files = sorted({path for pattern in RECORDED for path in fixture.folder.glob(pattern)})
+    names = [f"{path.name}:{key}" for path in files for key in fixture.tensors(path.name)]
+    return [name for name in names if name not in seen and name not in GIVEN]
+
+
+def main(folders: list[str]) -> int:
+    """Check every folder; the exit status."""
+    bad = [folder for folder in folders if not Path(folder).is_dir()]
+    if bad or not folders:
+        print(f"not a folder: {', '.join(bad)}" if bad else "usage: check.py DIR...", file=sys.stderr)
+        return 2
+    results = [run(folder) for folder in folders]
+    return int(any(failed or not compared for compared, failed in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,215 @@
+"""Whole samplings through `Restorer`: CCSR's recorded runs (plain, guided, tiled) and ConsisSR's guided sampling."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from fixtures import GUIDED_LATENT, IMAGE, Check, Fixture, Lack, compare, to_image
+from torch import Tensor
+
+from ccsr.timesteps import nuts_plan
+from consissr.config import SamplerConfig
+from consissr.diffusion.plans import Step, ddpm_plan
+from consissr.diffusion.sampler import recorded_draw
+from consissr.diffusion.schedule import CLEAN, Schedule
+from consissr.diffusion.tiling import gaussian_weights
+from consissr.geometry import Prepared, finish, transfer
+from consissr.images import to_uint8
+from consissr.models.vae_tiling import TiledLatents
+from consissr.restorer import Restorer
+
+TILED_VAE = "tiled_vae.safetensors"
+
+
+class Recording(Schedule):
+    """A schedule that keeps what went through it: the sampler's latents and estimates, in order."""
+
+    def __init__(self, alpha_bar: Tensor) -> None:
+        super().__init__(alpha_bar)
+        self.noised: list[Tensor] = []
+        self.estimates: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        """(t, z_t, eps, x0) of every evaluation."""
+
+    def add_noise(self, z0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """Recorded."""
+        self.noised.append(super().add_noise(z0, eps, t))
+        return self.noised[-1]
+
+    def x0_from_eps(self, z_t: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """Recorded."""
+        self.estimates.append((int(t), z_t, eps, super().x0_from_eps(z_t, eps, t)))
+        return self.estimates[-1][-1]
+
+
+@torch.no_grad()
+def cases(fixture: Fixture) -> Iterator[Check | Lack]:
+    """Every sampling that the folder records."""
+    if fixture.kind == "ccsr":
+        for run in sorted(path.name for path in fixture.folder.glob("run_*.safetensors")):
+            yield from ccsr_run(fixture, run)
+        yield from tiled_decoder(fixture)
+    if fixture.kind == "consissr":
+        yield from consissr_run(fixture)
+
+
+def ccsr_run(fixture: Fixture, run: str) -> Iterator[Check | Lack]:
+    """One recorded call of CCSR v2's pipeline."""
+    stored, said = fixture.tensors(run), fixture.metadata(run)
+    prompts = fixture.tensors("inputs.safetensors")
+    inputs = fixture.tensors("tile_inputs.safetensors") if "tile_size_px" in said else prompts
+    if "prompt_embeds" not in prompts or "lq_image_uint8" not in inputs:
+        yield Lack(f"inputs of {run}")
+        return
+    steps, guidance = int(said["num_inference_steps"]), float(said["guidance_scale"])
+    plan = nuts_plan(steps, float(said["t_max"]), float(said["t_min"]), "leading")
+    tile, stride = int(said.get("tile_size_px", 0)), int(said.get("tile_stride_px", 0))
+    config = SamplerConfig(
+        start={"lr": "lq", "noise": "noise"}[said.get("start_point", "lr")],
+        guidance=guidance,
+        positive="positive",
+        negative="negative",
+        first_prompt="negative",
+        posterior="sample",
+        posterior_rows=2,
+        tile=tile,
+        tile_overlap=tile - stride,
+        tile_weights="as_released",
+        vae_tile=0,
+    )
+    schedule, model = Recording(fixture.model.alpha_bar), fixture.model
+    texts = {"positive": prompts["prompt_embeds"], "negative": prompts["negative_prompt_embeds"]}
+    restorer = Restorer(model.latents, fixture.denoiser, schedule, texts, sampler=config)
+    lq = to_image(inputs["lq_image_uint8"])
+    tiles = restorer.tiles(config, tuple(lq.shape[2:]), 1)
+    noises = ccsr_noises(inputs, plan)
+    z = restorer.restore_latent(lq, recorded_draw(noises), config, plan, tiles, model.latents)
+    yield Check(f"{run}:final_latent", z, stored["final_latent"])
+    if "image" in stored:
+        got = (restorer.decode(z) / 2 + 0.5).clamp(0, 1)
+        yield Check(f"{run}:image", got, stored["image"], IMAGE, "absolute")
+    for i, noised in enumerate(schedule.noised):
+        yield from compare_like(run, stored, rf"add_noise_{i}_t\d+", noised)
+    yield from ccsr_evaluations(run, stored, schedule, plan, noises, steps, guidance)
+    for size in (int(m[1]) for key in stored if (m := re.fullmatch(r"gaussian_weights_(\d+)", key))):
+        got = gaussian_weights(size, size, "as_released")
+        yield Check(f"{run}:gaussian_weights_{size}", got, stored[f"gaussian_weights_{size}"])
+    for key in stored:
+        if m := re.fullmatch(r"gaussian_weights_(\d+)_(row|col)(\d+)", key):
+            got = gaussian_weights(int(m[1]), int(m[1]), "as_released")
+            yield Check(f"{run}:{key}", got[int(m[3])] if m[2] == "row" else got[:, int(m[3])], stored[key])
+
+
+def ccsr_noises(inputs: dict[str, Tensor], plan: list[Step]) -> dict[str, Tensor]:
+    """The recorded noises under the sampler's names. The release counts DDPM steps, the plan evaluations."""
+    posterior, jumps = inputs["posterior_noise"], sum(step.kind == "renoise" for step in plan)
+    named = {"init": inputs["init_noise"], "tmax": inputs["noise_tmax"], "posterior": posterior[:1]}
+    named |= {"posterior_positive": posterior[1:2]}
+    return named | {f"step[{i + jumps}]": noise for i, noise in enumerate(inputs["step_noise"])}
+
+
+def ccsr_evaluations(
+    run: str,
+    stored: dict[str, Tensor],
+    schedule: Recording,
+    plan: list[Step],
+    noises: dict[str, Tensor],
+    steps: int,
+    guidance: float,
+) -> Iterator[Check]:
+    """Each evaluation's noise (guided halves combined), x0 and stepped sample (the last of which is discarded)."""
+    for i, (t, z, eps, x0) in enumerate(schedule.estimates):
+        recorded = stored.get(f"net_eps_{i}_t{t}")
+        if recorded is not None:
+            if len(recorded) == 2:
+                recorded = recorded[:1] + guidance * (recorded[1:] - recorded[:1])
+            yield Check(f"{run}:net_eps_{i}_t{t}", eps, recorded)
+        yield from compare_like(run, stored, rf"pred_x0_\d+_t{t}", x0)
+        if t < len(schedule) - 1 and f"step[{i}]" in noises:
+            t_next = max(t - len(schedule) // steps, CLEAN)
+            mean, variance = schedule.posterior(z, x0, t, t_next)
+            got = mean + variance.sqrt() * noises[f"step[{i}]"]
+            yield from compare_like(run, stored, rf"step_\d+_t{t}_prev", got)
+
+
+def compare_like(run: str, stored: dict[str, Tensor], pattern: str, got: Tensor) -> Iterator[Check]:
+    """A check against every recorded quantity whose name matches."""
+    for key in stored:
+        if re.fullmatch(pattern, key):
+            yield Check(f"{run}:{key}", got, stored[key])
+
+
+def tiled_decoder(fixture: Fixture) -> Iterator[Check | Lack]:
+    """CCSR's tiled decoder. Which form the recorded latent has is told by how far tiled and untiled differ."""
+    stored = fixture.tensors(TILED_VAE)
+    if not stored:
+        yield Lack(TILED_VAE)
+        return
+    latent_key = next(key for key in stored if "latent" in key)
+    latent, latents = stored[latent_key], fixture.model.latents
+    outputs = {key: value for key, value in stored.items() if value.ndim == 4 and key != latent_key}
+    key, want = next(((k, v) for k, v in outputs.items() if "tile" in k), next(iter(outputs.items())))
+    tile = int(fixture.metadata(TILED_VAE).get("decoder_tile_size", 16))
+    gap = next((value.item() for name, value in stored.items() if "absmax" in name), None)
+    forms = [latent, latent * latents.scale]  # scaled as everywhere, or as the decoder itself takes it
+
+    def misfit(z: Tensor) -> float:
+        full = latents.decode(z)
+        return abs((full - want).abs().max().item() - gap) if gap is not None and full.shape == want.shape else 0.0
+
+    z = min(forms, key=misfit)
+    got = TiledLatents(latents, tile, "as_released").decode(z)
+    yield Check(f"{TILED_VAE}:{key}", got, want, IMAGE, "absolute")
+    if gap is not None:
+        absmax = next(name for name in stored if "absmax" in name)
+        found = (latents.decode(z) - got).abs().max().reshape(stored[absmax].shape)
+        yield Check(f"{TILED_VAE}:{absmax}", found, stored[absmax], IMAGE, "absolute")
+
+
+def consissr_run(fixture: Fixture) -> Iterator[Check | Lack]:
+    """ConsisSR's guided spaced DDPM from recorded noise, and the two colour transfers of its result."""
+    file = "outputs.safetensors"
+    stored, inputs = fixture.tensors(file), fixture.tensors("inputs.safetensors")
+    if "step_noises" not in inputs or "x_T" not in inputs:
+        yield Lack("inputs.safetensors:step_noises")
+        return
+    said, model = fixture.json("config.json"), fixture.model
+    encode = model.text.encode_tokens
+    texts = {word: encode(inputs[f"tokens_{word}"]) for word in ("positive", "negative")}
+    config = SamplerConfig(
+        plan="ddpm",
+        steps=said["sampler_steps"],
+        start="noise",
+        guidance=said["cfg_scale"],
+        positive="positive",
+        negative="negative",
+        geometry="consissr",
+        tile=0,
+        vae_tile=0,
+    )
+    schedule = Recording(model.alpha_bar)
+    restorer = Restorer(
+        model.latents,
+        fixture.denoiser,
+        schedule,
+        texts,
+        model.image_prompt,
+        config,
+        hint_latents=model.hint_latents,
+    )
+    lq = to_image(inputs["lq_u8"])
+    noises = {"init": inputs["x_T"]} | {f"step[{i}]": noise for i, noise in enumerate(inputs["step_noises"])}
+    plan, tiles = ddpm_plan(config.steps), restorer.tiles(config, tuple(lq.shape[2:]), 1)
+    yield Check("timesteps", [step.t for step in plan], said["sampler_timesteps_desc"], 0.0, "exact")
+    z = restorer.restore_latent(lq, recorded_draw(noises), config, plan, tiles, model.latents)
+    trajectory = torch.stack([z_t for _, z_t, _, _ in schedule.estimates[1:]] + [z])
+    yield from compare(file, stored, "sampler_traj", trajectory, GUIDED_LATENT)
+    yield from compare(file, stored, "final_latent", z, GUIDED_LATENT)
+    y = restorer.decode(z)
+    for fix in ("adain", "wavelet"):
+        got = transfer(y / 2 + 0.5, lq / 2 + 0.5, fix)
+        yield from compare(file, stored, fix, got, IMAGE, "absolute")
+    size = tuple(lq.shape[2:])
+    image = to_uint8(finish(Prepared(lq, size, size), y, "consissr", "adain"))[0].permute(1, 2, 0)
+    yield from compare(file, stored, "adain_u8", image, 1.0, "uint8")

@@ -1,0 +1,91 @@
+"""Fixtures that several test files share."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference data that does not belong to the repository; it stands beside it where there is any."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("reference data (../shared) is not on this machine")
+    return folder
+
+
+@pytest.fixture
+def script() -> Callable[[str], ModuleType]:
+    """Imports a script by its name, such as "infer", for tests that call its `main`."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights, and its base beside it: everything the real ones have, in small."""
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+    from ccsr import nuts_plan
+    from consissr.config import FolderConfig, ModelConfig, SamplerConfig
+    from consissr.models.controlnet import build_controlnet
+    from consissr.models.folder import save_model
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models")
+    unet = UNet2DConditionModel(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        sample_size=32,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    for name, part in (("unet", unet), ("vae", vae), ("scheduler", scheduler)):
+        part.save_pretrained(folder / "base" / name)
+
+    model = ModelConfig(base=str(folder / "base"), hint="conv")
+    controlnet = build_controlnet(unet, model)
+    for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
+        torch.nn.init.normal_(layer.weight, std=0.1)  # they start at zero, where the condition would have no effect
+    timesteps = [[step.t, step.t_next, step.kind] for step in nuts_plan(6, 2 / 3, 0.5)]
+    save_model(folder / "tiny", FolderConfig(model=model, sampler=SamplerConfig(timesteps=timesteps)), controlnet)
+    return folder / "tiny"

@@ -1,0 +1,26 @@
+"""scripts/bench.py degradation: prints both paths, and ours is the faster one."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench.py"
+
+
+def test_degradation(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "degradation", "--images", "12"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "basicsr" in out and "images/s" in out
+    # Two is what is asked for, over many images; the draws of a dozen vary.
+    assert float(re.search(r"ours is ([0-9.]+) times as fast", out)[1]) > 1.3
+
+
+def test_mistake_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "degradation", "--preset", "csr"])
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 2
+    assert "ccsr" in capsys.readouterr().err

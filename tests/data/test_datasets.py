@@ -1,0 +1,260 @@
+"""Training photographs: what a sample number gives, whatever is damaged, missing or asked for in another order."""
+
+import io
+import logging
+import shutil
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from consissr.data.datasets import PhotoDataset, center_crop
+from consissr.data.files import decode, list_photos
+from consissr.errors import UserError
+
+
+def photo(seed: int, width: int = 60, height: int = 48) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight images in two sub-folders, and a file that is none."""
+    root = tmp_path / "photos"
+    for i in range(8):
+        path = root / ("a" if i < 4 else "b/c") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(i).save(path)
+    (root / "notes.txt").write_text("not a list\n")
+    return root
+
+
+def same(a: dict, b: dict) -> bool:
+    return torch.equal(a["hq"], b["hq"]) and a["name"] == b["name"] and a["seed"] == b["seed"]
+
+
+# --- order ---
+
+
+def test_sample_is_a_function_of_seed_and_number(folder):
+    first, second = (PhotoDataset([str(folder)], crop=32, seed=7, cache_mb=mb) for mb in (0, 64))
+    forward = [first[n] for n in range(40)]
+    assert all(same(second[n], forward[n]) for n in reversed(range(40)))
+    with ThreadPoolExecutor(4) as pool:
+        assert all(same(a, b) for a, b in zip(pool.map(second.__getitem__, range(40)), forward, strict=True))
+    other = PhotoDataset([str(folder)], crop=32, seed=8)
+    assert not all(same(other[n], forward[n]) for n in range(8))
+
+
+def test_epochs_are_different_permutations(folder):
+    dataset = PhotoDataset([str(folder)], crop=32, seed=0)
+    epochs = [[dataset[n]["name"] for n in range(8 * e, 8 * e + 8)] for e in range(3)]
+    assert all(sorted(names) == sorted(epochs[0]) and len(set(names)) == 8 for names in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    crops = [dataset[n]["hq"] for n in range(16) if dataset[n]["name"] == "a/0.png"]
+    assert not torch.equal(*crops)
+
+
+def test_crops_and_flips_are_windows_of_the_image(folder):
+    dataset = PhotoDataset([str(folder)], crop=32, seed=0, flips="both")
+    seen = set()
+    for n in range(64):
+        sample = dataset[n]
+        whole = np.asarray(Image.open(folder / sample["name"]))
+        crop = ((sample["hq"] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        for mirror in (False, True):
+            for upend in (False, True):
+                view = crop[:: -1 if upend else 1, :: -1 if mirror else 1]
+                tops, lefts = np.nonzero((whole[:17, :29] == view[0, 0]).all(-1))
+                if any((whole[t : t + 32, x : x + 32] == view).all() for t, x in zip(tops, lefts, strict=True)):
+                    seen.add((mirror, upend))
+                    break
+            else:
+                continue
+            break
+        else:
+            pytest.fail(f"sample {n} is no window of {sample['name']}")
+    assert len(seen) == 4
+
+
+def test_every_window_can_be_drawn(tmp_path):
+    y, x = np.mgrid[:34, :33]
+    Image.fromarray(np.stack([x, y, y], -1).astype(np.uint8)).save(tmp_path / "p.png")
+    dataset = PhotoDataset([str(tmp_path)], crop=32, seed=0, flips="none")
+    corners = {tuple(((dataset[n]["hq"][:2, 0, 0] + 1) * 127.5).round().int().tolist()) for n in range(200)}
+    assert corners == {(left, top) for left in range(2) for top in range(3)}
+
+
+def test_probabilities(folder):
+    paths = [str(folder / "a"), str(folder / "b")]
+    dataset = PhotoDataset(paths, crop=32, seed=0, probabilities=[3, 1])
+    names = [dataset[n]["name"] for n in range(400)]
+    assert abs(sum(not name.startswith("c/") for name in names) / 400 - 0.75) < 0.08
+    assert len(set(names)) == 8
+
+
+# --- crop rules ---
+
+
+def test_center_crop_keeps_the_short_side():
+    ramp = np.broadcast_to(np.linspace(0, 255, 80)[None, :, None], (200, 80, 3)).astype(np.uint8)
+    crop = center_crop(ramp, 32)  # 80 -> 40 by halving -> 32 bicubic
+    assert crop.shape == (32, 32, 3)
+    np.testing.assert_allclose(crop[16, :, 0], (np.arange(32) + 0.5) * 255 / 32, atol=4)
+    bands = np.repeat(np.arange(0, 250, 50, dtype=np.uint8), 40)[:, None, None].repeat(40, 1).repeat(3, 2)
+    assert (center_crop(bands, 40)[2:-2] == 100).all()  # the middle fifth of 200 rows
+    assert center_crop(ramp[:, :20], 32).shape == (32, 32, 3)  # a small image is enlarged
+
+
+# --- damage ---
+
+
+def test_damaged_images_are_replaced_counted_and_named_once(folder, caplog):
+    (folder / "a/0.png").write_bytes(b"no image at all")
+    data = (folder / "b/c/5.png").read_bytes()
+    (folder / "b/c/5.png").write_bytes(data[: len(data) // 2])
+    photo(0, 20, 20).save(folder / "a/small.png")
+    dataset = PhotoDataset([str(folder)], crop=32, seed=0)
+    with caplog.at_level(logging.WARNING):
+        names = {dataset[n]["name"] for n in range(27)}
+    assert names == {f"a/{i}.png" for i in (1, 2, 3)} | {f"b/c/{i}.png" for i in (4, 6, 7)}
+    assert len(dataset.skipped) == 3 and len(caplog.records) == 3
+    reasons = {key.rsplit("/", 1)[1]: reason for key, reason in dataset.skipped.items()}
+    assert "not an image" in reasons["0.png"]
+    assert "20x20" in reasons["small.png"] and "32" in reasons["small.png"]
+    again = PhotoDataset([str(folder)], crop=32, seed=0)
+    assert all(same(again[n], dataset[n]) for n in range(27))
+
+
+def test_folder_deleted_in_mid_run(folder):
+    dataset = PhotoDataset([str(folder)], crop=32, seed=0, cache_mb=0)
+    dataset[0]
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="No such file.*data.paths"):
+        dataset[1]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_modes(mode):
+    picture = Image.fromarray(np.full((8, 6), 40000, dtype=np.uint16)) if mode == "I;16" else photo(0, 6, 8)
+    buffer = io.BytesIO()
+    if mode not in ("I;16", "RGB"):
+        picture = picture.convert(mode)
+    picture.save(buffer, "TIFF")
+    pixels = decode(buffer.getvalue())
+    assert pixels.shape == (8, 6, 3) and pixels.dtype == np.uint8
+    if mode == "I;16":
+        assert (pixels == round(40000 / 257)).all()
+
+
+def test_exif_rotation():
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(0, 6, 8).save(buffer, "JPEG", exif=exif)
+    assert decode(buffer.getvalue()).shape == (6, 8, 3)
+
+
+# --- lists and shards ---
+
+
+def write_shard(path, folder) -> None:
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(folder.rglob("*.png")):
+            tar.add(file, file.relative_to(folder).as_posix())
+            text = b"{}"
+            info = tarfile.TarInfo(file.stem + ".json")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+
+
+def test_shard_gives_what_its_folder_gives(folder, tmp_path):
+    write_shard(tmp_path / "x.tar", folder)
+    plain = PhotoDataset([str(folder)], crop=32, seed=0)
+    for entry in (tmp_path / "x.tar", tmp_path / "*.tar"):
+        packed = PhotoDataset([str(entry)], crop=32, seed=0)
+        assert all(same(packed[n], plain[n]) for n in range(8))
+
+
+def test_truncated_shard(folder, tmp_path, caplog):
+    path = tmp_path / "x.tar"
+    write_shard(path, folder)
+    path.write_bytes(path.read_bytes()[: list_photos(path)[5].offset + 100])
+    with caplog.at_level(logging.WARNING):
+        photos = list_photos(path)
+    assert len(photos) == 5
+    assert "x.tar is damaged" in caplog.text and "first 5 images" in caplog.text
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(UserError, match="x.tar holds no complete image"):
+        list_photos(path)
+
+
+def test_shard_shortened_in_mid_run(folder, tmp_path):
+    path = tmp_path / "x.tar"
+    write_shard(path, folder)
+    dataset = PhotoDataset([str(path)], crop=32, seed=0, cache_mb=0)
+    path.write_bytes(path.read_bytes()[: dataset.photos[1].offset])
+    assert {dataset[n]["name"] for n in range(3)} == {dataset.photos[0].name}
+    assert all("before the end of" in reason for reason in dataset.skipped.values())
+
+
+def test_text_list(folder, tmp_path):
+    path = folder / "train.txt"
+    path.write_text(f"a/1.png\n\n{folder}/b/c/4.png\n")
+    assert [photo.path for photo in list_photos(path)] == [f"{folder}/a/1.png", f"{folder}/b/c/4.png"]
+    path.write_text("gone/1.png\ngone/2.png\n")
+    with pytest.raises(UserError, match="none of its first 2 files exists.*gone/1.png"):
+        list_photos(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"paths": ["/nowhere"]}, "/nowhere does not exist"),
+        ({"paths": []}, "data.paths"),
+        ({"crop_rule": "middle"}, "data.crop_rule is 'middle'"),
+        ({"flips": "some"}, "data.flips is 'some'"),
+        ({"probabilities": [0.5, 0.5]}, "2 entries for 1"),
+        ({"probabilities": [0.0]}, "not all 0"),
+        ({"lq_paths": ["x"], "crop_rule": "center"}, "must be 'random'"),
+        ({"lq_paths": ["x"], "crop": 30}, "does not divide"),
+    ],
+)
+def test_wrong_settings_are_named(folder, settings, message):
+    with pytest.raises(UserError, match=message):
+        PhotoDataset(**({"paths": [str(folder)], "crop": 32, "seed": 0} | settings))
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(UserError, match="holds no images"):
+        list_photos(tmp_path)
+
+
+# --- pairs ---
+
+
+def test_pairs_stay_aligned(tmp_path):
+    for kind, side in (("hq", 96), ("lq", 24)):
+        y, x = (np.mgrid[:side, :side] + 0.5) / side * 255
+        (tmp_path / kind).mkdir()
+        Image.fromarray(np.stack([x, y, x], -1).round().astype(np.uint8)).save(tmp_path / kind / "p.png")
+    dataset = PhotoDataset([str(tmp_path / "hq")], 32, 0, flips="both", lq_paths=[str(tmp_path / "lq")])
+    for n in range(20):
+        sample = dataset[n]
+        assert sample["lq"].shape == sample["hq"].shape == (3, 32, 32)
+        assert (sample["hq"] - sample["lq"])[:, 4:-4, 4:-4].abs().max() < 0.02  # one HQ pixel is a step of 0.021
+    batch = dataset.batch(range(3))
+    assert batch["lq"].shape == (3, 3, 32, 32) and len(batch["names"]) == len(batch["seeds"]) == 3
+
+
+def test_pairs_without_partner_or_of_wrong_size(folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path / "lq")
+    dataset = PhotoDataset([str(folder)], 32, 0, lq_paths=[str(tmp_path / "lq")])
+    with pytest.raises(UserError, match="not 4 times its partner's 60x48"):
+        dataset[0]
+    (tmp_path / "lq/a/2.png").unlink()
+    with pytest.raises(UserError, match="1 of 8 images have no single partner.*a/2.png"):
+        PhotoDataset([str(folder)], 32, 0, lq_paths=[str(tmp_path / "lq")])

@@ -1,0 +1,63 @@
+"""The ControlNet: the hint's two forms, what is copied from the UNet, saving and loading."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from consissr.config import ModelConfig
+from consissr.models.attention import added_parameters, replace_blocks
+from consissr.models.controlnet import LatentHint, build_controlnet, empty_controlnet
+
+FEATURES = ModelConfig(position_embedding=16, transposed_attention=True, image_prompt="hpa", hint="stack")
+
+
+def test_hint_forms():
+    conv, stack = LatentHint("conv", 4, 320), LatentHint("stack", 4, 320)
+    assert sum(p.numel() for p in conv.parameters()) == 11_840, "as CCSR v2's condition_conv_in"
+    assert sum(p.numel() for p in stack.parameters()) == 1_086_624, "as ConsisSR's input_hint_block"
+    z = torch.randn(2, 4, 5, 7)
+    assert conv(z).shape == stack(z).shape == (2, 320, 5, 7)
+    assert conv(z).abs().max() > 0
+    assert stack(z).abs().max() == 0
+    assert LatentHint("stack", 16, 64)(torch.randn(1, 16, 4, 4)).shape == (1, 64, 4, 4)
+
+
+@pytest.mark.parametrize("replaced_first", [False, True])
+def test_a_new_controlnet_copies_the_unets_encoder(make_unet, replaced_first):
+    from diffusers import ControlNetModel
+
+    unet = make_unet()
+    if replaced_first:
+        replace_blocks(unet, FEATURES)
+        unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.position_emb.data.fill_(1.0)
+    controlnet = build_controlnet(unet, FEATURES)
+    assert type(controlnet) is ControlNetModel
+    theirs = unet.state_dict()
+    added = set(added_parameters(controlnet))
+    copied = [
+        name
+        for name in controlnet.state_dict()
+        if name.startswith(("conv_in", "time_embedding", "down_blocks", "mid_block")) and name not in added
+    ]
+    assert len(copied) > 100
+    assert all(torch.equal(controlnet.state_dict()[name], theirs[name]) for name in copied)
+    assert not any(controlnet.state_dict()[name].abs().max() for name in added if "position_emb" in name)
+    shared = {p.data_ptr() for p in unet.parameters()} & {p.data_ptr() for p in controlnet.parameters()}
+    assert not shared, "the copy must not share memory with the frozen UNet"
+    assert all(p.abs().max() == 0 for block in controlnet.controlnet_down_blocks for p in block.parameters())
+
+
+def test_sizes_survive_saving(make_unet, tmp_path):
+    import json
+
+    controlnet = build_controlnet(make_unet(), FEATURES)
+    controlnet.save_pretrained(tmp_path)
+    again = empty_controlnet(json.loads((tmp_path / "config.json").read_text()), FEATURES)
+    assert again.state_dict().keys() == controlnet.state_dict().keys()
+    again.load_state_dict(controlnet.state_dict())
+
+
+def test_meta_device(make_unet):
+    unet = make_unet().to("meta")
+    assert all(p.is_meta for p in build_controlnet(unet, FEATURES).parameters())

@@ -1,0 +1,61 @@
+"""Image tokens: preprocessing, pooled and patch features, the adapter's two initialisations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from consissr.models.image_prompt import MEAN, STD, Adapter, ImagePrompt, build_tower, clip_input, tower_features
+
+VISION = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
+
+
+@pytest.fixture
+def tower():
+    torch.manual_seed(0)
+    return build_tower(20, VISION).eval()
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def test_clip_input_is_normalised_and_resized_without_antialiasing():
+    x = images(2, 3, 64, 64)
+    got = clip_input(x, 64)
+    for channel in range(3):
+        assert torch.allclose(got[:, channel], ((x[:, channel] + 1) / 2 - MEAN[channel]) / STD[channel], atol=1e-6)
+    large = images(1, 3, 128, 96)
+    resized = F.interpolate((large + 1) / 2, (64, 64), mode="bicubic", align_corners=False)
+    back = clip_input(large, 64) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    assert torch.allclose(back, resized, atol=1e-5)
+
+
+@torch.no_grad()
+def test_features_are_the_towers_own(tower):
+    x = images(2, 3, 64, 64)
+    pooled, patches = tower_features(tower, x)
+    assert torch.allclose(pooled, tower(clip_input(x, 64)), atol=1e-6)
+    assert patches.shape == (2, 16, 20)
+    tower.output_tokens = True
+    tokens = tower(clip_input(x, 64))[1]
+    assert torch.allclose(patches, tokens @ tower.proj, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("pooled", 1), ("patches", 16)])
+def test_tokens_and_gradients(tower, kind, count):
+    prompt = ImagePrompt(tower, Adapter(20, 24), kind)
+    tokens = prompt.encode(images(2, 3, 100, 70))
+    assert tokens.shape == (2, count, 24)
+    tokens.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in prompt.adapter.parameters())
+    assert all(p.grad is None for p in tower.parameters()), "the tower is not trained through its tokens"
+    if kind == "patches":
+        assert (tokens[0, 0] - tokens[0, -1]).abs().max() > 1e-3, "patches must differ"
+
+
+def test_the_released_initialisation_gives_a_zero_token(tower):
+    features = torch.randn(2, 1, 20)
+    assert Adapter(20, 24, "as_released")(features).abs().max() == 0
+    assert Adapter(20, 24)(features).abs().max() > 0

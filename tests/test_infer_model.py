@@ -1,0 +1,85 @@
+"""scripts/infer.py with a real model (small, random weights): the whole path, and what a run may not depend on."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SIZES = {"a.png": (20, 28), "b.png": (20, 28), "c.png": (1, 1), "d.png": (13, 40)}
+
+
+@pytest.fixture
+def folder(tmp_path, rng):
+    (tmp_path / "in").mkdir()
+    for name, size in SIZES.items():
+        Image.fromarray(rng.integers(0, 256, (*size, 3)).astype(np.uint8)).save(tmp_path / "in" / name)
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def infer(script, tiny_model, folder, tmp_path):
+    """infer(name, *flags) restores the folder into tmp_path/name and gives {file name: samples}."""
+    main = script("infer").main
+
+    def run(name, *flags, source=folder, status=0):
+        arguments = ["-i", source, "-o", tmp_path / name, "-m", tiny_model, "--device", "cpu", "--scale", "2", *flags]
+        assert main([str(argument) for argument in arguments]) == status
+        paths = [path for path in (tmp_path / name).rglob("*.png")]
+        return {path.relative_to(tmp_path / name).as_posix(): np.asarray(Image.open(path)) for path in paths}
+
+    return run
+
+
+def test_sizes_and_repeatability(infer, tmp_path):
+    first, again = infer("1"), infer("2")
+    assert {name: image.shape[:2] for name, image in first.items()} == {
+        name: (2 * height, 2 * width) for name, (height, width) in SIZES.items()
+    }
+    for name in first:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+        assert (first[name] == again[name]).all()
+    other = infer("3", "--seed", "1")
+    assert (other["a.png"] != first["a.png"]).any()
+    assert (first["a.png"] != first["b.png"]).any()
+
+
+def test_batches_and_processes_change_rounding_only(infer, monkeypatch):
+    alone = infer("1")
+    batched = infer("2", "--batch-size", "3")
+    shared = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        shared = infer("3")
+    assert alone.keys() == batched.keys() == shared.keys()
+    for name, image in alone.items():
+        assert (image == shared[name]).all()
+        close = np.abs(image.astype(int) - batched[name]) <= 1
+        assert close.mean() >= 0.999
+
+
+def test_flags_reach_the_model(infer, folder):
+    source = folder / "a.png"
+    base = infer("base", source=source)["a.png"]
+    changes = {
+        "steps": ["--steps", "1"],
+        "ddpm": ["--plan", "ddpm", "--steps", "3"],
+        "t_max": ["--t-max", "0.9"],
+        "start": ["--start", "noise"],
+        "color": ["--color-fix", "none"],
+        "wavelet": ["--color-fix", "wavelet"],
+    }
+    for name, flags in changes.items():
+        assert (infer(name, *flags, source=source)["a.png"] != base).any(), name
+
+
+def test_save_steps(infer, folder):
+    files = infer("out", "--save-steps", source=folder / "a.png")
+    assert files.keys() == {"a.png", "a.png_steps/00_t999.png", "a.png_steps/01_t666.png"}
+    assert all(image.shape == (40, 56, 3) for image in files.values())
+
+
+def test_unknown_model(script, folder, tmp_path, capsys):
+    main = script("infer").main
+    assert main(["-i", str(folder), "-o", str(tmp_path / "out"), "-m", "nano-csr", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "nano-ccsr" in error and error.count("\n") == 1
