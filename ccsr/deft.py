@@ -18,7 +18,7 @@ from ccsr.patchgan import PatchGAN
 from consissr.config import TrainConfig
 from consissr.errors import UserError
 from consissr.models.folder import save_model
-from consissr.training.stage import Batch, Phase
+from consissr.training.stage import EXPORT, Batch, Phase
 
 
 class Deft:
@@ -87,7 +87,9 @@ class Deft:
 
     def export(self, folder: Path) -> None:
         """A model folder with the tuned autoencoder."""
-        save_model(folder, self.first.folder_config(), self.first.denoiser.controlnet, latents=self.latents)
+        first = self.first
+        dtype = EXPORT[first.config.export_precision]
+        save_model(folder, first.folder_config(), first.denoiser.controlnet, latents=self.latents, dtype=dtype)
 
 
 def feature_distance(features: list[Tensor], wanted: list[Tensor]) -> Tensor:

@@ -17,11 +17,11 @@ from consissr.checkpoint import find_model, read_config
 from consissr.config import FolderConfig, TrainConfig
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.models.attention import replace_blocks
-from consissr.models.base import load_base
+from consissr.models.base import NullText, idle_without_text, load_base
 from consissr.models.controlnet import build_controlnet
 from consissr.models.denoiser import Condition, Denoiser
 from consissr.models.folder import load_controlnet, save_model
-from consissr.training.stage import Batch, Phase
+from consissr.training.stage import EXPORT, Batch, Phase
 
 
 class Nuts:
@@ -50,7 +50,9 @@ class Nuts:
             controlnet.enable_gradient_checkpointing()
         s = config.sampler
         self.t_max = t_max_step(s.steps, config.nuts.t_max, s.grid, len(table))
-        self.phases = [Phase("controlnet", dict(controlnet.named_parameters()), self.loss, config.optimizer)]
+        text_free = isinstance(base.text, NullText)
+        trained = {n: p for n, p in controlnet.named_parameters() if not (text_free and idle_without_text(n))}
+        self.phases = [Phase("controlnet", trained, self.loss, config.optimizer)]
 
     def prepare(self, batch: Batch) -> None:
         """Latents of both images."""
@@ -94,7 +96,8 @@ class Nuts:
 
     def export(self, folder: Path) -> None:
         """A model folder."""
-        save_model(folder, self.folder_config(), self.denoiser.controlnet)
+        dtype = EXPORT[self.config.export_precision]
+        save_model(folder, self.folder_config(), self.denoiser.controlnet, dtype=dtype)
 
     def folder_config(self) -> FolderConfig:
         """The model's configuration, its default plan spelled out so that sampling needs no knowledge of NUTS."""

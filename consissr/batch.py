@@ -18,7 +18,7 @@ from typing import Any, Protocol, TextIO
 import torch
 from torch import Tensor
 
-from consissr import images
+from consissr import __version__, images
 from consissr.errors import UserError
 from consissr.images import Photo
 from consissr.jobs import Job
@@ -90,14 +90,15 @@ def run(restorer: Restores, jobs: Iterable[Job], settings: Settings, report: Rep
     for job in jobs:
         if job.error:
             report.add(Outcome(job, "failed", job.error))
-    groups = _groups([job for job in jobs if not job.error], settings.batch_size)
+    batch_size = 1 if settings.save_steps else settings.batch_size
+    groups = _groups([job for job in jobs if not job.error], batch_size)
     with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(WRITERS) as writers:
         writing: deque[tuple[Outcome, Future]] = deque()
         try:
             for group, futures in _read_ahead(readers, groups):
                 for outcome, photo in _restore_group(restorer, group, futures, settings, report):
                     writing.append((outcome, writers.submit(_write, outcome.job, photo, settings)))
-                while len(writing) > 2 * WRITERS * settings.batch_size:
+                while len(writing) > 2 * WRITERS * batch_size:
                     _finish(*writing.popleft(), report)
             while writing:
                 _finish(*writing.popleft(), report)
@@ -139,7 +140,7 @@ def _restore_group(
     for job, future in zip(group, futures, strict=True):
         try:
             photo = future.result()
-        except (UserError, MemoryError) as error:
+        except (UserError, MemoryError, RuntimeError) as error:
             report.add(Outcome(job, "failed", _reason(error, job)))
             continue
         if tuple(photo.pixels.shape[-2:]) != (job.height, job.width):
@@ -153,8 +154,6 @@ def _restore_group(
     try:
         results = _restore(restorer, read, settings)
     except (UserError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-            raise
         for job, _ in read:
             report.add(Outcome(job, "failed", _reason(error, job)))
         return []
@@ -202,15 +201,17 @@ def _write(job: Job, photo: Photo, settings: Settings) -> None:
 def _finish(outcome: Outcome, future: Future, report: Report) -> None:
     try:
         future.result()
-    except (UserError, MemoryError) as error:
+    except (UserError, MemoryError, RuntimeError) as error:
         outcome = replace(outcome, status="failed", error=_reason(error, outcome.job))
     report.add(outcome)
 
 
 def _reason(error: Exception, job: Job) -> str:
-    """One line, without the path that the report names anyway."""
+    """One line about this file, without the path that the report names anyway; defects of the program go on."""
     if isinstance(error, UserError):
         return str(error).removeprefix(f"{job.source}: ").removeprefix(f"{job.target}: ")
+    if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        raise error
     return (
         f"{job.width}x{job.height} to {job.out_width}x{job.out_height}: memory ran out; use --tile or a smaller --scale"
     )
@@ -263,14 +264,16 @@ def peak_memory_mb() -> int:
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def open_log(path: Path) -> TextIO:
-    """A log to append to, so that several processes can share it.
+def open_log(path: Path, settings: dict[str, Any]) -> TextIO:
+    """A log to append to, so that several processes can share it; begins with the settings of the run.
 
     Raises:
         UserError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a", encoding="utf-8")
+        log = path.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
+    log.write(json.dumps({"event": "run", "version": __version__, "settings": settings}, default=str) + "\n")
+    return log

@@ -144,6 +144,8 @@ class DataConfig:
     """Random flips: 'none', 'horizontal' or 'both' (Sec. 4.1, ConsisSR)."""
     degradation: str = "ccsr"
     """Preset of the two-stage Real-ESRGAN degradation: 'ccsr' or 'consissr'."""
+    enlarge: list[str] = field(default_factory=list)
+    """Filters that bring LQ crops back to full size, one drawn per image; empty: the preset's. Use is 'bicubic'."""
     validation: str = ""
     """Folder of photographs for the fixed validation set; empty: no validation."""
     validation_count: int = 8
@@ -282,6 +284,8 @@ class TrainConfig:
     """Expected number of processes; another world size is an error. 0: take what was launched."""
     precision: str = "auto"
     """Autocast: 'bf16', 'fp32' or 'auto' (bf16 where the device computes it fast, else fp32)."""
+    export_precision: str = "fp32"
+    """Storage of the exported result's weights: 'fp32' or 'fp16'. Checkpoints are always fp32."""
     ema: float = 0.0
     """Decay of an exponential moving average of the trained weights; 0: none."""
     gradient_checkpointing: bool = False
@@ -317,6 +321,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_word(self.precision, ("auto", "bf16", "fp32"), "precision")
+        check_word(self.export_precision, ("fp32", "fp16"), "export_precision")
         check_word(self.tracker, ("tensorboard", "wandb", "none"), "tracker")
 
 
@@ -355,7 +360,8 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: l
             merged = OmegaConf.merge(merged, layer)
         return OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"bad configuration: {str(error).strip().splitlines()[0]}") from error
+        key = getattr(error, "full_key", None)
+        raise UserError(f"bad configuration: {f'{key}: ' if key else ''}{str(error).strip().splitlines()[0]}") from error
 
 
 def check_keys(cls: type, given: Any, source: str, prefix: str = "") -> None:

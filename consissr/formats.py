@@ -3,6 +3,8 @@
 `probe` reads a file's header; `Form` says how an image was stored, so that its result can be stored likewise.
 """
 
+import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -39,9 +41,9 @@ class Format:
     exif: bool = True
     longest: int = 2**31 - 1  # pixels of the longest side
 
-    def holds(self, form: Form) -> bool:
-        """True when neither the transparency nor the depth of `form` would be lost."""
-        return (self.alpha or not form.alpha) and (self.deep or form.bits == 8)
+    def holds(self, form: Form, side: int = 1) -> bool:
+        """True when transparency and depth of `form` are kept, and `side` pixels are not too long."""
+        return (self.alpha or not form.alpha) and (self.deep or form.bits == 8) and side <= self.longest
 
 
 _JPEG = Format(name="JPEG", cmyk=True, longest=65500)
@@ -70,13 +72,14 @@ _KEPT_TAGS = (
     ExifTags.Base.HostComputer,
     ExifTags.Base.Copyright,
 )
+_BITS_PER_SAMPLE = 258  # a TIFF tag
 _PIXEL_TAGS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
 
 
-def suffix_for(wanted: str, form: Form) -> str:
+def suffix_for(wanted: str, form: Form, side: int = 1) -> str:
     """The suffix to write `form` under: `wanted` (such as ".jpg") where that format holds it, else ".png"."""
     target = WRITABLE.get(wanted.lower())
-    return wanted if target is not None and target.holds(form) else ".png"
+    return wanted if target is not None and target.holds(form, side) else ".png"
 
 
 def output_size(height: int, width: int, scale: float, longest: int | None = None) -> tuple[int, int]:
@@ -97,6 +100,9 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         UserError: the path is missing or unreadable, is no image, is damaged, or is too large to be trusted.
     """
     try:
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            raise UserError(f"{path}: not a file")  # opening a pipe would wait for ever
         with Image.open(path) as image:
             yield image
     except UnidentifiedImageError:
@@ -116,14 +122,17 @@ def form_of(image: Image.Image) -> Form:
     """How `image` (opened, not necessarily loaded) is stored, except for `exif`; its pixels are not looked at.
 
     Raises:
-        UserError: a mode whose range is not known (floating point) or that is no colour image (LAB, HSV).
+        UserError: a mode whose range is not known (floating point) or that is no colour image (LAB, HSV); a TIFF
+            that Pillow misreads.
     """
     mode = image.mode
     if mode in ("F", "LAB", "HSV"):
         raise UserError(f"{mode} pixels are not supported; save the image as 8- or 16-bit grey or RGB first")
     packing = _raw_modes(image)
+    if image.format == "TIFF" and 16 in image.tag_v2.get(_BITS_PER_SAMPLE, ()) and "16" not in "".join(packing):
+        raise UserError("16-bit TIFF in separate planes is not supported; save its samples interleaved")
     grey = mode in ("1", "L", "LA", "La", "I") or mode.startswith("I;16") or "LA;16B" in packing
-    deep = mode == "I" or mode.startswith("I;16") or any(";16" in raw for raw in packing)
+    deep = mode.startswith("I") or (mode in ("RGB", "RGBA") and any(";16" in raw for raw in packing))
     # a transparent colour (not a channel) is honoured in 8-bit images only
     keyed = "transparency" in image.info and not deep and mode != "CMYK"
     return Form(
@@ -184,5 +193,5 @@ def kept_exif(image: Image.Image) -> bytes | None:
             if tags:
                 new[ifd] = tags
         return new.tobytes() if len(new) else None
-    except DAMAGE:
+    except (*DAMAGE, AttributeError):
         return None

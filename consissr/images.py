@@ -13,6 +13,7 @@ read. Not kept: XMP, comments, EXIF in 16-bit colour TIFF; 16-bit PPM is read as
 
 import io
 import os
+import struct
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,10 +57,7 @@ def read(path: str | Path) -> Photo:
             form = formats.form_of(image)
             deep_colour = form.bits == 16 and not image.mode.startswith("I")
             image.load()  # checks the whole file, and lets PNG find metadata that stands behind the pixels
-            if deep_colour:
-                samples = _deep_samples(path)
-            else:
-                samples, form = _samples(image, form)
+            samples = _deep_samples(path) if deep_colour else _samples(image, form)
             form = replace(form, exif=formats.kept_exif(image))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
@@ -71,7 +69,8 @@ def write(path: str | Path, photo: Photo, quality: int = 95) -> None:
     """Write `photo` under `path`, whole or not at all, in the format of the suffix; `quality` is JPEG's and WebP's.
 
     Raises:
-        UserError: NaN or infinite pixels; a format that is not written or cannot hold the image; a full disk.
+        UserError: NaN or infinite pixels; a format that is not written or cannot hold the image; a full disk;
+            metadata that cannot be written.
     """
     path = Path(path)
     target = formats.WRITABLE.get(path.suffix.lower())
@@ -94,6 +93,8 @@ def write(path: str | Path, photo: Photo, quality: int = 95) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except (ValueError, SyntaxError, struct.error) as error:  # Pillow, about profiles and EXIF
+        raise UserError(f"{path}: cannot be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -108,8 +109,7 @@ def from_pil(image: Image.Image) -> Photo:
     if not image.mode.startswith("I"):
         form = replace(form, bits=8)  # a loaded PIL image holds 16 bits only in grey
     image.load()
-    samples, form = _samples(image, form)
-    return _photo(_upright(samples, formats.orientation(image)), form)
+    return _photo(_upright(_samples(image, form), formats.orientation(image)), form)
 
 
 def to_pil(photo: Photo) -> Image.Image:
@@ -183,17 +183,17 @@ def _photo(samples: np.ndarray, form: Form) -> Photo:
     return Photo((colours * 2 - 1).expand(3, -1, -1).contiguous(), alpha, form)
 
 
-def _samples(image: Image.Image, form: Form) -> tuple[np.ndarray, Form]:
+def _samples(image: Image.Image, form: Form) -> np.ndarray:
     """A loaded PIL image as (H, W, C), uint16 for 16-bit grey and uint8 for all else."""
     if image.mode.startswith("I"):
         samples = np.asarray(image)
         if samples.min() < 0 or samples.max() > 65535:
             raise UserError("32-bit integer pixels beyond 0..65535 are not supported; save as 16 bits first")
-        return samples.astype(np.uint16)[..., None], form
+        return samples.astype(np.uint16)[..., None]
     if form.cmyk:
-        return np.asarray(_convert_cmyk(image, form.profile, to="RGB")), form
+        return np.asarray(_convert_cmyk(image, form.profile, to="RGB"))
     mode = ("L" if form.grey else "RGB") + ("A" if form.alpha else "")
-    return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1), form
+    return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1)
 
 
 def _deep_samples(path: str | Path) -> np.ndarray:
@@ -205,10 +205,10 @@ def _deep_samples(path: str | Path) -> np.ndarray:
     planes = []
     for swapped in (False, True):
         with Image.open(path) as image:
-            if image.tile[0].args == "LA;16B":
+            if image.tile[0].args == "LA;16B":  # two samples of two bytes, which unpack as four of one
                 image.tile = [tile._replace(args="RGBA") for tile in image.tile]
-                bytes_ = np.asarray(image).astype(np.uint16)
-                return bytes_[..., 0::2] << 8 | bytes_[..., 1::2]
+                four = np.asarray(image).astype(np.uint16)
+                return four[..., 0::2] << 8 | four[..., 1::2]
             if swapped:
                 image.tile = [tile._replace(args=_swapped(tile.args)) for tile in image.tile]
             planes.append(np.asarray(image).astype(np.uint16))

@@ -6,18 +6,20 @@ distributed run makes the same plan and takes its share of it.
 
 import glob
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
+from PIL import Image
 
 from consissr import formats
 from consissr.errors import UserError
 
 BYTES_PER_PIXEL = 80
-"""Memory that one pixel of a result takes at most beside the model: float RGB copies and their rounding."""
+"""What one pixel of a result takes beside the networks: several float RGB copies, and the samples to write."""
 
 _LISTS = (".txt", ".lst")
 _ENVIRONMENT = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
@@ -72,15 +74,16 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False) -> list
     Raises:
         UserError: no images; an input that does not exist; an output that would replace an input, or another output.
     """
-    single = len(inputs) == 1 and Path(inputs[0]).is_file() and Path(inputs[0]).suffix.lower() not in _LISTS
-    to_file = naming.output.suffix.lower() in formats.WRITABLE and not naming.output.is_dir()
+    single = len(inputs) == 1 and os.path.isfile(inputs[0]) and Path(inputs[0]).suffix.lower() not in _LISTS
+    to_file = naming.output.suffix.lower() in formats.WRITABLE and not os.path.isdir(naming.output)
     if to_file and (not single or naming.repeat > 1):
         raise UserError(f"--output {naming.output} names one file, but there are several results: give a folder")
-    if not naming.output.is_dir() and not to_file:
-        if naming.output.exists() or naming.output.suffix.lower() in formats.READABLE:
+    if not os.path.isdir(naming.output) and not to_file:
+        if os.path.exists(naming.output) or naming.output.suffix.lower() in formats.READABLE:
             known = " ".join(formats.WRITABLE)
             raise UserError(f"--output {naming.output} is neither a folder nor an image file that is written ({known})")
 
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused with a reason
     found = {}  # absolute path -> job; a file named twice is restored once
     for text in inputs:
         for job in _find(text, recursive, naming.output):
@@ -127,11 +130,12 @@ def drop_existing(jobs: Iterable[Job], skip: bool, overwrite: bool) -> tuple[lis
         return jobs, []
     existing = [job for job in jobs if job.target is not None and job.target.exists()]
     if existing and not skip:
-        rest = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
-        raise UserError(
-            f"{existing[0].target}{rest} exist already: use --overwrite, --skip-existing or another --output"
-        )
-    return [job for job in jobs if job not in existing], existing
+        which = f"{existing[0].target} exists"
+        if len(existing) > 1:
+            which = f"{existing[0].target} and {len(existing) - 1} more exist"
+        raise UserError(f"{which}: use --overwrite, --skip-existing or another --output")
+    kept = {job.target for job in existing}
+    return [job for job in jobs if job.target not in kept], existing
 
 
 # --- finding ---
@@ -210,12 +214,13 @@ def _measured(job: Job, naming: Naming) -> Job:
         return replace(job, error=str(error).removeprefix(f"{job.source}: "))
     rows, columns = formats.output_size(height, width, naming.scale, naming.longest)
     job = replace(job, height=height, width=width, out_height=rows, out_width=columns)
+    wanted = job.source.suffix if naming.ext == "auto" else f".{naming.ext.removeprefix('.')}"
+    job = replace(job, ext=formats.suffix_for(wanted, form, max(rows, columns)))
     needed, free = rows * columns * BYTES_PER_PIXEL / 2**30, psutil.virtual_memory().available / 2**30
     if needed > free:
         size = f"{width}x{height} to {columns}x{rows}"
         return replace(job, error=f"{size} needs about {needed:.0f} GB, {free:.0f} are free; use a smaller --scale")
-    wanted = job.source.suffix if naming.ext == "auto" else f".{naming.ext.removeprefix('.')}"
-    return replace(job, ext=formats.suffix_for(wanted, form))
+    return job
 
 
 def _named(jobs: list[Job], naming: Naming) -> list[Job]:
@@ -236,8 +241,9 @@ def _to_file(job: Job, output: Path) -> Job:
     """`job` with the target that the user named."""
     if job.error:
         return job
-    if not formats.WRITABLE[output.suffix.lower()].holds(formats.probe(job.source)[2]):
-        return replace(job, error=f"{output.suffix} cannot hold its transparency or 16 bits; use .png")
+    form, side = formats.probe(job.source)[2], max(job.out_height, job.out_width)
+    if not formats.WRITABLE[output.suffix.lower()].holds(form, side):
+        return replace(job, error=f"{output.suffix} cannot hold its transparency, 16 bits or {side} px; use .png")
     return replace(job, target=output)
 
 

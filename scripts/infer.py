@@ -11,6 +11,7 @@ metrics will be measured. Exit status: 0 all restored, 1 a file failed (the othe
 import argparse
 import json
 import logging
+import os
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -22,8 +23,6 @@ from consissr.commandline import PLAN_FLAGS, SAMPLER_FLAGS, given, parser
 from consissr.errors import UserError
 
 if TYPE_CHECKING:
-    from consissr.config import SamplerConfig
-    from consissr.diffusion.plans import Step
     from consissr.restorer import Restorer
 
 
@@ -39,7 +38,7 @@ def restore(args: argparse.Namespace) -> int:
     if args.dry_run:
         out.print_json(json.dumps(vars(args), default=str))
         for job in todo:
-            result = f"{job.target} ({job.out_width}x{job.out_height})" if job.target else job.error
+            result = job.error or f"{job.target} ({job.out_width}x{job.out_height})"
             out.print(f"{job.source} -> {result}", markup=False)
         out.print(f"{len(todo)} to restore, {len(existing)} exist", markup=False)
         return 0
@@ -48,11 +47,11 @@ def restore(args: argparse.Namespace) -> int:
     from consissr import batch, reporting
 
     settings = batch.Settings(**sizes, **given(args, ("seed", "batch_size", "quality", "save_steps")))
-    log = batch.open_log(args.json) if args.json else None
-    restorer = None
+    log = batch.open_log(args.json, vars(args)) if args.json else None
+    restorer = None  # a run of failures alone needs none
     if any(not job.error for job in todo):
         restorer = load(args, local_rank)
-        settings = replace(settings, plan=sampling_plan(args, restorer.sampler))
+        settings = replace(settings, plan=sampling_plan(args, restorer))
 
     # 3. the files
     with reporting.Terminal(err, len(todo), quiet=args.quiet or rank > 0) as terminal:
@@ -79,14 +78,14 @@ def load(args: argparse.Namespace, local_rank: int) -> "Restorer":
     return restorer
 
 
-def sampling_plan(args: argparse.Namespace, sampler: "SamplerConfig") -> "list[Step] | None":
+def sampling_plan(args: argparse.Namespace, restorer: "Restorer") -> "list | None":
     """The timesteps that the flags ask for; None without such flags: the model's own."""
     changes = given(args, PLAN_FLAGS)
     if not changes:
         return None
     from ccsr import sampler_plan
 
-    config = replace(sampler, timesteps=[], **changes)
+    config = replace(restorer.sampler, timesteps=[], **changes)
     if config.plan != "nuts" and (args.t_max is not None or args.t_min is not None):
         raise UserError("--t-max and --t-min belong to the plan nuts: add --plan nuts or leave them out")
     return sampler_plan(config)
@@ -95,6 +94,7 @@ def sampling_plan(args: argparse.Namespace, sampler: "SamplerConfig") -> "list[S
 def main(arguments: list[str] | None = None) -> int:
     """Parse, restore; one line and exit status 2 for a mistake in the call."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings are about code, not about images
     args = parser(__doc__).parse_args(arguments)
     try:
         return restore(args)

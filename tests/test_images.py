@@ -138,6 +138,24 @@ def test_orientation_is_applied_and_dropped(tmp_path, value, suffix):
         assert tags[ExifTags.Base.Artist] == "A. Photographer"
 
 
+def test_16_bit_tiff_in_planes(tmp_path):
+    samples = smooth(24, 36, 3, 65535).transpose(2, 0, 1)
+    tifffile.imwrite(tmp_path / "a.tif", samples, photometric="rgb", compression="zlib")
+    assert images.read(tmp_path / "a.tif").form.bits == 16
+    tifffile.imwrite(tmp_path / "b.tif", samples, photometric="rgb")  # Pillow reads this one wrongly, without a word
+    with pytest.raises(UserError, match="separate planes"):
+        images.read(tmp_path / "b.tif")
+
+
+def test_16_bit_cmyk_is_read_at_8_bits(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", smooth(24, 36, 4, 65535), photometric="separated")
+    photo = images.read(tmp_path / "a.tif")
+    assert photo.form.bits == 8 and photo.form.cmyk
+    with Image.open(tmp_path / "a.tif") as image:
+        expected = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+    assert (images.to_uint8(photo.pixels).int() - expected).abs().max() <= 1
+
+
 def test_orientation_of_16_bit_tiff(tmp_path):
     samples = smooth(24, 36, 3, 65535)
     tifffile.imwrite(tmp_path / "a.tif", samples, photometric="rgb", extratags=[(274, 3, 1, 6, True)])
@@ -167,6 +185,12 @@ def test_transparent_colour_becomes_a_channel(tmp_path):
     palette = pillow("P")
     palette.save(tmp_path / "p.png", transparency=int(np.asarray(palette)[0, 0]))
     assert images.read(tmp_path / "p.png").alpha[0, 0, 0] == 0
+
+
+def test_first_frame_of_several(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert images.to_uint8(images.read(tmp_path / "a.gif").pixels[:, 0, 0]).tolist() == [255, 0, 0]
 
 
 def test_grey_result_is_the_luma(tmp_path):

@@ -163,7 +163,7 @@ def test_existing_results(infer, folder, tmp_path):
     assert infer("-i", folder / "a.png", "-o", out)[0] == 0
     first = (out / "a.png").read_bytes()
     status, _, err = infer("-i", folder, "-o", out)
-    assert status == 2 and "a.png exist" in err and "--overwrite" in err
+    assert status == 2 and "a.png exists" in err and "--overwrite" in err
     assert len(infer.loads) == 1 and files(out) == {"a.png"}  # refused before anything was loaded
     status, text, _ = infer("-i", folder, "-o", out, "--skip-existing", "--seed", 1)
     assert status == 0 and "done 2, skipped 1, failed 0" in text
@@ -203,6 +203,23 @@ def test_bad_files_do_not_stop_the_rest(infer, folder, tmp_path):
         "float.tif": "F pixels",
     }.items():
         assert sum(name in line and words in line for line in lines) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes are POSIX's")
+def test_what_only_looks_like_a_file(infer, folder, tmp_path):
+    (folder / "dangling.png").symlink_to(folder / "gone")
+    os.mkfifo(folder / "pipe.png")
+    status, _, err = infer("-i", folder, "-o", tmp_path / "out")
+    assert status == 1 and files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp"}
+    assert "dangling.png: cannot be read" in err and "pipe.png: not a file" in err
+
+
+def test_result_longer_than_its_format_allows(infer, tmp_path):
+    Image.new("L", (4200, 1)).save(tmp_path / "long.webp")
+    assert infer("-i", tmp_path / "long.webp", "-o", tmp_path / "out")[0] == 0
+    assert files(tmp_path / "out") == {"long.png"}
+    status, _, err = infer("-i", tmp_path / "long.webp", "-o", tmp_path / "out" / "r.webp")
+    assert status == 1 and "16800 px" in err
 
 
 @pytest.mark.parametrize(
@@ -341,7 +358,12 @@ def test_processes_share_the_work(infer, folder, tmp_path, monkeypatch):
     for name in files(tmp_path / "alone"):
         assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     logged = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert sorted(entry["key"] for entry in logged) == ["a.png", "b.jpg", "c.webp", "sub/d.png"]
+    assert sorted(entry["key"] for entry in logged if entry["event"] == "image") == [
+        "a.png",
+        "b.jpg",
+        "c.webp",
+        "sub/d.png",
+    ]
     monkeypatch.setenv("RANK", "3")
     assert infer("-i", folder, "-o", tmp_path / "shared")[0] == 2
 
@@ -353,6 +375,8 @@ def test_log(infer, folder, tmp_path):
     (folder / "bad.png").write_text("not an image")
     assert infer("-i", folder, "-o", tmp_path / "out", "--json", tmp_path / "logs" / "l.jsonl", "--seed", 7)[0] == 1
     entries = [json.loads(line) for line in (tmp_path / "logs" / "l.jsonl").read_text().splitlines()]
+    run, *entries = entries
+    assert run["event"] == "run" and run["settings"]["seed"] == 7
     by_key = {entry["key"]: entry for entry in entries}
     assert len(entries) == 4
     assert by_key["bad.png"]["status"] == "failed" and "not an image" in by_key["bad.png"]["error"]

@@ -74,15 +74,15 @@ def list_photos(entry: str | Path) -> list[Photo]:
 
 
 def _from_folder(folder: str) -> list[Photo]:
-    photos = []
-    for root, folders, names in os.walk(folder, followlinks=True):
+    photos, base = [], os.path.join(folder, "")
+    for root, folders, names in os.walk(base, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = os.path.join(root, name)
             if name.startswith("."):
                 continue
             if name.lower().endswith(EXTENSIONS):
-                photos.append(Photo(Path(os.path.relpath(path, folder)).as_posix(), path))
+                photos.append(Photo(path[len(base) :].replace(os.sep, "/"), path))
             elif name.endswith(".tar"):
                 photos.extend(_from_shard(path))
     return photos

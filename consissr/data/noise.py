@@ -1,21 +1,27 @@
 """Gaussian and Poisson noise of the degradation (basicsr's definitions), and a fast exact Poisson sampler."""
 
+from __future__ import annotations
+
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from consissr.data.draws import Draws
 
 COLUMNS = 256
 RESOLUTION = COLUMNS * 2.0**-24  # what is left of a float32 uniform number once it has chosen a column
 
 
-def gaussian_noise(x: torch.Tensor, draws, gray: bool) -> torch.Tensor:
+def gaussian_noise(x: torch.Tensor, draws: Draws, gray: bool) -> torch.Tensor:
     """Noise of one 8-bit step's standard deviation for `x` [B,3,H,W] in [0,1]: [B,3,H,W], or [1,1,H,W] if gray."""
     shape = (1, 1, *x.shape[-2:]) if gray else x.shape
     return draws.normal(shape, x.device) / 255
 
 
-def poisson_noise(x: torch.Tensor, draws, gray: bool) -> torch.Tensor:
+def poisson_noise(x: torch.Tensor, draws: Draws, gray: bool) -> torch.Tensor:
     """Shot noise of `x` [B,3,H,W] in [0,1], rounded to 8 bits first: counts / n - x with counts ~ Poisson(x n).
 
     n is the number of distinct 8-bit values in the image, up to the next power of two. Gray: of its luminance,

@@ -140,11 +140,14 @@ class ClipImageSimilarity:
         self.device = device
 
     def __call__(self, image, reference) -> float:
+        return (self.embed(image) * self.embed(reference)).sum().item()
+
+    def embed(self, image):
+        """(1, 3, H, W) in [0, 1] -> (1, 512), of length 1."""
         import torch
 
         with torch.inference_mode():
-            first, second = (self.model.encode_image(self._prepare(x), normalize=True) for x in (image, reference))
-        return (first * second).sum().item()
+            return self.model.encode_image(self._prepare(image), normalize=True)
 
     def _prepare(self, image):
         """(1, 3, H, W) in [0, 1] -> (1, 3, 224, 224), short side to 224 (bicubic), centre, CLIP's mean and std."""
@@ -159,6 +162,20 @@ class ClipImageSimilarity:
         image = image[..., top : top + CLIP_SIDE, left : left + CLIP_SIDE].to(self.device)
         mean, std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         return (image - mean) / std
+
+
+def prompt_similarities(image, prompts: list[str], folder: Path | None, device: str) -> list[float]:
+    """Softmax over 100 times the cosine similarity of an image (1, 3, H, W) with each prompt, as CLIP's logits are."""
+    import open_clip
+    import torch
+
+    if reason := missing_text("clip-i", folder):
+        raise UserError(f"CLIP similarity: {reason}")
+    clip = ClipImageSimilarity(find(VIT_B32, folder), device)
+    with torch.inference_mode():
+        text = clip.model.encode_text(open_clip.tokenize(prompts).to(device), normalize=True)
+        similarity = clip.embed(image) @ text.T
+    return (100.0 * similarity).softmax(dim=-1)[0].tolist()
 
 
 def _pyiqa_metric(pyiqa_name: str, metric: str, folder: Path | None, device: str):

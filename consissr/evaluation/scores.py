@@ -44,16 +44,17 @@ class ScoreCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.scores: dict[str, float] = {}
-        lines = path.read_text().splitlines() if path.is_file() else []
-        for number, line in enumerate(lines, 1):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text() if path.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a killed run left half a line
+            path.write_text(whole)
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
                 key, value = json.loads(line)
             except ValueError:
-                if number == len(lines):  # the last line of a killed run
-                    break
                 raise UserError(f"{path} is not a score cache (line {number}): remove it") from None
             self.scores[key] = value
-        path.parent.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, key: str) -> bool:
         return key in self.scores
@@ -63,9 +64,8 @@ class ScoreCache:
 
     def put(self, scores: dict[str, float]) -> None:
         self.scores.update(scores)
-        torn = self.path.is_file() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
         with self.path.open("a") as file:
-            file.write("\n" * torn + "".join(json.dumps([key, value]) + "\n" for key, value in scores.items()))
+            file.write("".join(json.dumps([key, value]) + "\n" for key, value in scores.items()))
 
 
 def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -53,6 +54,14 @@ class NullText:
         if any(prompts):
             raise UserError("this base model was trained without text: leave the prompts empty")
         return torch.zeros(len(prompts), 1, self.width)
+
+
+IDLE = re.compile(r"transformer_blocks\.\d+\.(norm2\.|attn2\.to_[qkv]\.|attn2\.to_out\.0\.weight)")
+
+
+def idle_without_text(name: str) -> bool:
+    """Whether the parameter `name` has no effect under `NullText`: attention to one zero token is its output's bias."""
+    return IDLE.search(name) is not None
 
 
 class ClipText:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from consissr.config import TrainConfig
 from consissr.models.latents import Latents, save_latents
-from consissr.training.stage import Batch, Phase, photographs
+from consissr.training.stage import EXPORT, Batch, Phase, photographs
 
 
 def build_vae(config: TrainConfig) -> torch.nn.Module:
@@ -54,6 +54,7 @@ class Autoencoder:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config.autoencoder
+        self.export_dtype = EXPORT[config.export_precision]
         self.networks = Latents(build_vae(config))
         if self.config.linear_path:
             start_linear(self.networks, config)
@@ -88,4 +89,4 @@ class Autoencoder:
         """`folder/vae`, with the scaling factor that gives latents of the validation set unit variance."""
         vae = self.networks.vae
         vae.register_to_config(scaling_factor=round(float(self.latent_variance.rsqrt()), 5))
-        save_latents(folder / "vae", self.networks)
+        save_latents(folder / "vae", self.networks, self.export_dtype)

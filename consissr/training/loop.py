@@ -8,29 +8,26 @@ freely and need no wrapper, and the result depends on the process count by round
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from consissr.config import OptimizerConfig, TrainConfig, save_config
+from consissr.config import OptimizerConfig, TrainConfig
 from consissr.data.degradation import degrade, preset
 from consissr.errors import UserError
 from consissr.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from consissr.training.report import Report
 from consissr.training.stage import Batch, Phase, Stage, photographs, seed_of
 from consissr.training.validation import Validation
-
-log = logging.getLogger(__name__)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -100,6 +97,8 @@ class Loop:
         # 2. Data
         self.dataset = photographs(config.data, config.seed)
         self.degradation = preset(config.data.degradation)
+        if config.data.enlarge:
+            self.degradation = replace(self.degradation, enlarge=list(config.data.enlarge))
         self.validation = Validation(config, self.make_batch) if config.data.validation and self.rank == 0 else None
         self.stopping = False
 
@@ -175,7 +174,7 @@ class Loop:
 
     def fail_nan(self, phase: Phase, parts: dict[str, Tensor], batch: Batch) -> None:
         """Stop on a loss that is not finite, naming all that is needed to find out why."""
-        values = {name: float(value) for name, value in parts.items()}
+        values = {name: float(value.detach()) for name, value in parts.items()}
         raise UserError(
             f"step {self.step}: loss of '{phase.name}' is not finite ({values}); files: {', '.join(batch.names)}; "
             f"continue from the last checkpoint in {self.output_dir} with a lower learning rate"
@@ -208,8 +207,7 @@ class Loop:
         """Train to `config.steps`, checkpointing on the way; returns the output folder with the exported result."""
         c = self.config
         signal.signal(signal.SIGTERM, self.on_sigterm)
-        self.start_log()
-        bar = self.progress_bar()
+        report = self.report = Report(c, self.step, self.describe()) if self.rank == 0 else None
         batches = self.batches()
         totals: dict[str, Tensor] = {}
         window: dict[str, float] = {}
@@ -222,24 +220,38 @@ class Loop:
                 self.accumulate(batch, totals)
             self.update(totals)
             self.step += 1
-            bar.update()
+            if report:
+                report.bar.update()
             for name, value in totals.items():
                 window[name] = window.get(name, 0.0) + float(value)
             totals = {}
             if self.step % c.log_every == 0 or self.step == c.steps:
                 elapsed = time.perf_counter() - started
                 count = self.step - since
-                self.write_log({k: v / count for k, v in window.items()}, elapsed / count, data_time / elapsed)
+                means = {k: v / count for k, v in window.items()}
+                if report:
+                    report.means(means, self.step, elapsed / count, data_time / elapsed)
                 window, data_time, started, since = {}, 0.0, time.perf_counter(), self.step
             if self.validation and c.validate_every and self.step % c.validate_every == 0:
                 self.validate()
             if self.step % c.checkpoint_every == 0 or self.step == c.steps:
                 self.save()
-        bar.close()
+        if report:
+            report.bar.close()
         if self.stopping:
             self.save()
             raise UserError(f"stopped by SIGTERM after step {self.step}, which is saved: continue with --resume latest")
         return self.finish()
+
+    def describe(self) -> dict[str, Any]:
+        """What the run is, for run.json."""
+        return {
+            "device": str(self.device),
+            "processes": self.world,
+            "autocast": "bf16" if self.autocast else "fp32",
+            "global_batch": self.config.batch,
+            "micro_batches": self.micro_batches,
+        }
 
     def on_sigterm(self, *_: object) -> None:
         """Finish the current step, save, stop."""
@@ -249,7 +261,7 @@ class Loop:
         """Images and PSNR/SSIM on the fixed set, with the averaged weights if there are any."""
         with self.averaged(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             metrics = self.validation.run(self.stage, self.step)
-        self.write_line({"step": self.step, **metrics})
+        self.report.line({"step": self.step, **metrics})
 
     def finish(self) -> Path:
         """Validate once more and export the result."""
@@ -301,66 +313,6 @@ class Loop:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.step = state["step"]
-
-    # --- reports ------------------------------------------------------------------------------------------------
-
-    def start_log(self) -> None:
-        """Resolved configuration, versions and commit beside the run."""
-        self.trackers = []
-        if self.rank:
-            return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, self.output_dir / "train.yaml")
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        about = {
-            "torch": torch.__version__,
-            "commit": commit.stdout.strip() or "not a git checkout",
-            "device": str(self.device),
-            "processes": self.world,
-            "autocast": "bf16" if self.autocast else "fp32",
-            "global_batch": self.config.batch,
-            "micro_batches": self.micro_batches,
-        }
-        (self.output_dir / "run.json").write_text(json.dumps(about, indent=1))
-        if self.config.tracker == "tensorboard":
-            from accelerate.tracking import TensorBoardTracker
-
-            self.trackers = [TensorBoardTracker("tensorboard", logging_dir=str(self.output_dir))]
-        elif self.config.tracker == "wandb":
-            from accelerate.tracking import WandBTracker
-
-            self.trackers = [WandBTracker("consissr", dir=str(self.output_dir))]
-        for tracker in self.trackers:
-            tracker.start()
-
-    def progress_bar(self) -> Any:
-        """Steps done, with the time left; the first process shows it."""
-        from tqdm import tqdm
-
-        c = self.config
-        return tqdm(initial=self.step, total=c.steps, desc=c.stage, disable=self.rank > 0, mininterval=2)
-
-    def write_log(self, means: dict[str, float], seconds: float, data_share: float) -> None:
-        """One line of means since the last."""
-        cuda = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-        self.write_line({
-            "step": self.step,
-            "images": self.step * self.config.batch,
-            "seconds_per_step": round(seconds, 4),
-            "data_share": round(data_share, 3),
-            **({"peak_gib": round(peak, 2)} if cuda else {}),
-            **means,
-        })
-
-    def write_line(self, line: dict[str, Any]) -> None:
-        """Append to log.jsonl and the tracker, in the first process."""
-        if self.rank:
-            return
-        with open(self.output_dir / "log.jsonl", "a") as handle:
-            handle.write(json.dumps(line) + "\n")
-        for tracker in self.trackers:
-            tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=self.step)
 
 
 class Averaged:

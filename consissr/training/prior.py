@@ -7,8 +7,6 @@ live, x0 then is the network's output itself, while noise prediction multiplies 
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -17,13 +15,12 @@ from torch.nn import functional as F  # noqa: N812
 from consissr.config import TrainConfig
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.errors import UserError
-from consissr.models.latents import load_latents
-from consissr.training.stage import Batch, Phase
+from consissr.models.base import idle_without_text
+from consissr.models.folder import write_network
+from consissr.models.latents import load_latents, save_latents
+from consissr.training.stage import EXPORT, Batch, Phase
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-
-TEXT_FREE = re.compile(r"attn2\.to_[qkv]\.")
-"""Cross-attention to a single zero token is its output's bias: these weights have no effect and are not trained."""
 
 
 def build_unet(config: TrainConfig, latent_channels: int) -> nn.Module:
@@ -51,16 +48,17 @@ class Prior:
     needs_lq = False
 
     def __init__(self, config: TrainConfig) -> None:
-        self.vae_folder = Path(config.init) / "vae"
-        if not self.vae_folder.is_dir():
+        vae = Path(config.init) / "vae"
+        if not vae.is_dir():
             raise UserError(f"init='{config.init}': give the output_dir of an autoencoder run, which holds vae/")
-        latents = load_latents(self.vae_folder)
+        latents = load_latents(vae)
         unet = build_unet(config, latents.channels)
         self.networks = nn.ModuleDict({"latents": latents.requires_grad_(False), "unet": unet})
+        self.export_dtype = EXPORT[config.export_precision]
         self.buffers: dict[str, Tensor] = {}
         self.schedule = Schedule(alpha_bar())
         self.context_dim = config.prior.context_dim
-        trained = {n: p for n, p in unet.named_parameters() if not TEXT_FREE.search(n)}
+        trained = {n: p for n, p in unet.named_parameters() if not idle_without_text(n)}
         self.phases = [Phase("unet", trained, self.loss, config.optimizer)]
 
     def prepare(self, batch: Batch) -> None:
@@ -85,8 +83,8 @@ class Prior:
 
     def export(self, folder: Path) -> None:
         """A base folder in diffusers' layout: unet/, vae/, scheduler/."""
-        self.networks["unet"].save_pretrained(folder / "unet")
-        shutil.copytree(self.vae_folder, folder / "vae", dirs_exist_ok=True)
+        write_network(folder / "unet", self.networks["unet"], self.export_dtype)
+        save_latents(folder / "vae", self.networks["latents"], self.export_dtype)
         (folder / "scheduler").mkdir(exist_ok=True)
         scheduler = {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction", **BETAS}
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1))

@@ -21,6 +21,10 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+EXPORT = {"fp32": torch.float32, "fp16": torch.float16}
+"""Storage types of exported weights by their config word."""
+
+
 def photographs(data: DataConfig, seed: int) -> PhotoDataset:
     """The endless sequence of training crops that `data` and `seed` describe."""
     return PhotoDataset(

@@ -140,8 +140,9 @@ def stage_2_step(
     losses["loss"].backward()
     yield from compare(STAGE_2, outputs, f"{prefix}_logits_real", real)
     yield from compare(STAGE_2, outputs, f"{prefix}_logits_fake_D", fake)
-    for name, ours in {"loss_disc": "loss", "loss_real": "loss_real", "loss_fake": "loss_fake"}.items():
-        yield from compare(STAGE_2, outputs, f"{prefix}_{name}", losses[ours][None])
+    weighted = {"loss_disc": losses["loss"]} | {name: 0.5 * losses[name] for name in ("loss_real", "loss_fake")}
+    for name, got in weighted.items():
+        yield from compare(STAGE_2, outputs, f"{prefix}_{name}", got[None])
     norm = torch.stack([p.grad.norm() for p in discriminator.heads.parameters()]).norm()
     yield Check(f"{STAGE_2}:{prefix}_disc_grad_total_norm", norm[None], outputs[f"{prefix}_disc_grad_total_norm"], GRADIENT)
 

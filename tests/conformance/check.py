@@ -18,6 +18,7 @@ import ccsr_networks  # noqa: E402
 import ccsr_training  # noqa: E402
 import consissr_networks  # noqa: E402
 import consissr_training  # noqa: E402
+import degradation_cases  # noqa: E402
 import sampler_cases  # noqa: E402
 import tables  # noqa: E402
 from fixtures import Check, Fixture, Lack  # noqa: E402
@@ -31,6 +32,7 @@ CASES: tuple[Cases, ...] = (
     sampler_cases.cases,
     ccsr_training.cases,
     tables.cases,
+    degradation_cases.cases,
 )
 """Every group of quantities; each yields nothing for a folder that is not of its kind."""
 

@@ -96,6 +96,12 @@ def test_probabilities(folder):
     assert len(set(names)) == 8
 
 
+def test_names_and_order_of_a_folder(folder):
+    expected = [f"a/{i}.png" for i in range(4)] + [f"b/c/{i}.png" for i in range(4, 8)]
+    for entry in (str(folder), f"{folder}/"):
+        assert [photo.name for photo in list_photos(entry)] == expected
+
+
 # --- crop rules ---
 
 

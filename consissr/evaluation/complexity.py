@@ -1,0 +1,134 @@
+"""Complexity at full SD2.1 size, computed without weights: steps, multiply-accumulates (MACs) and parameters.
+
+ConsisSR Table 2, CCSR Table VII. The networks are built on the meta device, which holds shapes and no numbers; MACs
+count convolutions and linear layers, as the usual counters do (attention's own products are left out, 2 to 4 %).
+"""
+
+from collections.abc import Callable
+from math import nan
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from consissr.config import ModelConfig
+from consissr.errors import UserError
+from consissr.evaluation.tables import Cell, Table
+
+SIDE = 512  # pixels of the output
+LATENT = SIDE // 8
+UNET = {
+    "sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True,
+}  # fmt: skip
+VAE = {
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "sample_size": 768,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+TEXT = {
+    "vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+    "num_attention_heads": 16, "projection_dim": 512, "hidden_act": "gelu",
+}  # fmt: skip
+TOWER = {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14}  # CLIP ViT-H/14
+TOKENS = 77
+MODELS = {
+    "ccsr": ModelConfig(),
+    "consissr": ModelConfig(hint="stack", position_embedding=64, transposed_attention=True, image_prompt="hpa"),
+}
+
+
+def build(kind: str) -> dict[str, nn.Module]:
+    """The networks of 'ccsr' or 'consissr' by name, at SD2.1 size, without weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from consissr.models.attention import replace_blocks
+    from consissr.models.controlnet import build_controlnet
+    from consissr.models.image_prompt import Adapter, build_tower
+
+    config = MODELS[kind]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNET)
+        parts: dict[str, nn.Module] = {"controlnet": build_controlnet(unet, config)}
+        replace_blocks(unet, config)
+        parts |= {"unet": unet, "vae": AutoencoderKL(**VAE), "text encoder": CLIPTextModel(CLIPTextConfig(**TEXT))}
+        if config.image_prompt != "none":
+            parts |= {"image encoder": build_tower(1024, TOWER), "image adapter": Adapter(1024, 1024)}
+    return {name: part.eval().requires_grad_(False) for name, part in parts.items()}
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def macs(run: Callable[[], Any]) -> int:
+    """Multiply-accumulates of convolutions and linear layers in `run`."""
+    aten = torch.ops.aten
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    flops = counter.get_flop_counts()["Global"]
+    return sum(flops.get(operation, 0) for operation in (aten.convolution, aten.mm, aten.addmm)) // 2
+
+
+def work(parts: dict[str, nn.Module]) -> dict[str, int]:
+    """MACs of one pass for a 512x512 result: 'denoiser' (UNet and ControlNet), 'encoder' and 'decoder' of the VAE."""
+    from consissr.models.denoiser import Condition, Denoiser
+
+    denoiser = Denoiser(parts["unet"], parts["controlnet"], torch.ones(1000, dtype=torch.float64))
+    image_tokens = torch.empty(1, 1, 1024, device="meta") if "image adapter" in parts else None
+    z = torch.empty(1, 4, LATENT, LATENT, device="meta")
+    condition = Condition(torch.empty(1, TOKENS, 1024, device="meta"), z, image_tokens)
+    t = torch.zeros(1, dtype=torch.int64, device="meta")
+    vae, pixels = parts["vae"], torch.empty(1, 3, SIDE, SIDE, device="meta")
+    return {
+        "denoiser": macs(lambda: denoiser(z, t, condition)),
+        "encoder": macs(lambda: vae.encode(pixels)),
+        "decoder": macs(lambda: vae.decode(z)),
+    }
+
+
+def measured_rows(table: Table, model: str | None = None) -> dict[str, dict[str, Cell]]:
+    """The rows of ours: steps, MACs in T of all denoising (as the paper counts), parameters in G; seconds for `model`.
+
+    Parameters are those of UNet, ControlNet, VAE, text encoder and, for ConsisSR, image encoder and adapter.
+    """
+    rows = {}
+    for row, entry in table.ours.items():
+        parts = build(entry["model"])
+        evaluations = entry["evaluations"]
+        cells = {"steps": Cell(evaluations, digits=0)}
+        cells["params"] = Cell(sum(map(parameters, parts.values())) / 1e9, digits=2)
+        if "macs" in table.metrics:
+            passes = evaluations * (2 if entry["guidance"] else 1)
+            cells["macs"] = Cell(passes * work(parts)["denoiser"] / 1e12, digits=2)
+        if "seconds" in table.metrics:
+            cells["seconds"] = Cell(seconds(model, entry) if model else nan, digits=2)
+        rows[row] = cells
+    return rows
+
+
+def seconds(model: str, entry: dict, repeats: int = 3) -> float:
+    """Fastest of `repeats` restorations of a 128x128 image to 512x512 on this machine, after one to warm up."""
+    from consissr.restorer import Restorer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    restorer = Restorer.load(model, device, **entry.get("sampler", {}))
+    lq, times = torch.rand(1, 3, SIDE // 4, SIDE // 4, generator=torch.Generator().manual_seed(0)) * 2 - 1, []
+    for _ in range(repeats + 1):
+        start = perf_counter()
+        restorer(lq.to(device), scale=4, seed=0).cpu()
+        times.append(perf_counter() - start)
+    return min(times[1:])
+
+
+def as_text(kind: str) -> str:
+    """Parameters and MACs of each part, as a Markdown table."""
+    if kind not in MODELS:
+        raise UserError(f"complexity is known for {', '.join(MODELS)}, not for '{kind}'")
+    parts = build(kind)
+    lines = ["| part | parameters, M |", "|---|--:|"]
+    lines += [f"| {name} | {parameters(part) / 1e6:.1f} |" for name, part in parts.items()]
+    lines.append(f"| all | {sum(map(parameters, parts.values())) / 1e6:.1f} |")
+    lines += ["", "| work for 512x512 | MACs, G |", "|---|--:|"]
+    return "\n".join(lines + [f"| {name} | {count / 1e9:.1f} |" for name, count in work(parts).items()])

@@ -1,0 +1,134 @@
+"""Scores of folders: averages, stability, cache, outputs."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from consissr.errors import UserError
+from consissr.evaluation import evaluate as module
+from consissr.evaluation import metrics, output, scores
+from consissr.evaluation.folders import pair, read_image
+from consissr.evaluation.protocols import PROTOCOLS, get_measures, get_protocol
+
+BASIC = ["psnr", "ssim", "niqe"]
+
+
+def run(sets: dict[str, Path], cache: Path, names=("good", "bad"), metrics_=BASIC, protocol="ccsr", jobs=1, **options):
+    pairs = pair({name: sets[name] for name in names}, sets["hr"], sets["lr"])
+    return module.evaluate(pairs, get_measures(metrics_), get_protocol(protocol), cache, jobs=jobs, **options)
+
+
+def test_values_are_the_metrics(sets: dict[str, Path], tmp_path: Path) -> None:
+    done = run(sets, tmp_path / "s.jsonl")
+    sr, hr = read_image(sets["bad"] / "b.png"), read_image(sets["hr"] / "b.png")
+    assert done.values["bad"]["psnr"][0, 1] == pytest.approx(metrics.psnr(sr, hr).item())
+    assert done.mean("good", "psnr") > done.mean("bad", "psnr") + 5
+    assert np.isnan(done.global_std("good", "psnr"))
+
+
+def test_runs_are_averaged_and_compared(sets: dict[str, Path], tmp_path: Path) -> None:
+    done = run(sets, tmp_path / "s.jsonl", names=("runs", "good"))
+    values = done.values["runs"]["psnr"]
+    assert values.shape == (3, 3)
+    assert done.global_std("runs", "psnr") == pytest.approx(np.std(values, axis=0).mean())
+    images = [read_image(sets["runs"] / f"sample{i}" / "a.png")[0].numpy() for i in range(3)]
+    assert done.local_std["runs"][0] == pytest.approx(np.std(np.stack(images), axis=0).mean(), abs=1e-7)
+    assert "good" not in done.local_std
+
+
+def test_protocols_differ_where_they_say(sets: dict[str, Path], tmp_path: Path) -> None:
+    values = {name: run(sets, tmp_path / "s.jsonl", ["bad"], ["psnr", "ssim"], name) for name in PROTOCOLS}
+    psnr = {name: done.mean("bad", "psnr") for name, done in values.items()}
+    assert psnr["ccsr"] == psnr["osediff"] == psnr["consissr-table"]
+    assert psnr["consissr-text"] < psnr["ccsr"] - 1
+    assert psnr["seesr"] == psnr["ccsr-v1"] != psnr["ccsr"]
+
+
+def test_nothing_is_computed_twice(sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(sets, tmp_path / "s.jsonl")
+    calls = []
+    original = scores.score
+    monkeypatch.setattr(scores, "score", lambda task, setting: calls.append(task) or original(task, setting))
+    again = run(sets, tmp_path / "s.jsonl")
+    assert not calls
+    assert again.mean("bad", "niqe") == first.mean("bad", "niqe")
+    (sets["bad"] / "a.png").write_bytes((sets["good"] / "a.png").read_bytes())
+    changed = run(sets, tmp_path / "s.jsonl")
+    assert not calls, "the content is known from the other folder"
+    assert changed.values["bad"]["psnr"][0, 0] == first.values["good"]["psnr"][0, 0]
+    run(sets, tmp_path / "s.jsonl", protocol="seesr")
+    assert {metric for task in calls for metric, _ in task.keys} == {"psnr", "ssim"}, "NIQE does not depend on it"
+
+
+def test_a_killed_run_resumes(sets: dict[str, Path], tmp_path: Path) -> None:
+    cache = tmp_path / "s.jsonl"
+    first = run(sets, cache)
+    lines = cache.read_text().splitlines()
+    cache.write_text("\n".join(lines[:4]) + "\n" + lines[4][:9])
+    assert run(sets, cache).mean("good", "ssim") == first.mean("good", "ssim")
+    assert run(sets, cache).mean("bad", "ssim") == first.mean("bad", "ssim"), "the torn line does no lasting harm"
+
+
+def test_processes_agree_with_one(sets: dict[str, Path], tmp_path: Path) -> None:
+    alone, shared = (run(sets, tmp_path / f"{jobs}.jsonl", jobs=jobs) for jobs in (1, 2))
+    assert alone.values["bad"]["niqe"][0].tolist() == pytest.approx(shared.values["bad"]["niqe"][0].tolist())
+
+
+def test_a_truncated_result_stops_with_its_name(sets: dict[str, Path], tmp_path: Path) -> None:
+    path = sets["bad"] / "c.png"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UserError, match="c.png"):
+        run(sets, tmp_path / "s.jsonl", jobs=2)
+
+
+def test_reference_folders_are_asked_for(sets: dict[str, Path], tmp_path: Path) -> None:
+    pairs = pair({"good": sets["good"]}, None, None)
+    with pytest.raises(UserError, match="--hr"):
+        module.evaluate(pairs, get_measures(["psnr"]), get_protocol("ccsr"), tmp_path / "s.jsonl")
+    done = module.evaluate(pairs, get_measures(["niqe"]), get_protocol("ccsr"), tmp_path / "s.jsonl", jobs=1)
+    assert done.mean("good", "niqe") > 0
+
+
+def test_unknown_words_name_the_nearest(sets: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="did you mean 'niqe'"):
+        get_measures(["nique"])
+    with pytest.raises(UserError, match="did you mean 'osediff'"):
+        get_protocol("osedif")
+
+
+def test_outputs(sets: dict[str, Path], tmp_path: Path) -> None:
+    done = run(sets, tmp_path / "s.jsonl", names=("good", "bad", "runs"))
+    output.write_all(done, tmp_path / "out")
+    with (tmp_path / "out" / "per_image.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 + 3 + 9 and rows[0]["method"] == "good" and rows[0]["l-std"] == "" != rows[6]["l-std"]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["protocol"].startswith("ccsr:") and "torch" in summary["versions"]
+    assert summary["methods"]["runs"]["g-std"]["psnr"] > 0 and summary["methods"]["good"]["l-std"] is None
+    table = (tmp_path / "out" / "table.md").read_text()
+    best = f"**{done.mean('good', 'psnr'):.2f}**"
+    assert best in table and "<u>" in table and "Protocol ccsr" in table and "Rank" in table
+    tex = (tmp_path / "out" / "table.tex").read_text()
+    assert rf"\textbf{{{done.mean('good', 'psnr'):.2f}}}" in tex and r"\underline{" in tex and r"\uparrow" in tex
+
+
+def test_small_images_cost_only_niqe(sets: dict[str, Path], tmp_path: Path, save) -> None:
+    for name in ("good", "hr", "lr"):
+        save(sets[name], {n: np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8) for n in "abc"})
+    done = run(sets, tmp_path / "s.jsonl", names=["good"])
+    assert "96x192" in done.unavailable["niqe"] and done.mean("good", "psnr") == pytest.approx(80)
+    assert "niqe is not computed" in output.markdown(done)
+
+
+def test_the_report_is_self_contained(sets: dict[str, Path], tmp_path: Path) -> None:
+    done = run(sets, tmp_path / "s.jsonl")
+    output.write_all(done, tmp_path / "out", pictures=2)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "http" not in report.replace("http-equiv", "") and "@DATA@" not in report and "@PLOTS@" not in report
+    data = json.loads(report.split('type="application/json">')[1].split("</script>")[0])
+    assert data["labels"] == ["LR", "good", "bad", "HR"]
+    assert len(data["pictures"]) == 2 and all(set(p) == set(data["labels"]) for p in data["pictures"].values())
+    assert list(data["pictures"]) == sorted(data["pictures"], key=lambda n: data["values"]["good"]["psnr"]["abc".index(n)])

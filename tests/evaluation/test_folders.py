@@ -1,0 +1,100 @@
+"""Pairing: everything that does not pair is named in one clear line."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from consissr.errors import UserError
+from consissr.evaluation.folders import list_runs, pair, parse_methods, read_image
+
+
+def problems(sets: dict[str, Path], **kwargs) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        pair({"good": sets["good"]}, sets["hr"], kwargs.get("lr"))
+    return str(caught.value).splitlines()
+
+
+def test_pairs_by_name(sets: dict[str, Path]) -> None:
+    pairs = pair({"good": sets["good"], "runs": sets["runs"]}, sets["hr"], sets["lr"])
+    assert pairs.images == ["a", "b", "c"]
+    assert [len(method.runs) for method in pairs.methods] == [1, 3]
+    assert pairs.lr["a"].name == "a.png" and pairs.sizes["a"] == (192, 96)
+
+
+def test_missing_and_surplus_names(sets: dict[str, Path]) -> None:
+    (sets["good"] / "b.png").rename(sets["good"] / "bb.png")
+    lines = problems(sets)
+    assert len(lines) == 2
+    assert "lacks 1 of the 3 images" in lines[0] and lines[0].endswith(": b")
+    assert "without a partner" in lines[1] and lines[1].endswith(": bb")
+
+
+def test_wrong_size(sets: dict[str, Path], save: Callable[..., Path]) -> None:
+    save(sets["good"], {"c": np.zeros((48, 96, 3), np.uint8)})
+    (line,) = problems(sets)
+    assert "c has size 96x48, but 192x96" in line
+
+
+def test_jpeg_among_png(sets: dict[str, Path]) -> None:
+    Image.open(sets["good"] / "a.png").save(sets["good"] / "a.jpg")
+    (sets["good"] / "a.png").unlink()
+    (line,) = problems(sets)
+    assert "a is JPEG among PNG files" in line
+
+
+def test_jpeg_content_under_a_png_name(sets: dict[str, Path]) -> None:
+    Image.open(sets["good"] / "a.png").save(sets["good"] / "a.png", "JPEG")
+    (line,) = problems(sets)
+    assert "JPEG among PNG" in line
+
+
+def test_unreadable_file(sets: dict[str, Path]) -> None:
+    (sets["good"] / "b.png").write_bytes(b"not an image")
+    (line,) = problems(sets)
+    assert "b.png cannot be read" in line
+
+
+def test_truncated_file_is_named_when_it_is_read(sets: dict[str, Path]) -> None:
+    path = sets["good"] / "b.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match="b.png"):
+        read_image(path)
+
+
+def test_missing_lr(sets: dict[str, Path]) -> None:
+    (sets["lr"] / "a.png").unlink()
+    (line,) = problems(sets, lr=sets["lr"])
+    assert line.startswith("LR") and line.endswith(": a")
+
+
+def test_results_in_jpeg_are_noted(sets: dict[str, Path]) -> None:
+    for path in list(sets["good"].iterdir()):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    assert "JPEG" in pair({"good": sets["good"]}, sets["hr"], None).methods[0].note
+
+
+def test_a_gap_in_the_runs(sets: dict[str, Path]) -> None:
+    shutil.rmtree(sets["runs"] / "sample1")
+    with pytest.raises(UserError, match="without a gap"):
+        list_runs(sets["runs"])
+
+
+def test_step_pictures_are_not_results(sets: dict[str, Path], save: Callable[..., Path]) -> None:
+    save(sets["good"] / "a.png_steps", {"00_t999": np.zeros((8, 8, 3), np.uint8)})
+    assert pair({"good": sets["good"]}, sets["hr"], None).images == ["a", "b", "c"]
+
+
+def test_names_of_methods() -> None:
+    assert parse_methods(["x/one", "B=y"]) == {"one": Path("x/one"), "B": Path("y")}
+    with pytest.raises(UserError, match="NAME=FOLDER"):
+        parse_methods(["x/one", "y/one"])
+
+
+def test_eight_bit_samples_are_exact(sets: dict[str, Path]) -> None:
+    levels = np.asarray(Image.open(sets["hr"] / "a.png"))
+    assert (read_image(sets["hr"] / "a.png")[0].permute(1, 2, 0).numpy() == levels / np.float32(255)).all()

@@ -1,0 +1,110 @@
+"""PSNR, SSIM and NIQE: against a published per-image log, and against their definitions."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from consissr.errors import UserError
+from consissr.evaluation import metrics
+from consissr.evaluation.folders import read_image
+from consissr.evaluation.niqe import halve, niqe
+
+SAMPLE = ("Canon_001", "Canon_027", "Nikon_021", "Nikon_044")
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_published_values_are_reproduced(shared: Path, name: str) -> None:
+    """OSEDiff's released log (pyiqa 0.1.10) of its released images."""
+    data = shared / "data" / "realsr"
+    with (data / "osediff_metrics.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if row["image"].startswith(name))
+    sr, hr = (read_image(data / folder / row["image"]) for folder in ("osediff", "HR"))
+    assert metrics.psnr(sr, hr).item() == pytest.approx(float(row["PSNR"]), abs=1e-4)
+    assert metrics.ssim(sr, hr).item() == pytest.approx(float(row["SSIM"]), abs=1e-5)
+    assert niqe(sr).item() == pytest.approx(float(row["NIQE"]), abs=0.05)
+
+
+def images(count: int = 1, noise: float = 0.05, size: tuple[int, int] = (40, 48)) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    hr = torch.rand(count, 3, *size, generator=generator) * 0.8 + 0.1
+    return hr + noise * torch.randn(hr.shape, generator=generator).clamp(-1, 1), hr
+
+
+def test_psnr_of_a_known_error() -> None:
+    """A grey step of 1/255 is a Y step of 219/255/255: the scale that sets Y apart from full range."""
+    hr = torch.full((2, 3, 8, 8), 0.5)
+    expected = 20 * math.log10(255 * 255 / 219)
+    assert metrics.psnr(hr + 1 / 255, hr).tolist() == pytest.approx([expected, expected], abs=0.01)
+    full_range = metrics.psnr(hr + 1 / 255, hr, space="rgb")
+    assert (metrics.psnr(hr + 1 / 255, hr) - full_range)[0].item() == pytest.approx(1.32, abs=0.01)
+
+
+def test_identical_images() -> None:
+    hr = images()[1]
+    assert metrics.psnr(hr, hr).item() == pytest.approx(80.0)
+    assert metrics.ssim(hr, hr).item() == pytest.approx(1.0)
+
+
+def test_each_image_of_a_batch_is_measured_alone() -> None:
+    sr, hr = images(3)
+    for metric in (metrics.psnr, metrics.ssim):
+        alone = [metric(sr[i : i + 1], hr[i : i + 1]).item() for i in range(3)]
+        assert metric(sr, hr).tolist() == pytest.approx(alone, abs=1e-9)
+
+
+def test_crop_leaves_the_border_out() -> None:
+    sr, hr = images()
+    sr = hr.clone()
+    sr[..., :4, :] = 0
+    assert metrics.psnr(sr, hr, crop=4).item() == pytest.approx(80.0)
+    assert metrics.psnr(sr, hr).item() < 30
+
+
+def test_ssim_is_its_definition() -> None:
+    """Window by window, in plain numpy."""
+    sr, hr = images()
+    weights = np.array([65.481, 128.553, 24.966])
+    x, y = (np.round(np.tensordot(weights, i[0].numpy().astype(np.float64), 1) + 16) for i in (sr, hr))
+    taps = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(taps, taps) / taps.sum() ** 2
+    values = []
+    for i in range(x.shape[0] - 10):
+        for j in range(x.shape[1] - 10):
+            a, b = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
+            ma, mb = (window * a).sum(), (window * b).sum()
+            va, vb = (window * a * a).sum() - ma**2, (window * b * b).sum() - mb**2
+            cov = (window * a * b).sum() - ma * mb
+            contrast = max(0.0, (2 * cov + 58.5225) / (va + vb + 58.5225))
+            values.append(contrast * (2 * ma * mb + 6.5025) / (ma**2 + mb**2 + 6.5025))
+    assert metrics.ssim(sr, hr).item() == pytest.approx(np.mean(values), abs=1e-6)
+
+
+def test_halving_is_matlabs_imresize() -> None:
+    """A linear ramp stays linear away from the border; a constant stays constant up to it."""
+    ramp = torch.arange(32, dtype=torch.float64).expand(1, 1, 16, 32)
+    assert halve(ramp)[0, 0, 3, 2:-2].tolist() == pytest.approx([0.5 + 2 * k for k in range(2, 14)])
+    assert halve(torch.full((1, 1, 8, 8), 3.0).double()).tolist() == torch.full((1, 1, 4, 4), 3.0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x * 2, r"\[0, 1\]"),
+        (lambda x: x * float("nan"), r"\[0, 1\]"),
+        (lambda x: x[..., :-1], "different shapes"),
+        (lambda x: x[0], "shape"),
+    ],
+)
+def test_wrong_input_is_named(change, message: str) -> None:
+    hr = images()[1]
+    with pytest.raises(UserError, match=message):
+        metrics.psnr(change(hr), hr)
+
+
+def test_niqe_refuses_small_images() -> None:
+    with pytest.raises(UserError, match="at least 96x192"):
+        niqe(torch.rand(1, 3, 96, 96))

@@ -1,0 +1,203 @@
+"""Training through the front door: every stage on tiny networks, resumed runs, broken configurations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from consissr.config import OptimizerConfig, TrainConfig
+from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from consissr.training.loop import Loop, accumulation, learning_rate
+from scripts.train import main, stage_builder
+
+COMMON = ["batch=2", "micro_batch=2", "steps=2", "log_every=1", "tracker=none", "data.crop=64", "checkpoint_every=1"]
+SMALL = {
+    "autoencoder": ["autoencoder.widths=[16,16]", "autoencoder.latent_channels=4"],
+    "prior": ["prior.widths=[16,16]", "prior.attention=[false,true]", "prior.heads=2", "prior.context_dim=8"],
+    "nuts": [],
+    "deft": ["deft.discriminator_width=8", "deft.adversarial_start=-1"],
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six smooth random pictures of 80x96 pixels."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        small = Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8))
+        small.resize((96, 80), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+def words(stage: str, photos: Path, runs: Path, *more: str) -> list[str]:
+    """Arguments of scripts/train.py for a tiny run of `stage`, on the earlier stages' results below `runs`."""
+    inputs = {
+        "autoencoder": [],
+        "prior": [f"init={runs}/autoencoder"],
+        "nuts": [f"model.base={runs}/prior"],
+        "deft": [f"model.base={runs}/prior", f"init={runs}/nuts"],
+    }
+    own = [f"data.paths=[{photos}]", f"output_dir={runs}/{stage}", *COMMON, *SMALL[stage], *inputs[stage]]
+    return ["--config", f"configs/nano/{stage}.yaml", *own, *more]
+
+
+@pytest.fixture(scope="module")
+def runs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four stages, each trained for two steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    for stage in SMALL:
+        assert main(words(stage, photos, folder, f"data.validation={photos}", "data.validation_count=2")) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stage", "files"),
+    [
+        ("autoencoder", ["vae/config.json", "vae/linear_path.safetensors", "validation/step-2.png"]),
+        ("prior", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]),
+        ("nuts", ["config.yaml", "controlnet/config.json", "README.md", "validation/step-2.png"]),
+        ("deft", ["config.yaml", "controlnet/config.json", "vae/linear_path.safetensors", "validation/step-2.png"]),
+    ],
+)
+def test_a_stage_leaves_its_result(runs: Path, stage: str, files: list[str]) -> None:
+    lines = [json.loads(line) for line in (runs / stage / "log.jsonl").read_text().splitlines()]
+    losses = [value for line in lines for name, value in line.items() if name.endswith("/loss")]
+    assert len(losses) >= 2 and np.isfinite(losses).all()
+    for name in [*files, "train.yaml", "run.json"]:
+        assert (runs / stage / name).is_file()
+
+
+def test_the_result_runs(runs: Path) -> None:
+    from consissr import Restorer
+
+    restorer = Restorer.load(str(runs / "deft"))
+    out = restorer(torch.zeros(1, 3, 20, 24), scale=2)
+    assert out.shape == (1, 3, 40, 48) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("stage", list(SMALL))
+def test_resuming_is_bit_exact(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
+    """A run stopped after one step and resumed ends with the weights of one that ran through."""
+    if stage != "autoencoder":
+        for earlier in list(SMALL)[: list(SMALL).index(stage)]:
+            (tmp_path / earlier).symlink_to(runs / earlier)
+    arguments = words(stage, photos, tmp_path)
+    assert main([*arguments, "checkpoint_limit=9"]) == 0
+    through = load_checkpoint(tmp_path / stage / "checkpoint-2")
+    first = tmp_path / stage / "checkpoint-1"
+    assert main(["--resume", str(first), *arguments, "checkpoint_limit=9"]) == 0
+    resumed = load_checkpoint(tmp_path / stage / "checkpoint-2")
+    assert through["weights"].keys() == resumed["weights"].keys()
+    for name, value in through["weights"].items():
+        assert torch.equal(value, resumed["weights"][name]), name
+        assert torch.equal(through["ema"][name], resumed["ema"][name]), name
+
+
+@pytest.mark.parametrize("stage", list(SMALL))
+def test_trained_parameters_learn_and_frozen_ones_stay(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
+    """Two steps reach every trainable tensor with a gradient; everything else stays bit-identical."""
+    from consissr.config import load_config
+
+    for earlier in list(SMALL)[: list(SMALL).index(stage)]:
+        (tmp_path / earlier).symlink_to(runs / earlier)
+    # A hinge loss cancels exactly in the discriminator's last bias until a logit leaves [-1, 1]: a large step makes it.
+    _, path, *overrides = words(stage, photos, tmp_path, "precision=fp32", "deft.optimizer.lr=0.1")
+    loop = Loop(load_config(TrainConfig, path, overrides), stage_builder(stage))
+    trained = {id(p) for phase in loop.stage.phases for p in phase.parameters.values()}
+    frozen = {n: p for n, p in loop.stage.networks.named_parameters() if id(p) not in trained}
+    before = {name: p.detach().clone() for name, p in frozen.items()}
+    seen: set[str] = set()
+    for batch in loop.batches():
+        totals: dict[str, torch.Tensor] = {}
+        loop.accumulate(batch, totals)
+        weights = loop.weights()
+        seen |= {n for n, p in weights.items() if p.grad is not None and p.grad.abs().sum() > 0}
+        loop.update(totals)
+        loop.step += 1
+    assert not (weights.keys() - seen), sorted(weights.keys() - seen)[:5]
+    for name, value in before.items():
+        assert torch.equal(value, frozen[name]), name
+
+
+def test_more_micro_batches_change_nothing_but_rounding(runs: Path, photos: Path, tmp_path: Path) -> None:
+    ends = []
+    for name, size in (("whole", 2), ("halves", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "prior").symlink_to(runs / "prior")
+        arguments = words("nuts", photos, folder, f"micro_batch={size}", "precision=fp32", "steps=1")
+        assert main(arguments) == 0
+        ends.append(json.loads((folder / "nuts" / "log.jsonl").read_text().splitlines()[0]))
+    assert ends[0]["controlnet/loss"] == pytest.approx(ends[1]["controlnet/loss"], rel=1e-5)
+    assert ends[0]["controlnet/grad_norm"] == pytest.approx(ends[1]["controlnet/grad_norm"], rel=1e-4)
+
+
+def test_an_earlier_run_is_not_overwritten(runs: Path, photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main(words("autoencoder", photos, runs)) == 2
+    assert "--resume latest" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--resume", "latest"], "no complete checkpoint"),
+        (["batch=3"], "not a multiple of micro_batch 2"),
+        (["processes=4"], "processes=4 was asked for"),
+        (["stage=nutz"], "did you mean 'nuts'"),
+        (["optimizer.rl=1"], "did you mean 'lr'"),
+        (["steps=many"], "steps"),
+        (["data.paths=[nowhere]"], "nowhere does not exist"),
+    ],
+)
+def test_bad_runs_are_refused_in_a_line(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: list[str], message: str
+) -> None:
+    assert main([*words("autoencoder", photos, tmp_path), *change]) == 2
+    assert message in caplog.text
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = words("autoencoder", photos, tmp_path, "steps=20", "optimizer.lr=1e30", "optimizer.warmup=0")
+    assert main([*arguments, "optimizer.clip=0"]) == 2
+    assert "is not finite" in caplog.text and ".png" in caplog.text
+
+
+def test_checkpoints_are_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, 1, {"step": 1, "weights": {"a": torch.ones(3)}}, limit=2)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(Exception, match="No space left on device.*last good: .*checkpoint-1"):
+        save_checkpoint(tmp_path, 2, {"step": 2}, limit=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, step, {"step": step}, limit=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+
+
+def test_learning_rate_counts_optimiser_steps() -> None:
+    c = OptimizerConfig(lr=1.0, warmup=10, decay="cosine", final=0.01)
+    assert learning_rate(c, 0, 110) == pytest.approx(0.01)
+    assert learning_rate(c, 10, 110) == pytest.approx(1.0)
+    assert learning_rate(c, 60, 110) == pytest.approx(0.505)
+    assert learning_rate(c, 110, 110) == pytest.approx(0.01)
+    assert learning_rate(OptimizerConfig(lr=2.0), 12345, 20000) == 2.0
+
+
+def test_accumulation_follows_from_the_global_batch() -> None:
+    config = TrainConfig(batch=96, micro_batch=4)
+    assert accumulation(config, 4) == 6  # CCSR's: 4 GPUs x 4 x 6
+    assert accumulation(config, 1) == 24
