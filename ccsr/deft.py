@@ -15,9 +15,9 @@ from torch.nn import functional as F  # noqa: N812
 from ccsr.losses import adaptive_weight, adversarial_weight, discriminator_hinge, generator_adversarial
 from ccsr.nuts import Nuts
 from ccsr.patchgan import PatchGAN
-from consissr.config import TrainConfig
 from consissr.errors import UserError
 from consissr.models.folder import save_model
+from consissr.train_config import TrainConfig
 from consissr.training.stage import EXPORT, Batch, Phase
 
 
@@ -34,6 +34,7 @@ class Deft:
         self.latents = self.first.latents
         self.discriminator = PatchGAN(config.deft.discriminator_width)
         self.networks = nn.ModuleDict({"first": self.first.networks, "discriminator": self.discriminator})
+        self.hot = [*self.first.hot, self.latents.vae.decoder, self.discriminator]
         self.buffers: dict[str, Tensor] = {}
         decoder = dict(self.latents.vae.decoder.named_parameters())
         if self.latents.linear is not None:

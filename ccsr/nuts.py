@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from ccsr.losses import nuts_losses
 from ccsr.timesteps import t_max_step, with_plan
 from consissr.checkpoint import find_model, read_config
-from consissr.config import FolderConfig, TrainConfig
+from consissr.config import FolderConfig
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.models.attention import replace_blocks
 from consissr.models.base import NullText, idle_without_text, load_base
 from consissr.models.controlnet import build_controlnet
 from consissr.models.denoiser import Condition, Denoiser
 from consissr.models.folder import load_controlnet, save_model
+from consissr.train_config import TrainConfig
 from consissr.training.stage import EXPORT, Batch, Phase
 
 
@@ -43,6 +44,7 @@ class Nuts:
         self.denoiser = Denoiser(base.unet, controlnet, table, base.prediction_type)
         self.latents = base.latents
         self.networks = nn.ModuleDict({"denoiser": self.denoiser, "latents": self.latents})
+        self.hot = [base.unet, controlnet]
         self.buffers: dict[str, Tensor] = {}
         self.text = base.text.encode([""])  # (1, L, D): training is captionless (CCSR v2)
         if config.gradient_checkpointing:

@@ -26,7 +26,7 @@ from consissr.geometry import finish, prepare
 from consissr.memory import Tiles, choose_tiles, is_out_of_memory, total_memory
 from consissr.models.base import load_base
 from consissr.models.denoiser import Condition, Denoiser, guided
-from consissr.models.folder import load_controlnet, load_unet_additions
+from consissr.models.folder import load_controlnet, load_image_prompt, load_unet_additions
 from consissr.models.latents import Latents, load_latents
 from consissr.models.vae_tiling import TiledLatents
 
@@ -299,6 +299,7 @@ def load_parts(name: str, base: str | None, dtype: torch.dtype) -> dict[str, Any
     return {
         "latents": load_latents(folder / "vae") if (folder / "vae").is_dir() else parts.latents,
         "denoiser": Denoiser(parts.unet, controlnet, table, parts.prediction_type),
+        "image_prompt": load_image_prompt(folder, config),
         "schedule": Schedule(table),
         "prompts": parts.text,
         "sampler": config.sampler,

@@ -11,55 +11,55 @@ scores.jsonl there, so an interrupted or repeated evaluation computes only what 
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 from consissr.errors import UserError
+from consissr.evaluation import evaluate, folders, output, produce, protocols, tables
 from consissr.evaluation.commandline import parse_box, parser
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "configs" / "tables"
 
 
-def measure(args: argparse.Namespace, results: dict[str, Path], metrics: list[str], protocol: str):
-    """Pair, score with a progress bar, write every output; the evaluation."""
-    from consissr.evaluation import evaluate, folders, output, protocols
-
-    measures, convention = protocols.get_measures(metrics), protocols.get_protocol(protocol)
-    pairs = folders.pair(results, args.hr, args.lr)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """A function (done, total) that moves a bar on the terminal."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("scoring", total=None)
-        done = evaluate.evaluate(
-            pairs, measures, convention, args.output / "scores.jsonl", args.weights, args.device, args.jobs,
-            lambda count, total: progress.update(bar, completed=count, total=total),
-        )  # fmt: skip
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+def measure(
+    args: argparse.Namespace, results: dict[str, Path], metrics: list[str], protocol: str
+) -> evaluate.Evaluation:
+    """Pair, score, write every output file."""
+    choice = protocols.get_measures(metrics), protocols.get_protocol(protocol)
+    pairs, cache = folders.pair(results, args.hr, args.lr), args.output / "scores.jsonl"
+    with progress_bar() as progress:
+        done = evaluate.evaluate(pairs, *choice, cache, args.weights, args.device, args.jobs, progress)
     files = output.write_all(done, args.output, args.report_images)
     print(f"wrote {', '.join(file.name for file in files)} to {args.output}", file=sys.stderr)
     return done
 
 
 def evaluate_folders(args: argparse.Namespace) -> None:
-    from consissr.evaluation import output
-    from consissr.evaluation.folders import parse_methods
-
     if not args.sr:
         raise UserError("nothing to evaluate: give result folders with --sr (or --table, --check, --list-weights)")
     metrics = (args.metrics or ("psnr,ssim,niqe" if args.hr else "niqe")).split(",")
-    print(output.markdown(measure(args, parse_methods(args.sr), metrics, args.protocol or "ccsr")))
+    print(output.markdown(measure(args, folders.parse_methods(args.sr), metrics, args.protocol or "ccsr")))
 
 
 def print_table(args: argparse.Namespace) -> None:
-    from consissr.evaluation import output, produce, tables
-    from consissr.evaluation.folders import parse_methods
-
-    table = tables.load_table(args.table, TABLES)
+    table, results = tables.load_table(args.table, TABLES), folders.parse_methods(args.sr)
     if table.kind == "figure":
         from consissr.evaluation import figures
 
-        for path in figures.draw(table, parse_methods(args.sr), args, parse_box(args.box)):
-            print(path)
+        print("\n".join(map(str, figures.draw(table, results, args, parse_box(args.box)))))
         return
     dataset, measured = table.dataset(args.dataset), {}
     if table.kind == "complexity":
@@ -67,17 +67,10 @@ def print_table(args: argparse.Namespace) -> None:
 
         measured = complexity.measured_rows(table, args.run[0] if args.run else None)
     else:
-        results = parse_methods(args.sr)
-        if args.run:
-            if args.lr is None:
-                raise UserError("--run restores the images of --lr: give that folder")
-            repeat, script = args.repeat or table.runs, ROOT / "scripts" / "infer.py"
-            models = produce.plan(table, args.run)
-            results |= produce.produce(table, models, args.lr, args.output, script, repeat, args.infer_flags.split())
+        results |= produce.ours(table, args, ROOT / "scripts" / "infer.py")
         if results:
             metrics = args.metrics.split(",") if args.metrics else table.metrics
-            evaluation = measure(args, results, metrics, args.protocol or table.protocol)
-            measured = tables.measured_cells(evaluation, table)
+            measured = tables.measured_cells(measure(args, results, metrics, args.protocol or table.protocol), table)
     text = tables.comparison(table, dataset, measured)
     output.write_text(args.output / f"{args.table.replace('/', '_')}.md", text)
     print(text)
@@ -85,11 +78,13 @@ def print_table(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     from consissr.evaluation import check as checks
-    from consissr.evaluation.folders import parse_methods
 
     if not (args.hr and args.lr):
         raise UserError("--check compares with --hr and builds its baselines from --lr: give both folders")
-    rows = checks.check(parse_methods(args.sr), args.hr, args.lr, args.output, parse_methods(args.wrong_condition))
+    results, wrong = folders.parse_methods(args.sr), folders.parse_methods(args.wrong_condition)
+    with progress_bar() as progress:
+        rows = checks.check(results, args.hr, args.lr, args.output, wrong, args.jobs, progress)
+    output.write_text(args.output / "check.md", checks.as_text(rows) + "\n")
     print(checks.as_text(rows))
 
 

@@ -10,8 +10,9 @@ import logging
 import sys
 from collections.abc import Callable
 
-from consissr.config import TrainConfig, check_word, load_config
+from consissr.config import check_word, load_config
 from consissr.errors import UserError
+from consissr.train_config import TrainConfig
 
 STAGES = ("autoencoder", "prior", "nuts", "deft")
 

@@ -5,7 +5,7 @@
 3. Wrong-condition drop: the PSNR lost when the model is fed another image's condition (0 for a model that ignores it).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def check(
     output: Path,
     wrong: dict[str, Path] | None = None,
     jobs: int | None = None,
-    progress=lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
     """The check's rows: bicubic, bicubic plus grain, then each result folder.
 
@@ -134,12 +134,14 @@ def check(
 
 def as_text(rows: list[Row]) -> str:
     """The rows as a Markdown table, with the definitions of the figures below it."""
-    lines = ["| | PSNR-Y dB | SSIM-Y | NIQE | flat-block ratio | wrong-condition drop dB |", "|---|--:|--:|--:|--:|--:|"]
+    titles = ("", "PSNR-Y dB", "SSIM-Y", "NIQE", "flat-block ratio", "wrong-condition drop dB")
+    lines = [f"| {' | '.join(titles)} |", "|---" + "|--:" * (len(titles) - 1) + "|"]
     for row in rows:
         drop = f"{row.wrong_drop:.2f}" if row.wrong_drop == row.wrong_drop else "-"
         figures = f"{row.psnr:.2f} | {row.ssim:.4f} | {row.niqe:.2f} | {row.flat_ratio:.2f} | {drop}"
         lines.append(f"| {row.name} | {figures} |")
-    return "\n".join([*lines, "", __doc__.split("\n\n", 1)[1].strip(), f"Grain: {GRAIN:g} levels, blurred by {GRAIN_BLUR:g} pixels. PSNR, SSIM: protocol ccsr."])
+    grain = f"Grain: {GRAIN:g} levels, blurred by {GRAIN_BLUR:g} pixels. PSNR, SSIM: protocol ccsr."
+    return "\n".join([*lines, "", __doc__.split("\n\n", 1)[1].strip(), grain])
 
 
 def _width(path: Path) -> int:

@@ -9,8 +9,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
     group = made.add_argument_group("what to evaluate")
     add = group.add_argument
-    add("--sr", nargs="+", default=[], metavar="[NAME=]DIR",
-        help="result folders; sub-folders sample0, sample1, ... are repeated runs")
+    add(
+        "--sr",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="result folders; sub-folders sample0, sample1, ... are repeated runs",
+    )
     add("--hr", type=Path, metavar="DIR", help="high-resolution references of the same names")
     add("--lr", type=Path, metavar="DIR", help="low-resolution inputs of the same names")
     add("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR", help="where results go (evaluation)")
@@ -18,7 +23,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     group = made.add_argument_group("how")
     add = group.add_argument
     add("--metrics", metavar="A,B,...", help="default: psnr,ssim,niqe with --hr, niqe without")
-    add("--protocol", metavar="NAME", help="conventions: ccsr (default), osediff, ccsr-v1, seesr, consissr-text, consissr-table")
+    add(
+        "--protocol",
+        metavar="NAME",
+        help="conventions: ccsr (default), osediff, ccsr-v1, seesr, consissr-text or consissr-table",
+    )
     add("--weights", type=Path, metavar="DIR", help="folder with weights of learned metrics (default: pyiqa's caches)")
     add("--device", default="cpu", help="device of learned metrics (cpu)")
     add("--jobs", type=int, metavar="N", help="processes (default: one per core)")
@@ -39,15 +48,20 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     group = made.add_argument_group("checks")
     add = group.add_argument
     add("--check", action="store_true", help="four figures beside bicubic and bicubic plus grain (needs --hr and --lr)")
-    add("--wrong-condition", nargs="+", default=[], metavar="[NAME=]DIR",
-        help="with --check: results restored with another image's condition")
+    add(
+        "--wrong-condition",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="with --check: results restored with another image's condition",
+    )
     add("--check-dataset", metavar="NAME", help="check --hr and --lr against a test set of the papers")
     add("--list-weights", action="store_true", help="list the weights of learned metrics: found, missing, from where")
     return made  # fmt: skip
 
 
 def parse_box(text: str | None) -> tuple[int, int, int, int] | None:
-    """"X,Y,W,H" -> four integers."""
+    """ "X,Y,W,H" -> four integers."""
     from consissr.errors import UserError
 
     if text is None:

@@ -5,6 +5,7 @@ count convolutions and linear layers, as the usual counters do (attention's own 
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import nan
 from time import perf_counter
 from typing import Any
@@ -20,7 +21,8 @@ from consissr.evaluation.tables import Cell, Table
 SIDE = 512  # pixels of the output
 LATENT = SIDE // 8
 UNET = {
-    "sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True,
+    "sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
 }  # fmt: skip
 VAE = {
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "sample_size": 768,
@@ -38,6 +40,7 @@ MODELS = {
 }
 
 
+@lru_cache
 def build(kind: str) -> dict[str, nn.Module]:
     """The networks of 'ccsr' or 'consissr' by name, at SD2.1 size, without weights."""
     from diffusers import AutoencoderKL, UNet2DConditionModel

@@ -1,8 +1,8 @@
 """Folders of results -> every metric of every image, and the averages that tables print.
 
-    pairs = folders.pair({"OSEDiff": Path("results")}, hr=Path("HR"), lr=None)
-    evaluation = evaluate(pairs, get_measures(["psnr", "ssim"]), get_protocol("ccsr"), cache=Path("scores.jsonl"))
-    evaluation.mean("OSEDiff", "psnr")
+pairs = folders.pair({"OSEDiff": Path("results")}, hr=Path("HR"), lr=None)
+evaluation = evaluate(pairs, get_measures(["psnr", "ssim"]), get_protocol("ccsr"), cache=Path("scores.jsonl"))
+evaluation.mean("OSEDiff", "psnr")
 """
 
 import hashlib
@@ -180,9 +180,7 @@ def _digest(files: list[Path], hashes: dict[Path, str]) -> str:
     return hashlib.sha256("".join(hashes[file] for file in files).encode()).hexdigest()[:32]
 
 
-def _fid(
-    method: Method, pairs: Pairs, hashes: dict, weights: str, setting: Setting, scores: ScoreCache
-) -> np.ndarray:
+def _fid(method: Method, pairs: Pairs, hashes: dict, weights: str, setting: Setting, scores: ScoreCache) -> np.ndarray:
     from consissr.evaluation.learned import frechet_distance
 
     values = []
@@ -195,9 +193,7 @@ def _fid(
     return np.array(values)
 
 
-def _local_std(
-    method: Method, images: list[str], hashes: dict, protocol: Protocol, scores: ScoreCache
-) -> np.ndarray:
+def _local_std(method: Method, images: list[str], hashes: dict, protocol: Protocol, scores: ScoreCache) -> np.ndarray:
     values = []
     for image in images:
         files = [run[image] for run in method.runs]

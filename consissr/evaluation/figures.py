@@ -126,7 +126,8 @@ def step_rows(inputs: Inputs) -> list[Row]:
         pictures = step_pictures(folders.list_runs(folder)[0])
         for name in inputs.images or [next(iter(pictures))]:
             if name not in pictures:
-                raise UserError(f"{folder} has no step pictures of '{name}'; it has {', '.join(list(pictures)[:3])}, ...")
+                known = ", ".join(list(pictures)[:3])
+                raise UserError(f"{folder} has no step pictures of '{name}'; it has {known}, ...")
             steps = list(pictures[name].items())
             chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_STEPS)).round().astype(int))
             rows.append([(f"{method}, t = {steps[i][0]}", _pixels(steps[i][1]), None) for i in chosen])
@@ -224,7 +225,8 @@ def _repeated(pairs: folders.Pairs) -> folders.Pairs:
 def _chosen(inputs: Inputs, pairs: folders.Pairs) -> list[str]:
     unknown = [name for name in inputs.images if name not in pairs.images]
     if unknown:
-        raise UserError(f"there is no image '{unknown[0]}'; names come without extension, for instance {pairs.images[0]}")
+        example = pairs.images[0]
+        raise UserError(f"there is no image '{unknown[0]}'; names come without extension, for instance {example}")
     return inputs.images or pairs.images[:1]
 
 
@@ -241,7 +243,7 @@ def _overview(inputs: Inputs, pairs: folders.Pairs, name: str) -> tuple:
 def _crop(path: Path, box: tuple[int, int, int, int] | None) -> np.ndarray:
     pixels = _pixels(path)
     x, y, width, height = box or _middle(pixels.shape[1], pixels.shape[0])
-    if not (x >= 0 and y >= 0 and width > 0 and height > 0 and x + width <= pixels.shape[1] and y + height <= pixels.shape[0]):
+    if min(x, y) < 0 or min(width, height) < 1 or x + width > pixels.shape[1] or y + height > pixels.shape[0]:
         raise UserError(f"--box {x},{y},{width},{height} leaves {path}, which is {pixels.shape[1]}x{pixels.shape[0]}")
     return pixels[y : y + height, x : x + width]
 

@@ -45,7 +45,7 @@ class Pairs:
 
 
 def list_images(folder: Path) -> dict[str, Path]:
-    """Image files below `folder`, by path without extension; hidden files and pictures of sampling steps are left out."""
+    """Image files below `folder`, by path without extension; hidden files and step pictures are left out."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     files = [

@@ -78,7 +78,7 @@ def missing(metric: str, folder: Path | None) -> list[WeightFile]:
 
 
 def missing_text(metric: str, folder: Path | None) -> str:
-    """"" when `metric` can be computed, else why not: which files are missing."""
+    """ "" when `metric` can be computed, else why not: which files are missing."""
     names = ", ".join(file.name for file in missing(metric, folder))
     return f"weights missing: {names}; scripts/eval.py --list-weights says where they come from" if names else ""
 

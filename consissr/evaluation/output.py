@@ -118,7 +118,8 @@ def latex(evaluation: Evaluation) -> str:
     """The same table for a paper (booktabs): best bold, second best underlined."""
     header, rows, marks = table_cells(evaluation)
     wrap = {0: "{}", 1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}
-    lines = [*(f"% {note}" for note in notes(evaluation)), r"\begin{tabular}{l" + "c" * (len(header) - 1) + "}", r"\toprule"]
+    lines = [f"% {note}" for note in notes(evaluation)]
+    lines += [r"\begin{tabular}{l" + "c" * (len(header) - 1) + "}", r"\toprule"]
     lines += [" & ".join(tex_escaped(title) for title in header) + r" \\", r"\midrule"]
     for row, row_marks in zip(rows, marks, strict=True):
         cells = (wrap[m].format(tex_escaped(t)) for t, m in zip(row, row_marks, strict=True))

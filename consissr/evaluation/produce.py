@@ -1,5 +1,6 @@
 """Our rows of a table, restored by scripts/infer.py before they are measured."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,16 @@ from pathlib import Path
 from consissr.config import nearest
 from consissr.errors import UserError
 from consissr.evaluation.tables import Table
+
+
+def ours(table: Table, args: argparse.Namespace, script: Path) -> dict[str, Path]:
+    """The rows that --run asks for, restored from --lr: result folders by row; none without --run."""
+    if not args.run:
+        return {}
+    if args.lr is None:
+        raise UserError("--run restores the images of --lr: give that folder")
+    models, flags = plan(table, args.run), args.infer_flags.split()
+    return produce(table, models, args.lr, args.output, script, args.repeat or table.runs, flags)
 
 
 def plan(table: Table, requests: list[str]) -> dict[str, str]:

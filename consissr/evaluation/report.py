@@ -45,9 +45,7 @@ def html_report(evaluation: Evaluation, pictures: int = PICTURES) -> str:
         "labels": picture_labels(evaluation),
         "pictures": {image: embedded_pictures(evaluation, image) for image in order},
     }  # fmt: skip
-    plots = "".join(
-        distribution_plot(m, {name: table[m.name] for name, table in values.items()}) for m in shown
-    )
+    plots = "".join(distribution_plot(m, {name: table[m.name] for name, table in values.items()}) for m in shown)
     template = files("consissr.evaluation").joinpath("report_template.html").read_text(encoding="utf-8")
     text = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")
     return template.replace("@PLOTS@", plots).replace("@DATA@", text)
@@ -101,12 +99,11 @@ def distribution_plot(measure: Measure, values: dict[str, np.ndarray]) -> str:
         middle = y + ROW_HEIGHT / 2
         first, median, third = np.quantile(points, [0.25, 0.5, 0.75])
         parts.append(f'<text x="{MARGIN}" y="{y - 4}" font-size="12">{html.escape(name)}</text>')
-        parts += [
-            f'<circle cx="{x(point):.1f}" cy="{middle + (number * 7 % 17 - 8) * 0.9:.1f}" r="2" fill="{colour}" opacity=".45"/>'
-            for number, point in enumerate(points)
-        ]
-        parts.append(f'<rect x="{x(first):.1f}" y="{y + 5}" width="{x(third) - x(first):.1f}" height="{ROW_HEIGHT - 10}"'
-                     f' fill="none" stroke="{colour}" stroke-width="1.5"/>')  # fmt: skip
+        for number, point in enumerate(points):
+            height = middle + (number * 7 % 17 - 8) * 0.9  # spread the dots so that they stay apart
+            parts.append(f'<circle cx="{x(point):.1f}" cy="{height:.1f}" r="2" fill="{colour}" opacity=".45"/>')
+        box = f'x="{x(first):.1f}" y="{y + 5}" width="{x(third) - x(first):.1f}" height="{ROW_HEIGHT - 10}"'
+        parts.append(f'<rect {box} fill="none" stroke="{colour}" stroke-width="1.5"/>')
         parts.append(f'<path d="M{x(median):.1f} {y + 5}V{y + ROW_HEIGHT - 5}" stroke="{colour}" stroke-width="2"/>')
         mean = x(float(points.mean()))
         parts.append(f'<path d="M{mean - 5:.1f} {middle}l5 -5l5 5l-5 5z" fill="{colour}"/>')

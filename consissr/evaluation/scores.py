@@ -14,7 +14,7 @@ from pathlib import Path
 from consissr.errors import UserError
 from consissr.evaluation.protocols import MEASURES, Protocol
 
-REVISION = "1"  # of our own metrics: raise it whenever a value may change
+REVISION = "2"  # of our own metrics: raise it whenever a value may change
 PACKAGES = {"own": ("torch",), "pyiqa": ("torch", "pyiqa", "timm"), "clip": ("torch", "open_clip_torch")}
 LR_CLIP = "clip-i-lr"  # CLIP-I(LR, HR), the denominator of delta-CLIP-I
 
@@ -72,7 +72,8 @@ def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
     """Content hash of every file (SHA-256, 32 hexadecimal digits)."""
     paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(paths, pool.map(lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:32], paths)))
+        digests = pool.map(lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:32], paths)
+        return dict(zip(paths, digests, strict=True))
 
 
 @lru_cache

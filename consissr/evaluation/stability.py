@@ -19,7 +19,7 @@ def global_std(values: np.ndarray) -> float:
 
 
 def local_std(runs: np.ndarray) -> float:
-    """L-STD of one image: (N runs, ..., channels and pixels) in [0, 1] -> mean over pixels of the deviation over runs."""
+    """L-STD of one image: (N runs, ...) in [0, 1] -> mean over channels and pixels of the deviation over runs."""
     # (Eq. 5, CCSR), with the missing square
     runs = np.asarray(runs, dtype=np.float32)
     if runs.shape[0] < 2:

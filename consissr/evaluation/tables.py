@@ -12,7 +12,9 @@ from consissr.evaluation.evaluate import Evaluation
 from consissr.evaluation.protocols import MEASURES, get_measures
 from consissr.evaluation.rank import average_ranks
 
-LABELS = {"rank": "Rank ↓", "l-std": "L-STD ↓", "steps": "Steps", "macs": "MACs", "params": "Parameters", "seconds": "Time"}
+LABELS = {
+    "rank": "Rank ↓", "l-std": "L-STD ↓", "steps": "Steps", "macs": "MACs", "params": "Parameters", "seconds": "Time",
+}  # fmt: skip
 KINDS = ("quality", "complexity", "figure")
 
 
@@ -31,7 +33,7 @@ class Cell:
 
     @classmethod
     def parse(cls, text: str) -> "Cell":
-        """"25.86/0.3032" or "25.86/-" or "-"."""
+        """ "25.86/0.3032" or "25.86/-" or "-"."""
         value, _, spread = text.partition("/")
         numbers = [math.nan if part in ("", "-") else float(part) for part in (value, spread)]
         return cls(*numbers, digits=len(value.partition(".")[2]))
@@ -119,7 +121,7 @@ def measured_cells(evaluation: Evaluation, table: Table) -> dict[str, dict[str, 
 
 
 def comparison(table: Table, dataset: str, measured: dict[str, dict[str, Cell]]) -> str:
-    """Markdown: each published row, below it what was measured under the same name; then measured rows of other names."""
+    """Markdown: each published row, below it what was measured under its name; then measured rows of other names."""
     published = table.datasets.get(dataset, {})
     rows, remarks = [], []
 

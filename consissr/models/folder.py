@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from consissr.checkpoint import UNET_ADAPTER, WEIGHTS, load_strict, read_weights, write_weights
-from consissr.config import FolderConfig, save_config
+from consissr.config import FolderConfig, ModelConfig, save_config
 from consissr.models.attention import added_parameters, replace_blocks
 from consissr.models.controlnet import empty_controlnet
+from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
 from consissr.models.latents import Latents, save_latents
+
+IMAGE_WEIGHTS = "model.safetensors"
 
 
 def save_model(
@@ -22,15 +25,23 @@ def save_model(
     controlnet: nn.Module,
     unet: nn.Module | None = None,
     latents: Latents | None = None,
+    image_prompt: ImagePrompt | None = None,
+    image_settings: dict[str, Any] | None = None,
     card: str = "",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model folder. `unet`: its additions are stored; `latents`: a tuned autoencoder; `dtype`: storage type."""
+    """Write a model folder. `unet`: its additions are stored; `latents`: a tuned autoencoder; `dtype`: storage type.
+
+    image_prompt: image tower and adapter, with the `image_settings` that `build_image_prompt` makes them from.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
     write_network(folder / "controlnet", controlnet, dtype)
     if latents is not None:
         save_latents(folder / "vae", latents, dtype)
+    if image_prompt is not None:
+        write_weights(folder / "image_encoder" / IMAGE_WEIGHTS, image_prompt.state_dict(), dtype)
+        (folder / "image_encoder" / "config.json").write_text(json.dumps(image_settings, indent=1))
     added = set(added_parameters(unet)) if unet is not None else set()
     if added:
         state = unet.state_dict()
@@ -58,3 +69,20 @@ def load_unet_additions(folder: Path, unet: nn.Module, config: FolderConfig) -> 
     added = set(replace_blocks(unet, config.model))
     if added:
         load_strict(unet, read_weights(folder / UNET_ADAPTER), f"{folder.name}/{UNET_ADAPTER}", subset=added)
+
+
+def build_image_prompt(settings: dict[str, Any], config: ModelConfig) -> ImagePrompt:
+    """A new image tower and adapter; `settings`: open_clip's "embed_dim" and "vision_cfg", and the tokens' "width"."""
+    tower = build_tower(settings["embed_dim"], settings["vision_cfg"])
+    adapter = Adapter(settings["embed_dim"], settings["width"], config.adapter_init)
+    return ImagePrompt(tower, adapter, config.image_tokens)
+
+
+def load_image_prompt(folder: Path, config: FolderConfig) -> ImagePrompt | None:
+    """Image tower and adapter of a model folder, float32 on the CPU, or None where the model has no image branch."""
+    if config.model.image_prompt == "none":
+        return None
+    encoder = folder / "image_encoder"
+    prompt = build_image_prompt(json.loads((encoder / "config.json").read_text()), config.model)
+    load_strict(prompt, read_weights(encoder / IMAGE_WEIGHTS), str(encoder))
+    return prompt

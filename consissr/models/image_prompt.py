@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consissr.config import ModelConfig
 from consissr.models.attention import zeroed
 
 if TYPE_CHECKING:
@@ -96,3 +97,24 @@ class ImagePrompt(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """The same as calling the module."""
         return self(x)
+
+
+def prompt_config(prompt: ImagePrompt) -> dict[str, Any]:
+    """Sizes of an image prompt, for `build_image_prompt` to build it again."""
+    tower = prompt.tower
+    heads = tower.transformer.resblocks[0].attn.num_heads
+    vision = {
+        "image_size": tower.image_size[0],
+        "patch_size": tower.patch_size[0],
+        "width": tower.transformer.width,
+        "layers": tower.transformer.layers,
+        "head_width": tower.transformer.width // heads,
+    }
+    return {"embed_dim": tower.output_dim, "vision_cfg": vision, "width": prompt.adapter.linear_3.out_features}
+
+
+def build_image_prompt(sizes: dict[str, Any], config: ModelConfig) -> ImagePrompt:
+    """An image prompt of the sizes that `prompt_config` gives, its adapter initialised as `config` says."""
+    tower = build_tower(sizes["embed_dim"], sizes["vision_cfg"])
+    adapter = Adapter(sizes["embed_dim"], sizes["width"], config.adapter_init)
+    return ImagePrompt(tower, adapter, config.image_tokens)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from consissr.config import TrainConfig
 from consissr.models.latents import Latents, save_latents
+from consissr.train_config import TrainConfig
 from consissr.training.stage import EXPORT, Batch, Phase, photographs
 
 
@@ -62,6 +62,7 @@ class Autoencoder:
         self.phases = [
             Phase("autoencoder", dict(self.networks.named_parameters()), self.loss, config.optimizer),
         ]
+        self.hot = [self.networks.vae.encoder, self.networks.vae.decoder]
         self.latent_variance = torch.ones(())
 
     def prepare(self, batch: Batch) -> None:

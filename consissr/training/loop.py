@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consissr.config import OptimizerConfig, TrainConfig
 from consissr.data.degradation import degrade, preset
 from consissr.errors import UserError
+from consissr.train_config import OptimizerConfig, TrainConfig
 from consissr.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from consissr.training.report import Report
 from consissr.training.stage import Batch, Phase, Stage, photographs, seed_of
@@ -72,7 +72,8 @@ class Loop:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.check_edges(resume)
-        self.accelerator = Accelerator()
+        # Without `cpu`, several processes on CPUs would each train alone.
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,6 +89,8 @@ class Loop:
         trained = {id(p) for phase in self.stage.phases for p in phase.parameters.values()}
         for parameter in self.stage.networks.parameters():
             parameter.requires_grad_(id(parameter) in trained)
+        for network in self.stage.hot if config.compile else ():
+            network.compile()
         self.optimizers = {p.name: self.build_optimizer(p) for p in self.stage.phases}
         self.ema: dict[str, Tensor] = {k: v.detach().clone() for k, v in self.weights().items()} if config.ema else {}
         self.step = 0
@@ -181,7 +184,10 @@ class Loop:
         )
 
     def update(self, totals: dict[str, Tensor]) -> None:
-        """Average gradients over processes, clip, and step every phase's optimiser in order."""
+        """Average gradients (and what is logged) over processes, clip, and step every phase's optimiser in order."""
+        if self.world > 1:
+            means = self.accelerator.reduce(torch.stack([v.float() for v in totals.values()]), reduction="mean")
+            totals.update(zip(totals, means, strict=True))
         for phase in self.stage.phases:
             parameters = [p for p in phase.parameters.values() if p.grad is not None]
             if self.world > 1:
@@ -259,7 +265,8 @@ class Loop:
 
     def validate(self) -> None:
         """Images and PSNR/SSIM on the fixed set, with the averaged weights if there are any."""
-        with self.averaged(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+        with self.averaged(), autocast, torch.compiler.set_stance("force_eager"):
             metrics = self.validation.run(self.stage, self.step)
         self.report.line({"step": self.step, **metrics})
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from consissr.config import TrainConfig
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.errors import UserError
 from consissr.models.base import idle_without_text
 from consissr.models.folder import write_network
 from consissr.models.latents import load_latents, save_latents
+from consissr.train_config import TrainConfig
 from consissr.training.stage import EXPORT, Batch, Phase
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -54,6 +54,7 @@ class Prior:
         latents = load_latents(vae)
         unet = build_unet(config, latents.channels)
         self.networks = nn.ModuleDict({"latents": latents.requires_grad_(False), "unet": unet})
+        self.hot = [unet]
         self.export_dtype = EXPORT[config.export_precision]
         self.buffers: dict[str, Tensor] = {}
         self.schedule = Schedule(alpha_bar())

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from consissr.config import TrainConfig, save_config
+from consissr.config import save_config
+from consissr.train_config import TrainConfig
 
 
 class Report:

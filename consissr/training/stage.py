@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from consissr.config import DataConfig, OptimizerConfig
 from consissr.data.datasets import PhotoDataset
+from consissr.train_config import DataConfig, OptimizerConfig
 
 
 def seed_of(*parts: object) -> int:
@@ -86,6 +86,8 @@ class Stage(Protocol):
     needs_lq: bool
     networks: nn.Module
     """Everything on the device, trained and frozen."""
+    hot: list[nn.Module]
+    """The networks that most time goes to, which `compile` compiles."""
     buffers: dict[str, Tensor]
     """Tensors beside parameters that training changes (spectral norm vectors); saved in checkpoints."""
 

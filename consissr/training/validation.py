@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from consissr.config import TrainConfig
 from consissr.evaluation.metrics import psnr, ssim
 from consissr.images import to_uint8
+from consissr.train_config import TrainConfig
 from consissr.training.stage import Batch, Stage, photographs
 
 VALIDATION_SEED = 2024

@@ -1,4 +1,4 @@
-"""CCSR's recorded training steps as released: stage 1 (NUTS losses and gradients) and stage 2 (decoder, discriminator)."""
+"""CCSR's recorded training steps as released: stage 1 (NUTS) and stage 2 (decoder and discriminator)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from consissr.diffusion.sampler import recorded_draw, sample, start_latent
 from consissr.diffusion.schedule import Schedule
 from consissr.models.denoiser import Condition
 
-STAGE_1, STAGE_2, DISCRIMINATOR = "stage1_outputs.safetensors", "stage2_outputs.safetensors", "stage2_disc/discriminator.safetensors"
+STAGE_1, STAGE_2 = "stage1_outputs.safetensors", "stage2_outputs.safetensors"
+DISCRIMINATOR = "stage2_disc/discriminator.safetensors"
 T_MAX = 667
 """The timestep of t_max that the release trains at."""
 OURS = {"condition_conv_in": "controlnet_cond_embedding.0"}
@@ -48,11 +49,13 @@ def stage_1(fixture: Fixture, given: dict[str, Tensor]) -> Iterator[Check | Lack
     condition = Condition(given["prompt_embeds"], z_lq)
     noises = [given[f"noise{i}"] for i in (1, 2, 3)]
     controlnet = model.controlnet.requires_grad_(True)
+
+    def denoise(z: Tensor, t: Tensor) -> Tensor:
+        return fixture.denoiser(z, t, condition)
+
     for prefix, start in (("hqstart", "hq"), ("lrstart", "lq")):
         controlnet.zero_grad(set_to_none=True)
-        found = nuts_losses(
-            lambda z, t: fixture.denoiser(z, t, condition), z_hq, z_lq, given["timesteps"], noises, schedule, T_MAX, start
-        )
+        found = nuts_losses(denoise, z_hq, z_lq, given["timesteps"], noises, schedule, T_MAX, start)
         loss = found["l_diff"] + found["l_T"] + found["l_tmax"]
         named = {"cond": z_lq, "latents": z_hq, "x0_T": found["x0_T"], "x0_tmax": found["x0_tmax"]}
         named |= {"loss_diff": found["l_diff"][None], "l_T": found["l_T"][None], "l_tmax": found["l_tmax"][None]}
@@ -74,7 +77,9 @@ def released_names(controlnet: nn.Module) -> dict[str, nn.Parameter]:
     return renamed
 
 
-def gradients(file: str, outputs: dict[str, Tensor], prefix: str, parameters: dict[str, nn.Parameter]) -> Iterator[Check]:
+def gradients(
+    file: str, outputs: dict[str, Tensor], prefix: str, parameters: dict[str, nn.Parameter]
+) -> Iterator[Check]:
     """Recorded gradients, their norms by sorted name, and the norm of all. Tiny norms are compared absolutely."""
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
     norms = torch.stack([grads[name].norm() for name in sorted(grads)])
@@ -124,10 +129,9 @@ def stage_2_step(
     loss = pixel + adversarial_weight(100 if prefix.endswith("warm") else 101) * adversarial
     loss.backward()
     yield from compare(STAGE_2, outputs, f"{prefix}_latents_in", z)
-    factor = image.shape[2] // outputs[f"{prefix}_image_sub8"].shape[2]
-    yield Check(
-        f"{STAGE_2}:{prefix}_image_sub8", image[..., ::factor, ::factor], outputs[f"{prefix}_image_sub8"], IMAGE, "absolute"
-    )
+    key = f"{prefix}_image_sub8"
+    factor = image.shape[2] // outputs[key].shape[2]
+    yield Check(f"{STAGE_2}:{key}", image[..., ::factor, ::factor], outputs[key], IMAGE, "absolute")
     for name, got in {"loss_l2": pixel, "gan_loss": adversarial, "loss": loss}.items():
         yield from compare(STAGE_2, outputs, f"{prefix}_{name}", got[None])
     yield from compare(STAGE_2, outputs, f"{prefix}_logits_fake_G", fake)
@@ -144,7 +148,8 @@ def stage_2_step(
     for name, got in weighted.items():
         yield from compare(STAGE_2, outputs, f"{prefix}_{name}", got[None])
     norm = torch.stack([p.grad.norm() for p in discriminator.heads.parameters()]).norm()
-    yield Check(f"{STAGE_2}:{prefix}_disc_grad_total_norm", norm[None], outputs[f"{prefix}_disc_grad_total_norm"], GRADIENT)
+    key = f"{prefix}_disc_grad_total_norm"
+    yield Check(f"{STAGE_2}:{key}", norm[None], outputs[key], GRADIENT)
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from consissr import color
-from consissr.config import OptimizerConfig
 from consissr.diffusion.plans import ddpm_plan
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.diffusion.tala import probability, tala_inputs
 from consissr.geometry import ccsr_input, finish, prepare, raise_short_side, to_pil, to_tensor, transfer, truncated
 from consissr.images import to_uint8
+from consissr.train_config import OptimizerConfig
 
 STEPS = 100_001
 """Optimiser steps of ConsisSR's first stage."""
@@ -70,9 +70,7 @@ def tala(fixture: Fixture) -> Iterator[Check | Lack]:
     for mark in marks:
         t, r = inputs["tala_t"], torch.tensor([float(mark[1:].replace("p", "."))], dtype=torch.float64)
         p = probability(t, "as_released")
-        z_t, target, mask = tala_inputs(
-            inputs["tala_hq"], inputs["tala_lq"], inputs["tala_noise"], t, r, p, table
-        )
+        z_t, target, mask = tala_inputs(inputs["tala_hq"], inputs["tala_lq"], inputs["tala_noise"], t, r, p, table)
         name = f"outputs.safetensors:tala_{mark}"
         yield Check(f"{name}_mask", mask, outputs[f"tala_{mark}_mask"], 0.0, "exact")
         yield Check(f"{name}_x_t", z_t, outputs[f"tala_{mark}_x_t"])

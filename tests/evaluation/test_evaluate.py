@@ -131,4 +131,5 @@ def test_the_report_is_self_contained(sets: dict[str, Path], tmp_path: Path) -> 
     data = json.loads(report.split('type="application/json">')[1].split("</script>")[0])
     assert data["labels"] == ["LR", "good", "bad", "HR"]
     assert len(data["pictures"]) == 2 and all(set(p) == set(data["labels"]) for p in data["pictures"].values())
-    assert list(data["pictures"]) == sorted(data["pictures"], key=lambda n: data["values"]["good"]["psnr"]["abc".index(n)])
+    psnr = dict(zip("abc", data["values"]["good"]["psnr"], strict=True))
+    assert list(data["pictures"]) == sorted(data["pictures"], key=psnr.get), "worst first"

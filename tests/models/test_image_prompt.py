@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from consissr.models.image_prompt import MEAN, STD, Adapter, ImagePrompt, build_tower, clip_input, tower_features
+from consissr.config import ModelConfig
+from consissr.models.image_prompt import (
+    MEAN,
+    STD,
+    Adapter,
+    ImagePrompt,
+    build_image_prompt,
+    build_tower,
+    clip_input,
+    prompt_config,
+    tower_features,
+)
 
 VISION = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
 
@@ -59,3 +72,15 @@ def test_the_released_initialisation_gives_a_zero_token(tower):
     features = torch.randn(2, 1, 20)
     assert Adapter(20, 24, "as_released")(features).abs().max() == 0
     assert Adapter(20, 24)(features).abs().max() > 0
+
+
+@torch.no_grad()
+def test_sizes_are_enough_to_build_it_again(tower):
+    prompt = ImagePrompt(tower, Adapter(20, 24), "patches")
+    sizes = json.loads(json.dumps(prompt_config(prompt)))
+    assert sizes["vision_cfg"] == VISION
+    again = build_image_prompt(sizes, ModelConfig(image_prompt="hpa", image_tokens="patches")).eval()
+    again.load_state_dict(prompt.state_dict())
+    x = images(1, 3, 50, 60)
+    assert torch.equal(again.encode(x), prompt.encode(x))
+    assert build_image_prompt(sizes, ModelConfig(adapter_init="as_released")).encode(x).abs().max() == 0

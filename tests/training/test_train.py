@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from consissr.config import OptimizerConfig, TrainConfig
+from consissr.train_config import OptimizerConfig, TrainConfig
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.loop import Loop, accumulation, learning_rate
 from scripts.train import main, stage_builder
@@ -136,6 +138,30 @@ def test_more_micro_batches_change_nothing_but_rounding(runs: Path, photos: Path
         ends.append(json.loads((folder / "nuts" / "log.jsonl").read_text().splitlines()[0]))
     assert ends[0]["controlnet/loss"] == pytest.approx(ends[1]["controlnet/loss"], rel=1e-5)
     assert ends[0]["controlnet/grad_norm"] == pytest.approx(ends[1]["controlnet/grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["nuts", "deft"])
+def test_two_processes_train_like_one(runs: Path, photos: Path, tmp_path: Path, root: Path, stage: str) -> None:
+    """The same micro-batches on one process and on two give the same weights, losses and step count."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for earlier in ("prior", "nuts"):
+            if earlier != stage:
+                (tmp_path / name / earlier).symlink_to(runs / earlier)
+    more = ["micro_batch=1", "precision=fp32"]
+    assert main(words(stage, photos, tmp_path / "one", *more)) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "scripts/train.py"]
+    arguments = words(stage, photos, tmp_path / "two", *more, "processes=2")
+    done = subprocess.run([*launch, *arguments], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_checkpoint(tmp_path / name / stage / "checkpoint-2") for name in ("one", "two"))
+    for name, value in one["weights"].items():
+        assert torch.allclose(value, two["weights"][name], rtol=1e-5, atol=1e-7), name
+        assert torch.allclose(one["ema"][name], two["ema"][name], rtol=1e-5, atol=1e-7), name
+    logs = [(tmp_path / name / stage / "log.jsonl").read_text().splitlines()[-1] for name in ("one", "two")]
+    first, second = (json.loads(line) for line in logs)
+    for key in (k for k in first if k.endswith(("/loss", "/lr")) or k in ("step", "images")):
+        assert first[key] == pytest.approx(second[key], rel=1e-5), key
 
 
 def test_an_earlier_run_is_not_overwritten(runs: Path, photos: Path, caplog: pytest.LogCaptureFixture) -> None:

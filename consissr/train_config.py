@@ -1,0 +1,210 @@
+"""Configuration of training runs: data, optimisers, and what each stage adds. See config.py for the rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from consissr.config import ModelConfig, SamplerConfig, check_word
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Training images and how their low-quality partners are made."""
+
+    paths: list[str] = field(default_factory=list)
+    """Folders (recursive), text lists of files, or tar shards."""
+    probabilities: list[float] = field(default_factory=list)
+    """How often each entry of `paths` is drawn; empty: in proportion to its image count."""
+    lq_paths: list[str] = field(default_factory=list)
+    """For each entry of `paths`, the folder of low-quality partners (a quarter the side, by name); empty: degrade."""
+    cache_mb: int = 1024
+    """Memory for decoded photographs, MiB."""
+    crop: int = 512
+    """Side of a training crop in pixels (512 in both papers)."""
+    crop_rule: str = "random"
+    """'random' (CCSR) or 'center' (ConsisSR: short side resized to the crop, centre)."""
+    flips: str = "horizontal"
+    """Random flips: 'none', 'horizontal' or 'both' (Sec. 4.1, ConsisSR)."""
+    degradation: str = "ccsr"
+    """Preset of the two-stage Real-ESRGAN degradation: 'ccsr' or 'consissr'."""
+    enlarge: list[str] = field(default_factory=list)
+    """Filters that bring LQ crops back to full size, one drawn per image; empty: the preset's. Use is 'bicubic'."""
+    validation: str = ""
+    """Folder of photographs for the fixed validation set; empty: no validation."""
+    validation_count: int = 8
+    """Images of the fixed validation set."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """One optimiser's settings; a stage with two players has two of them."""
+
+    lr: float = 5e-5
+    """Learning rate after warm-up."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Adam's decay rates."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (AdamW)."""
+    warmup: int = 0
+    """Optimiser steps of linear warm-up."""
+    decay: str = "constant"
+    """After warm-up: 'constant' or 'cosine' to `final` at the last step."""
+    final: float = 0.01
+    """Learning rate at the end of a cosine decay, and at the start of a warm-up, relative to `lr`."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        check_word(self.decay, ("constant", "cosine"), "optimizer.decay")
+
+
+@dataclass(kw_only=True)
+class AutoencoderConfig:
+    """Stage 'autoencoder': a KL autoencoder from scratch (for `nano`)."""
+
+    patch: int = 2
+    """Space-to-depth factor before the encoder and after the decoder."""
+    widths: list[int] = field(default_factory=lambda: [32, 64, 128])
+    """Channels per resolution; each further entry halves the side."""
+    layers: int = 1
+    """Residual blocks per resolution."""
+    latent_channels: int = 16
+    """Channels of the latent."""
+    linear_path: bool = True
+    """Add a linear code of pixel blocks, started at their principal components, beside the networks."""
+    whitening: float = 0.75
+    """How far the linear code's channels are brought to equal variance: 0 not at all, 1 fully."""
+    kl_weight: float = 1e-4
+    """Weight of the Kullback-Leibler term (mean over latent elements)."""
+    gradient_weight: float = 1.0
+    """Weight of the L1 loss on image differences, which keeps edges sharp."""
+
+
+@dataclass(kw_only=True)
+class PriorConfig:
+    """Stage 'prior': an unconditional diffusion UNet on latents (for `nano`)."""
+
+    widths: list[int] = field(default_factory=lambda: [64, 128, 192])
+    """Channels per resolution."""
+    layers: int = 1
+    """Residual blocks per resolution."""
+    heads: int = 4
+    """Attention heads at every resolution that has attention."""
+    attention: list[bool] = field(default_factory=lambda: [False, True, True])
+    """Which resolutions have transformer blocks."""
+    context_dim: int = 64
+    """Width of prompt embeddings."""
+
+
+@dataclass(kw_only=True)
+class NutsConfig:
+    """Stage 'nuts' (Sec. III-B, CCSR)."""
+
+    t_max: float = 2 / 3
+    """Fraction of T where uniform steps begin; the same as in sampling."""
+    start: str = "lq"
+    """Latent noised to T for the extra losses: 'lq' (as sampled) or 'hq' (CCSR v2 stage 1 as released)."""
+    losses: list[str] = field(default_factory=lambda: ["l_diff", "l_T", "l_tmax"])
+    """Losses summed with weight 1 (Eq. 2 and 3, CCSR); l_diff alone is ControlNet pre-training."""
+    posterior: str = "mode"
+    """z_lq: 'mode' or 'sample' of the VAE posterior (sample as released)."""
+
+    def __post_init__(self) -> None:
+        check_word(self.start, ("lq", "hq"), "nuts.start")
+        check_word(self.posterior, ("mode", "sample"), "nuts.posterior")
+        for name in self.losses:
+            check_word(name, ("l_diff", "l_T", "l_tmax"), "nuts.losses")
+
+
+@dataclass(kw_only=True)
+class DeftConfig:
+    """Stage 'deft' (Sec. III-C, CCSR): the decoder tuned adversarially on stage-1 outputs."""
+
+    reconstruction: str = "l1"
+    """Pixel loss: 'l1' (paper: "the same as that of VAE") or 'l2' (as released)."""
+    perceptual: str = "features"
+    """'features' (matching in the discriminator's features), 'lpips' or 'none'."""
+    perceptual_weight: float = 1.0
+    """Weight of the perceptual loss."""
+    adversarial_weight: float = 0.5
+    """Weight of the generator's adversarial loss, before the adaptive factor."""
+    adaptive: bool = True
+    """Scale the adversarial loss by the ratio of gradient norms at the last layer (LDM's VAE training)."""
+    adversarial_start: int = 0
+    """Optimiser step after which the generator sees the adversarial loss."""
+    discriminator: str = "patchgan"
+    """'patchgan' (paper) or 'dino' (as released)."""
+    discriminator_width: int = 32
+    """Channels of the PatchGAN's first layer."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The discriminator's optimiser."""
+
+    def __post_init__(self) -> None:
+        check_word(self.reconstruction, ("l1", "l2"), "deft.reconstruction")
+        check_word(self.perceptual, ("features", "lpips", "none"), "deft.perceptual")
+        check_word(self.discriminator, ("patchgan", "dino"), "deft.discriminator")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """A whole training run: one YAML file plus key=value overrides."""
+
+    stage: str = "nuts"
+    """Which stage runs; the table of stages stands in scripts/train.py."""
+    output_dir: str = "runs/default"
+    """Folder of checkpoints, logs, validation images and the final model."""
+    init: str = ""
+    """Model folder, or earlier run's output_dir, whose weights the stage starts from; empty: the base's."""
+    seed: int = 0
+    """Seed of data order, degradation, noise and initial weights."""
+    steps: int = 20000
+    """Optimiser steps."""
+    batch: int = 96
+    """Global batch: images per optimiser step over all processes (96 for NUTS, 64 for DeFT: Sec. IV-A, CCSR)."""
+    micro_batch: int = 4
+    """Images per process and forward pass; accumulation = batch / (micro_batch * processes)."""
+    processes: int = 0
+    """Expected number of processes; another world size is an error. 0: take what was launched."""
+    precision: str = "auto"
+    """Autocast: 'bf16', 'fp32' or 'auto' (bf16 where the device computes it fast, else fp32)."""
+    export_precision: str = "fp32"
+    """Storage of the exported result's weights: 'fp32' or 'fp16'. Checkpoints are always fp32."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the trained weights; 0: none."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory in the UNet and the ControlNet."""
+    compile: bool = False
+    """torch.compile the stage's networks: minutes at the start, faster steps after; validation stays uncompiled."""
+    workers: int = 1
+    """Threads that prepare batches ahead of the step."""
+    log_every: int = 50
+    """Optimiser steps between log lines."""
+    checkpoint_every: int = 1000
+    """Optimiser steps between checkpoints."""
+    checkpoint_limit: int = 2
+    """Newest checkpoints kept."""
+    validate_every: int = 1000
+    """Optimiser steps between validations; 0: only at the end."""
+    tracker: str = "tensorboard"
+    """'tensorboard', 'wandb' or 'none'."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The generator's (or only) optimiser."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What is trained, and on which base."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Default sampler of the resulting model; validation runs it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and validation images."""
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    """Read by stage 'autoencoder'."""
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    """Read by stage 'prior'."""
+    nuts: NutsConfig = field(default_factory=NutsConfig)
+    """Read by stage 'nuts'."""
+    deft: DeftConfig = field(default_factory=DeftConfig)
+    """Read by stage 'deft'."""
+
+    def __post_init__(self) -> None:
+        check_word(self.precision, ("auto", "bf16", "fp32"), "precision")
+        check_word(self.export_precision, ("fp32", "fp16"), "export_precision")
+        check_word(self.tracker, ("tensorboard", "wandb", "none"), "tracker")

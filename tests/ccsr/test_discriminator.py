@@ -1,0 +1,99 @@
+"""The projected discriminator: augmentation, what learns, and reading ViT weights."""
+
+import pytest
+import torch
+
+from ccsr.discriminator import (
+    Augmentation,
+    ProjectedDiscriminator,
+    SpectralConv1d,
+    ViT,
+    build_vit,
+    condition_of,
+    read_dino,
+)
+from consissr.errors import UserError
+
+
+@pytest.fixture
+def vit():
+    torch.manual_seed(0)
+    return ViT(side=32, patch=8, width=16, depth=12, heads=2)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 40, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_shift_brings_in_zeros_and_the_cutout_stays_square():
+    ones = torch.ones(1, 3, 20, 30)
+    far = torch.tensor([-100])  # a centre far outside leaves no hole
+    shifted = Augmentation(torch.tensor([2]), torch.tensor([-3]), far, far)(ones)
+    assert shifted[0, 0, -2:].abs().max() == 0 and shifted[0, 0, :, :3].abs().max() == 0
+    assert shifted[0, 0, :-2, 3:].min() == 1
+    none = torch.tensor([0])
+    hole = Augmentation(none, none, torch.tensor([10]), torch.tensor([15]))(ones)[0, 0]
+    assert (hole == 0).sum() == 4 * 6 and hole[8:12, 12:18].abs().max() == 0
+
+
+def test_shift_moves_pixels():
+    x = torch.arange(12.0).view(1, 1, 3, 4).expand(1, 3, 3, 4)
+    far = torch.tensor([-100])
+    moved = Augmentation(torch.tensor([1]), torch.tensor([0]), far, far)(x)
+    assert torch.equal(moved[0, 0, :2], x[0, 0, 1:])
+
+
+def test_draws_stay_in_range():
+    drawn = Augmentation.draw(500, 40, 80, torch.Generator().manual_seed(0))
+    assert drawn.shift_x.abs().max() == 5 and drawn.shift_y.abs().max() == 10
+    assert drawn.centre_x.min() >= 0 and drawn.centre_x.max() <= 40
+
+
+def test_only_the_heads_learn(vit, images):
+    judge = ProjectedDiscriminator(vit, c_dim=6).train()
+    assert not judge.vit.training
+    logits = judge(images, torch.randn(2, 6))
+    assert logits.shape == (2, 5 * 16)
+    logits.sum().backward()
+    assert all(parameter.grad is None for parameter in judge.vit.parameters())
+    assert all(parameter.grad is not None for parameter in judge.heads.parameters())
+
+
+def test_spectral_norm_tends_to_one():
+    torch.manual_seed(0)
+    conv = SpectralConv1d(6, 5, 3).train()
+    for _ in range(50):
+        conv(torch.randn(1, 6, 8))
+    sigma = torch.linalg.matrix_norm(conv.weight_orig.flatten(1), 2)
+    estimate = conv.weight_u @ conv.weight_orig.flatten(1) @ conv.weight_v
+    assert estimate.item() == pytest.approx(sigma.item(), rel=1e-3)
+    before = conv.weight_u.clone()
+    conv.eval()(torch.randn(1, 6, 8))
+    assert torch.equal(conv.weight_u, before)
+
+
+def test_sizes_come_from_the_weights(vit, tmp_path):
+    again = build_vit(vit.state_dict(), heads=2)
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(again.summary(x), vit.eval().summary(x))
+    torch.save(vit.state_dict(), tmp_path / "dino.pth")
+    assert torch.equal(read_dino(tmp_path / "dino.pth", 2).summary(x), vit.summary(x))
+    assert condition_of(again, torch.rand(2, 3, 17, 9)).shape == (2, 16)
+
+
+def test_layer_scales_of_dino_v2():
+    vit = ViT(side=16, patch=8, width=8, depth=1, heads=1, layer_scale=True)
+    torch.nn.init.zeros_(vit.blocks[0].ls1.gamma)
+    torch.nn.init.zeros_(vit.blocks[0].ls2.gamma)
+    embedded, out = vit.tokens(torch.rand(1, 3, 16, 16))
+    assert torch.equal(embedded, out)
+    assert build_vit(vit.state_dict(), heads=1).blocks[0].ls1.gamma.abs().max() == 0
+
+
+def test_missing_or_foreign_weights_are_named(tmp_path):
+    with pytest.raises(UserError, match="do not exist"):
+        read_dino(tmp_path / "none.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="does not hold"):
+        read_dino(tmp_path / "a.pth")

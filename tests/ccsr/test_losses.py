@@ -1,0 +1,80 @@
+"""CCSR's losses, with denoisers that know the answer and ones that do not."""
+
+import pytest
+import torch
+
+from ccsr.losses import adaptive_weight, adversarial_weight, discriminator_hinge, generator_adversarial, nuts_losses
+from consissr.diffusion.schedule import Schedule, alpha_bar
+from consissr.errors import UserError
+
+T_MAX = 666
+
+
+@pytest.fixture
+def given():
+    generator = torch.Generator().manual_seed(0)
+    z_hq, z_lq, *noises = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(5))
+    return z_hq, z_lq, torch.tensor([10, 600]), noises
+
+
+@pytest.mark.parametrize("start", ["lq", "hq"])
+def test_a_perfect_denoiser_has_no_loss(given, start):
+    schedule = Schedule(alpha_bar())
+    z_hq, z_lq, t, noises = given
+    found = nuts_losses(lambda z, t: schedule.eps_from_x0(z, z_hq, t), *given, schedule, T_MAX, start)
+    for name in ("l_diff", "l_T", "l_tmax"):
+        assert found[name] < 1e-6
+    assert torch.allclose(found["x0_T"], z_hq, atol=1e-3)
+
+
+def test_evaluations_are_at_t_then_the_last_then_t_max(given):
+    seen = []
+
+    def denoise(z, t):
+        seen.append(t.tolist())
+        return torch.zeros_like(z)
+
+    nuts_losses(denoise, *given, Schedule(alpha_bar()), T_MAX)
+    assert seen == [[10, 600], [999, 999], [T_MAX, T_MAX]]
+
+
+def test_start_chooses_the_latent(given):
+    schedule = Schedule(alpha_bar())
+    z_hq, z_lq, t, noises = given
+    for start, latent in (("lq", z_lq), ("hq", z_hq)):
+        inputs = []
+        nuts_losses(lambda z, t, kept=inputs: kept.append(z) or z, *given, schedule, T_MAX, start)
+        assert torch.equal(inputs[1], schedule.add_noise(latent, noises[1], 999))
+    with pytest.raises(UserError, match="noise"):
+        nuts_losses(lambda z, t: z, *given, schedule, T_MAX, "noise")
+
+
+def test_gradient_flows_through_the_first_estimate(given):
+    """With the network frozen at t_max, l_tmax still reaches what was predicted at T (Eq. 3: not detached)."""
+    scale = torch.tensor(0.5, requires_grad=True)
+    found = nuts_losses(
+        lambda z, t: scale * z if t[0] == 999 else z.detach() * 0 + z * 0.1, *given, Schedule(alpha_bar()), T_MAX
+    )
+    (gradient,) = torch.autograd.grad(found["l_tmax"], scale)
+    assert gradient.abs() > 0
+    assert not found["x0_T"].requires_grad
+
+
+def test_hinge():
+    found = discriminator_hinge(torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.5]))
+    assert found["loss_real"].item() == pytest.approx(0.25)
+    assert found["loss_fake"].item() == pytest.approx(0.75)
+    assert found["loss"].item() == pytest.approx(0.5)
+    assert generator_adversarial(torch.tensor([2.0, 4.0])).item() == -3
+
+
+def test_adversarial_term_begins_after_its_step():
+    assert [adversarial_weight(step, 0.05, 100) for step in (0, 100, 101)] == [0, 0, 0.05]
+
+
+def test_adaptive_weight_is_a_ratio_of_gradients():
+    weight = torch.ones(3, requires_grad=True)
+    ratio = adaptive_weight((4 * weight).sum(), (2 * weight).sum(), weight)
+    assert ratio.item() == pytest.approx(2, rel=1e-3)
+    assert not ratio.requires_grad
+    assert adaptive_weight((4 * weight).sum(), (0 * weight).sum(), weight, limit=10).item() == 10

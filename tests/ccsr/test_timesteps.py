@@ -1,0 +1,86 @@
+"""Plans of non-uniform timestep sampling: the paper's S, both ends, and what bad values get."""
+
+import pytest
+
+from ccsr.timesteps import nuts_plan, sampler_plan, t_max_step, with_plan
+from consissr.config import SamplerConfig
+from consissr.errors import UserError
+
+RELEASED = {
+    (6, 0.6667, 0.5): [999, 499],
+    (12, 0.6667, 0.5): [999, 582, 499],
+    (18, 0.6667, 0.5): [999, 606, 551, 496],
+    (6, 2 / 3, 1 / 3): [999, 499, 333],
+    (6, 5 / 6, 1 / 2): [999, 665, 499],
+    (6, 5 / 6, 2 / 3): [999, 665],
+    (6, 1 / 2, 1 / 6): [999, 333, 167],
+    (6, 0.6667, 0): [999, 499, 333, 167, 1],
+    (6, 1.0, 0.5): [831, 665, 499],
+    (1, 0.6666, 0.0): [999],
+}
+
+
+@pytest.mark.parametrize(("values", "timesteps"), RELEASED.items())
+def test_released_timesteps(values, timesteps):
+    assert [step.t for step in nuts_plan(*values, "leading")] == timesteps
+
+
+def test_trailing_grid_means_what_it_says():
+    plan = nuts_plan(6, 2 / 3, 1 / 2)
+    assert [tuple(step) for step in plan] == [(999, 666, "renoise"), (666, -1, "x0")]
+
+
+def test_first_version_of_the_release():
+    plan = nuts_plan(45, 2 / 3, 1 / 3, "linspace")
+    assert len(plan) == 16
+    assert plan[1].t == 658
+
+
+@pytest.mark.parametrize("T", [1, 2, 6, 12, 50, 1000])
+@pytest.mark.parametrize("t_max", [1 / 6, 1 / 2, 2 / 3, 5 / 6])
+@pytest.mark.parametrize("t_min", [0, 1 / 6, 1 / 2])
+def test_number_of_evaluations(T, t_max, t_min):
+    if t_min > t_max:
+        with pytest.raises(UserError, match="t_min"):
+            nuts_plan(T, t_max, t_min)
+        return
+    plan = nuts_plan(T, t_max, t_min)
+    on_grid = round(T * t_max) - round(T * t_min)
+    jumps = T > 1 and round(T * t_max) < T
+    assert len(plan) == (1 if T == 1 or on_grid == 0 else on_grid + jumps)
+    assert plan[0].t == 999 and plan[-1].kind == "x0"
+
+
+def test_no_jump_when_t_max_is_the_noisiest_step():
+    assert [step.kind for step in nuts_plan(6, 1, 1 / 2)] == ["step", "step", "x0"]
+    assert nuts_plan(6, 0.95, 1 / 2) == nuts_plan(6, 1, 1 / 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ((0, 2 / 3, 0.5), "0 sampling steps"),
+        ((2000, 2 / 3, 0.5), "2000"),
+        ((6, 1.5, 0.5), "t_max 1.5"),
+        ((6, -0.1, -0.5), "t_max -0.1"),
+        ((6, 2 / 3, -0.5), "t_min -0.5"),
+        ((6, 1 / 3, 1 / 2), "t_min 0.5"),
+    ],
+)
+def test_bad_values_are_named(values, said):
+    with pytest.raises(UserError, match=said):
+        nuts_plan(*values)
+
+
+def test_training_and_sampling_agree():
+    for spacing in ("trailing", "leading"):
+        assert t_max_step(6, 2 / 3, spacing) == nuts_plan(6, 2 / 3, 0.5, spacing)[0].t_next
+    with pytest.raises(UserError, match="t_max"):
+        t_max_step(6, 0.01)
+
+
+def test_configurations_become_plans():
+    assert sampler_plan(SamplerConfig()) == nuts_plan()
+    assert sampler_plan(SamplerConfig(plan="ddpm", steps=50))[-1].t == 0
+    stored = with_plan(SamplerConfig(steps=12))
+    assert sampler_plan(SamplerConfig(timesteps=stored.timesteps)) == nuts_plan(12)

@@ -1,0 +1,103 @@
+"""The tiled autoencoder against the untiled one."""
+
+import pytest
+import torch
+
+from consissr.models.latents import Latents
+from consissr.models.vae_tiling import PooledTiles, TiledLatents, best_size
+
+
+def autoencoder(channels, widths):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    for parameter in vae.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return Latents(vae.eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="module", params=[(3, (8, 8, 16, 16)), (12, (8, 16, 16))], ids=["factor 8", "space-to-depth"])
+def latents(request):
+    return autoencoder(*request.param)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.rand(2, 3, 104, 168, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("tile", [3, 5, 8])
+def test_exact_tiles_equal_the_whole(latents, image, tile):
+    tiled = TiledLatents(latents, tile)
+    for got, want in zip(tiled.moments(image), latents.moments(image), strict=True):
+        assert (got - want).abs().max() <= 1e-4 * (want.max() - want.min())
+    z = latents.encode(image)
+    got, want = tiled.decode(z), latents.decode(z)
+    assert (got - want).abs().max() <= 1e-4 * (want.max() - want.min())
+
+
+def test_windowed_tiles_differ_by_their_attention_only(latents, image):
+    z = latents.encode(image)
+    got, want = TiledLatents(latents, 6, "windowed").decode(z), latents.decode(z)
+    error = (got - want).norm() / want.norm()
+    assert 1e-6 < error < 0.1
+
+
+def test_pooled_tiles_approximate(latents):
+    z = torch.randn(1, 4, 36, 40, generator=torch.Generator().manual_seed(1))
+    got, want = TiledLatents(latents, 12, "as_released").decode(z), latents.decode(z)
+    assert got.shape == want.shape
+    assert 1e-6 < (got - want).norm() / want.norm() < 0.5
+
+
+def test_small_images_are_not_tiled(latents, image):
+    assert torch.equal(TiledLatents(latents, 21).encode(image), latents.encode(image))
+
+
+def test_tiles_of_the_release_cover_the_latent():
+    tiler = PooledTiles([], 16)
+    for length in (39, 40, 64, 100):
+        spans = tiler.spans(length)
+        assert spans[0][0] == 0 and spans[-1][1] == length
+        assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert [best_size(*pair) for pair in ((9, 16), (13, 16), (17, 224), (17, 17))] == [16, 16, 32, 17]
+
+
+def test_exact_tiles_need_less_memory(latents):
+    """The largest tensor that one pass makes, tiled and not."""
+    z = torch.randn(1, 4, 48, 48, generator=torch.Generator().manual_seed(1))
+
+    def largest(decode):
+        sizes = []
+        hooks = [
+            module.register_forward_hook(lambda module, inputs, out: sizes.append(out.numel()))
+            for module in latents.vae.modules()
+            if isinstance(module, torch.nn.Conv2d)
+        ]
+        original = torch.nn.functional.conv2d
+
+        def conv2d(*arguments, **options):
+            out = original(*arguments, **options)
+            sizes.append(out.numel())
+            return out
+
+        torch.nn.functional.conv2d = conv2d
+        try:
+            decode(z)
+        finally:
+            torch.nn.functional.conv2d = original
+            for hook in hooks:
+                hook.remove()
+        return max(sizes)
+
+    assert largest(TiledLatents(latents, 8).decode) < 0.3 * largest(latents.decode)

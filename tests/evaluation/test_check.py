@@ -1,0 +1,60 @@
+"""The check's figures and its baselines."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from consissr.errors import UserError
+from consissr.evaluation import check
+
+
+def half_flat() -> torch.Tensor:
+    """64x160: a quiet left half and a busy right half."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 1, 64, 160, generator=generator).expand(1, 3, 64, 160)
+    strength = torch.full((160,), 0.002)
+    strength[80:] = 0.1
+    return (0.5 + noise * strength).clamp(0, 1)
+
+
+def test_flat_blocks_are_hr_s_flattest_tenth() -> None:
+    hr = half_flat()
+    assert check.block_std(hr).shape == (4 * 10,)
+    assert check.flat_block_ratio([hr], [hr]) == 1.0
+    louder = hr.clone()
+    louder[..., 80:] = 0.5  # busy blocks do not count
+    assert check.flat_block_ratio([louder], [hr]) == 1.0
+    rough = 0.5 + (hr - 0.5) * torch.where(torch.arange(160) < 80, 3.0, 1.0)
+    assert check.flat_block_ratio([rough], [hr]) == pytest.approx(3.0, rel=1e-4)
+
+
+def test_flat_blocks_pool_over_images() -> None:
+    hr = half_flat()
+    busy = hr[..., 80:]
+    louder = (0.5 + (busy - 0.5) * 0.5).clamp(0, 1)
+    pooled = check.flat_block_ratio([hr[..., :80], louder], [hr[..., :80], busy])
+    assert pooled == 1.0, "the flattest tenth lies wholly in the quiet image"
+    with pytest.raises(UserError, match="do not match"):
+        check.flat_block_ratio([hr], [busy])
+
+
+def test_baselines() -> None:
+    lr = torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+    smooth, grainy = check.bicubic_baseline(lr), check.bicubic_plus_grain(lr, seed=3)
+    assert smooth.shape == (1, 3, 96, 128) and ((smooth * 255).round() / 255 == smooth).all()
+    inner = (smooth > 0.1) & (smooth < 0.9)
+    grain = (grainy - smooth)[inner] * 255
+    assert grain.std().item() == pytest.approx(check.GRAIN, rel=0.1)
+    assert torch.equal(grainy, check.bicubic_plus_grain(lr, seed=3))
+    assert not torch.equal(grainy, check.bicubic_plus_grain(lr, seed=4))
+
+
+def test_rows(sets: dict[str, Path], tmp_path: Path) -> None:
+    rows = check.check({"good": sets["good"]}, sets["hr"], sets["lr"], tmp_path / "out", {"good": sets["bad"]}, jobs=1)
+    assert [row.name for row in rows] == ["bicubic", "bicubic+grain", "good"]
+    assert rows[1].flat_ratio > rows[0].flat_ratio and rows[1].psnr < rows[0].psnr
+    assert rows[2].wrong_drop > 10 and rows[0].wrong_drop != rows[0].wrong_drop
+    text = check.as_text(rows)
+    assert f"{rows[2].wrong_drop:.2f}" in text and "| bicubic+grain |" in text
+    assert {path.name for path in (tmp_path / "out" / "baselines").rglob("*.png")} == {"a.png", "b.png", "c.png"}

@@ -1,0 +1,27 @@
+"""Parameters and multiply-accumulates at full SD2.1 size, against the papers."""
+
+from pathlib import Path
+
+import pytest
+
+from consissr.evaluation import complexity
+from consissr.evaluation.tables import load_table
+
+TABLES = Path(__file__).resolve().parents[2] / "configs" / "tables"
+
+
+def test_ccsr_has_the_published_parameters() -> None:
+    parts = complexity.build("ccsr")
+    assert sum(map(complexity.parameters, parts.values())) == 1_653_106_027
+    table = load_table("ccsr/table7", TABLES)
+    rows = complexity.measured_rows(table)
+    for row, cells in rows.items():
+        published = table.datasets["512x512"][row]
+        assert str(cells["params"]) == str(published["params"]) and str(cells["steps"]) == str(published["steps"])
+
+
+def test_consissr_has_the_published_work() -> None:
+    table = load_table("consissr/table2", TABLES)
+    cells = complexity.measured_rows(table)["Ours"]
+    assert cells["macs"].value == pytest.approx(table.datasets["512x512"]["Ours"]["macs"].value, rel=0.015)
+    assert "| unet |" in complexity.as_text("consissr")

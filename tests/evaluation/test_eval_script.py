@@ -1,0 +1,88 @@
+"""scripts/eval.py through its front door."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from consissr.evaluation.datasets import TEST_SETS, check_test_set
+
+OUTPUTS = {"per_image.csv", "summary.json", "table.md", "table.tex", "report.html", "scores.jsonl"}
+
+
+def test_folder_against_folder(root: Path, sets: dict[str, Path], tmp_path: Path) -> None:
+    """As a user starts it, in a process of its own."""
+    command = [sys.executable, str(root / "scripts" / "eval.py"), "--sr", f"A={sets['good']}", str(sets["bad"])]
+    command += ["--hr", str(sets["hr"]), "--lr", str(sets["lr"]), "-o", str(tmp_path / "out")]
+    command += ["--protocol", "osediff", "--jobs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "| **" in done.stdout and "| A |" in done.stdout.replace("**", "") and "Protocol osediff" in done.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == OUTPUTS
+
+
+@pytest.fixture
+def call(script, capsys):
+    """call(arguments...) -> (exit status, stdout, stderr) of the script's main."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = script("eval").main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_published_beside_measured(call, sets: dict[str, Path], tmp_path: Path) -> None:
+    common = ("--sr", f"OSEDiff-S1={sets['good']}", "--hr", sets["hr"], "--metrics", "psnr", "-o", tmp_path / "out")
+    status, text, _ = call("--table", "ccsr/table6", "--dataset", "RealSR", "--jobs", 1, *common)
+    assert status == 0
+    published = text.index("| OSEDiff-S1 | published | 25.15 |")
+    assert text.index("| OSEDiff-S1 | measured |") > published
+    assert (tmp_path / "out" / "ccsr_table6.md").read_text().strip() == text.strip()
+
+
+def test_tables_without_results_print_what_is_published(call, tmp_path: Path) -> None:
+    status, text, _ = call("--table", "consissr/table4", "-o", tmp_path)
+    assert status == 0 and "TALA(gamma=10)" in text and "time axis reversed" in text
+
+
+def test_the_check(call, sets: dict[str, Path], tmp_path: Path) -> None:
+    folders = ("--sr", sets["good"], "--hr", sets["hr"], "--lr", sets["lr"], "-o", tmp_path / "out")
+    status, text, _ = call("--check", "--jobs", 1, *folders)
+    assert status == 0 and "| good |" in text and "| bicubic+grain |" in text
+    assert (tmp_path / "out" / "check.md").read_text().strip() == text.strip()
+
+
+def test_listings(call) -> None:
+    assert "ccsr/table6" in call("--list-tables")[1]
+    assert "LPIPS_v0.1_alex-df73285e.pth" in call("--list-weights")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give result folders with --sr"),
+        (["--sr", "nowhere"], "nowhere is not a folder"),
+        (["--sr", "SR", "--hr", "HR", "--metrics", "psnrr"], "did you mean 'psnr'"),
+        (["--sr", "SR", "--hr", "HR", "--protocol", "ccsrr"], "did you mean 'ccsr'"),
+        (["--sr", "SR", "--metrics", "psnr"], "give --hr"),
+        (["--sr", "SR", "--hr", "LR"], "compare images of equal size"),
+        (["--check", "--sr", "SR"], "give both folders"),
+        (["--table", "consissr/figure7", "--sr", "SR", "--box", "1,2"], "not X,Y,W,H"),
+        (["--table", "ccsr/table4", "--dataset", "RealSR", "--run", "nano-ccsr"], "give that folder"),
+        (["--check-dataset", "RealSR", "--hr", "HR"], "3 images, the papers used 100"),
+    ],
+)
+def test_mistakes_are_one_line(call, sets: dict[str, Path], tmp_path: Path, arguments: list[str], message: str) -> None:
+    places = {"SR": sets["good"], "HR": sets["hr"], "LR": sets["lr"]}
+    status, _, text = call(*(places.get(word, word) for word in arguments), "-o", tmp_path / "out")
+    assert status == 2
+    assert text.startswith("error: ") and message in text and "Traceback" not in text
+
+
+def test_the_papers_realsr_is_complete(shared: Path) -> None:
+    data = shared / "data" / "realsr"
+    assert check_test_set("RealSR", data / "HR", data / "LR") == []
+    assert check_test_set("RealSR", data / "LR", None)[0].endswith("for instance Canon_001_LR4.png is 128x128")
+    assert TEST_SETS["DrealSR"].count == 93

@@ -1,0 +1,77 @@
+"""Configuration: every field documented and read, mistakes named, shipped files valid."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from consissr.config import FolderConfig, load_config, save_config
+from consissr.errors import UserError
+from consissr.train_config import TrainConfig
+
+OWNERS = ("config.py", "train_config.py")
+SOURCES = ("consissr", "ccsr", "scripts")
+
+
+def fields(root: Path) -> list[tuple[str, str, str]]:
+    """(class, field, docstring or "") of every dataclass field in the two configuration modules."""
+    found = []
+    for node in [n for name in OWNERS for n in ast.parse((root / "consissr" / name).read_text()).body]:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for item, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(item, ast.AnnAssign):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                found.append((node.name, item.target.id, after.value.value if documented else ""))
+    return found
+
+
+def test_every_field_is_documented(root: Path) -> None:
+    assert [f"{c}.{name}" for c, name, text in fields(root) if len(text) < 15] == []
+
+
+def test_every_field_is_read(root: Path) -> None:
+    """A field's name stands as an attribute somewhere in the code, outside the files that define it."""
+    read: set[str] = set()
+    for folder in SOURCES:
+        for path in (root / folder).rglob("*.py"):
+            if path.name in OWNERS:
+                continue
+            tree = ast.parse(path.read_text())
+            read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    assert [f"{c}.{name}" for c, name, _ in fields(root) if name not in read] == []
+
+
+def test_training_configs_load(root: Path) -> None:
+    files = [p for p in (root / "configs").rglob("*.yaml") if "stage:" in p.read_text()]
+    assert files
+    for path in files:
+        assert load_config(TrainConfig, path).stage
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stpes=3"], "unknown key 'stpes'; did you mean 'steps'"),
+        (["data.corp=3"], "unknown key 'data.corp'; did you mean 'crop'"),
+        (["steps"], "not of the form key=value"),
+        (["steps=ten"], "steps"),
+        (["deft.reconstruction=l3"], "deft.reconstruction is 'l3'"),
+    ],
+)
+def test_mistakes_are_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(TrainConfig, None, overrides)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(TrainConfig, tmp_path / "none.yaml")
+
+
+def test_saving_and_loading_keep_everything(tmp_path: Path) -> None:
+    config = load_config(FolderConfig, None, ["model.hint=stack", "sampler.steps=50", "sampler.plan=ddpm"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(FolderConfig, tmp_path / "config.yaml") == config

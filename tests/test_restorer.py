@@ -1,0 +1,238 @@
+"""Restorer with a small model of random weights: inputs, noise, tiles, and what goes wrong."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ccsr import nuts_plan
+from consissr.diffusion.plans import ddpm_plan
+from consissr.errors import UserError
+from consissr.memory import Tiles, choose_tiles
+from consissr.restorer import Restorer
+
+
+@pytest.fixture(scope="module")
+def restorer(tiny_model):
+    return Restorer.load(str(tiny_model), device="cpu")
+
+
+@pytest.fixture
+def picture(rng):
+    def make(width, height, mode="RGB"):
+        return Image.fromarray(rng.integers(0, 256, (height, width, 4)).astype(np.uint8)).convert(mode)
+
+    return make
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "I;16"])
+def test_the_same_kind_comes_back(restorer, picture, mode):
+    image = picture(9, 14, "RGB" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(126, dtype=np.uint16).reshape(14, 9) * 500)
+    result = restorer(image, scale=2)
+    assert result.size == (18, 28)
+    assert result.mode == {"P": "RGB"}.get(mode, mode)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (37, 53), (127, 40)])
+@pytest.mark.parametrize("scale", [1, 1.3])
+def test_sizes_are_exact(restorer, picture, size, scale):
+    assert restorer(picture(*size), scale).size == tuple(int(scale * side + 0.5) for side in size)
+
+
+def test_lists_and_tensors(restorer, picture):
+    images = [picture(8, 8), picture(12, 8), picture(8, 8)]
+    results = restorer(images, scale=2)
+    assert [image.size for image in results] == [(16, 16), (24, 16), (16, 16)]
+    x = torch.rand(2, 3, 8, 12) * 2 - 1
+    assert restorer(x, scale=2).shape == (2, 3, 16, 24)
+    assert restorer(x, longest=18).shape == (2, 3, 12, 18)
+
+
+def test_noise_depends_on_seed_key_and_repeat_only(restorer):
+    x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    together = restorer(x, 2, keys=["a", "b", "c"], batch_size=3)
+    alone = restorer(x[1:2], 2, keys=["b"])
+    assert torch.allclose(together[1:2], alone, atol=1e-4)
+    assert torch.equal(alone, restorer(x[1:2], 2, keys=["b"]))
+    for changes in ({"keys": ["x"]}, {"seed": 1}, {"repeat": 1}):
+        assert not torch.allclose(restorer(x[1:2], 2, **({"keys": ["b"]} | changes)), alone, atol=1e-3)
+
+
+def test_plans_are_followed(restorer):
+    x, seen = torch.zeros(1, 3, 8, 8), []
+
+    def watch(index, step, eps, x0):
+        seen.append(step.t)
+
+    for plan in (None, nuts_plan(1), ddpm_plan(3)):
+        restorer(x, 2, plan=plan, on_step=watch)
+    restorer(x, 2, plan=None, on_step=watch, timesteps=[[800, -1, "x0"]])
+    assert seen == [999, 666, 999, 999, 500, 0, 800]
+
+
+def test_steps_alone_cannot_make_a_nuts_plan(restorer):
+    with pytest.raises(UserError, match="nuts_plan"):
+        restorer(torch.zeros(1, 3, 8, 8), steps=12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"guidence": 2}, "guidance"),
+        ({"color_fix": "adane"}, "adain"),
+        ({"scale": 0}, "scale 0"),
+        ({"keys": ["a", "b"]}, "keys"),
+        ({"positive": "sharp"}, "sharp"),
+        ({"tile": 1}, "tile 1"),
+        ({"tile": 32, "tile_overlap": 40}, "overlap"),
+    ],
+)
+def test_mistakes_are_named(restorer, settings, said):
+    with pytest.raises(UserError, match=said):
+        restorer(torch.zeros(1, 3, 8, 8), **settings)
+
+
+def test_what_is_not_an_image_is_named(restorer):
+    with pytest.raises(UserError, match="str"):
+        restorer(["photo.png"])
+
+
+def test_unknown_model_and_precision_are_named(tiny_model):
+    with pytest.raises(UserError, match="nano-ccsr"):
+        Restorer.load("nano-ccrs")
+    with pytest.raises(UserError, match="fp8"):
+        Restorer.load(str(tiny_model), device="cpu", precision="fp8")
+
+
+def with_embeddings(restorer, **settings):
+    """The same networks with two prompts' embeddings."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = {name: torch.randn(1, 3, 8, generator=generator) for name in ("good", "bad")}
+    sampler = restorer.sampler.__class__(**(vars(restorer.sampler) | settings))
+    return Restorer(restorer.latents, restorer.denoiser, restorer.schedule, prompts, sampler=sampler)
+
+
+def test_guidance_and_the_first_prompt(restorer):
+    x, results = torch.zeros(1, 3, 8, 8), {}
+    for first in ("guided", "positive", "negative"):
+        made = with_embeddings(restorer, positive="good", negative="bad", guidance=3.0, first_prompt=first)
+        evaluated = []
+        hook = made.denoiser.register_forward_hook(
+            lambda module, inputs, out, kept=evaluated: kept.append((len(inputs[0]), inputs[2].text[0, 0, 0].item()))
+        )
+        results[first] = made(x, 2)
+        hook.remove()
+        good, bad = (made.prompts[name][0, 0, 0].item() for name in ("good", "bad"))
+        assert [rows for rows, _ in evaluated] == ([2, 2] if first == "guided" else [1, 2])
+        assert evaluated[0][1] == pytest.approx(good if first == "positive" else bad)
+    assert not torch.equal(results["positive"], results["negative"])
+    assert not torch.equal(results["positive"], results["guided"])
+
+
+def test_posterior_samples(restorer):
+    x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    mode, sampled = restorer(x, 2), restorer(x, 2, posterior="sample")
+    assert not torch.equal(mode, sampled)
+    assert torch.equal(sampled, restorer(x, 2, posterior="sample"))
+
+
+def test_tiles_change_little(restorer):
+    x = torch.rand(1, 3, 48, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = restorer(x, 2, tile=0, vae_tile=0)
+    exact = restorer(x, 2, tile=0, vae_tile=32)
+    assert torch.allclose(exact, whole, atol=1e-3)
+    tiled, other_seed = restorer(x, 2, tile=64, vae_tile=0), restorer(x, 2, seed=1, tile=0, vae_tile=0)
+    assert 0 < (tiled - whole).abs().mean() < (other_seed - whole).abs().mean()
+
+
+def test_chosen_tiles():
+    def choose(size, memory=2**34, one_size=False, **settings):
+        from consissr.config import SamplerConfig
+
+        return choose_tiles(SamplerConfig(**settings), size, 8, 64, one_size, (2**17, 2**18), memory)
+
+    assert choose((64, 64)) == Tiles(0, 0, 0)
+    assert choose((64, 90)).diffusion == 0
+    assert choose((64, 90), one_size=True) == Tiles(64, 48, 0)
+    assert choose((200, 200)).diffusion == 64
+    assert choose((200, 200)).vae > 0
+    assert choose((100, 100), memory=2**28).vae >= 16
+    assert choose((200, 200), tile=0, vae_tile=0) == Tiles(0, 0, 0)
+    assert choose((200, 200), tile=512, tile_overlap=256, vae_tile=400) == Tiles(64, 32, 50)
+    assert Tiles(0, 0, 0).smaller(64, 48) == Tiles(32, 24, 32)
+    assert Tiles(16, 12, 16).smaller(64, 64) is None
+
+
+def failing(restorer, monkeypatch, times):
+    """Makes the next `times` attempts run out of memory; what tiles and batches were tried."""
+    tried, original = [], Restorer.restore_latent
+
+    def restore_latent(self, x, draw, **rest):
+        tried.append((len(x), rest["tiles"]))
+        if len(tried) <= times:
+            raise torch.OutOfMemoryError("no memory left")
+        return original(self, x, draw, **rest)
+
+    monkeypatch.setattr(Restorer, "restore_latent", restore_latent)
+    return tried
+
+
+def test_memory_running_out_halves_the_batch_then_the_tiles(restorer, monkeypatch):
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = restorer(x, 2, tile=0, vae_tile=0, batch_size=2)
+    tried = failing(restorer, monkeypatch, 2)
+    result = restorer(x, 2, tile=0, vae_tile=0, batch_size=2)
+    assert [count for count, _ in tried] == [2, 1, 1, 1]
+    assert [tiles.diffusion for _, tiles in tried] == [0, 0, 16, 0]
+    assert torch.allclose(result[1], whole[1], atol=1e-4)
+    assert result.isfinite().all()
+
+
+def test_memory_that_never_suffices_is_one_line(restorer, monkeypatch):
+    failing(restorer, monkeypatch, 100)
+    with pytest.raises(UserError, match=r"photo\.png: out of memory"):
+        restorer(torch.zeros(1, 3, 32, 32), 2, keys=["photo.png"])
+
+
+def test_other_errors_pass_through(restorer, monkeypatch):
+    def broken(self, x, draw, **rest):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Restorer, "restore_latent", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        restorer(torch.zeros(1, 3, 8, 8), 2)
+
+
+def test_not_a_number_runs_again_in_float32(tiny_model, monkeypatch):
+    made = Restorer.load(str(tiny_model), device="cpu", precision="bf16")
+    exact = Restorer.load(str(tiny_model), device="cpu", precision="fp32")
+    original = Restorer.restore_latent
+
+    def overflowing(self, x, draw, **rest):
+        z = original(self, x, draw, **rest)
+        return z if self.dtype == torch.float32 else z.index_fill(0, torch.tensor([1]), float("nan"))
+
+    monkeypatch.setattr(Restorer, "restore_latent", overflowing)
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    result = made(x, 2, batch_size=2)
+    assert result.isfinite().all()
+    assert torch.allclose(result[1:], exact(x, 2)[1:], atol=0.05)
+    assert {parameter.dtype for parameter in made.denoiser.parameters()} == {torch.bfloat16}
+
+
+def test_not_a_number_never_comes_back(restorer, monkeypatch):
+    nothing = torch.full((1, 4, 4, 4), float("nan"))
+    monkeypatch.setattr(Restorer, "restore_latent", lambda self, x, draw, **rest: nothing)
+    with pytest.raises(UserError, match=r"dark\.png"):
+        restorer(torch.zeros(1, 3, 8, 8), 2, keys=["dark.png"])
+
+
+@pytest.mark.parametrize("geometry", ["ccsr", "consissr"])
+def test_released_size_rules_run(restorer, picture, geometry):
+    assert restorer(picture(20, 24), 2, plan=nuts_plan(1), geometry=geometry).size == (40, 48)
+
+
+def test_intermediate_latents_decode(restorer):
+    assert restorer.decode(torch.zeros(2, 4, 5, 6)).shape == (2, 3, 20, 24)
