@@ -24,31 +24,39 @@ def nuts_losses(
     t_max: int,
     start: str = "lq",
     losses: Sequence[str] = LOSSES,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The three losses of one batch (Eq. 3, CCSR): `l_diff`, `l_T`, `l_tmax`, each a mean over all elements.
 
     denoise(z_t, t) -> eps; z_hq, z_lq (B,C,h,w) latents; t (B,) timesteps of the ordinary loss; noises three tensors
     like z_hq (for t, for the noisiest timestep, for t_max); t_max the timestep that x0_from_T is re-noised to.
     start: latent noised to the last timestep, `lq` (what sampling starts from) or `hq` (CCSR's release in stage 1).
-    losses: those wanted; the network is evaluated for no others. The gradient flows through x0_from_T into l_tmax. Also
-    returned where computed, for pictures and tests: `x0_T` and `x0_tmax`.
+    losses: those wanted; the network is evaluated for no others. weights: (C,) of the latent's channels, None for equal
+    ones (the paper). The gradient flows through x0_from_T into l_tmax. Also returned where computed, for pictures and
+    tests: `x0_T` and `x0_tmax`.
     """
     if start not in ("lq", "hq"):
         raise UserError(f"NUTS training starts from 'lq' or 'hq', not {start!r}")
+
+    def mse(value: Tensor, target: Tensor) -> Tensor:
+        if weights is None:
+            return F.mse_loss(value, target)
+        return ((value - target).square() * weights.to(value).view(1, -1, 1, 1)).mean()
+
     last = torch.full_like(t, len(schedule) - 1)
     at_max = torch.full_like(t, t_max)
 
     found: dict[str, Tensor] = {}
     if "l_diff" in losses:
-        found["l_diff"] = F.mse_loss(denoise(schedule.add_noise(z_hq, noises[0], t), t), noises[0])
+        found["l_diff"] = mse(denoise(schedule.add_noise(z_hq, noises[0], t), t), noises[0])
     if "l_T" in losses or "l_tmax" in losses:
         z_T = schedule.add_noise(z_lq if start == "lq" else z_hq, noises[1], last)
         x0_T = schedule.x0_from_eps(z_T, denoise(z_T, last), last)
-        found |= {"l_T": F.mse_loss(x0_T, z_hq), "x0_T": x0_T.detach()}
+        found |= {"l_T": mse(x0_T, z_hq), "x0_T": x0_T.detach()}
     if "l_tmax" in losses:
         z_tmax = schedule.add_noise(x0_T, noises[2], at_max)
         x0_tmax = schedule.x0_from_eps(z_tmax, denoise(z_tmax, at_max), at_max)
-        found |= {"l_tmax": F.mse_loss(x0_tmax, z_hq), "x0_tmax": x0_tmax.detach()}
+        found |= {"l_tmax": mse(x0_tmax, z_hq), "x0_tmax": x0_tmax.detach()}
     return found
 
 

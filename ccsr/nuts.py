@@ -16,11 +16,13 @@ from ccsr.timesteps import t_max_step, with_plan
 from consissr.checkpoint import find_model, read_config
 from consissr.config import FolderConfig
 from consissr.diffusion.schedule import Schedule, alpha_bar
+from consissr.errors import UserError
 from consissr.models.attention import replace_blocks
 from consissr.models.base import NullText, idle_without_text, load_base
 from consissr.models.controlnet import build_controlnet
 from consissr.models.denoiser import Condition, Denoiser
 from consissr.models.folder import load_controlnet, save_model
+from consissr.models.latents import Latents
 from consissr.train_config import TrainConfig
 from consissr.training.stage import EXPORT, Batch, Phase
 
@@ -50,6 +52,7 @@ class Nuts:
         if config.gradient_checkpointing:
             self.denoiser.unet.enable_gradient_checkpointing()
             controlnet.enable_gradient_checkpointing()
+        self.weights = pixel_weights(self.latents) if config.nuts.metric == "pixels" else None
         s = config.sampler
         self.t_max = t_max_step(s.steps, config.nuts.t_max, s.grid, len(table))
         text_free = isinstance(base.text, NullText)
@@ -79,7 +82,7 @@ class Nuts:
         t = batch.randint(self.t_max if "l_T" in c.losses else len(self.schedule))
         parts = nuts_losses(
             lambda z_t, t: self.denoiser(z_t, t, condition), z_hq, z_lq, t, noises, self.schedule, self.t_max, c.start,
-            c.losses,
+            c.losses, self.weights,
         )  # fmt: skip
         used = {name: parts[name] for name in c.losses}
         return {"loss": torch.stack(list(used.values())).sum(), **used}
@@ -106,3 +109,11 @@ class Nuts:
         return FolderConfig(model=self.config.model, sampler=with_plan(self.config.sampler, len(self.schedule)))
 
 
+
+
+def pixel_weights(latents: Latents) -> Tensor:
+    """(C,) squared change in pixels per unit of each latent channel through the linear path, of mean 1."""
+    if latents.linear is None:
+        raise UserError("nuts.metric=pixels needs an autoencoder with a linear path: use nuts.metric=latents")
+    power = latents.linear.synthesis.weight.detach().square().sum(dim=(0, 2, 3))  # weight (3 f^2, C, 1, 1)
+    return power / power.mean()

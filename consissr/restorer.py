@@ -119,16 +119,16 @@ class Restorer:
         if len(set(keys)) != len(lqs):
             raise UserError(f"{len(lqs)} images have {len(set(keys))} different keys: give each image its own")
 
-        jobs = [prepare(lq, scale, config.geometry, self.multiple, longest) for lq in lqs]
         results: dict[int, Tensor] = {}
-        for batch in equal_sizes([job.x.shape for job in jobs], batch_size):
-            x = torch.cat([jobs[i].x for i in batch])
+        for batch in equal_sizes([lq.shape for lq in lqs], batch_size):
+            jobs = [prepare(lqs[i], scale, config.geometry, self.multiple, longest) for i in batch]
+            x = torch.cat([job.x for job in jobs]) if len(jobs) > 1 else jobs[0].x
             y = self.restore_tensor(x, [keys[i] for i in batch], seed, repeat, config, steps, on_step=on_step)
-            for i, image in zip(batch, y.split(1), strict=True):
-                results[i] = finish(jobs[i], image, config.geometry, config.color_fix)
+            for i, job, image in zip(batch, jobs, y.split(1), strict=True):
+                results[i] = finish(job, image, config.geometry, config.color_fix)
 
         if isinstance(inputs, Tensor):
-            return torch.cat([results[i] for i in range(len(lqs))])
+            return torch.cat([results[i] for i in range(len(lqs))]) if len(lqs) > 1 else results[0]
         restored = [images.to_pil(restored_photo(photo, results[i][0])) for i, photo in enumerate(photos)]
         return restored[0] if isinstance(inputs, Image) else restored
 
@@ -211,24 +211,24 @@ class Restorer:
         on_step: Callable | None = None,
     ) -> Tensor:
         """Images (B,3,H,W) on the model's device -> restored latents (B,C,h,w), float32."""
-        shape = (len(x), latents.channels, x.shape[2] // latents.factor, x.shape[3] // latents.factor)
-        mean, logvar = (part.float() for part in latents.moments(x))
-
-        def z_lq(name: str) -> Tensor:
-            spread = torch.exp(0.5 * logvar) * draw(name, shape).to(mean) if config.posterior == "sample" else 0
-            return (mean + spread) * latents.scale
-
-        z = hint = z_lq("posterior")
-        if self.hint_latents is not self.latents:
-            hint = self.hint_latents.encode(x).float()
-        tokens = None if self.image_prompt is None else self.image_prompt.encode(x)
         twice = config.posterior_rows == 2 and config.posterior == "sample" and config.guidance != 1
-        positive = Condition(self.prompt(config.positive, x), z_lq("posterior_positive") if twice else hint, tokens)
+        names = ("posterior", "posterior_positive") if twice else ("posterior",)
+        mean, logvar = (part.float() for part in latents.moments(x.repeat(len(names), 1, 1, 1)))
+        if config.posterior == "sample":
+            shape = (len(x), *mean.shape[1:])
+            mean = mean + torch.exp(0.5 * logvar) * torch.cat([draw(name, shape) for name in names]).to(mean)
+        z, z_positive = (mean * latents.scale).split(len(x)) if twice else 2 * [mean * latents.scale]
+        hint, hint_positive = z, z_positive
+        if self.hint_latents is not self.latents:
+            hint = hint_positive = self.hint_latents.encode(x).float()
+        tokens = None if self.image_prompt is None else self.image_prompt.encode(x)
+        positive = Condition(self.prompt(config.positive, x), hint_positive, tokens)
         negative, denoiser = None, self.denoiser
         if config.guidance != 1:
             negative = Condition(self.prompt(config.negative, x), hint, tokens)
         if tiles.diffusion:
-            denoiser = TiledDenoiser(denoiser, tiles.diffusion, tiles.stride, config.tile_weights)
+            together = 1 if self.device.type == "cpu" else 4  # batches save time on accelerators only
+            denoiser = TiledDenoiser(denoiser, tiles.diffusion, tiles.stride, config.tile_weights, together)
 
         denoise, first = guided(denoiser, positive, negative, config.guidance), None
         if negative is not None and config.first_prompt != "guided" and plan[0].kind != "step":
@@ -295,10 +295,9 @@ def load_parts(name: str, base: str | None, dtype: torch.dtype) -> dict[str, Any
     parts = load_base(base or config.model.base, dtype, config.model.base_sha256)
     load_unet_additions(folder, parts.unet, config)
     table = alpha_bar(*parts.betas)
-    controlnet = load_controlnet(folder, config).to(dtype)
     return {
         "latents": load_latents(folder / "vae") if (folder / "vae").is_dir() else parts.latents,
-        "denoiser": Denoiser(parts.unet, controlnet, table, parts.prediction_type),
+        "denoiser": Denoiser(parts.unet, load_controlnet(folder, config), table, parts.prediction_type),
         "image_prompt": load_image_prompt(folder, config),
         "schedule": Schedule(table),
         "prompts": parts.text,

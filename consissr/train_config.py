@@ -108,10 +108,14 @@ class NutsConfig:
     """Losses summed with weight 1 (Eq. 2 and 3, CCSR); l_diff alone is ControlNet pre-training."""
     posterior: str = "mode"
     """z_lq: 'mode' or 'sample' of the VAE posterior (sample as released)."""
+    metric: str = "latents"
+    """Squared errors weigh all latent channels alike ('latents', the paper) or by what they change in 'pixels', for
+    autoencoders with a linear path, whose channels were brought to similar variances (`nano`)."""
 
     def __post_init__(self) -> None:
         check_word(self.start, ("lq", "hq"), "nuts.start")
         check_word(self.posterior, ("mode", "sample"), "nuts.posterior")
+        check_word(self.metric, ("latents", "pixels"), "nuts.metric")
         for name in self.losses:
             check_word(name, ("l_diff", "l_T", "l_tmax"), "nuts.losses")
 

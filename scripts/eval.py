@@ -23,7 +23,7 @@ from consissr.evaluation import evaluate, folders, output, produce, protocols, t
 from consissr.evaluation.commandline import parse_box, parser
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = ROOT / "configs" / "tables"
+TABLES, INFER = ROOT / "configs" / "tables", ROOT / "scripts" / "infer.py"
 
 
 @contextmanager
@@ -65,13 +65,12 @@ def print_table(args: argparse.Namespace) -> None:
     if table.kind == "complexity":
         from consissr.evaluation import complexity
 
-        measured = complexity.measured_rows(table, args.run[0] if args.run else None)
+        text = complexity.comparison(table, dataset, produce.timer(args.run, INFER))
     else:
-        results |= produce.ours(table, args, ROOT / "scripts" / "infer.py")
-        if results:
+        if results := results | produce.ours(table, args, INFER):
             metrics = args.metrics.split(",") if args.metrics else table.metrics
             measured = tables.measured_cells(measure(args, results, metrics, args.protocol or table.protocol), table)
-    text = tables.comparison(table, dataset, measured)
+        text = tables.comparison(table, dataset, measured)
     output.write_text(args.output / f"{args.table.replace('/', '_')}.md", text)
     print(text)
 

@@ -7,7 +7,6 @@ count convolutions and linear layers, as the usual counters do (attention's own 
 from collections.abc import Callable
 from functools import lru_cache
 from math import nan
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from consissr.config import ModelConfig
-from consissr.errors import UserError
+from consissr.evaluation import tables
 from consissr.evaluation.tables import Cell, Table
 
 SIDE = 512  # pixels of the output
@@ -91,10 +90,11 @@ def work(parts: dict[str, nn.Module]) -> dict[str, int]:
     }
 
 
-def measured_rows(table: Table, model: str | None = None) -> dict[str, dict[str, Cell]]:
-    """The rows of ours: steps, MACs in T of all denoising (as the paper counts), parameters in G; seconds for `model`.
+def measured_rows(table: Table, seconds: Callable[[list[str]], float] | None = None) -> dict[str, dict[str, Cell]]:
+    """The rows of ours: steps, MACs in T of all denoising (as the paper counts), parameters in G.
 
-    Parameters are those of UNet, ControlNet, VAE, text encoder and, for ConsisSR, image encoder and adapter.
+    `seconds` measures the time per image under flags of infer.py, for tables that have it. Parameters are those of
+    UNet, ControlNet, VAE, text encoder and, for ConsisSR, image encoder and adapter.
     """
     rows = {}
     for row, entry in table.ours.items():
@@ -106,32 +106,23 @@ def measured_rows(table: Table, model: str | None = None) -> dict[str, dict[str,
             passes = evaluations * (2 if entry["guidance"] else 1)
             cells["macs"] = Cell(passes * work(parts)["denoiser"] / 1e12, digits=2)
         if "seconds" in table.metrics:
-            cells["seconds"] = Cell(seconds(model, entry) if model else nan, digits=2)
+            cells["seconds"] = Cell(seconds(entry["flags"]) if seconds else nan, digits=2)
         rows[row] = cells
     return rows
 
 
-def seconds(model: str, entry: dict, repeats: int = 3) -> float:
-    """Fastest of `repeats` restorations of a 128x128 image to 512x512 on this machine, after one to warm up."""
-    from consissr.restorer import Restorer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    restorer = Restorer.load(model, device, **entry.get("sampler", {}))
-    lq, times = torch.rand(1, 3, SIDE // 4, SIDE // 4, generator=torch.Generator().manual_seed(0)) * 2 - 1, []
-    for _ in range(repeats + 1):
-        start = perf_counter()
-        restorer(lq.to(device), scale=4, seed=0).cpu()
-        times.append(perf_counter() - start)
-    return min(times[1:])
+def comparison(table: Table, dataset: str, seconds: Callable[[list[str]], float] | None = None) -> str:
+    """Markdown: the table with our measured rows, then the parts behind them."""
+    kinds = dict.fromkeys(entry["model"] for entry in table.ours.values())
+    return "\n".join([tables.comparison(table, dataset, measured_rows(table, seconds)), *map(parts_text, kinds)])
 
 
-def as_text(kind: str) -> str:
-    """Parameters and MACs of each part, as a Markdown table."""
-    if kind not in MODELS:
-        raise UserError(f"complexity is known for {', '.join(MODELS)}, not for '{kind}'")
+def parts_text(kind: str) -> str:
+    """Parameters of each part and MACs of each pass, as a Markdown table."""
     parts = build(kind)
-    lines = ["| part | parameters, M |", "|---|--:|"]
-    lines += [f"| {name} | {parameters(part) / 1e6:.1f} |" for name, part in parts.items()]
-    lines.append(f"| all | {sum(map(parameters, parts.values())) / 1e6:.1f} |")
-    lines += ["", "| work for 512x512 | MACs, G |", "|---|--:|"]
-    return "\n".join(lines + [f"| {name} | {count / 1e9:.1f} |" for name, count in work(parts).items()])
+    rows = [(name, f"{parameters(part) / 1e6:.1f} M parameters") for name, part in parts.items()]
+    rows.append(("all", f"{sum(map(parameters, parts.values())) / 1e6:.1f} M parameters"))
+    rows += [(f"{name}, one pass", f"{count / 1e9:.1f} G MACs") for name, count in work(parts).items()]
+    return "\n".join(
+        [f"| {kind}, {SIDE}x{SIDE} | |", "|---|--:|", *(f"| {name} | {text} |" for name, text in rows), ""]
+    )

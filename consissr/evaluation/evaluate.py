@@ -8,7 +8,9 @@ evaluation.mean("OSEDiff", "psnr")
 import hashlib
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -123,7 +125,7 @@ def evaluate(
         if "fid" in metrics:
             result.set_values[method.name]["fid"] = _fid(method, pairs, hashes, prints["fid"], setting, scores)
         if len(method.runs) > 1:
-            result.local_std[method.name] = _local_std(method, pairs.images, hashes, protocol, scores)
+            result.local_std[method.name] = _local_std(method, pairs.images, hashes, protocol, scores, jobs)
     return result
 
 
@@ -193,12 +195,18 @@ def _fid(method: Method, pairs: Pairs, hashes: dict, weights: str, setting: Sett
     return np.array(values)
 
 
-def _local_std(method: Method, images: list[str], hashes: dict, protocol: Protocol, scores: ScoreCache) -> np.ndarray:
-    values = []
-    for image in images:
-        files = [run[image] for run in method.runs]
-        key = "|".join(["l-std", f"r{REVISION}", f"crop{protocol.local_std_crop}", _digest(files, hashes)])
-        if key not in scores:
-            scores.put({key: stability.local_std_of_files(files, protocol.local_std_crop)})
-        values.append(scores[key])
-    return np.array(values)
+def _local_std(
+    method: Method, images: list[str], hashes: dict, protocol: Protocol, scores: ScoreCache, jobs: int
+) -> np.ndarray:
+    """L-STD per image; files are read and compared in threads, which Pillow and numpy let run side by side."""
+    files = {image: [run[image] for run in method.runs] for image in images}
+    keys = {
+        image: "|".join(["l-std", f"r{REVISION}", f"crop{protocol.local_std_crop}", _digest(files[image], hashes)])
+        for image in images
+    }
+    todo = [image for image in images if keys[image] not in scores]
+    measure = partial(stability.local_std_of_files, crop=protocol.local_std_crop)
+    with ThreadPoolExecutor(jobs) as pool:
+        for image, value in zip(todo, pool.map(measure, (files[image] for image in todo)), strict=True):
+            scores.put({keys[image]: value})
+    return np.array([scores[keys[image]] for image in images])

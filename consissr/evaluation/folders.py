@@ -80,12 +80,12 @@ def parse_methods(arguments: list[str]) -> dict[str, Path]:
     """`FOLDER` or `NAME=FOLDER` -> folders by name; the name of a bare folder is its last part."""
     methods: dict[str, Path] = {}
     for argument in arguments:
-        name, equals, folder = argument.partition("=")
-        path = Path(folder if equals else argument)
-        name = name if equals else path.resolve().name
+        name, equals, folder = argument.rpartition("=")  # names such as TALA(gamma=10) hold one, too
+        if not equals or Path(argument).is_dir():
+            name, folder = Path(argument).resolve().name, argument
         if name in methods:
             raise UserError(f"two result folders are called '{name}': write NAME=FOLDER")
-        methods[name] = path
+        methods[name] = Path(folder)
     return methods
 
 

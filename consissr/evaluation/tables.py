@@ -140,7 +140,7 @@ def comparison(table: Table, dataset: str, measured: dict[str, dict[str, Cell]])
         add(row, "published", cells)
         if row in measured:
             add(row, "measured", measured[row])
-    for row in measured.keys() - published.keys() if measured else ():
+    for row in [name for name in measured if name not in published]:
         add(row, "measured", measured[row])
     for note in [n for n in row_notes(table, dataset, published) if n not in remarks]:
         remarks.append(note)

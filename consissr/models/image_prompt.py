@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.config import ModelConfig
 from consissr.models.attention import zeroed
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class ImagePrompt(nn.Module):
 
 
 def prompt_config(prompt: ImagePrompt) -> dict[str, Any]:
-    """Sizes of an image prompt, for `build_image_prompt` to build it again."""
+    """Sizes of an image prompt: what `folder.build_image_prompt` builds it from, and a model folder stores."""
     tower = prompt.tower
     heads = tower.transformer.resblocks[0].attn.num_heads
     vision = {
@@ -111,10 +110,3 @@ def prompt_config(prompt: ImagePrompt) -> dict[str, Any]:
         "head_width": tower.transformer.width // heads,
     }
     return {"embed_dim": tower.output_dim, "vision_cfg": vision, "width": prompt.adapter.linear_3.out_features}
-
-
-def build_image_prompt(sizes: dict[str, Any], config: ModelConfig) -> ImagePrompt:
-    """An image prompt of the sizes that `prompt_config` gives, its adapter initialised as `config` says."""
-    tower = build_tower(sizes["embed_dim"], sizes["vision_cfg"])
-    adapter = Adapter(sizes["embed_dim"], sizes["width"], config.adapter_init)
-    return ImagePrompt(tower, adapter, config.image_tokens)

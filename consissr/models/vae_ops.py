@@ -15,7 +15,8 @@ WINDOW_MARGIN = 8
 
 
 class Op(NamedTuple):
-    """One operation on a map: conv, norm (with SiLU), up, down, push (onto the residual stack), add, attention."""
+    """One operation on a map: conv, norm (with SiLU), up, down, attention; push (onto the residual stack), add; fold and
+    unfold (pixels into channels and back)."""
 
     kind: str
     module: nn.Module | None = None
@@ -109,8 +110,18 @@ def _middle(block) -> list[Op]:
 
 def size_after(op: Op, size: tuple[int, int]) -> tuple[int, int]:
     """A map's height and width after an operation."""
-    height, width = size
-    return (2 * height, 2 * width) if op.kind == "up" else (height // 2, width // 2) if op.kind == "down" else size
+    grow = {"up": 2, "unfold": getattr(op.module, "upscale_factor", 1)}.get(op.kind, 1)
+    shrink = {"down": 2, "fold": getattr(op.module, "downscale_factor", 1)}.get(op.kind, 1)
+    return (size[0] * grow // shrink, size[1] * grow // shrink)
+
+
+def channels_after(op: Op, channels: int) -> int:
+    """A map's channels after an operation."""
+    if op.kind == "fold":
+        return channels * op.module.downscale_factor**2
+    if op.kind == "unfold":
+        return channels // op.module.upscale_factor**2
+    return op.module.out_channels if op.kind in ("conv", "up", "down") else channels
 
 
 def box_before(op: Op, box: Box, size: tuple[int, int]) -> Box:
@@ -122,6 +133,11 @@ def box_before(op: Op, box: Box, size: tuple[int, int]) -> Box:
         return Box(top // 2, ceil(bottom / 2), left // 2, ceil(right / 2))
     if op.kind == "down":
         return Box(2 * box.top, min(2 * box.bottom + 1, size[0]), 2 * box.left, min(2 * box.right + 1, size[1]))
+    if op.kind == "fold":
+        return Box(*(edge * op.module.downscale_factor for edge in box))
+    if op.kind == "unfold":
+        factor = op.module.upscale_factor
+        return Box(box.top // factor, ceil(box.bottom / factor), box.left // factor, ceil(box.right / factor))
     return box.grown(WINDOW_MARGIN, size) if op.kind == "attention" else box
 
 
@@ -176,6 +192,10 @@ def advance(tile: Tile, op: Op, statistics: tuple[Tensor, Tensor] | None) -> Til
         x = tile.x + attend(normalise(tile.x, op.module.group_norm, statistics, act=False), op.module)
         box = tile.box.shrunk(WINDOW_MARGIN, tile.size)
         return Tile(box.inside(tile.box).of(x), box, tile.size, tile.stack)
+    if op.kind in ("fold", "unfold"):
+        x, size = op.module(tile.x), size_after(op, tile.size)
+        box = Box(*(edge * size[0] // tile.size[0] for edge in tile.box))
+        return Tile(x, box, size, tile.stack)
     return {"conv": convolve, "up": upsample, "down": downsample}[op.kind](tile, op.module)
 
 

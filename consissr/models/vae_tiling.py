@@ -14,15 +14,26 @@ takes no more memory than a few tiles do; where maps are larger, segments grow l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import ceil, prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from consissr.config import check_word
 from consissr.errors import UserError
 from consissr.models.latents import Latents
-from consissr.models.vae_ops import Box, Op, Tile, advance, box_before, decoder_ops, encoder_ops, size_after
+from consissr.models.vae_ops import (
+    Box,
+    Op,
+    Tile,
+    advance,
+    box_before,
+    channels_after,
+    decoder_ops,
+    encoder_ops,
+    size_after,
+)
 
 MODES = ("exact", "windowed", "as_released")
 KEEP_TILES = 4
@@ -56,32 +67,31 @@ class Statistics:
 class TileRunner:
     """Runs a list of operations on a map (B,C,H,W) through tiles; `tile` is a side in latent pixels."""
 
-    def __init__(self, ops: list[Op], tile: int, latent_size: tuple[int, int], windowed: bool):
+    def __init__(self, ops: list[Op], tile: int, latent_size: tuple[int, int], windowed: bool) -> None:
         self.ops, self.tile, self.latent_size, self.windowed = ops, tile, latent_size, windowed
         self.statistics: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(self, x: Tensor) -> Tensor:
-        """The whole result."""
-        self.sizes = [tuple(x.shape[2:])]
+        """The whole result; x is left as it is."""
+        self.sizes, self.channels = [tuple(x.shape[2:])], [x.shape[1]]
         for op in self.ops:
             self.sizes.append(size_after(op, self.sizes[-1]))
-        self.factor = max(height for height, _ in self.sizes) // self.latent_size[0]
+            self.channels.append(channels_after(op, self.channels[-1]))
         start = 0
-        for stop in self.cuts(x):
+        for stop in self.cuts():
             x, start = self.segment(x, start, stop), stop
         return x
 
-    def cuts(self, x: Tensor) -> list[int]:
+    def cuts(self) -> list[int]:
         """Where maps are stored: after these many operations. Never inside a residual block."""
-        widest = max(op.module.out_channels for op in self.ops if op.kind in ("conv", "up", "down"))
-        budget = KEEP_TILES * widest * (self.tile * self.factor) ** 2
-        found, depth, channels = [], 0, x.shape[1]
+        values = [channels * prod(size) for channels, size in zip(self.channels, self.sizes, strict=True)]
+        budget = KEEP_TILES * max(values) * self.tile**2 / prod(self.latent_size)
+        found, depth = [], 0
         for i, op in enumerate(self.ops):
             depth += (op.kind == "push") - (op.kind == "add")
-            channels = op.module.out_channels if op.kind in ("conv", "up", "down") else channels
-            small = channels * prod(self.sizes[i + 1]) <= budget or self.sizes[i + 1] == self.latent_size
+            stored = values[i + 1] <= budget or self.sizes[i + 1] == self.latent_size
             following = self.ops[i + 1].kind if i + 1 < len(self.ops) else None
-            if not depth and (small or following in (None, "attention")):
+            if not depth and (stored or following in (None, "attention")):
                 found.append(i + 1)
         return found
 
@@ -97,18 +107,34 @@ class TileRunner:
                 for box in self.boxes(i):
                     gathered.add(self.part(source, start, i, box))
                 self.statistics[i] = gathered.result()
-        out = None
+        if start and self.sizes[start] == self.sizes[stop] and self.channels[start] == self.channels[stop]:
+            return self.overwrite(source, start, stop)
+        out = source.new_empty(len(source), self.channels[stop], *self.sizes[stop])
         for box in self.boxes(stop):
-            part = self.part(source, start, stop, box)
-            if out is None:
-                out = part.new_empty(*part.shape[:2], *self.sizes[stop])
-            box.of(out).copy_(part)
+            box.of(out).copy_(self.part(source, start, stop, box))
         return out
+
+    def overwrite(self, source: Tensor, start: int, stop: int) -> Tensor:
+        """The same in place: strips from top to bottom, each read together with the old rows above it."""
+        height, width = self.sizes[stop]
+        margin = height - 1 - self.needed(Box(height - 1, height, 0, width), start, stop).top
+        rows = max(self.side(stop) ** 2 // width, margin, 1)
+        above = source[:, :, :0].clone()
+        for top in range(0, height, rows):
+            box = Box(top, min(top + rows, height), 0, width)
+            needed = self.needed(box, start, stop)
+            strip = torch.cat([above[:, :, above.shape[2] - top + needed.top :], source[:, :, top : needed.bottom]], 2)
+            above = box.of(source).clone()
+            box.of(source).copy_(self.through(Tile(strip, needed, self.sizes[start]), start, stop, box))
+        return source
+
+    def side(self, i: int) -> int:
+        """The side of a tile of the map after i operations."""
+        return max(self.tile * self.sizes[i][0] // self.latent_size[0], 1)
 
     def boxes(self, i: int) -> list[Box]:
         """Tiles of the map after i operations."""
-        height, width = self.sizes[i]
-        side = max(self.tile * height // self.latent_size[0], 1)
+        (height, width), side = self.sizes[i], self.side(i)
         return [
             Box(top, min(top + side, height), left, min(left + side, width))
             for top in range(0, height, side)
@@ -117,10 +143,17 @@ class TileRunner:
 
     def part(self, source: Tensor, start: int, stop: int, box: Box) -> Tensor:
         """A part of the map after `stop` operations, from the stored map after `start`."""
-        needed = box
+        needed = self.needed(box, start, stop)
+        return self.through(Tile(needed.of(source), needed, self.sizes[start]), start, stop, box)
+
+    def needed(self, box: Box, start: int, stop: int) -> Box:
+        """What a part of the map after `stop` operations needs of the map after `start`."""
         for i in reversed(range(start, stop)):
-            needed = box_before(self.ops[i], needed, self.sizes[i])
-        tile = Tile(needed.of(source), needed, self.sizes[start])
+            box = box_before(self.ops[i], box, self.sizes[i])
+        return box
+
+    def through(self, tile: Tile, start: int, stop: int, box: Box) -> Tensor:
+        """A tile through operations start..stop-1, cut to `box`."""
         for i in range(start, stop):
             tile = advance(tile, self.ops[i], self.statistics.get(i))
         return box.inside(tile.box).of(tile.x)
@@ -204,18 +237,31 @@ class TiledLatents(Latents):
         size = (x.shape[2] // self.factor, x.shape[3] // self.factor)
         if max(size) <= self.tile or self.mode == "as_released":
             return super().moments(x)
-        runner = TileRunner(encoder_ops(self.vae), self.tile, size, self.mode == "windowed")
-        mean, logvar = runner.run(self._fold(x)).chunk(2, dim=1)
-        return mean if self.linear is None else mean + self.linear.encode(x), logvar.clamp(-30, 20)
+        ops = [Op("fold", nn.PixelUnshuffle(self.patch)), *encoder_ops(self.vae)]
+        mean, logvar = TileRunner(ops, self.tile, size, self.mode == "windowed").run(x).chunk(2, dim=1)
+        if self.linear is not None:
+            for small, large in self.both(size):
+                small.of(mean).add_(self.linear.encode(large.of(x)))
+        return mean, logvar.clamp(-30, 20)
 
     def decode(self, z: Tensor) -> Tensor:
         """As Latents.decode."""
-        size, ops = (z.shape[2], z.shape[3]), decoder_ops(self.vae)
+        size = (z.shape[2], z.shape[3])
         if max(size) <= self.tile + (2 * RELEASED_MARGIN if self.mode == "as_released" else 0):
             return super().decode(z)
-        z = z / self.scale
+        z, ops = z / self.scale, [*decoder_ops(self.vae), Op("unfold", nn.PixelShuffle(self.patch))]
         if self.mode == "as_released":
-            image = self._unfold(PooledTiles(ops, self.tile).run(z))
+            image = PooledTiles(ops, self.tile).run(z)
         else:
-            image = self._unfold(TileRunner(ops, self.tile, size, self.mode == "windowed").run(z))
-        return image if self.linear is None else image.add_(self.linear.decode(z))
+            image = TileRunner(ops, self.tile, size, self.mode == "windowed").run(z)
+        if self.linear is not None:
+            for small, large in self.both(size):
+                large.of(image).add_(self.linear.decode(small.of(z)))
+        return image
+
+    def both(self, size: tuple[int, int]) -> Iterator[tuple[Box, Box]]:
+        """Every tile as a box of the latent (h, w) and as a box of the image."""
+        for top in range(0, size[0], self.tile):
+            for left in range(0, size[1], self.tile):
+                box = Box(top, min(top + self.tile, size[0]), left, min(left + self.tile, size[1]))
+                yield box, Box(*(edge * self.factor for edge in box))

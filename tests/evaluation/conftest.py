@@ -21,6 +21,12 @@ def picture(seed: int, noise: float = 0.0, size: tuple[int, int] = SIZE) -> np.n
 
 
 @pytest.fixture
+def make_picture() -> Callable[..., np.ndarray]:
+    """make_picture(seed, noise, size): see `picture`."""
+    return picture
+
+
+@pytest.fixture
 def save() -> Callable[..., Path]:
     """save(folder, {name: array}, ext=".png") writes images and returns the folder."""
 

@@ -42,6 +42,19 @@ def test_published_beside_measured(call, sets: dict[str, Path], tmp_path: Path) 
     assert (tmp_path / "out" / "ccsr_table6.md").read_text().strip() == text.strip()
 
 
+def test_our_rows_are_restored_and_measured(call, sets: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
+    """--run: infer.py three times with different noise, then values with G-STD and L-STD beside the published ones."""
+    common = ("--hr", sets["hr"], "--lr", sets["lr"], "--metrics", "psnr", "-o", tmp_path / "out", "--jobs", 1)
+    run = ("--run", f"CCSR-S1={tiny_model}", "--repeat", 3, "--infer-flags", "--device cpu")
+    status, text, errors = call("--table", "ccsr/table4", "--dataset", "RealSR", *run, *common)
+    assert status == 0, errors
+    row = next(line for line in text.splitlines() if line.startswith("| CCSR-S1 | measured |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    value, spread = map(float, cells[2].split("/"))
+    assert 3 < value < 40 and spread > 0 and float(cells[-1]) > 0
+    assert len(list((tmp_path / "out" / "results" / "CCSR-S1").glob("sample*/*.png"))) == 9
+
+
 def test_tables_without_results_print_what_is_published(call, tmp_path: Path) -> None:
     status, text, _ = call("--table", "consissr/table4", "-o", tmp_path)
     assert status == 0 and "TALA(gamma=10)" in text and "time axis reversed" in text

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +135,17 @@ def test_the_report_is_self_contained(sets: dict[str, Path], tmp_path: Path) -> 
     assert len(data["pictures"]) == 2 and all(set(p) == set(data["labels"]) for p in data["pictures"].values())
     psnr = dict(zip("abc", data["values"]["good"]["psnr"], strict=True))
     assert list(data["pictures"]) == sorted(data["pictures"], key=psnr.get), "worst first"
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_the_report_works_in_a_browser(sets: dict[str, Path], tmp_path: Path) -> None:
+    """Its script runs without a network: rows are filled in, two pictures lie over each other, the slider moves."""
+    output.write_all(run(sets, tmp_path / "s.jsonl"), tmp_path)
+    report = tmp_path / "report.html"
+    moves = 'by("slider").value = 25; by("slider").dispatchEvent(new Event("input")); by("best").click();'
+    report.write_text(report.read_text().replace("</body>", f"<script>{moves}</script></body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", report.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    page = done.stdout.split("<script")[0]
+    assert page.count("<tr") == 1 + 2 + 1 + 3, "two methods, three images, two headings"
+    assert 'id="picture-left"' in page and "inset(0px 75% 0px 0px)" in page and "left: 25%" in page

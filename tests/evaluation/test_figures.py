@@ -11,19 +11,18 @@ from consissr.errors import UserError
 from consissr.evaluation import curves, figures
 from consissr.evaluation.protocols import get_measures, get_protocol
 from consissr.evaluation.tables import load_table
-from tests.evaluation.conftest import picture
 
 pytest.importorskip("matplotlib")
 TABLES = Path(__file__).resolve().parents[2] / "configs" / "tables"
 
 
 @pytest.fixture
-def steps(sets: dict[str, Path], save: Callable[..., Path]) -> Path:
+def steps(sets: dict[str, Path], save: Callable[..., Path], make_picture: Callable[..., np.ndarray]) -> Path:
     """The runs with pictures of three sampling steps, better and better."""
     for run in range(3):
         for index, name in enumerate("abc"):
             noises = {"00_t999": 30, "01_t666": 9, "02_t499": 3}
-            pictures = {step: picture(index, noise) for step, noise in noises.items()}
+            pictures = {step: make_picture(index, noise) for step, noise in noises.items()}
             save(sets["runs"] / f"sample{run}" / f"{name}.png_steps", pictures)
     return sets["runs"]
 

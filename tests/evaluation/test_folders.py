@@ -91,6 +91,7 @@ def test_step_pictures_are_not_results(sets: dict[str, Path], save: Callable[...
 
 def test_names_of_methods() -> None:
     assert parse_methods(["x/one", "B=y"]) == {"one": Path("x/one"), "B": Path("y")}
+    assert parse_methods(["TALA(gamma=10)=x"]) == {"TALA(gamma=10)": Path("x")}
     with pytest.raises(UserError, match="NAME=FOLDER"):
         parse_methods(["x/one", "y/one"])
 

@@ -1,6 +1,8 @@
 """The papers' tables: complete, consistent, and printed beside measured values."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,15 @@ def test_measured_stands_below_published() -> None:
     assert any("(1/2 - 1/6) 6 + 1 = 3" in line for line in lines)
 
 
+@pytest.mark.parametrize("name", sorted(name for name in EXPECTED if "table" in name))
+def test_every_published_row_is_printed(name: str) -> None:
+    table = load_table(name, TABLES)
+    for dataset, rows in table.datasets.items():
+        text = comparison(table, dataset, {})
+        assert all(f"| {row} | published |" in text for row in rows)
+        assert all(entry["note"] in text for entry in table.misprints if entry.get("dataset", dataset) == dataset)
+
+
 def test_mistakes_name_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'ccsr/table6'"):
         load_table("ccsr/tabel6", TABLES)
@@ -120,3 +131,26 @@ def test_rows_of_ours_are_restored_by_infer(tmp_path: Path) -> None:
     script.write_text("raise SystemExit(2)")
     with pytest.raises(UserError, match="CCSR-S1 could not be restored"):
         produce.produce(table, {"CCSR-S1": "x"}, tmp_path, tmp_path / "out", script, 1, [])
+
+
+def test_seconds_come_from_infer_s_log(tmp_path: Path) -> None:
+    script = tmp_path / "infer.py"
+    script.write_text(
+        "import sys, json, pathlib\n"
+        "log = pathlib.Path(sys.argv[sys.argv.index('--json') + 1])\n"
+        "assert '--steps 1' in ' '.join(sys.argv)\n"
+        "rows = [{'event': 'run'}, *({'status': 'done', 'seconds': s} for s in (3.0, 1.5, 2.0))]\n"
+        "log.write_text('\\n'.join(map(json.dumps, rows)))\n"
+    )
+    assert produce.seconds_per_image("nano", ["--steps", "1"], script) == 1.5
+    script.write_text("raise SystemExit(2)")
+    with pytest.raises(UserError, match="could not be timed"):
+        produce.seconds_per_image("nano", [], script)
+
+
+def test_training_may_import_the_metrics_cheaply() -> None:
+    code = (
+        "import sys, consissr.evaluation.metrics; print([m for m in ('pyiqa', 'basicsr', 'scipy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

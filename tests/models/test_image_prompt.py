@@ -9,12 +9,12 @@ import torch
 from torch.nn import functional as F
 
 from consissr.config import ModelConfig
+from consissr.models.folder import build_image_prompt
 from consissr.models.image_prompt import (
     MEAN,
     STD,
     Adapter,
     ImagePrompt,
-    build_image_prompt,
     build_tower,
     clip_input,
     prompt_config,
