@@ -88,9 +88,9 @@ class Deft:
 
     def export(self, folder: Path) -> None:
         """A model folder with the tuned autoencoder."""
-        first = self.first
+        first, denoiser = self.first, self.first.denoiser
         dtype = EXPORT[first.config.export_precision]
-        save_model(folder, first.folder_config(), first.denoiser.controlnet, latents=self.latents, dtype=dtype)
+        save_model(folder, first.folder_config(), denoiser.controlnet, denoiser.unet, self.latents, dtype=dtype)
 
 
 def feature_distance(features: list[Tensor], wanted: list[Tensor]) -> Tensor:

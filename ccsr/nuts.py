@@ -1,7 +1,7 @@
 """Stage 'nuts': the ControlNet under non-uniform timestep sampling (Sec. III-B, CCSR).
 
-Everything but the ControlNet is frozen. With `nuts.losses: [l_diff]` this is ordinary ControlNet pre-training, which
-CCSR's release starts from.
+The ControlNet is trained, and those parts of the UNet that `model.unet_trained` names; all else is frozen. With
+`nuts.losses: [l_diff]` this is ordinary ControlNet pre-training, which CCSR's release starts from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from consissr.models.attention import replace_blocks
 from consissr.models.base import NullText, idle_without_text, load_base
 from consissr.models.controlnet import build_controlnet
 from consissr.models.denoiser import Condition, Denoiser
-from consissr.models.folder import load_controlnet, save_model
+from consissr.models.folder import load_controlnet, load_unet_additions, own_parameters, save_model
 from consissr.models.latents import Latents
 from consissr.train_config import TrainConfig
 from consissr.training.stage import EXPORT, Batch, Phase
@@ -38,9 +38,10 @@ class Nuts:
         if config.init:
             folder = find_model(config.init)
             controlnet = load_controlnet(folder, read_config(folder))
+            load_unet_additions(folder, base.unet, read_config(folder))
         else:
             controlnet = build_controlnet(base.unet, config.model)
-        replace_blocks(base.unet, config.model)
+            replace_blocks(base.unet, config.model)
         table = alpha_bar(*base.betas)
         self.schedule = Schedule(table)
         self.denoiser = Denoiser(base.unet, controlnet, table, base.prediction_type)
@@ -57,6 +58,8 @@ class Nuts:
         self.t_max = t_max_step(s.steps, config.nuts.t_max, s.grid, len(table))
         text_free = isinstance(base.text, NullText)
         trained = {n: p for n, p in controlnet.named_parameters() if not (text_free and idle_without_text(n))}
+        own = own_parameters(base.unet, config.model)
+        trained |= {f"unet.{n}": p for n, p in base.unet.named_parameters() if n in own}
         self.phases = [Phase("controlnet", trained, self.loss, config.optimizer)]
 
     def prepare(self, batch: Batch) -> None:
@@ -102,7 +105,7 @@ class Nuts:
     def export(self, folder: Path) -> None:
         """A model folder."""
         dtype = EXPORT[self.config.export_precision]
-        save_model(folder, self.folder_config(), self.denoiser.controlnet, dtype=dtype)
+        save_model(folder, self.folder_config(), self.denoiser.controlnet, self.denoiser.unet, dtype=dtype)
 
     def folder_config(self) -> FolderConfig:
         """The model's configuration, its default plan spelled out so that sampling needs no knowledge of NUTS."""

@@ -2,7 +2,7 @@
 
     config.yaml                 model and sampler configuration, every field resolved
     controlnet/                 diffusers' layout, with our hint and additions
-    unet_adapter.safetensors    only what was added to the base's UNet
+    unet_adapter.safetensors    only what was added to the base's UNet, or trained in it
     image_encoder/              CLIP image tower and adapter, where the model has an image prompt
     vae/                        where the decoder was tuned
     README.md                   model card

@@ -42,6 +42,9 @@ class ModelConfig:
     """How z_lq enters the ControlNet: 'conv' (CCSR v2, one 3x3 convolution) or 'stack' (ConsisSR, eight)."""
     position_embedding: int = 0
     """Side of the latent that learned self-attention positions are made for (ConsisSR: 64); 0 turns them off."""
+    unet_trained: list[str] = field(default_factory=list)
+    """Parts of the base's UNet (prefixes of names) that are trained and stored with the ControlNet ("we first finetune
+    the pre-trained SD", Sec. IV-A, CCSR); empty: the UNet stays as it is (both releases)."""
     transposed_attention: bool = False
     """Channel-wise self-attention after the spatial one (Sec. 3.3, ConsisSR)."""
     image_prompt: str = "none"

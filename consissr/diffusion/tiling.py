@@ -61,7 +61,8 @@ def gaussian_weights(height: int, width: int, form: str = "symmetric") -> Tensor
 class TiledDenoiser(nn.Module):
     """A denoiser of the same call, (z_t, t, condition) -> eps, that works through windows of the latent.
 
-    tile, stride: in latent pixels. batch: windows per forward pass. Latents no larger than a tile go straight through.
+    tile, stride: in latent pixels. batch: windows per forward pass, each of all images. Latents no larger than a tile go
+    straight through.
     """
 
     def __init__(self, denoiser: nn.Module, tile: int, stride: int, weights: str = "symmetric", batch: int = 4):
@@ -84,16 +85,11 @@ class TiledDenoiser(nn.Module):
         total, norm = torch.zeros_like(z_t), torch.zeros_like(z_t[:1, :1])
         for place in places:
             place.crop(norm).add_(weights)
-        jobs = [(b, place) for place in places for b in range(images)]
-        for chunk in even_chunks(jobs, self.batch):
-            rows = torch.tensor([b for b, _ in chunk], device=z_t.device)
-            eps = self.denoiser(
-                torch.cat([place.crop(z_t[b : b + 1]) for b, place in chunk]),
-                t[rows],
-                _pick(condition, rows, chunk),
-            )
-            for (b, place), part in zip(chunk, eps, strict=True):
-                place.crop(total[b]).add_(weights * part)
+        for chunk in even_chunks(places, self.batch):
+            rows = torch.arange(images, device=z_t.device).repeat(len(chunk))
+            eps = self.denoiser(_crops(z_t, chunk), t[rows], _pick(condition, rows, chunk))
+            for place, part in zip(chunk, eps.split(images), strict=True):
+                place.crop(total).add_(weights * part)
         return total / norm
 
 
@@ -104,11 +100,16 @@ def even_chunks(items: list, limit: int) -> list[list]:
     return [items[a:b] for a, b in pairwise(edges)]
 
 
-def _pick(condition, rows: Tensor, chunk: list[tuple[int, Window]]):
+def _crops(z: Tensor, chunk: list[Window]) -> Tensor:
+    """The windows of all images, (windows * B, C, height, width), a window's images together."""
+    return torch.cat([place.crop(z) for place in chunk]) if len(chunk) > 1 else chunk[0].crop(z)
+
+
+def _pick(condition, rows: Tensor, chunk: list[Window]):
     """The condition of each window: its image's tokens, and its part of its image's hint."""
     return replace(
         condition,
         text=condition.text[rows],
-        hint=torch.cat([place.crop(condition.hint[b : b + 1]) for b, place in chunk]),
+        hint=_crops(condition.hint, chunk),
         image=None if condition.image is None else condition.image[rows],
     )

@@ -11,6 +11,7 @@ from torch import nn
 
 from consissr.checkpoint import UNET_ADAPTER, WEIGHTS, load_strict, read_weights, write_weights
 from consissr.config import FolderConfig, ModelConfig, save_config
+from consissr.errors import UserError
 from consissr.models.attention import added_parameters, replace_blocks
 from consissr.models.controlnet import empty_controlnet
 from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
@@ -30,7 +31,7 @@ def save_model(
     card: str = "",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model folder. `unet`: its additions are stored; `latents`: a tuned autoencoder; `dtype`: storage type.
+    """Write a model folder. `unet`: what is not its base's is stored; `latents`: a tuned autoencoder; `dtype`: storage.
 
     image_prompt: image tower and adapter, with the `image_settings` that `build_image_prompt` makes them from.
     """
@@ -42,10 +43,10 @@ def save_model(
     if image_prompt is not None:
         write_weights(folder / "image_encoder" / IMAGE_WEIGHTS, image_prompt.state_dict(), dtype)
         (folder / "image_encoder" / "config.json").write_text(json.dumps(image_settings, indent=1))
-    added = set(added_parameters(unet)) if unet is not None else set()
-    if added:
+    stored = own_parameters(unet, config.model) if unet is not None else set()
+    if stored:
         state = unet.state_dict()
-        write_weights(folder / UNET_ADAPTER, {name: state[name] for name in added}, dtype)
+        write_weights(folder / UNET_ADAPTER, {name: state[name] for name in stored}, dtype)
     (folder / "README.md").write_text(card or f"# {folder.name}\n\nWritten by scripts/train.py; see config.yaml.\n")
 
 
@@ -66,9 +67,18 @@ def load_controlnet(folder: Path, config: FolderConfig) -> nn.Module:
 
 def load_unet_additions(folder: Path, unet: nn.Module, config: FolderConfig) -> None:
     """Replace the base UNet's blocks as the model asks and load what was added, in place."""
-    added = set(replace_blocks(unet, config.model))
-    if added:
-        load_strict(unet, read_weights(folder / UNET_ADAPTER), f"{folder.name}/{UNET_ADAPTER}", subset=added)
+    replace_blocks(unet, config.model)
+    stored = own_parameters(unet, config.model)
+    if stored:
+        load_strict(unet, read_weights(folder / UNET_ADAPTER), f"{folder.name}/{UNET_ADAPTER}", subset=stored)
+
+
+def own_parameters(unet: nn.Module, config: ModelConfig) -> set[str]:
+    """Names of the UNet's parameters that belong to the model and not to its base: added or trained ones."""
+    trained = {n for n, _ in unet.named_parameters() if n.startswith(tuple(config.unet_trained))}
+    if config.unet_trained and not trained:
+        raise UserError(f"model.unet_trained {config.unet_trained} names no part of the base's UNet")
+    return trained | set(added_parameters(unet))
 
 
 def build_image_prompt(settings: dict[str, Any], config: ModelConfig) -> ImagePrompt:

@@ -15,7 +15,7 @@ WINDOW_MARGIN = 8
 
 
 class Op(NamedTuple):
-    """One operation on a map: conv, norm (with SiLU), up, down, attention; push (onto the residual stack), add; fold and
+    """One operation on a map: conv, norm (with SiLU), up, down, attention; push (on the residual stack), add; fold and
     unfold (pixels into channels and back)."""
 
     kind: str
