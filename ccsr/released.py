@@ -52,6 +52,10 @@ AS_RELEASED_V2 = SamplerConfig(
 """How the authors sample with v2 in two steps (one step: steps 1, t_min 0, guidance 1)."""
 
 
+AS_RELEASED_V1 = SamplerConfig(plan="nuts", steps=45, t_max=2 / 3, t_min=1 / 3, grid="linspace", start="noise")
+"""How the authors sample with v1, in 16 evaluations. Its resizing (Lanczos to multiples of 64) is not reproduced."""
+
+
 @dataclass
 class Released:
     """A published CCSR model, all parts float32 on the CPU; parts that the source does not have are None."""
@@ -180,7 +184,7 @@ def read_v1(source: str | Path | State, heads: Sequence[int] | None = None) -> R
         hint_latents=read_hint_encoder(encoder, latents, report) if encoder else latents,
         text=text,
         alpha_bar=schedule,
-        sampler=SamplerConfig(steps=45, t_max=2 / 3, t_min=1 / 3, start="noise", geometry="pad"),
+        sampler=AS_RELEASED_V1,
         report=report,
     )
 

@@ -73,6 +73,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--save-steps", action="store_true", help="also write the picture that each sampling step expects")
     sampler = p.add_argument_group("sampling (default: as the model says)")
     add = sampler.add_argument
+    add("--config", type=Path, metavar="YAML", help="sampler settings (configs/*/infer*.yaml); flags go before them")
     add("--plan", choices=("nuts", "ddpm"), help="CCSR's non-uniform timesteps, or evenly spaced ones")
     add("--steps", "--num_inference_steps", type=int, metavar="T", help="steps of the grid")
     add("--t-max", "--t_max", type=float, help="nuts: where uniform steps begin, 0 to 1")

@@ -156,7 +156,8 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: l
         for word in overrides or []:
             if "=" not in word:
                 raise UserError(f"override '{word}' is not of the form key=value")
-            layers.append((f"'{word}'", OmegaConf.from_dotlist([word])))
+            text = f"{word}''" if word.endswith("=") else word  # an empty string rather than null
+            layers.append((f"'{word}'", OmegaConf.from_dotlist([text])))
         merged = OmegaConf.structured(cls)
         for source, layer in layers:
             check_keys(cls, OmegaConf.to_container(layer), source)

@@ -26,7 +26,7 @@ from consissr.geometry import finish, prepare
 from consissr.memory import Tiles, choose_tiles, is_out_of_memory, total_memory
 from consissr.models.base import load_base
 from consissr.models.denoiser import Condition, Denoiser, guided
-from consissr.models.folder import load_controlnet, load_image_prompt, load_unet_additions
+from consissr.models.folder import load_controlnet, load_image_prompt, load_prompts, load_unet_additions
 from consissr.models.latents import Latents, load_latents
 from consissr.models.vae_tiling import TiledLatents
 
@@ -292,7 +292,8 @@ def load_parts(name: str, base: str | None, dtype: torch.dtype) -> dict[str, Any
     """The arguments of Restorer from a model folder and its base model."""
     folder = checkpoint.find_model(name)
     config = checkpoint.read_config(folder)
-    parts = load_base(base or config.model.base, dtype, config.model.base_sha256)
+    prompts = load_prompts(folder)
+    parts = load_base(base or config.model.base, dtype, config.model.base_sha256, text=prompts is None)
     load_unet_additions(folder, parts.unet, config)
     table = alpha_bar(*parts.betas)
     return {
@@ -300,7 +301,8 @@ def load_parts(name: str, base: str | None, dtype: torch.dtype) -> dict[str, Any
         "denoiser": Denoiser(parts.unet, load_controlnet(folder, config), table, parts.prediction_type),
         "image_prompt": load_image_prompt(folder, config),
         "schedule": Schedule(table),
-        "prompts": parts.text,
+        "prompts": parts.text if prompts is None else prompts,
+        "hint_latents": load_latents(folder / "hint_vae") if (folder / "hint_vae").is_dir() else None,
         "sampler": config.sampler,
     }
 

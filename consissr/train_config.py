@@ -127,7 +127,7 @@ class DeftConfig:
     reconstruction: str = "l1"
     """Pixel loss: 'l1' (paper: "the same as that of VAE") or 'l2' (as released)."""
     perceptual: str = "features"
-    """'features' (matching in the discriminator's features), 'lpips' or 'none'."""
+    """'features' (matching in the discriminator's features) or 'none'."""
     perceptual_weight: float = 1.0
     """Weight of the perceptual loss."""
     adversarial_weight: float = 0.5
@@ -136,17 +136,14 @@ class DeftConfig:
     """Scale the adversarial loss by the ratio of gradient norms at the last layer (LDM's VAE training)."""
     adversarial_start: int = 0
     """Optimiser step after which the generator sees the adversarial loss."""
-    discriminator: str = "patchgan"
-    """'patchgan' (paper) or 'dino' (as released)."""
     discriminator_width: int = 32
-    """Channels of the PatchGAN's first layer."""
+    """Channels of the first layer of the PatchGAN (the paper's kind of discriminator)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The discriminator's optimiser."""
 
     def __post_init__(self) -> None:
         check_word(self.reconstruction, ("l1", "l2"), "deft.reconstruction")
-        check_word(self.perceptual, ("features", "lpips", "none"), "deft.perceptual")
-        check_word(self.discriminator, ("patchgan", "dino"), "deft.discriminator")
+        check_word(self.perceptual, ("features", "none"), "deft.perceptual")
 
 
 @dataclass(kw_only=True)

@@ -14,16 +14,13 @@ import logging
 import os
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+import consissr
 from consissr import jobs
 from consissr.commandline import PLAN_FLAGS, SAMPLER_FLAGS, given, parser
 from consissr.errors import UserError
-
-if TYPE_CHECKING:
-    from consissr.restorer import Restorer
 
 
 def restore(args: argparse.Namespace) -> int:
@@ -65,27 +62,29 @@ def restore(args: argparse.Namespace) -> int:
     return 1 if report.counts["failed"] else 0
 
 
-def load(args: argparse.Namespace, local_rank: int) -> "Restorer":
+def load(args: argparse.Namespace, local_rank: int) -> "consissr.Restorer":
     """The model on its device, with the sampler's flags applied."""
     from consissr.batch import choose_device
-    from consissr.restorer import Restorer
+    from consissr.config import SamplerConfig, load_config
 
     device = choose_device(args.device, local_rank)
-    restorer = Restorer.load(args.model, device, args.precision, args.base, **given(args, SAMPLER_FLAGS))
-    if args.compile:
-        for network in (restorer.denoiser, restorer.latents.vae.encoder, restorer.latents.vae.decoder):
+    settings = vars(load_config(SamplerConfig, args.config)) if args.config else {}
+    settings |= given(args, SAMPLER_FLAGS)
+    restorer = consissr.Restorer.load(args.model, device, args.precision, args.base, **settings)
+    for network in (restorer.denoiser, restorer.latents.vae.encoder, restorer.latents.vae.decoder):
+        if args.compile:
             network.compile()
     return restorer
 
 
-def sampling_plan(args: argparse.Namespace, restorer: "Restorer") -> "list | None":
+def sampling_plan(args: argparse.Namespace, restorer: "consissr.Restorer") -> "list | None":
     """The timesteps that the flags ask for; None without such flags: the model's own."""
     changes = given(args, PLAN_FLAGS)
-    if not changes:
+    if not changes and not args.config:
         return None
     from ccsr import sampler_plan
 
-    config = replace(restorer.sampler, timesteps=[], **changes)
+    config = replace(restorer.sampler, **({"timesteps": []} | changes if changes else {}))
     if config.plan != "nuts" and (args.t_max is not None or args.t_min is not None):
         raise UserError("--t-max and --t-min belong to the plan nuts: add --plan nuts or leave them out")
     return sampler_plan(config)

@@ -61,8 +61,8 @@ def gaussian_weights(height: int, width: int, form: str = "symmetric") -> Tensor
 class TiledDenoiser(nn.Module):
     """A denoiser of the same call, (z_t, t, condition) -> eps, that works through windows of the latent.
 
-    tile, stride: in latent pixels. batch: windows per forward pass, each of all images. Latents no larger than a tile go
-    straight through.
+    tile, stride: in latent pixels. batch: windows per forward pass, each of all images. Latents no larger than a tile
+    go straight through.
     """
 
     def __init__(self, denoiser: nn.Module, tile: int, stride: int, weights: str = "symmetric", batch: int = 4):

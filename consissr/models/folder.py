@@ -18,6 +18,8 @@ from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
 from consissr.models.latents import Latents, save_latents
 
 IMAGE_WEIGHTS = "model.safetensors"
+PROMPTS = "prompts.safetensors"
+"""Embeddings of the prompts that a model samples with, where they are not the base's text encoder's to make."""
 
 
 def save_model(
@@ -55,6 +57,38 @@ def write_network(folder: Path, network: Any, dtype: torch.dtype | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     network.save_config(folder)
     write_weights(folder / WEIGHTS, network.state_dict(), dtype)
+
+
+def save_base(folder: Path, unet: nn.Module, latents: Latents, dtype: torch.dtype | None = None) -> None:
+    """A base model in diffusers' layout from parts of a checkpoint (text-free: see `save_prompts`)."""
+    added = set(added_parameters(unet))
+    (folder / "unet").mkdir(parents=True, exist_ok=True)
+    unet.save_config(folder / "unet")
+    plain = {name: value for name, value in unet.state_dict().items() if name not in added}
+    write_weights(folder / "unet" / WEIGHTS, plain, dtype)
+    save_latents(folder / "vae", latents, dtype)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    schedule = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule | {"prediction_type": "epsilon"}))
+
+
+def save_prompts(folder: Path, encoder: Any, prompts: list[str]) -> None:
+    """Embeddings of `prompts` by a text encoder that the model folder itself does not keep."""
+    from safetensors.torch import save_file
+
+    listed = list(dict.fromkeys(prompts))
+    embedded = {str(i): encoder.encode([prompt]).float().cpu().contiguous() for i, prompt in enumerate(listed)}
+    save_file(embedded, folder / PROMPTS, metadata={"prompts": json.dumps(listed)})
+
+
+def load_prompts(folder: Path) -> dict[str, torch.Tensor] | None:
+    """Prompt -> embedding (1, L, D), or None where the base's text encoder makes them."""
+    from safetensors import safe_open
+
+    if not (folder / PROMPTS).is_file():
+        return None
+    with safe_open(folder / PROMPTS, "pt") as file:
+        return {prompt: file.get_tensor(str(i)) for i, prompt in enumerate(json.loads(file.metadata()["prompts"]))}
 
 
 def load_controlnet(folder: Path, config: FolderConfig) -> nn.Module:

@@ -42,7 +42,7 @@ def words(stage: str, photos: Path, runs: Path, *more: str) -> list[str]:
     inputs = {
         "autoencoder": [],
         "prior": [f"init={runs}/autoencoder"],
-        "nuts": [f"model.base={runs}/prior"],
+        "nuts": [f"model.base={runs}/prior", "init=", "compile=false"],
         "deft": [f"model.base={runs}/prior", f"init={runs}/nuts"],
     }
     own = [f"data.paths=[{photos}]", f"output_dir={runs}/{stage}", *COMMON, *SMALL[stage], *inputs[stage]]

@@ -1,0 +1,99 @@
+"""scripts/convert.py: the authors' checkpoints become folders that restore as recorded; other files get one line."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from consissr.config import SamplerConfig, load_config
+from consissr.diffusion.plans import ddpm_plan
+from consissr.diffusion.sampler import recorded_draw
+from consissr.restorer import Restorer
+
+
+@pytest.fixture
+def convert(script, tmp_path, capsys):
+    """convert(source, *flags) -> (exit status, stdout, stderr, folder)."""
+    main = script("convert").main
+
+    def run(source, *flags):
+        status = main([str(source), str(tmp_path / "out"), *map(str, flags)])
+        return status, *capsys.readouterr(), tmp_path / "out"
+
+    return run
+
+
+def test_consissr_restores_as_recorded(convert, shared, tmp_path):
+    fixture = shared / "conformance" / "consissr_A"
+    (tmp_path / "clip.json").write_text(json.dumps(json.loads((fixture / "config.json").read_text())["clip"]))
+    status, told, _, folder = convert(
+        fixture / "weights.safetensors", "--base", "own", "--clip", tmp_path / "clip.json"
+    )
+    assert status == 0 and "is ConsisSR\n" in told and "image adapter" in told
+    restorer = Restorer.load(str(folder), device="cpu", tile=0, vae_tile=0)
+    assert restorer.sampler.guidance == 5 and len(restorer.sampler.timesteps) == 50
+    inputs, outputs = (load_file(fixture / f"{name}.safetensors") for name in ("inputs", "outputs"))
+    x = (inputs["lq_u8"].float() / 255).permute(2, 0, 1)[None] * 2 - 1
+    noises = {"init": inputs["x_T"]} | {f"step[{i}]": noise for i, noise in enumerate(inputs["step_noises"])}
+    tiles = restorer.tiles(restorer.sampler, (512, 512), 1)
+    z = restorer.restore_latent(x, recorded_draw(noises), restorer.sampler, ddpm_plan(4), tiles, restorer.latents)
+    want = outputs["final_latent"]
+    assert (z - want).norm() / want.norm() < 1e-4
+
+
+def test_ccsr_becomes_a_folder(convert, shared):
+    status, told, _, folder = convert(shared / "conformance" / "ccsr_A", "--base", "own", "--half")
+    assert status == 0 and "is CCSR v2\n" in told
+    restorer = Restorer.load(str(folder), device="cpu", positive="", negative="", guidance=1.0, geometry="pad")
+    assert [step[0] for step in restorer.sampler.timesteps] == [999, 499]
+    restored = restorer(torch.zeros(1, 3, 16, 16), 2)
+    assert restored.shape == (1, 3, 32, 32) and restored.isfinite().all()
+
+
+def test_foreign_damaged_and_missing_files_get_one_line(convert, tmp_path):
+    save_file({"layer.weight": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "damaged.ckpt").write_bytes(b"not a checkpoint")
+    for name, said in (
+        ("foreign.safetensors", "layer.weight"),
+        ("damaged.ckpt", "damaged.ckpt"),
+        ("missing.ckpt", "does not exist"),
+    ):
+        status, told, error, folder = convert(tmp_path / name)
+        assert status == 2 and told == "" and said in error and error.count("\n") == 1
+        assert not folder.exists()
+
+
+def test_existing_folders_stay(convert, tmp_path):
+    (tmp_path / "out").mkdir()
+    status, _, error, _ = convert(tmp_path)
+    assert status == 2 and "exists" in error
+
+
+def test_released_settings_equal_the_readers(root):
+    from ccsr.released import AS_RELEASED_V1, AS_RELEASED_V2
+    from consissr.released import AS_RELEASED
+
+    tiles = {"tile_weights": "as_released", "vae_tiling": "as_released"}
+    known = {
+        "consissr/infer_as_released.yaml": vars(AS_RELEASED) | {"tile": 0, "vae_tile": 0},
+        "ccsr/infer_as_released_v1.yaml": vars(AS_RELEASED_V1),
+        "ccsr/infer_as_released_v2.yaml": vars(AS_RELEASED_V2) | tiles,
+    }
+    for name, settings in known.items():
+        assert vars(load_config(SamplerConfig, root / "configs" / name)) == settings
+    assert {path.name for path in (root / "configs").glob("*/infer*.yaml")} >= {"infer.yaml"}
+    for path in (root / "configs").glob("*/infer*.yaml"):
+        load_config(SamplerConfig, path)
+
+
+def test_settings_from_a_file(script, tiny_model, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "three.yaml").write_text("plan: ddpm\nsteps: 3\nstart: noise\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    main = script("infer").main
+    flags = ["-m", str(tiny_model), "--device", "cpu", "-i", str(tmp_path / "a.png"), "--save-steps"]
+    assert main([*flags, "-o", str(tmp_path / "o"), "--config", str(tmp_path / "three.yaml")]) == 0
+    steps = sorted(path.name for path in (tmp_path / "o").rglob("*_t*.png"))
+    assert steps == ["00_t999.png", "01_t500.png", "02_t000.png"]
