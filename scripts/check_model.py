@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("results/check"))
     args = parser.parse_args()
     try:
+        from consissr.checkpoint import find_model, read_config
         from consissr.data.testset import write_testset
         from consissr.evaluation.check import as_text, check
         from consissr.models.base import load_base
@@ -67,6 +68,7 @@ def main() -> int:
         def load() -> Restorer:
             return Restorer.load(args.model, base=args.base)
 
+        base = read_config(find_model(args.model)).model.base
         restorer, swapped = load(), load()
         swapped.hint_latents = another_condition(swapped.latents)
         if args.realsr:
@@ -85,7 +87,7 @@ def main() -> int:
             lr = out / "testset" / "LR"
             results = {f"{args.model} S=1": restore(restorer, lr, out / "deft", "S=1")}
             plain = load()
-            plain.latents = plain.hint_latents = load_base(args.base or "nano", text=False).latents.eval()
+            plain.latents = plain.hint_latents = load_base(args.base or base, text=False).latents.eval()
             results["S=1 before DeFT"] = restore(plain, lr, out / "before-deft", "S=1")
             print("\n## Photographs degraded with seed 0, 256-pixel crops\n")
             print(as_text(check(results, out / "testset" / "HR", lr, out)))
