@@ -1,23 +1,28 @@
 """Stage 'deft': the VAE decoder tuned adversarially on stage-1 outputs (Sec. III-C, CCSR).
 
-Everything but `vae.decoder` is frozen. The decoder's input is x0_from_T, the one-step result, which serves any number
+Everything but the decoder is frozen. The decoder's input is x0_from_T, the one-step result, which serves any number
 of steps: later steps' latents are of the same kind.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ccsr.adversary import ADVERSARIES
 from ccsr.losses import adaptive_weight, adversarial_weight, discriminator_hinge, generator_adversarial
 from ccsr.nuts import Nuts
-from ccsr.patchgan import PatchGAN
+from consissr.checkpoint import find_model
 from consissr.errors import UserError
-from consissr.models.folder import save_model
+from consissr.evaluation.learned import lpips_network
+from consissr.models.latents import Latents, load_latents, same_encoder, save_decoder, save_latents
+from consissr.models.narrow import narrow_decoder
 from consissr.train_config import TrainConfig
+from consissr.training.restoration import Parts
 from consissr.training.stage import EXPORT, Batch, Phase
 
 
@@ -26,48 +31,90 @@ class Deft:
 
     needs_lq = True
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        parts: Parts | None = None,
+        adversary: nn.Module | None = None,
+        lpips: nn.Module | None = None,
+    ) -> None:
+        """Without `parts`, the trained model is `init`'s, and the other networks are found as the config says."""
         if not config.init:
             raise UserError("stage 'deft' tunes the decoder of a trained model: give init=MODEL_FOLDER (stage 'nuts')")
         self.config = config.deft
-        self.first = Nuts(config)
-        self.latents = self.first.latents
-        self.discriminator = PatchGAN(config.deft.discriminator_width)
-        self.networks = nn.ModuleDict({"first": self.first.networks, "discriminator": self.discriminator})
-        self.hot = [*self.first.hot, self.latents.vae.decoder, self.discriminator]
-        self.buffers: dict[str, Tensor] = {}
+        self.first = Nuts(config, parts)
+        self.latents, self.decoder_only = self.first.latents, True
+        if parts is None:
+            self.go_on(find_model(config.init) / "vae")
+        if config.deft.decoder_width != 1:
+            self.take(narrow_decoder(self.latents, config.deft.decoder_width))
+            self.decoder_only = False
+        self.adversary = adversary or ADVERSARIES[config.deft.discriminator](config.deft)
+        self.networks = nn.ModuleDict({"first": self.first.networks, "adversary": self.adversary})
+        self.lpips = lpips
+        if lpips is None and config.deft.perceptual == "lpips":
+            self.lpips = lpips_network(Path(config.deft.weights) if config.deft.weights else None)
+        if self.lpips is not None:
+            self.networks["lpips"] = self.lpips
+        self.hot = [*self.first.hot, self.latents.vae.decoder]
+        if config.deft.discriminator == "patchgan":
+            self.hot.append(self.adversary)
         decoder = dict(self.latents.vae.decoder.named_parameters())
         if self.latents.linear is not None:
             decoder["synthesis"] = self.latents.linear.synthesis.weight
+        if config.deft.post_quant_conv:
+            convolution = self.latents.vae.post_quant_conv.named_parameters()
+            decoder |= {f"post_quant_conv.{name}": parameter for name, parameter in convolution}
+        learned = dict(self.adversary.learned.named_parameters())
         self.phases = [
             Phase("decoder", decoder, self.decoder_loss, config.optimizer),
-            Phase(
-                "discriminator",
-                dict(self.discriminator.named_parameters()),
-                self.discriminator_loss,
-                config.deft.optimizer,
-            ),
+            Phase("discriminator", learned, self.discriminator_loss, config.deft.optimizer),
         ]
+
+    @classmethod
+    def untrained(cls, config: TrainConfig, parts: Parts) -> Deft:
+        """The stage with `parts` and, on the meta device, all other networks of the right sizes (dry runs)."""
+        with torch.device("meta"):
+            lpips = UntrainedLpips() if config.deft.perceptual == "lpips" else None
+            adversary = ADVERSARIES[config.deft.discriminator](config.deft, untrained=True)
+        return cls(config, parts, adversary, lpips)
+
+    def go_on(self, tuned: Path) -> None:
+        """Start from the decoder of a vae/ folder, if there is one."""
+        base = self.latents
+        if tuned.is_dir():
+            self.take(load_latents(tuned, base))
+            self.decoder_only = same_encoder(self.latents, base)
+
+    def take(self, latents: Latents) -> None:
+        """Work with another autoencoder."""
+        self.latents = self.first.latents = self.first.networks["latents"] = latents
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The discriminator's spectral norm vectors."""
+        return dict(self.adversary.learned.named_buffers())
 
     def prepare(self, batch: Batch) -> None:
         """x0_from_T of the frozen first stage."""
         self.first.prepare(batch)
         batch.cache["x0_T"] = self.first.one_step(batch)
+        self.adversary.prepare(batch)
 
     def decoder_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Pixel loss + perceptual loss + adversarial loss, the last scaled to the others' gradient if `adaptive`."""
         c = self.config
         image = self.latents.decode(batch.cache["x0_T"]).float()  # (B, 3, S, S)
+        image = image.clamp(-1, 1) if c.clamp else image
         batch.cache["image"] = image.detach()
+        view = self.adversary.view(batch)
+        logits, features = self.adversary(image, batch, view)
         pixel = F.l1_loss(image, batch.hq) if c.reconstruction == "l1" else F.mse_loss(image, batch.hq)
-        logits, features = self.discriminator(image)
-        reconstruction = pixel
         parts = {"pixel": pixel}
-        if c.perceptual == "features":
-            with torch.no_grad():
-                _, wanted = self.discriminator(batch.hq)
-            parts["features"] = feature_distance(features, wanted)
-            reconstruction = reconstruction + c.perceptual_weight * parts["features"]
+        reconstruction = pixel
+        if c.perceptual != "none":
+            parts[c.perceptual] = self.perceptual(image, batch, view, features)
+            reconstruction = reconstruction + c.perceptual_weight * parts[c.perceptual]
         parts["adversarial"] = generator_adversarial(logits)
         weight = adversarial_weight(step, c.adversarial_weight, c.adversarial_start)
         if c.adaptive and weight:
@@ -76,21 +123,53 @@ class Deft:
             weight = weight * parts["adaptive"]
         return {"loss": reconstruction + weight * parts["adversarial"], **parts}
 
+    def perceptual(self, image: Tensor, batch: Batch, view: Any, features: list[Tensor]) -> Tensor:
+        """Distance of `image` to the photographs: LPIPS, or in the discriminator's features under the same view."""
+        if self.lpips is not None:
+            return self.lpips(image, batch.hq, normalize=False).mean()
+        with torch.no_grad():
+            _, wanted = self.adversary(batch.hq, batch, view)
+        return feature_distance(features, wanted)
+
     def discriminator_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Hinge loss on photographs and on the decoder's images of this step."""
-        real, _ = self.discriminator(batch.hq)
-        fake, _ = self.discriminator(batch.cache["image"])
-        return discriminator_hinge(real, fake)
+        """Hinge loss on photographs and on the decoder's images of this step; 0 before `discriminator_start`."""
+        real, _ = self.adversary(batch.hq, batch, self.adversary.view(batch))
+        fake, _ = self.adversary(batch.cache["image"], batch, self.adversary.view(batch))
+        parts = discriminator_hinge(real, fake)
+        return parts | {"loss": parts["loss"] * (step >= self.config.discriminator_start)}
 
     def restore(self, batch: Batch) -> Tensor:
         """One-step result with the tuned decoder."""
         return self.latents.decode(batch.cache["x0_T"])
 
     def export(self, folder: Path) -> None:
-        """A model folder with the tuned autoencoder."""
-        first, denoiser = self.first, self.first.denoiser
-        dtype = EXPORT[first.config.export_precision]
-        save_model(folder, first.folder_config(), denoiser.controlnet, denoiser.unet, self.latents, dtype=dtype)
+        """The first stage's model folder, and the tuned decoder."""
+        self.first.export(folder)
+        if self.config.decoder_width != 1:
+            with open(folder / "README.md", "a") as card:
+                width = self.config.decoder_width
+                card.write(f"\nIts decoder is {width:g} times as wide: a different, faster model.\n")
+        save = save_decoder if self.decoder_only else save_latents
+        save(folder / "vae", self.latents, EXPORT[self.first.config.export_precision])
+
+
+class UntrainedLpips(nn.Module):
+    """LPIPS's VGG and its comparisons without its weights: the same memory, no meaning."""
+
+    def __init__(self) -> None:
+        from torchvision.models import vgg16
+
+        super().__init__()
+        self.layers = vgg16(weights=None).features[:30].requires_grad_(False)
+
+    def forward(self, image: Tensor, wanted: Tensor, normalize: bool = False) -> Tensor:
+        """Compares after every second convolution or third, as LPIPS does."""
+        total = image.new_zeros(())
+        for i, layer in enumerate(self.layers):
+            image, wanted = layer(image), layer(wanted)
+            if i in (3, 8, 15, 22, 29):
+                total = total + (F.normalize(image, dim=1) - F.normalize(wanted, dim=1)).square().sum(1).mean()
+        return total
 
 
 def feature_distance(features: list[Tensor], wanted: list[Tensor]) -> Tensor:

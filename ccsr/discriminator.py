@@ -7,6 +7,9 @@ low-quality image. Module names follow the release, so that its weights load as 
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,10 @@ FEATURE_BLOCKS = (2, 5, 8, 11)
 """Blocks whose outputs are judged, beside the embedded patches."""
 SHIFT, CUTOUT = 0.125, 0.2
 """Largest shift and side of the cutout, as fractions of the image's side."""
+CROP = 0.5
+"""Probability that the ViT is shown a window of its own size instead of the whole image, made smaller."""
+Window = tuple[int, int] | None
+"""Top and left of such a window; None: the whole image."""
 
 
 class ViT(nn.Module):
@@ -94,11 +101,13 @@ class SpectralConv1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, N) -> (B, out, N), circular at the ends."""
         matrix = self.weight_orig.flatten(1)
-        if self.training:
-            with torch.no_grad():
-                self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12))
-                self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
-        sigma = self.weight_u.clone() @ (matrix @ self.weight_v.clone())
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            if self.training:
+                with torch.no_grad():
+                    self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12))
+                    self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
+            sigma = self.weight_u.clone() @ (matrix @ self.weight_v.clone())
         margin = self.weight_orig.shape[2] // 2
         x = F.pad(x, (margin, margin), mode="circular") if margin else x
         return F.conv1d(x, self.weight_orig / sigma, self.bias)
@@ -158,11 +167,11 @@ class Augmentation:
     centre_y: Tensor
 
     @classmethod
-    def draw(cls, count: int, height: int, width: int, generator: torch.Generator | None = None) -> Augmentation:
-        """Uniform shifts of up to SHIFT of the side; uniform centres of the cutout."""
+    def draw(cls, generators: Sequence[torch.Generator], height: int, width: int) -> Augmentation:
+        """Uniform shifts of up to SHIFT of the side; uniform centres of the cutout. One generator per image."""
 
         def integers(low: int, high: int) -> Tensor:
-            return torch.randint(low, high, (count,), generator=generator)
+            return torch.cat([torch.randint(low, high, (1,), generator=g) for g in generators])
 
         reach, holes = [int(n * SHIFT + 0.5) for n in (height, width)], [int(n * CUTOUT + 0.5) for n in (height, width)]
         return cls(
@@ -198,12 +207,11 @@ def _between(position: Tensor, length: int) -> Tensor:
 class ProjectedDiscriminator(nn.Module):
     """Images (B,3,H,W) in [-1, 1] and a condition (B, c_dim) -> logits (B, 5 N). The ViT stays frozen."""
 
-    def __init__(self, vit: ViT, c_dim: int, crop_probability: float = 0.5) -> None:
+    def __init__(self, vit: ViT, c_dim: int) -> None:
         super().__init__()
         self.vit = vit.eval().requires_grad_(False)
         width = vit.cls_token.shape[-1]
         self.heads = nn.ModuleList(Head(width, c_dim) for _ in range(len(FEATURE_BLOCKS) + 1))
-        self.crop_probability = crop_probability
 
     def train(self, mode: bool = True) -> ProjectedDiscriminator:
         """The heads follow `mode`."""
@@ -211,27 +219,48 @@ class ProjectedDiscriminator(nn.Module):
         self.vit.eval()
         return self
 
-    def forward(self, x: Tensor, c: Tensor, augmentation: Augmentation | None = None) -> Tensor:
-        """Logits of all heads; `augmentation` None leaves images as they are."""
-        x = x if augmentation is None else augmentation(x)
-        return torch.cat([head(f, c) for head, f in zip(self.heads, self.features(x), strict=True)], dim=1)
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        augmentation: Augmentation | None = None,
+        windows: Sequence[Window] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits of all heads and the token maps they judge; None leaves images as they are."""
+        features = self.features(x if augmentation is None else augmentation(x), windows)
+        return torch.cat([head(f, c) for head, f in zip(self.heads, features, strict=True)], dim=1).float(), features
 
-    def features(self, x: Tensor) -> list[Tensor]:
+    def features(self, x: Tensor, windows: Sequence[Window] | None = None) -> list[Tensor]:
         """Token maps (B, D, N) of FEATURE_BLOCKS and of the embedded patches: patch tokens plus the class token."""
-        x = self.cropped(x / 2 + 0.5)
-        x = F.interpolate(x, size=(self.vit.side, self.vit.side), mode="area")
+        x = self.shown(x / 2 + 0.5, windows)
         mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         tokens = self.vit.tokens((x - mean) / std)
         chosen = [tokens[i + 1] for i in FEATURE_BLOCKS] + [tokens[0]]
         return [(t[:, 1:] + t[:, :1]).transpose(1, 2) for t in chosen]
 
-    def cropped(self, x: Tensor) -> Tensor:
-        """In training and with `crop_probability`, a random window of the ViT's side."""
-        side, height, width = self.vit.side, *x.shape[2:]
-        if not self.training or min(height, width) <= side or torch.rand(()) >= self.crop_probability:
-            return x
-        top, left = (int(torch.randint(length - side + 1, ())) for length in (height, width))
-        return x[:, :, top : top + side, left : left + side]
+    def shown(self, x: Tensor, windows: Sequence[Window] | None) -> Tensor:
+        """Images of the ViT's side: each image's window, or the whole image resized by areas."""
+        side = self.vit.side
+        if windows is None or not any(windows):
+            return F.interpolate(x, size=(side, side), mode="area")
+        cut = [
+            image if window is None else image[:, :, window[0] : window[0] + side, window[1] : window[1] + side]
+            for image, window in zip(x.split(1), windows, strict=True)
+        ]
+        return torch.cat([F.interpolate(image, size=(side, side), mode="area") for image in cut])
+
+
+def draw_windows(generators: Sequence[torch.Generator], height: int, width: int, side: int) -> list[Window]:
+    """For each image, with probability CROP and where it is larger, a random window of `side` pixels.
+
+    The release draws one window for a whole batch; here an image's own generator draws its own.
+    """
+    windows: list[Window] = []
+    for generator in generators:
+        crop = torch.rand((), generator=generator) < CROP
+        places = [torch.randint(max(n - side, 0) + 1, (), generator=generator) for n in (height, width)]
+        windows.append((int(places[0]), int(places[1])) if crop and min(height, width) > side else None)
+    return windows
 
 
 def build_vit(state: dict[str, Tensor], heads: int) -> ViT:
@@ -245,19 +274,45 @@ def build_vit(state: dict[str, Tensor], heads: int) -> ViT:
     return vit.eval().requires_grad_(False)
 
 
-def read_dino(path: str | Path, heads: int = 6) -> ViT:
-    """DINO or DINOv2 from .safetensors or the authors' .pth, which cannot execute anything. Raises UserError."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"DINO weights {path} do not exist: download dino_deitsmall16_pretrain.pth and name its path")
-    if path.suffix == ".safetensors":
-        state = read_weights(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+def read_dino(name: str | Path, heads: int = 6) -> ViT:
+    """DINO or DINOv2: a .safetensors file, the authors' .pth (which cannot execute anything), or timm's hub id.
+
+    Raises UserError, saying what to fetch, when it is neither here nor to be had.
+    """
+    path = find_dino(str(name))
+    state = read_weights(path) if path.suffix == ".safetensors" else load_pth(path)
     try:
         return build_vit(state, heads)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not hold a DINO ViT: {str(error).splitlines()[0]}") from error
+
+
+def load_pth(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .pth file, without executing what it may hold."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}; download it again") from error
+
+
+def find_dino(name: str) -> Path:
+    """The file of weights `name`, fetched where it is a hub id."""
+    if Path(name).is_file():
+        return Path(name)
+    reason = "there is no such file"
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).suffix == ".pth":
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(name, "model.safetensors"))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+    raise UserError(
+        f"DINO weights '{name}' cannot be had ({reason}): download dino_deitsmall16_pretrain.pth and "
+        "dinov2_vits14_pretrain.pth (or timm's model.safetensors) where there is a network, copy them here, and name "
+        "them: deft.dino=FILE deft.dino_v2=FILE"
+    )
 
 
 def condition_of(dino_v2: ViT, lq: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ def nuts_losses(
     start: str = "lq",
     losses: Sequence[str] = LOSSES,
     weights: Tensor | None = None,
+    ordinary: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The three losses of one batch (Eq. 3, CCSR): `l_diff`, `l_T`, `l_tmax`, each a mean over all elements.
 
@@ -32,8 +33,9 @@ def nuts_losses(
     like z_hq (for t, for the noisiest timestep, for t_max); t_max the timestep that x0_from_T is re-noised to.
     start: latent noised to the last timestep, `lq` (what sampling starts from) or `hq` (CCSR's release in stage 1).
     losses: those wanted; the network is evaluated for no others. weights: (C,) of the latent's channels, None for equal
-    ones (the paper). The gradient flows through x0_from_T into l_tmax. Also returned where computed, for pictures and
-    tests: `x0_T` and `x0_tmax`.
+    ones (the paper). ordinary: z_t and the noise to predict of l_diff, where they are not z_hq's at t under noises[0]
+    (ConsisSR's latent augmentation). The gradient flows through x0_from_T into l_tmax. Also returned where computed,
+    for pictures and tests: `x0_T` and `x0_tmax`.
     """
     if start not in ("lq", "hq"):
         raise UserError(f"NUTS training starts from 'lq' or 'hq', not {start!r}")
@@ -48,7 +50,8 @@ def nuts_losses(
 
     found: dict[str, Tensor] = {}
     if "l_diff" in losses:
-        found["l_diff"] = mse(denoise(schedule.add_noise(z_hq, noises[0], t), t), noises[0])
+        z_t, eps = ordinary or (schedule.add_noise(z_hq, noises[0], t), noises[0])
+        found["l_diff"] = mse(denoise(z_t, t), eps)
     if "l_T" in losses or "l_tmax" in losses:
         z_T = schedule.add_noise(z_lq if start == "lq" else z_hq, noises[1], last)
         x0_T = schedule.x0_from_eps(z_T, denoise(z_T, last), last)

@@ -18,9 +18,10 @@ from consissr.errors import UserError
 from consissr.ldm import Report, State
 from consissr.models.attention import replace_blocks
 from consissr.models.controlnet import empty_controlnet
+from consissr.models.from_ldm import read_latents, read_text, read_unet
 from consissr.models.latents import Latents
 from consissr.models.text import OpenClipText
-from consissr.released import read_controlnet, read_hint_encoder, read_latents, read_schedule, read_unet
+from consissr.released import read_controlnet, read_hint_encoder, read_schedule
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -51,9 +52,10 @@ AS_RELEASED_V2 = SamplerConfig(
 )
 """How the authors sample with v2 in two steps (one step: steps 1, t_min 0, guidance 1)."""
 
-
-AS_RELEASED_V1 = SamplerConfig(plan="nuts", steps=45, t_max=2 / 3, t_min=1 / 3, grid="linspace", start="noise")
-"""How the authors sample with v1, in 16 evaluations. Its resizing (Lanczos to multiples of 64) is not reproduced."""
+AS_RELEASED_V1 = SamplerConfig(
+    plan="nuts", steps=45, t_max=2 / 3, t_min=1 / 3, grid="linspace", start="noise", geometry="ccsr_v1"
+)
+"""How the authors sample with v1, in 16 evaluations."""
 
 
 @dataclass
@@ -195,25 +197,3 @@ def split_first(state: State) -> State:
     on_latent, on_hint = weight.chunk(2, dim=1)
     hint = {"input_hint_block.0.weight": on_hint, "input_hint_block.0.bias": on_hint.new_zeros(weight.shape[0])}
     return state | hint | {"input_blocks.0.0.weight": on_latent}
-
-
-def read_text(state: State, report: Report) -> OpenClipText | None:
-    """The text tower, where the file has one."""
-    if not state:
-        return None
-    from open_clip.transformer import TextTransformer
-
-    unused = [name for name in ("logit_scale", "attn_mask") if state.pop(name, None) is not None]
-    report.ignored["CLIP's temperature and mask"] = unused
-    length, width = ldm.require(state, "positional_embedding").shape
-    with torch.device("meta"):
-        tower = TextTransformer(
-            length,
-            ldm.require(state, "token_embedding.weight").shape[0],
-            width,
-            heads=max(width // 64, 1),
-            layers=ldm.indices(state, "transformer.resblocks"),
-            output_dim=ldm.require(state, "text_projection").shape[1],
-        )
-    ldm.load_strict(tower, state, "text", report)
-    return OpenClipText(tower).eval()

@@ -4,7 +4,7 @@
     controlnet/                 diffusers' layout, with our hint and additions
     unet_adapter.safetensors    only what was added to the base's UNet, or trained in it
     image_encoder/              CLIP image tower and adapter, where the model has an image prompt
-    vae/                        where the decoder was tuned
+    vae/                        where the decoder was tuned: the decoder, or a whole autoencoder (converted releases)
     README.md                   model card
 
 The base model is named in config.yaml, never copied. All weights are safetensors, loaded strictly.

@@ -4,6 +4,7 @@ Both functions take NCHW tensors in one common range, whatever it is, and do not
 the arrays that the authors' code produces (StableSR's colour fix, which both papers use).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,13 +17,20 @@ def adain(content: Tensor, style: Tensor) -> Tensor:
 
     The 1e-5 is meant for images in [0, 1]; on [-1, 1] it is a quarter of that, which no 8-bit image shows.
     """
-    # a single pixel has no variance: it takes the colour of `style`
-    correction = min(1, content[0, 0].numel() - 1, style[0, 0].numel() - 1)
-    content_std, style_std = (
-        (x.var((2, 3), keepdim=True, correction=correction) + _EPSILON).sqrt() for x in (content, style)
-    )
-    normalised = (content - content.mean((2, 3), keepdim=True)) / content_std
-    return normalised * style_std + style.mean((2, 3), keepdim=True)
+    return adain_(content.clone(), *moments(style))
+
+
+def adain_(content: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """The same in place, with the style's `moments`."""
+    own_mean, own_variance = moments(content)
+    std, own_std = ((x + _EPSILON).sqrt() for x in (variance, own_variance))
+    return content.sub_(own_mean).div_(own_std).mul_(std).add_(mean)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (unbiased; 0 for a single pixel) per image and channel, each (B,C,1,1)."""
+    variance, mean = torch.var_mean(x, (2, 3), keepdim=True, correction=min(1, x[0, 0].numel() - 1))
+    return mean, variance
 
 
 def wavelet(content: Tensor, style: Tensor) -> Tensor:

@@ -45,6 +45,9 @@ class ModelConfig:
     unet_trained: list[str] = field(default_factory=list)
     """Parts of the base's UNet (prefixes of names) that are trained and stored with the ControlNet ("we first finetune
     the pre-trained SD", Sec. IV-A, CCSR); empty: the UNet stays as it is (both releases)."""
+    residual: float = 0.0
+    """Read the network's output as v of (z_hq - z_lq) / residual, the standard deviation of that difference, so that
+    restoring starts from z_lq (`nano`: a small network copies it badly); 0: as v of z_hq (both papers)."""
     transposed_attention: bool = False
     """Channel-wise self-attention after the spatial one (Sec. 3.3, ConsisSR)."""
     image_prompt: str = "none"
@@ -53,11 +56,17 @@ class ModelConfig:
     """Keys and values of the HPA image branch: 'shared' with the text's (paper) or 'separate' (as released)."""
     image_tokens: str = "pooled"
     """Image tokens: 'pooled' (one, as released) or 'patches' (one per CLIP patch)."""
+    image_encoder: str = "base"
+    """Where a new image branch takes CLIP's image tower from: 'base' (image_encoder/ of the base's folder), a folder
+    with image_encoder/ (a run of stage 'rclip'), or 'open_clip:NAME/TAG' or '/FILE' (open_clip's weights by tag or as
+    a file; SD2.1's tower is open_clip:ViT-H-14/laion2b_s32b_b79k)."""
     adapter_init: str = "default"
     """Initial last layer of the image adapter: 'default' or 'as_released' (zero, which blocks all gradients)."""
 
     def __post_init__(self) -> None:
         check_word(self.hint, ("conv", "stack"), "model.hint")
+        if self.residual < 0:
+            raise UserError(f"model.residual is {self.residual}: use a standard deviation, or 0 to turn it off")
         check_word(self.image_prompt, ("none", "hpa", "hpa_separate", "ip_adapter"), "model.image_prompt")
         check_word(self.image_kv, ("shared", "separate"), "model.image_kv")
         check_word(self.image_tokens, ("pooled", "patches"), "model.image_tokens")
@@ -97,7 +106,7 @@ class SamplerConfig:
     posterior_rows: int = 1
     """Under guidance: 1 posterior sample for both halves, or 2 (CCSR v2 as released)."""
     geometry: str = "pad"
-    """Size rules: 'pad' (ours: exact scale, reflection), 'ccsr' or 'consissr' (as released)."""
+    """Size rules: 'pad' (ours: exact scale, reflection), or as released 'ccsr' (v2), 'ccsr_v1' or 'consissr'."""
     color_fix: str = "adain"
     """Colour transfer from the LQ image: 'adain', 'wavelet' or 'none'."""
     tile: int = -1
@@ -117,7 +126,7 @@ class SamplerConfig:
         check_word(self.start, ("lq", "noise"), "sampler.start")
         check_word(self.first_prompt, ("guided", "positive", "negative"), "sampler.first_prompt")
         check_word(self.posterior, ("mode", "sample"), "sampler.posterior")
-        check_word(self.geometry, ("pad", "ccsr", "consissr"), "sampler.geometry")
+        check_word(self.geometry, ("pad", "ccsr", "ccsr_v1", "consissr"), "sampler.geometry")
         check_word(self.color_fix, ("adain", "wavelet", "none"), "sampler.color_fix")
         check_word(self.tile_weights, ("symmetric", "as_released"), "sampler.tile_weights")
         check_word(self.vae_tiling, ("exact", "windowed", "as_released"), "sampler.vae_tiling")

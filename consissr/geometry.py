@@ -3,6 +3,7 @@
 `pad`       ours: bicubic to exactly floor(scale side + 0.5), reflection up to the networks' multiple, cropped back.
 `ccsr`      CCSR v2's test script: short side raised to 512, sides floored to multiples of 8 (slightly distorted),
             colours transferred in 8 bits, bicubic to the final size.
+`ccsr_v1`   CCSR v1's: as ConsisSR's, but instead of padding a Lanczos resize down to multiples of 64.
 `consissr`  ConsisSR's: upscaled, short side raised to 512, zeros up to multiples of 64, Lanczos to the final size.
 
 The released rules work on 8-bit images as the authors' code does, with Pillow. All tensors are (B,3,H,W) in [-1, 1].
@@ -10,6 +11,7 @@ The released rules work on 8-bit images as the authors' code does, with Pillow. 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil
 
@@ -28,14 +30,30 @@ RELEASED_SHORT_SIDE = 512
 
 @dataclass
 class Prepared:
-    """One image on its way."""
+    """One image on its way. Its enlarged form is made anew where it is needed: a large one need not stay in memory."""
 
-    x: Tensor
-    """The network's input (1,3,H,W)."""
+    make: Callable[[slice], Tensor]
+    """Makes some channels of the network's input (1,C,H,W)."""
+    shape: tuple[int, int]
+    """Height and width of the network's input."""
     size: tuple[int, int]
     """Height and width of the result."""
     upscaled: tuple[int, int]
-    """Height and width of the part of x that is not padding."""
+    """Height and width of the part of the input that is not padding."""
+
+    @property
+    def x(self) -> Tensor:
+        """The network's input (1,3,H,W)."""
+        return self.make(slice(None))
+
+    def channels(self) -> Iterable[Tensor]:
+        """The channels of `x`, one after the other."""
+        return (self.make(slice(i, i + 1)) for i in range(3))
+
+    @classmethod
+    def of(cls, x: Tensor, size: tuple[int, int], upscaled: tuple[int, int]) -> Prepared:
+        """An input that is at hand."""
+        return cls(lambda channels: x[:, channels], tuple(x.shape[2:]), size, upscaled)
 
 
 def prepare(
@@ -56,17 +74,21 @@ def prepare(
     if longest is not None:
         scale = longest / max(height, width)
     if rule == "pad":
-        return Prepared(pad_to_multiple(resize(image, size), multiple), size, size)
+        padded = tuple(-(-side // multiple) * multiple for side in size)
+        return Prepared(lambda part: pad_to_multiple(resize(image[:, part], size), multiple), padded, size, size)
     if rule == "ccsr":
         x = to_tensor(ccsr_input(to_pil(image), scale, short_side))
-        return Prepared(x, size, tuple(x.shape[2:]))
+        return Prepared.of(x, size, tuple(x.shape[2:]))
     lq = to_pil(image)
     lq = lq.resize((ceil(lq.width * scale), ceil(lq.height * scale)), Image.Resampling.BICUBIC) if scale != 1 else lq
     raised = raise_short_side(lq, short_side)
+    if rule == "ccsr_v1":
+        x = to_tensor(raised.resize((raised.width // 64 * 64, raised.height // 64 * 64), Image.Resampling.LANCZOS))
+        return Prepared.of(x, (lq.height, lq.width), tuple(x.shape[2:]))
     x = to_tensor(raised)
     bottom, right = -x.shape[2] % 64, -x.shape[3] % 64
     x = torch.nn.functional.pad(x, (0, right, 0, bottom), value=-1.0)
-    return Prepared(x, (lq.height, lq.width), (raised.height, raised.width))
+    return Prepared.of(x, (lq.height, lq.width), (raised.height, raised.width))
 
 
 def finish(prepared: Prepared, y: Tensor, rule: str, color_fix: str) -> Tensor:
@@ -76,25 +98,30 @@ def finish(prepared: Prepared, y: Tensor, rule: str, color_fix: str) -> Tensor:
     """
     y = y.div_(2).add_(0.5)
     if rule == "pad":
-        y = transfer(crop(y, prepared.upscaled), crop(prepared.x, prepared.upscaled), color_fix)
+        style = (crop(channel, prepared.upscaled) for channel in prepared.channels())
+        y = transfer(crop(y, prepared.upscaled), style, color_fix)
         return y.mul_(2).sub_(1).clamp_(-1, 1)
     if rule == "ccsr":
         y = y.clamp_(0, 1).mul_(255).round_().div_(255)
-        y = truncated(transfer(y, prepared.x, color_fix)) if color_fix != "none" else y * 2 - 1
+        y = truncated(transfer(y, prepared.channels(), color_fix)) if color_fix != "none" else y * 2 - 1
         return to_tensor(to_pil(y).resize(prepared.size[::-1], Image.Resampling.BICUBIC))
-    y = crop(truncated(transfer(y, prepared.x, color_fix)), prepared.upscaled)
+    y = crop(truncated(transfer(y, prepared.channels(), color_fix)), prepared.upscaled)
     return to_tensor(to_pil(y).resize(prepared.size[::-1], Image.Resampling.LANCZOS))
 
 
-def transfer(content: Tensor, style: Tensor, color_fix: str) -> Tensor:
-    """Colours of `style` in [-1, 1] for `content` in [0, 1], in place, by 'adain', 'wavelet' or 'none'.
+def transfer(content: Tensor, style: Iterable[Tensor], color_fix: str) -> Tensor:
+    """Colours of `style` in [-1, 1] for `content` (B,3,H,W) in [0, 1], in place, by 'adain', 'wavelet' or 'none'.
 
-    Channel by channel, which is the same and takes less memory.
+    `style`: its channels (B,1,H,W) in order. Working on one at a time is the same and takes less memory.
     """
-    if color_fix != "none":
-        fix = {"adain": color.adain, "wavelet": color.wavelet}[color_fix]
-        for one, like in zip(content.split(1, dim=1), style.split(1, dim=1), strict=True):
-            one.copy_(fix(one, like / 2 + 0.5))
+    if color_fix == "none":
+        return content
+    for one, like in zip(content.split(1, dim=1), style, strict=True):
+        if color_fix == "adain":
+            mean, variance = color.moments(like)
+            color.adain_(one, mean / 2 + 0.5, variance / 4)
+        else:
+            one.copy_(color.wavelet(one, like / 2 + 0.5))
     return content
 
 

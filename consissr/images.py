@@ -28,6 +28,7 @@ from consissr.errors import UserError
 from consissr.formats import Form
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
+_STRIP = 256  # rows that are resized at once
 _EXIF_LIMIT_JPEG = 65533  # bytes of one JPEG segment
 
 
@@ -139,12 +140,23 @@ def resize(x: Tensor, size: tuple[int, int], limits: tuple[float, float] | None 
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     planes = x.detach().to("cpu", torch.float32).reshape(-1, *x.shape[-2:])
-    for shape in ((size[1], x.shape[-2]), (size[1], size[0])):
-        images = [Image.fromarray(plane.numpy()).resize(shape, Image.Resampling.BICUBIC) for plane in planes]
-        planes = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-        if limits is not None:
-            planes = planes.clamp_(*limits)
-    return planes.reshape(*x.shape[:-2], *size).to(x)
+    result = torch.empty(len(planes), *size)
+    for plane, resized in zip(planes, result, strict=True):
+        wide = _bicubic(plane, (size[1], x.shape[-2]), (0, 0, x.shape[-1], x.shape[-2]), limits)
+        for top in range(0, size[0], _STRIP):  # Pillow needs several times the memory of what it makes
+            bottom = min(top + _STRIP, size[0])
+            rows = (0, top * x.shape[-2] / size[0], size[1], bottom * x.shape[-2] / size[0])
+            resized[top:bottom] = _bicubic(wide, (size[1], bottom - top), rows, limits)
+    return result.reshape(*x.shape[:-2], *size).to(x)
+
+
+def _bicubic(
+    plane: Tensor, shape: tuple[int, int], box: tuple[float, ...], limits: tuple[float, float] | None
+) -> Tensor:
+    """The part `box` (left, top, right, bottom) of a plane (H, W), resized to `shape` (width, height) and clamped."""
+    image = Image.fromarray(plane.numpy()).resize(shape, Image.Resampling.BICUBIC, box=box)
+    resized = torch.from_numpy(np.array(image))
+    return resized if limits is None else resized.clamp_(*limits)
 
 
 def pad_to_multiple(x: Tensor, multiple: int, minimum: int = 1) -> Tensor:
@@ -223,16 +235,22 @@ def _swapped(arguments: str | tuple) -> str | tuple:
 
 
 def _quantised(photo: Photo) -> np.ndarray:
-    """Photo -> (H, W, C) uint8 or uint16, rounded to the nearest; grey as luma; alpha last."""
+    """Photo -> (H, W, C) uint8 or uint16, rounded to the nearest; grey as luma; alpha last.
+
+    Channel by channel, because large images in several float copies are what memory would run out for.
+    """
     pixels = photo.pixels.detach().to("cpu", torch.float32)
     if photo.form.grey:
-        pixels = (pixels * torch.tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True)
-    values = (pixels.clamp(-1, 1) + 1) / 2
-    if photo.form.alpha:
-        values = torch.cat([values, photo.alpha.detach().to("cpu", torch.float32).clamp(0, 1)])
+        pixels = sum(plane * share for plane, share in zip(pixels, _LUMA, strict=True))[None]
     top = 2**photo.form.bits - 1
-    samples = (values * top).round().permute(1, 2, 0).contiguous().numpy()
-    return samples.astype(np.uint8 if photo.form.bits == 8 else np.uint16)
+    kind = np.uint8 if photo.form.bits == 8 else np.uint16
+    samples = np.empty((*pixels.shape[1:], len(pixels) + photo.form.alpha), kind)
+    for i, plane in enumerate(pixels):
+        samples[..., i] = plane.clamp(-1, 1).add_(1).div_(2).mul_(top).round_().numpy()
+    if photo.form.alpha:
+        alpha = photo.alpha[0].detach().to("cpu", torch.float32)
+        samples[..., -1] = alpha.clamp(0, 1).mul_(top).round_().numpy()
+    return samples
 
 
 def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:

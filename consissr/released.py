@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
@@ -16,8 +15,8 @@ from consissr.config import ModelConfig, SamplerConfig
 from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
 from consissr.ldm import Report, State
-from consissr.models.attention import replace_blocks
 from consissr.models.controlnet import empty_controlnet
+from consissr.models.from_ldm import read_latents, read_unet, take_schedule
 from consissr.models.image_prompt import Adapter, ImagePrompt
 from consissr.models.latents import Latents
 from consissr.models.text import OpenClipText
@@ -25,24 +24,6 @@ from consissr.models.text import OpenClipText
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
     from open_clip import CLIP
-
-SCHEDULE = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-    "logvar",
-    "lvlb_weights",
-)
-"""Tables that the authors' files carry and that follow from the noise schedule."""
 
 ADAPTER = {"0": "norm", "1": "linear_1", "4": "linear_2", "6": "linear_3"}
 """The release's layer numbers of the image adapter."""
@@ -127,62 +108,13 @@ def read(source: str | Path | State, clip: dict[str, Any] | None = None) -> Rele
 
 def read_schedule(state: State, report: Report) -> Tensor:
     """alpha_bar, float64 [T], after checking that it is the one the file was trained with; removes the tables."""
-    tables = {name: state.pop(name) for name in SCHEDULE if name in state}
-    report.ignored["tables of the noise schedule"] = list(tables)
-    known = alpha_bar()
-    stored = tables.get("alphas_cumprod")
+    stored, known = take_schedule(state, report), alpha_bar()
     if stored is not None and (stored.shape != known.shape or (stored.double() - known).abs().max() > 1e-6):
         raise UserError("the checkpoint was trained with another noise schedule than Stable Diffusion's")
     return known
 
 
-def read_unet(
-    state: State, report: Report, heads: Sequence[int] | None = None
-) -> tuple[UNet2DConditionModel, ModelConfig]:
-    """The UNet with ConsisSR's additions where the weights have them, and what those are; `heads`: per level."""
-    from diffusers import UNet2DConditionModel
-
-    _, levels = ldm.encoder_pairs(state)
-    config = ldm.network_config(state, levels, heads)
-    config["out_channels"] = ldm.require(state, "out.2.weight").shape[0]
-    config["up_block_types"] = tuple(kind.replace("Down", "Up") for kind in reversed(config["down_block_types"]))
-    model = additions(state, levels)
-    if model.position_embedding:
-        config["sample_size"] = model.position_embedding
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**config)
-        replace_blocks(unet, model)
-    ldm.load_strict(unet, unet_names(state), "unet", report)
-    return unet.eval(), model
-
-
-def unet_names(state: State) -> State:
-    """A UNet's weights under diffusers' names and ours."""
-    pairs, levels = ldm.encoder_pairs(state)
-    return ldm.rename(state, pairs | ldm.decoder_pairs(state, levels), ldm.RESNET)
-
-
-def additions(state: State, levels: list[ldm.Level]) -> ModelConfig:
-    """Which of ConsisSR's additions a UNet's weights have."""
-    depth, level = next((i, level) for i, level in enumerate(levels) if level.transformer)
-    block = f"{level.transformer}.transformer_blocks.0"
-    positions = state.get(f"{block}.attn1.position_emb")
-    side = 0 if positions is None else isqrt(positions.shape[0])
-    hpa = f"{block}.attn2.to_out_ip.0.weight" in state
-    return ModelConfig(
-        hint="stack",
-        position_embedding=side * 2**depth,
-        transposed_attention=f"{block}.attnT.to_qkv.weight" in state,
-        image_prompt="hpa" if hpa else "none",
-        image_kv="separate" if f"{block}.attn2.to_v_ip.weight" in state else "shared",
-        image_tokens="pooled",
-        adapter_init="as_released",
-    )
-
-
-def read_controlnet(
-    state: State, unet: UNet2DConditionModel, model: ModelConfig, report: Report
-) -> ControlNetModel:
+def read_controlnet(state: State, unet: UNet2DConditionModel, model: ModelConfig, report: Report) -> ControlNetModel:
     """The ControlNet of the same sizes as `unet`."""
     from diffusers import ControlNetModel
 
@@ -203,16 +135,6 @@ def controlnet_names(state: State) -> State:
     for index in range(ldm.indices(state, "zero_convs")):
         pairs[f"zero_convs.{index}.0"] = f"controlnet_down_blocks.{index}"
     return ldm.rename(state, pairs, ldm.RESNET)
-
-
-def read_latents(state: State, report: Report, part: str = "vae") -> Latents:
-    """The autoencoder."""
-    from diffusers import AutoencoderKL
-
-    with torch.device("meta"):
-        vae = AutoencoderKL(**ldm.vae_config(state))
-    ldm.load_strict(vae, ldm.vae_names(state), part, report)
-    return Latents(vae.eval())
 
 
 def read_hint_encoder(state: State, latents: Latents, report: Report) -> Latents:

@@ -15,24 +15,26 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from consissr import checkpoint, images
+from consissr import images
 from consissr.config import SamplerConfig, nearest
 from consissr.diffusion.plans import Step, check_plan, ddpm_plan
 from consissr.diffusion.sampler import Draw, sample, seeded_draw, start_latent
-from consissr.diffusion.schedule import Schedule, alpha_bar
+from consissr.diffusion.schedule import Schedule
 from consissr.diffusion.tiling import TiledDenoiser
 from consissr.errors import UserError
-from consissr.geometry import finish, prepare
+from consissr.geometry import Prepared, finish, prepare
+from consissr.loading import load_parts
 from consissr.memory import Tiles, choose_tiles, is_out_of_memory, total_memory
-from consissr.models.base import load_base
-from consissr.models.denoiser import Condition, Denoiser, guided
-from consissr.models.folder import load_controlnet, load_image_prompt, load_prompts, load_unet_additions
-from consissr.models.latents import Latents, load_latents
+from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
+from consissr.models.inference import for_inference
+from consissr.models.latents import Latents
 from consissr.models.vae_tiling import TiledLatents
 
 log = logging.getLogger(__name__)
 
 Images = Image | list[Image] | Tensor
+Inputs = Tensor | Sequence[Prepared]
+"""Prepared images: their pixels (B,3,H,W), or what makes these when they are needed."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,7 +43,8 @@ class Restorer:
 
     latents: the autoencoder; denoiser: UNet and ControlNet; prompts: a text encoder, or embeddings (1,L,D) by prompt;
     image_prompt: image -> tokens, where the model has an image branch; hint_latents: the encoder of the ControlNet's
-    hint, where it is another than `latents`; sampler: the default settings.
+    hint, where it is another than `latents`; sampler: the default settings; soft_prompt: image -> tokens after the
+    prompt's.
     """
 
     def __init__(
@@ -55,7 +58,9 @@ class Restorer:
         hint_latents: Latents | None = None,
         device: str | torch.device = "cpu",
         precision: str = "fp32",
+        soft_prompt: SoftPrompt | None = None,
     ) -> None:
+        self.soft_prompt = soft_prompt
         self.schedule, self.sampler = schedule, sampler or SamplerConfig()
         self.prompts = prompts if isinstance(prompts, dict) else self.encode_prompts(prompts)
         self.device, self.dtype = torch.device(device), PRECISIONS[precision]
@@ -63,6 +68,7 @@ class Restorer:
         self.image_prompt, self.hint_latents = image_prompt, hint_latents or latents
         for network in self.networks():
             network.eval().requires_grad_(False).to(self.device, self.dtype)
+            for_inference(network)
         self.multiple = latents.factor * 2 ** (len(denoiser.unet.config.block_out_channels) - 1)
         """What the sides of the network's input are multiples of, in pixels."""
 
@@ -122,19 +128,18 @@ class Restorer:
         results: dict[int, Tensor] = {}
         for batch in equal_sizes([lq.shape for lq in lqs], batch_size):
             jobs = [prepare(lqs[i], scale, config.geometry, self.multiple, longest) for i in batch]
-            x = torch.cat([job.x for job in jobs]) if len(jobs) > 1 else jobs[0].x
-            y = self.restore_tensor(x, [keys[i] for i in batch], seed, repeat, config, steps, on_step=on_step)
+            y = self.restore_tensor(jobs, [keys[i] for i in batch], seed, repeat, config, steps, on_step=on_step)
             for i, job, image in zip(batch, jobs, y.split(1), strict=True):
                 results[i] = finish(job, image, config.geometry, config.color_fix)
 
         if isinstance(inputs, Tensor):
-            return torch.cat([results[i] for i in range(len(lqs))]) if len(lqs) > 1 else results[0]
+            return stacked([results[i] for i in range(len(lqs))])
         restored = [images.to_pil(restored_photo(photo, results[i][0])) for i, photo in enumerate(photos)]
         return restored[0] if isinstance(inputs, Image) else restored
 
     def restore_tensor(
         self,
-        x: Tensor,
+        x: Inputs,
         keys: Sequence[str | int],
         seed: int = 0,
         repeat: int = 0,
@@ -150,7 +155,8 @@ class Restorer:
         the batch is split, then tiles are halved; what has NaN runs again in float32. Never returns NaN.
         """
         config = config or self.sampler
-        plan, tiles = self.plan(config, plan), tiles or self.tiles(config, tuple(x.shape[2:]), len(x))
+        height, width = x.shape[2:] if isinstance(x, Tensor) else x[0].shape
+        plan, tiles = self.plan(config, plan), tiles or self.tiles(config, (height, width), len(x))
         rest = {"config": config, "plan": plan, "on_step": on_step}
         y = self.attempt(x, draw or seeded_draw(seed, keys, repeat), tiles=tiles, **rest)
         if y is None and len(x) > 1 and draw is None:
@@ -159,7 +165,7 @@ class Restorer:
             parts = [(x[:half], keys[:half]), (x[half:], keys[half:])]
             return torch.cat([self.restore_tensor(*part, seed, repeat, tiles=tiles, **rest) for part in parts])
         if y is None:
-            tiles = tiles.smaller(x.shape[2] // self.latents.factor, x.shape[3] // self.latents.factor)
+            tiles = tiles.smaller(height // self.latents.factor, width // self.latents.factor)
             if tiles is None:
                 raise UserError(f"{keys[0]}: out of memory even in the smallest tiles; use another device or precision")
             log.warning("out of memory: trying %s", tiles)
@@ -169,7 +175,7 @@ class Restorer:
             y[bad] = self.in_float32(x, keys, seed, repeat, draw=draw, tiles=tiles, bad=bad, **rest)[bad]
         return y
 
-    def in_float32(self, x: Tensor, keys: Sequence[str | int], *arguments, bad: Tensor, **rest) -> Tensor:
+    def in_float32(self, x: Inputs, keys: Sequence[str | int], *arguments, bad: Tensor, **rest) -> Tensor:
         """Another attempt with float32 weights; UserError if they are that already."""
         names = ", ".join(str(key) for key, is_bad in zip(keys, bad.tolist(), strict=True) if is_bad)
         if self.dtype == torch.float32:
@@ -185,13 +191,13 @@ class Restorer:
             for network in self.networks():
                 network.to(usual)
 
-    def attempt(self, x: Tensor, draw: Draw, tiles: Tiles, **rest) -> Tensor | None:
+    @torch.no_grad()
+    def attempt(self, x: Inputs, draw: Draw, tiles: Tiles, **rest) -> Tensor | None:
         """Decoded images (B,3,H,W), float32 on the CPU, or None if memory ran out."""
         try:
             latents = self.tiled_latents(tiles, rest["config"])
-            z = self.restore_latent(x.to(self.device, self.dtype), draw, tiles=tiles, latents=latents, **rest)
-            with torch.no_grad():
-                return latents.decode(z.to(self.dtype)).float().cpu()
+            restored = self.restore_latent(x, draw, tiles=tiles, latents=latents, **rest)
+            return latents.decode(restored.to(self.dtype)).float().cpu()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -202,7 +208,7 @@ class Restorer:
     @torch.no_grad()
     def restore_latent(
         self,
-        x: Tensor,
+        x: Inputs,
         draw: Draw,
         config: SamplerConfig,
         plan: Sequence[Step],
@@ -210,22 +216,11 @@ class Restorer:
         latents: Latents,
         on_step: Callable | None = None,
     ) -> Tensor:
-        """Images (B,3,H,W) on the model's device -> restored latents (B,C,h,w), float32."""
-        twice = config.posterior_rows == 2 and config.posterior == "sample" and config.guidance != 1
-        names = ("posterior", "posterior_positive") if twice else ("posterior",)
-        mean, logvar = (part.float() for part in latents.moments(x.repeat(len(names), 1, 1, 1)))
-        if config.posterior == "sample":
-            shape = (len(x), *mean.shape[1:])
-            mean = mean + torch.exp(0.5 * logvar) * torch.cat([draw(name, shape) for name in names]).to(mean)
-        z, z_positive = (mean * latents.scale).split(len(x)) if twice else 2 * [mean * latents.scale]
-        hint, hint_positive = z, z_positive
-        if self.hint_latents is not self.latents:
-            hint = hint_positive = self.hint_latents.encode(x).float()
-        tokens = None if self.image_prompt is None else self.image_prompt.encode(x)
-        positive = Condition(self.prompt(config.positive, x), hint_positive, tokens)
-        negative, denoiser = None, self.denoiser
-        if config.guidance != 1:
-            negative = Condition(self.prompt(config.negative, x), hint, tokens)
+        """Prepared images -> restored latents (B,C,h,w), float32, on the model's device."""
+        own_hint = self.hint_latents is not self.latents
+        hint_latents = self.tiled_latents(tiles, config, self.hint_latents) if own_hint else None
+        z, positive, negative = self.conditions(x, draw, config, latents, hint_latents)
+        denoiser = self.denoiser
         if tiles.diffusion:
             together = 1 if self.device.type == "cpu" else 4  # batches save time on accelerators only
             denoiser = TiledDenoiser(denoiser, tiles.diffusion, tiles.stride, config.tile_weights, together)
@@ -233,9 +228,33 @@ class Restorer:
         denoise, first = guided(denoiser, positive, negative, config.guidance), None
         if negative is not None and config.first_prompt != "guided" and plan[0].kind != "step":
             text = negative.text if config.first_prompt == "negative" else positive.text
-            first = guided(denoiser, replace(negative, text=text))
+            first = guided(denoiser, negative.changed(text=text))
         start = start_latent(config.start, z, self.schedule, draw)
         return sample(denoise, plan, start, self.schedule, draw, first, on_step)
+
+    def conditions(
+        self, x: Inputs, draw: Draw, config: SamplerConfig, latents: Latents, hint_latents: Latents | None
+    ) -> tuple[Tensor, Condition, Condition | None]:
+        """z_lq (B,C,h,w) of prepared images, and what the networks are told: (z_lq, positive, negative if used)."""
+        x = (x if isinstance(x, Tensor) else stacked([job.x for job in x])).to(self.device, self.dtype)
+        twice = config.posterior_rows == 2 and config.posterior == "sample" and config.guidance != 1
+        names = ("posterior", "posterior_positive") if twice else ("posterior",)
+        # One pass could serve both samples, but its rounding is not that of the release's batch of two.
+        mean, logvar = (part.float() for part in latents.moments(x.repeat(2, 1, 1, 1) if twice else x))
+        if config.posterior == "sample":
+            shape = (len(x), *mean.shape[1:])
+            mean = mean + torch.exp(0.5 * logvar) * torch.cat([draw(name, shape) for name in names]).to(mean)
+        z, z_positive = (mean * latents.scale).split(len(x)) if twice else 2 * [mean * latents.scale]
+        hint, hint_positive = z, z_positive
+        if hint_latents is not None:
+            hint = hint_positive = hint_latents.encode(x).float()
+        tokens = None if self.image_prompt is None else self.image_prompt.encode(x)
+        soft = None if self.soft_prompt is None else self.soft_prompt.encode(x)
+        positive = Condition(self.prompt(config.positive, x), hint_positive, tokens).with_soft(soft)
+        negative = None
+        if config.guidance != 1:
+            negative = Condition(self.prompt(config.negative, x), hint, tokens).with_soft(soft)
+        return z, positive, negative
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -244,9 +263,10 @@ class Restorer:
         tiles = self.tiles(self.sampler, (z.shape[2] * factor, z.shape[3] * factor), len(z))
         return self.tiled_latents(tiles, self.sampler).decode(z.to(self.device, self.dtype)).float().cpu()
 
-    def tiled_latents(self, tiles: Tiles, config: SamplerConfig) -> Latents:
-        """The autoencoder, in tiles where there are any."""
-        return TiledLatents(self.latents, tiles.vae, config.vae_tiling) if tiles.vae else self.latents
+    def tiled_latents(self, tiles: Tiles, config: SamplerConfig, latents: Latents | None = None) -> Latents:
+        """An autoencoder (the model's own by default), in tiles where there are any."""
+        latents = latents or self.latents
+        return TiledLatents(latents, tiles.vae, config.vae_tiling) if tiles.vae else latents
 
     def prompt(self, prompt: str, x: Tensor) -> Tensor:
         """Embeddings (B,L,D) of a prompt, for a batch of images."""
@@ -288,25 +308,6 @@ class Restorer:
         return list({id(network): network for network in found if network is not None}.values())
 
 
-def load_parts(name: str, base: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments of Restorer from a model folder and its base model."""
-    folder = checkpoint.find_model(name)
-    config = checkpoint.read_config(folder)
-    prompts = load_prompts(folder)
-    parts = load_base(base or config.model.base, dtype, config.model.base_sha256, text=prompts is None)
-    load_unet_additions(folder, parts.unet, config)
-    table = alpha_bar(*parts.betas)
-    return {
-        "latents": load_latents(folder / "vae") if (folder / "vae").is_dir() else parts.latents,
-        "denoiser": Denoiser(parts.unet, load_controlnet(folder, config), table, parts.prediction_type),
-        "image_prompt": load_image_prompt(folder, config),
-        "schedule": Schedule(table),
-        "prompts": parts.text if prompts is None else prompts,
-        "hint_latents": load_latents(folder / "hint_vae") if (folder / "hint_vae").is_dir() else None,
-        "sampler": config.sampler,
-    }
-
-
 def changed(config: SamplerConfig, settings: dict[str, Any]) -> SamplerConfig:
     """The configuration with some fields replaced; UserError naming the nearest for an unknown one."""
     known = [field.name for field in fields(SamplerConfig)]
@@ -324,6 +325,11 @@ def equal_sizes(shapes: Sequence[tuple], batch_size: int) -> list[list[int]]:
     return [
         group[i : i + max(batch_size, 1)] for group in groups.values() for i in range(0, len(group), max(batch_size, 1))
     ]
+
+
+def stacked(rows: list[Tensor]) -> Tensor:
+    """The rows (1,...) as one tensor; a single one is not copied."""
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
 def as_list(inputs: Image | list[Image]) -> list[Image]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from consissr.config import ModelConfig, SamplerConfig, check_word
+from consissr.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -25,20 +26,34 @@ class DataConfig:
     """'random' (CCSR) or 'center' (ConsisSR: short side resized to the crop, centre)."""
     flips: str = "horizontal"
     """Random flips: 'none', 'horizontal' or 'both' (Sec. 4.1, ConsisSR)."""
+    shrink: float = 1.0
+    """Random crops come from photographs shrunk by a factor drawn evenly from [shrink, 1], which removes grain and
+    compression from small sources (`nano`); 1: never (both papers)."""
     degradation: str = "ccsr"
     """Preset of the two-stage Real-ESRGAN degradation: 'ccsr' or 'consissr'."""
     enlarge: list[str] = field(default_factory=list)
     """Filters that bring LQ crops back to full size, one drawn per image; empty: the preset's. Use is 'bicubic'."""
+    draws: str = "per_image"
+    """What the images of a micro-batch share of the degradation: nothing ('per_image') or all but blur kernels and
+    strengths ('per_batch', ConsisSR as released)."""
+    pair_pool: int = 0
+    """Pairs that Real-ESRGAN's pool holds per process, to mix what shares its draws (ConsisSR as released: 192, in
+    stage 1 256); 0: no pool. A run with a pool cannot be resumed."""
     validation: str = ""
     """Folder of photographs for the fixed validation set; empty: no validation."""
     validation_count: int = 8
     """Images of the fixed validation set."""
+
+    def __post_init__(self) -> None:
+        check_word(self.draws, ("per_image", "per_batch"), "data.draws")
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """One optimiser's settings; a stage with two players has two of them."""
 
+    kind: str = "adamw"
+    """'adamw' (fused) or 'adamw8bit': its two moments in 8 bits, which needs the package bitsandbytes."""
     lr: float = 5e-5
     """Learning rate after warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -55,6 +70,7 @@ class OptimizerConfig:
     """Largest gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
+        check_word(self.kind, ("adamw", "adamw8bit"), "optimizer.kind")
         check_word(self.decay, ("constant", "cosine"), "optimizer.decay")
 
 
@@ -81,6 +97,36 @@ class AutoencoderConfig:
 
 
 @dataclass(kw_only=True)
+class ClipConfig:
+    """Stage 'clip': a small text/image encoder pair from scratch (for `nano`)."""
+
+    image_size: int = 128
+    """Side of the image tower's input in pixels."""
+    patch_size: int = 16
+    """Side of its patches in pixels."""
+    width: int = 96
+    """Width of the image tower."""
+    layers: int = 3
+    """Transformer blocks of the image tower."""
+    head_width: int = 32
+    """Width of one attention head of the image tower."""
+    embed_dim: int = 64
+    """Width of the shared embedding."""
+    text_width: int = 64
+    """Width of the text encoder, which the prior's `context_dim` must equal."""
+    text_layers: int = 2
+    """Transformer blocks of the text encoder."""
+    text_heads: int = 4
+    """Attention heads of the text encoder."""
+    text_length: int = 24
+    """Tokens of a prompt, both ends included; longer prompts are cut."""
+    smallest: float = 0.4
+    """Least side of the windows that are shown, relative to `data.crop`; the greatest is 1."""
+    held_out: int = 400
+    """Crops of `data.validation` on which the result's retrieval is measured."""
+
+
+@dataclass(kw_only=True)
 class PriorConfig:
     """Stage 'prior': an unconditional diffusion UNet on latents (for `nano`)."""
 
@@ -94,6 +140,51 @@ class PriorConfig:
     """Which resolutions have transformer blocks."""
     context_dim: int = 64
     """Width of prompt embeddings."""
+    text: str = ""
+    """output_dir of a clip run: train with its text encoder on the crops' captions; empty: a text-free prior."""
+    caption_dropout: float = 0.15
+    """Share of the captions that are replaced by the empty prompt."""
+
+
+@dataclass(kw_only=True)
+class RclipConfig:
+    """Stage 'rclip' (Eq. 3, ConsisSR): the image tower made robust to degradation."""
+
+    patch_weight: float = 1.0
+    """Weight of the patch tokens' error beside the pooled one's; read where `model.image_tokens` is 'patches'."""
+
+
+@dataclass(kw_only=True)
+class TalaConfig:
+    """Stage 'tala' (Algorithm 1, ConsisSR), and time-aware latent augmentation in other stages."""
+
+    probability: str = "default"
+    """p(t): 'power' ((t+1)/T)^gamma, 'as_released' (t/T)^gamma, 'linear' or 'off' (Table 4, ConsisSR); 'default' is
+    'power' in stage 'tala' and 'off' in stage 'nuts', where it acts on l_diff."""
+    gamma: float = 10.0
+    """Exponent of p(t) (Table 4, ConsisSR: 5, 10 or 20)."""
+    shared_draw: bool = False
+    """One r for all images of a micro-batch (as released) in place of one each (Algorithm 1)."""
+    encoder_gradients: bool = True
+    """Stage 'tala': train what is added to the UNet's encoder and middle, too (the release does not)."""
+    posterior: str = "mode"
+    """Stage 'tala': z_hq and z_lq are the 'mode' or a 'sample' (as released) of the VAE posterior; the hint is the
+    mode."""
+    weighting: str = "eps"
+    """Stage 'tala': squared error of the noise ('eps', Eq. 4) or of v ('v': divided by alpha_bar, so that errors of x0
+    count at noisy timesteps, too)."""
+    metric: str = "latents"
+    """Stage 'tala': as `nuts.metric`."""
+
+    def __post_init__(self) -> None:
+        if self.probability == "False":  # what YAML makes of a bare off
+            self.probability = "off"
+        check_word(self.probability, ("default", "power", "as_released", "linear", "off"), "tala.probability")
+        check_word(self.posterior, ("mode", "sample"), "tala.posterior")
+        check_word(self.weighting, ("eps", "v"), "tala.weighting")
+        check_word(self.metric, ("latents", "pixels"), "tala.metric")
+        if not self.gamma > 0:
+            raise UserError(f"tala.gamma is {self.gamma}: use a number above 0 (10 in the paper)")
 
 
 @dataclass(kw_only=True)
@@ -102,6 +193,9 @@ class NutsConfig:
 
     t_max: float = 2 / 3
     """Fraction of T where uniform steps begin; the same as in sampling."""
+    t_max_step: int = 0
+    """Timestep that x0_from_T is re-noised to in training; 0: that of `t_max` on the sampler's grid (CCSR v2 as
+    released: 667, while its sampler's `t_max` of 2/3 is 499)."""
     start: str = "lq"
     """Latent noised to T for the extra losses: 'lq' (as sampled) or 'hq' (CCSR v2 stage 1 as released)."""
     losses: list[str] = field(default_factory=lambda: ["l_diff", "l_T", "l_tmax"])
@@ -126,16 +220,34 @@ class DeftConfig:
 
     reconstruction: str = "l1"
     """Pixel loss: 'l1' (paper: "the same as that of VAE") or 'l2' (as released)."""
+    clamp: bool = False
+    """Clamp decoded images to [-1, 1] before the losses: what lies outside has no gradient (as released)."""
     perceptual: str = "features"
-    """'features' (matching in the discriminator's features) or 'none'."""
+    """'lpips' (on VGG features; paper: "the same as that of VAE"), 'features' (matching in the discriminator's
+    features, which needs no weights) or 'none' (as released)."""
     perceptual_weight: float = 1.0
     """Weight of the perceptual loss."""
+    weights: str = ""
+    """Folder with LPIPS's weight files; empty: the folders where torchvision and pyiqa keep theirs."""
+    discriminator: str = "patchgan"
+    """'patchgan' (paper: "the same as that of VAE") or 'dino' (heads on a frozen DINO, as released)."""
+    dino: str = "timm/vit_small_patch16_224.dino"
+    """DINO ViT-S/16 that the discriminator judges by: a file (dino_deitsmall16_pretrain.pth) or timm's hub id."""
+    dino_v2: str = "timm/vit_small_patch14_dinov2.lvd142m"
+    """DINOv2 ViT-S/14 whose summary of the LQ image is its condition: a file (dinov2_vits14_pretrain.pth) or hub id."""
+    decoder_width: float = 1.0
+    """Below 1, tune a narrower decoder: the full one's strongest channels, this share of each width. A different model,
+    for the same latents (our own)."""
+    post_quant_conv: bool = False
+    """Tune the convolution before the decoder, too (CCSR v1 as released)."""
     adversarial_weight: float = 0.5
     """Weight of the generator's adversarial loss, before the adaptive factor."""
     adaptive: bool = True
     """Scale the adversarial loss by the ratio of gradient norms at the last layer (LDM's VAE training)."""
     adversarial_start: int = 0
     """Optimiser step after which the generator sees the adversarial loss."""
+    discriminator_start: int = 0
+    """Optimiser step from which the discriminator learns; before it, its gradients are zero."""
     discriminator_width: int = 32
     """Channels of the first layer of the PatchGAN (the paper's kind of discriminator)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -143,7 +255,8 @@ class DeftConfig:
 
     def __post_init__(self) -> None:
         check_word(self.reconstruction, ("l1", "l2"), "deft.reconstruction")
-        check_word(self.perceptual, ("features", "none"), "deft.perceptual")
+        check_word(self.perceptual, ("lpips", "features", "none"), "deft.perceptual")
+        check_word(self.discriminator, ("patchgan", "dino"), "deft.discriminator")
 
 
 @dataclass(kw_only=True)
@@ -168,6 +281,9 @@ class TrainConfig:
     """Expected number of processes; another world size is an error. 0: take what was launched."""
     precision: str = "auto"
     """Autocast: 'bf16', 'fp32' or 'auto' (bf16 where the device computes it fast, else fp32)."""
+    frozen_precision: str = "auto"
+    """Storage of frozen matrices where autocast is bf16, which rounds them anyway: 'bf16', 'fp32' or 'auto' (bf16 on
+    GPUs). The results are the same."""
     export_precision: str = "fp32"
     """Storage of the exported result's weights: 'fp32' or 'fp16'. Checkpoints are always fp32."""
     ema: float = 0.0
@@ -198,8 +314,14 @@ class TrainConfig:
     """Training and validation images."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """Read by stage 'autoencoder'."""
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    """Read by stage 'clip'."""
     prior: PriorConfig = field(default_factory=PriorConfig)
     """Read by stage 'prior'."""
+    rclip: RclipConfig = field(default_factory=RclipConfig)
+    """Read by stage 'rclip'."""
+    tala: TalaConfig = field(default_factory=TalaConfig)
+    """Read by stage 'tala'; `probability`, `gamma` and `shared_draw` also by stage 'nuts'."""
     nuts: NutsConfig = field(default_factory=NutsConfig)
     """Read by stage 'nuts'."""
     deft: DeftConfig = field(default_factory=DeftConfig)
@@ -207,5 +329,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_word(self.precision, ("auto", "bf16", "fp32"), "precision")
+        check_word(self.frozen_precision, ("auto", "bf16", "fp32"), "frozen_precision")
         check_word(self.export_precision, ("fp32", "fp16"), "export_precision")
         check_word(self.tracker, ("tensorboard", "wandb", "none"), "tracker")
+        if self.data.pair_pool % self.micro_batch:
+            raise UserError(f"data.pair_pool is {self.data.pair_pool}: use 0 or a multiple of micro_batch")

@@ -1,47 +1,98 @@
-"""Measure speed: `python scripts/bench.py degradation` (more sub-commands: --help)."""
+"""Measure speed and memory: `python scripts/bench.py inference` (more sub-commands: --help)."""
 
 import argparse
+import json
 import sys
+from collections.abc import Iterable
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from consissr.bench import report
+from consissr.bench.commandline import parser
 from consissr.errors import UserError
 
 
-def degradation(args: argparse.Namespace) -> None:
-    """Training's data path beside basicsr's own."""
+def inference(args: argparse.Namespace) -> tuple[Any, Iterable]:
+    """Restoring images beside a plain reference written with stock diffusers components"""
+    from ccsr.methods import method
+    from consissr.bench.inference import Question, compare, memory
+
+    if (args.size == "sd21") != args.random_weights:
+        raise UserError("--size sd21 and --random-weights belong together: give both, or name a model")
+    wanted = {name: vars(args)[name] for name in ("size", "pixels", "batch", "runs", "device", "precision")}
+    question = Question(method=method(args.method, args.steps), **wanted)
+    found = compare(question, tuple(args.paths), lambda line: print(line, file=sys.stderr))
+    if args.memory:
+        found["memory_mb"] = memory(question, tuple(args.paths))
+    return found, report.inference(found)
+
+
+def decoder(args: argparse.Namespace) -> tuple[Any, Iterable]:
+    """Decoding with a narrower decoder beside the full one"""
+    from consissr.bench.decoder import compare
+
+    found = compare(args.model, args.narrow, args.factor, args.pixels, args.runs, args.device)
+    return found, [json.dumps(found, indent=1)]
+
+
+def tiles(args: argparse.Namespace) -> tuple[Any, Iterable]:
+    """How time and memory grow with the size of a result in tiles"""
+    from consissr.bench.tiles import grow
+
+    found = grow(args.model, args.sides, args.tile, args.runs, args.device)
+    fits = "exponents over area: " + ", ".join(f"{kind} {p:.3f}" for kind, p in found["exponents"].items())
+    return found, [report.plain(found["rows"], f"{args.model} in tiles of {args.tile} px"), fits]
+
+
+def start_up(args: argparse.Namespace) -> tuple[Any, Iterable]:
+    """Importing the package, --help, loading a model"""
+    from consissr.bench import startup
+
+    found = startup.measure(args.model, args.runs)
+    return found, [report.plain(found, "seconds")]
+
+
+def training(args: argparse.Namespace) -> tuple[Any, Iterable]:
+    """Images per second and memory of a few steps of training stages"""
+    from consissr.bench.training import measure
+
+    found = measure(args.config, args.set, args.switch)
+    return found, [report.plain(found, "training")]
+
+
+def sizes(args: argparse.Namespace) -> tuple[Any, Iterable]:
+    """Parameters and multiply-accumulates at SD2.1's size"""
+    from consissr.bench.sizes import rows
+
+    found = rows()
+    return found, [report.plain(found, "512x512 pixels, MACs of convolutions and linear layers, and with attention")]
+
+
+def degradation(args: argparse.Namespace) -> tuple[Any, Iterable]:
+    """Training's data path beside basicsr's own"""
     from consissr.data.bench import compare
     from consissr.data.settings import preset
 
     theirs, ours = compare(preset(args.preset), args.images, args.input)
-    table = Table("path", "read, ms", "degrade, ms", "images/s and core", title=f"degradation '{args.preset}', 400x400")
-    for speed in (theirs, ours):
-        table.add_row(speed.name, f"{speed.read:.1f}", f"{speed.degrade:.1f}", f"{speed.rate:.1f}")
-    Console().print(table)
-    Console().print(f"ours is {ours.rate / theirs.rate:.2f} times as fast")
+    rows = [vars(speed) | {"images_per_second": speed.rate} for speed in (theirs, ours)]
+    table = report.plain(rows, f"degradation '{args.preset}', 400x400: CPU ms per image, images/s and core")
+    return rows, [table, f"ours is {ours.rate / theirs.rate:.2f} times as fast"]
 
 
-def parser() -> argparse.ArgumentParser:
-    """One sub-command per thing that is measured; each names its function as `run`."""
-    root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    commands = root.add_subparsers(required=True, metavar="WHAT")
-
-    command = commands.add_parser("degradation", help=degradation.__doc__, formatter_class=root.formatter_class)
-    command.add_argument("-i", "--input", default="", help="folder of photographs; empty: made-up pictures")
-    command.add_argument("--preset", default="ccsr", help="settings: ccsr or consissr")
-    command.add_argument("--images", type=int, default=48, help="images per path")
-    command.set_defaults(run=degradation)
-    return root
-
-
-def main() -> None:
-    args = parser().parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    measurements = (inference, decoder, tiles, start_up, training, sizes, degradation)
+    commands = {function.__name__.replace("_", "-"): function for function in measurements}
+    args = parser(__doc__, commands).parse_args(arguments)
     try:
-        args.run(args)
+        found, shown = args.run(args)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    from rich.console import Console
+
+    for item in shown:
+        Console().print(item)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1, default=str))
 
 
 if __name__ == "__main__":

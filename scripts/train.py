@@ -13,8 +13,9 @@ from collections.abc import Callable
 from consissr.config import check_word, load_config
 from consissr.errors import UserError
 from consissr.train_config import TrainConfig
+from consissr.training.checks import check_run
 
-STAGES = ("autoencoder", "prior", "nuts", "deft")
+STAGES = ("autoencoder", "clip", "prior", "rclip", "tala", "nuts", "deft")
 
 
 def stage_builder(name: str) -> Callable:
@@ -22,8 +23,14 @@ def stage_builder(name: str) -> Callable:
     check_word(name, STAGES, "stage")
     if name == "autoencoder":
         from consissr.training.autoencoder import Autoencoder as Built
+    elif name == "clip":
+        from consissr.training.clip import Clip as Built
     elif name == "prior":
         from consissr.training.prior import Prior as Built
+    elif name == "rclip":
+        from consissr.training.rclip import Rclip as Built
+    elif name == "tala":
+        from consissr.training.tala import Tala as Built
     elif name == "nuts":
         from ccsr.nuts import Nuts as Built
     elif name == "deft":
@@ -36,11 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run (see configs/)")
     parser.add_argument("--resume", default="", metavar="latest|PATH", help="continue from a checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained, in what memory, from where")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config = load_config(TrainConfig, options.config, options.overrides)
+        if options.dry_run:
+            from consissr.training.dry_run import describe
+
+            print("\n".join(describe(config, stage_builder(config.stage))))
+            return 0
+        check_run(config, options.resume)  # again in Loop, but here before torch is imported
         builder = stage_builder(config.stage)
 
         from consissr.training.loop import Loop

@@ -87,6 +87,17 @@ def test_released_settings_equal_the_readers(root):
         load_config(SamplerConfig, path)
 
 
+def test_ccsr_v1_samples_on_its_table():
+    """Indices 29..15 of round(999 k / 44), after one evaluation at 999 and a jump to the first of them."""
+    from ccsr.released import AS_RELEASED_V1
+    from ccsr.timesteps import sampler_plan
+
+    plan = sampler_plan(AS_RELEASED_V1)
+    assert [step.t for step in plan[:3]] == [999, 658, 636] and plan[-1].t == 341
+    assert all(abs(step.t - 999 * k / 44) < 0.5001 for step, k in zip(plan[1:], range(29, 14, -1), strict=True))
+    assert [step.kind for step in plan] == ["renoise", *["step"] * 14, "x0"]
+
+
 def test_settings_from_a_file(script, tiny_model, tmp_path):
     from PIL import Image
 

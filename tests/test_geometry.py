@@ -23,6 +23,17 @@ def test_results_have_the_promised_size(size, scale):
     assert tuple(finish(found, found.x.clone(), "pad", "adain").shape[2:]) == wanted
 
 
+@pytest.mark.parametrize(("size", "resized"), [((37, 53), (64, 64)), ((200, 130), (768, 512))])
+def test_sizes_of_ccsr_v1(size, resized):
+    """Enlarged, a short side raised, then down to multiples of 64; the result is as large as promised."""
+    image_ = image(*size)
+    scale, short = (1, 64) if size[0] == 37 else (4, 512)
+    found = prepare(image_, scale, "ccsr_v1", 8, short_side=short)
+    assert found.x.shape[2:] == resized == found.shape
+    assert found.size == tuple(scale * side for side in size)
+    assert finish(found, found.x.clone(), "ccsr_v1", "adain").shape[2:] == found.size
+
+
 def test_padding_reflects_and_the_image_stays():
     found = prepare(image(10, 70), 1, "pad", 64)
     assert found.x.shape[2:] == (64, 128)

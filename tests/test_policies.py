@@ -29,8 +29,9 @@ LAYERS = (
     ("data",),
     ("models", "ldm"),
     ("diffusion",),
-    ("restorer", "released", "geometry", "tiles", "jobs", "batch", "reporting", "commandline"),
+    ("restorer", "loading", "released", "geometry", "jobs", "batch", "footprint", "reporting", "commandline"),
     ("training",),
+    ("bench",),
 )
 """Rooms of consissr; each may import itself and what stands before it."""
 
@@ -72,7 +73,7 @@ def test_import_directions(path):
         return
     assert rest[0] in order, f"name the room of {relative(path)} in LAYERS"
     allowed = {name for name, place in order.items() if place <= order[rest[0]]}
-    if rest[0] == "training":
+    if rest[0] in ("training", "bench"):
         allowed.add("evaluation")
     assert used <= allowed
 

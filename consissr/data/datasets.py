@@ -57,7 +57,8 @@ class PhotoDataset:
     paths: folders, text lists, tar shards or patterns (see `files.list_photos`); probabilities: how often each entry
     of `paths` is drawn (images of an entry are then drawn with replacement), empty for epochs over all images;
     crop: side in pixels; crop_rule: 'random' (an image smaller than the crop is skipped) or 'center'; flips: 'none',
-    'horizontal' or 'both'; lq_paths: for each entry of `paths` the folder of low-quality partners, empty for none;
+    'horizontal' or 'both'; shrink: least factor by which a random crop's photograph is shrunk first (1: never), drawn
+    evenly up to 1; lq_paths: for each entry of `paths` the folder of low-quality partners, empty for none;
     scale: HQ side / LQ side of such pairs; cache_mb: memory for decoded images.
 
     Images that cannot be read are replaced by another draw of the same sample number, counted in `skipped` (label ->
@@ -71,13 +72,15 @@ class PhotoDataset:
         seed: int,
         crop_rule: str = "random",
         flips: str = "horizontal",
+        shrink: float = 1.0,
         probabilities: Sequence[float] = (),
         lq_paths: Sequence[str] = (),
         scale: int = 4,
         cache_mb: int = 1024,
     ):
-        self._check(paths, crop, crop_rule, flips, probabilities, lq_paths, scale)
+        self._check(paths, crop, crop_rule, flips, shrink, probabilities, lq_paths, scale)
         self.crop, self.seed, self.crop_rule, self.flips, self.scale = crop, seed, crop_rule, flips, scale
+        self.shrink = shrink
         groups = [list_photos(path) for path in paths]
         self.photos: list[Photo] = [photo for group in groups for photo in group]
         self.partners: list[Photo] | None = None
@@ -93,13 +96,17 @@ class PhotoDataset:
         self._lock = threading.Lock()
 
     @staticmethod
-    def _check(paths, crop, crop_rule, flips, probabilities, lq_paths, scale) -> None:
+    def _check(paths, crop, crop_rule, flips, shrink, probabilities, lq_paths, scale) -> None:
         if not paths:
             raise UserError("no training images: name at least one folder, list or shard in data.paths")
         if crop_rule not in CROP_RULES:
             raise UserError(f"data.crop_rule is '{crop_rule}': use one of {', '.join(CROP_RULES)}")
         if flips not in FLIPS:
             raise UserError(f"data.flips is '{flips}': use one of {', '.join(FLIPS)}")
+        if not 0 < shrink <= 1:
+            raise UserError(f"data.shrink is {shrink}: use a factor above 0 and at most 1")
+        if shrink < 1 and (lq_paths or crop_rule != "random"):
+            raise UserError("data.shrink is for random crops without LQ partners: leave it at 1")
         if len(probabilities) not in (0, len(paths)):
             raise UserError(f"data.probabilities has {len(probabilities)} entries for {len(paths)} data.paths")
         if len(probabilities) and (min(probabilities) < 0 or sum(probabilities) <= 0):
@@ -164,6 +171,8 @@ class PhotoDataset:
             images.append(self._image(self.partners[index]))
         if self.crop_rule == "center":
             images = [center_crop(images[0], self.crop)]
+        elif self.shrink < 1:
+            images = [self._shrunk_crop(images[0], rng)]
         else:
             images = self._random_crops(images, rng)
         mirror, upend = rng.random(2) < 0.5
@@ -175,6 +184,15 @@ class PhotoDataset:
         if self.partners is not None:
             sample["lq"] = resize(to_tensor(images[1]), (self.crop, self.crop))
         return sample | {"name": self.photos[index].name, "seed": int(rng.integers(2**62))}
+
+    def _shrunk_crop(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A random window, larger than the crop by a random factor, brought to the crop's size."""
+        side = min(round(self.crop / rng.uniform(self.shrink, 1)), *image.shape[:2])
+        if side < self.crop:
+            raise RejectedError(f"its shorter side, {side} pixels, is less than a {self.crop}-pixel crop needs")
+        top, left = (int(rng.integers(length - side + 1)) for length in image.shape[:2])
+        window = Image.fromarray(np.ascontiguousarray(image[top : top + side, left : left + side]))
+        return np.asarray(window.resize((self.crop, self.crop), Image.Resampling.BICUBIC))
 
     def _random_crops(self, images: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
         """The same random window of an HQ image and, for pairs, of its LQ partner."""

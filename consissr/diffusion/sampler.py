@@ -41,6 +41,7 @@ def sample(
         x0 = schedule.x0_from_eps(z, eps, step.t)
         if on_step:
             on_step(i, step, eps, x0)
+        del eps  # large images: what is not needed any more makes room
         if step.kind == "x0":
             return x0
         if step.kind == "renoise":
@@ -68,7 +69,8 @@ def seeded_draw(seed: int, keys: Iterable[str | int], repeat: int = 0) -> Draw:
     def draw(name: str, shape: Sequence[int]) -> Tensor:
         if shape[0] != len(keys):
             raise ValueError(f"noise for {shape[0]} images, but {len(keys)} keys")
-        return torch.cat([_noise(json.dumps([seed, key, repeat, name]), (1, *shape[1:])) for key in keys])
+        rows = [_noise(json.dumps([seed, key, repeat, name]), (1, *shape[1:])) for key in keys]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     return draw
 

@@ -50,12 +50,12 @@ class Schedule:
     def add_noise(self, z0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
         """z_t = sqrt(a) z_0 + sqrt(1 - a) eps  (Eq. 1, ConsisSR and CCSR)."""
         a = self._at(t, z0.device)
-        return a.sqrt().to(z0.dtype) * z0 + (1 - a).sqrt().to(z0.dtype) * eps
+        return (a.sqrt().to(z0.dtype) * z0).add_((1 - a).sqrt().to(z0.dtype) * eps)
 
     def x0_from_eps(self, z_t: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
         """z_0 = (z_t - sqrt(1 - a) eps) / sqrt(a)  (Eq. 2, CCSR). Not clipped."""
         a = self._at(t, z_t.device)
-        return (1 / a).sqrt().to(z_t.dtype) * z_t - (1 / a - 1).sqrt().to(z_t.dtype) * eps
+        return ((1 / a).sqrt().to(z_t.dtype) * z_t).sub_((1 / a - 1).sqrt().to(z_t.dtype) * eps)
 
     def eps_from_x0(self, z_t: Tensor, z0: Tensor, t: int | Tensor) -> Tensor:
         """eps = (z_t - sqrt(a) z_0) / sqrt(1 - a): the noise that leads from z_t to z_0  (Eq. 4, ConsisSR)."""

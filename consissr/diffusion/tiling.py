@@ -6,7 +6,6 @@ trained for, whatever the image's size. Text and image tokens are those of the w
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise, product
 from typing import NamedTuple
 
@@ -75,6 +74,11 @@ class TiledDenoiser(nn.Module):
             batch,
         )
 
+    def prepare(self, condition, like=None):
+        """As the denoiser's own: tokens are the whole image's, only the hint's features are each window's."""
+        prepare = getattr(self.denoiser, "prepare", None)
+        return condition if prepare is None else prepare(condition, like, hint=False)
+
     def forward(self, z_t: Tensor, t: Tensor, condition) -> Tensor:
         """z_t (B,C,h,w), t (B,), condition of B images -> eps (B,C,h,w)."""
         images, _, height, width = z_t.shape
@@ -90,7 +94,7 @@ class TiledDenoiser(nn.Module):
             eps = self.denoiser(_crops(z_t, chunk), t[rows], _pick(condition, rows, chunk))
             for place, part in zip(chunk, eps.split(images), strict=True):
                 place.crop(total).add_(weights * part)
-        return total / norm
+        return total.div_(norm)
 
 
 def even_chunks(items: list, limit: int) -> list[list]:
@@ -107,9 +111,4 @@ def _crops(z: Tensor, chunk: list[Window]) -> Tensor:
 
 def _pick(condition, rows: Tensor, chunk: list[Window]):
     """The condition of each window: its image's tokens, and its part of its image's hint."""
-    return replace(
-        condition,
-        text=condition.text[rows],
-        hint=_crops(condition.hint, chunk),
-        image=None if condition.image is None else condition.image[rows],
-    )
+    return condition.rows(rows).changed(hint=_crops(condition.hint, chunk))

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -57,6 +58,10 @@ WEIGHTS: dict[str, tuple[WeightFile, ...]] = {
     "delta-clip-i": (VIT_B32,),
     "clip-i-lr": (VIT_B32,),
 }
+
+
+LPIPS_VGG = (_pyiqa("LPIPS_v0.1_vgg-a78928a0.pth"), _torchvision("vgg16-397923af.pth"))
+"""Weights of the LPIPS that networks are trained with; the metric in tables is the one on AlexNet."""
 
 
 def find(file: WeightFile, folder: Path | None) -> Path | None:
@@ -112,13 +117,13 @@ def load(metric: str, folder: Path | None, device: str) -> Callable[..., float]:
         raise UserError(f"{metric}: {reason}")
     if metric.startswith("clip-i"):
         return ClipImageSimilarity(find(VIT_B32, folder), device)
-    model = _pyiqa_metric("maniqa-pipal" if metric == "maniqa" else metric, metric, folder, device)
+    model = _pyiqa_metric("maniqa-pipal" if metric == "maniqa" else metric, WEIGHTS[metric], folder, device)
     return lambda *images: model(*images).item()
 
 
 def frechet_distance(sr: list[Path], hr: list[Path], folder: Path | None, device: str) -> float:
     """FID between two sets of image files (pyiqa's default, resized as clean-fid does)."""
-    model = _pyiqa_metric("fid", "fid", folder, device)
+    model = _pyiqa_metric("fid", WEIGHTS["fid"], folder, device)
     with tempfile.TemporaryDirectory() as scratch:
         folders = []
         for label, files in (("sr", sr), ("hr", hr)):  # pyiqa wants a folder that holds nothing else
@@ -178,11 +183,27 @@ def prompt_similarities(image, prompts: list[str], folder: Path | None, device: 
     return (100.0 * similarity).softmax(dim=-1)[0].tolist()
 
 
-def _pyiqa_metric(pyiqa_name: str, metric: str, folder: Path | None, device: str):
+def lpips_network(folder: Path | None):
+    """LPIPS on VGG features, a module of two batches in [-1, 1] (pass normalize=False) -> (B, 1), float32 on the CPU.
+
+    Raises UserError where pyiqa or one of the two weight files is missing, saying where they come from.
+    """
+    if find_spec("pyiqa") is None:
+        raise UserError("LPIPS needs pyiqa, which is not installed: pip install 'pyiqa>=0.1.13,<0.2'")
+    lacking = [f"{file.name} from {file.url}" for file in LPIPS_VGG if find(file, folder) is None]
+    if lacking:
+        raise UserError(
+            f"LPIPS: weights missing: {', '.join(lacking)}; put them into one folder and name it: deft.weights=FOLDER "
+            "(or choose another perceptual loss: deft.perceptual=features)"
+        )
+    return _pyiqa_metric("lpips-vgg", LPIPS_VGG, folder, "cpu").net
+
+
+def _pyiqa_metric(pyiqa_name: str, wanted: tuple[WeightFile, ...], folder: Path | None, device: str):
     """pyiqa's metric, made from the files that `find` found and from no other place."""
     import torch
 
-    files = {file: find(file, folder) for file in WEIGHTS[metric]}
+    files = {file: find(file, folder) for file in wanted}
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         for file, path in files.items():
             place = Path(scratch) / file.place
@@ -192,7 +213,7 @@ def _pyiqa_metric(pyiqa_name: str, metric: str, folder: Path | None, device: str
         import timm
         from pyiqa.utils import download_util
 
-        options = {"backbone": str(files[WEIGHTS["clipiqa"][0]])} if metric == "clipiqa" else {}
+        options = {"backbone": str(files[WEIGHTS["clipiqa"][0]])} if pyiqa_name == "clipiqa" else {}
         offline = lambda name, **_: timm_create(name, pretrained=False)  # noqa: E731
         timm_create = timm.create_model  # MANIQA asks timm for weights that its own file then replaces
         with (

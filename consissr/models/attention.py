@@ -10,6 +10,8 @@ the loaded layers and their names, and creates parameters only for features that
 
 Every addition starts as an exact no-op. The image tokens and the latent's size reach the blocks through diffusers'
 `cross_attention_kwargs`, as {"image": (B, N, D) or None, "size": (h, w)}: beside the text, never concatenated to it.
+What depends on text or image tokens alone can be computed before, once for all steps: `Denoiser.prepare` hands it over
+as {"kept": {name: tensor}}, under names that begin with "text" or "image".
 """
 
 from __future__ import annotations
@@ -117,6 +119,7 @@ class CrossAttention(nn.Module):
     def __init__(self, source: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         self.heads: int = source.heads
+        self.place = 0  # among the layers of its kind; Denoiser numbers them
         self.to_q, self.to_k, self.to_v, self.to_out = source.to_q, source.to_k, source.to_v, source.to_out
         self.image_prompt = config.image_prompt
         adapter = config.image_prompt == "ip_adapter"
@@ -131,24 +134,44 @@ class CrossAttention(nn.Module):
             width = weight.shape[0] // self.heads
             self.to_out_ip = nn.ModuleList([zeroed(nn.Linear(width, width, device=weight.device, dtype=weight.dtype))])
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None, kept: dict[str, Tensor] | None = None) -> Tensor:
         """Tokens `x` (B, h * w, C), `text` (B, L, D), `image` (B, N, D) or None -> (B, h * w, C)."""
-        q = split_heads(self.to_q(x), self.heads)
-        k, v = split_heads(self.to_k(text), self.heads), split_heads(self.to_v(text), self.heads)
-        out = F.scaled_dot_product_attention(q, k, v)
+        kept = kept or {}
+        q = None if self.is_constant(text, image) else split_heads(self.to_q(x), self.heads)
+        known = kept.get(f"text{self.place}")
+        k, out = self.text_parts(text) if known is None else known.unbind(1)
+        if text.shape[1] > 1:
+            out = F.scaled_dot_product_attention(q, k, out)
         if self.image_prompt in ("hpa", "ip_adapter"):
-            out = out + self.image_branch(q, image)
+            known = kept.get(f"image{self.place}")
+            parts = self.image_parts(image) if known is None else known.unbind(1)
+            out = out + self.image_branch(q, parts)
         return self.to_out[1](self.to_out[0](merge_heads(out)))
 
-    def image_branch(self, q: Tensor, image: Tensor) -> Tensor:
-        """What the image tokens add, (B, heads, h * w or 1, d).
+    def is_constant(self, text: Tensor, image: Tensor | None) -> bool:
+        """Whether the result is one vector (B, 1, C) for all positions, whatever is there: single tokens only."""
+        return text.shape[1] == 1 and (self.image_prompt not in ("hpa", "ip_adapter") or image.shape[1] == 1)
+
+    def text_parts(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of `text` (B, L, D), each (B, heads, L, d)."""
+        return split_heads(self.to_k(text), self.heads), split_heads(self.to_v(text), self.heads)
+
+    def image_parts(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Of image tokens (B, N, D): keys and values (B, heads, N, d), or for one token what it adds, (B, heads, 1, d).
 
         The attention to a single token is 1 everywhere, so it needs neither queries nor keys: its value is the result.
         """
         to_k, to_v = (self.to_k_ip, self.to_v_ip) if self.separate else (self.to_k, self.to_v)
-        out = split_heads(to_v(image), self.heads)
+        v = split_heads(to_v(image), self.heads)
         if image.shape[1] > 1:
-            out = F.scaled_dot_product_attention(q, split_heads(to_k(image), self.heads), out)
+            return split_heads(to_k(image), self.heads), v
+        return (v if self.to_out_ip is None else self.to_out_ip[0](v),)
+
+    def image_branch(self, q: Tensor | None, parts: tuple[Tensor, ...]) -> Tensor:
+        """What the image tokens add, (B, heads, h * w or 1, d), from queries and `image_parts`."""
+        if len(parts) == 1:
+            return parts[0]
+        out = F.scaled_dot_product_attention(q, *parts)
         return out if self.to_out_ip is None else self.to_out_ip[0](out)
 
 
@@ -230,7 +253,8 @@ class TransformerBlock(nn.Module):
         x = self.attn1(self.norm1(x), size) + x
         if self.attnT is not None:
             x = self.attnT(self.normT(x), size) + x
-        x = self.attn2(self.norm2(x), encoder_hidden_states, image) + x
+        y = x if self.attn2.is_constant(encoder_hidden_states, image) else self.norm2(x)
+        x = self.attn2(y, encoder_hidden_states, image, context.get("kept")) + x
         if self.attnI is not None:
             x = self.attnI(x, image, self.attn2) + x
         return self.ff(self.norm3(x)) + x

@@ -118,7 +118,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, sha256: str = "", t
     places, reasons = find_base(name), []
     for place in places:
         try:
-            base = load_file(place, dtype) if place.endswith(SINGLE_FILES) else load_parts(place, dtype, text)
+            base = load_file(place, dtype, text) if place.endswith(SINGLE_FILES) else load_parts(place, dtype, text)
         except (OSError, ValueError) as error:
             reasons.append(f"{place}: {str(error).strip().splitlines()[0]}")
             continue
@@ -158,13 +158,16 @@ def load_text(place: str, dtype: torch.dtype) -> ClipText:
     return ClipText(tokenizer, CLIPTextModel.from_pretrained(place, subfolder="text_encoder", dtype=dtype).eval())
 
 
-def load_file(place: str, dtype: torch.dtype) -> Base:
-    """A base from one LDM-style file; diffusers converts it."""
-    from diffusers import StableDiffusionPipeline
+def load_file(place: str, dtype: torch.dtype, text: bool) -> Base:
+    """A base from one file in LDM naming, read as SD2.1-base's: predicting noise, sizes from the weights."""
+    from consissr.models.from_ldm import BETAS, read_base
 
-    pipe = StableDiffusionPipeline.from_single_file(place, torch_dtype=dtype, safety_checker=None)
-    text = ClipText(pipe.tokenizer, pipe.text_encoder)
-    return Base(pipe.unet, Latents(pipe.vae), text, *schedule_of(dict(pipe.scheduler.config)), place)
+    unet, latents, tower, report = read_base(Path(place))
+    log.info("%s: %s", place, "; ".join(report.lines()))
+    encoder: TextEncoder = NullText(unet.config.cross_attention_dim)
+    if text and tower is not None:
+        encoder = tower.to(dtype)
+    return Base(unet.to(dtype), latents.to(dtype), encoder, BETAS, "epsilon", place)
 
 
 def read_scheduler(place: str) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from consissr.config import ModelConfig
 from consissr.models.attention import added_parameters, replace_blocks, zeroed
@@ -18,6 +18,12 @@ STACK_WIDTHS = (16, 16, 32, 32, 96, 96, 256)
 
 COPIED = ("conv_in", "time_embedding", "down_blocks", "mid_block")
 """Parts that a new ControlNet takes from the UNet."""
+
+
+class HintFeatures(NamedTuple):
+    """What `LatentHint` made of a latent before: it doesn't depend on the step."""
+
+    value: Tensor
 
 
 class LatentHint(nn.Sequential):
@@ -34,6 +40,10 @@ class LatentHint(nn.Sequential):
         for previous, following in pairwise((channels, *STACK_WIDTHS)):
             layers += [nn.Conv2d(previous, following, 3, padding=1), nn.SiLU()]
         super().__init__(*layers, zeroed(nn.Conv2d(STACK_WIDTHS[-1], width, 3, padding=1)))
+
+    def forward(self, hint: Tensor | HintFeatures) -> Tensor:
+        """The features of a latent; those given, where they are known already."""
+        return hint.value if isinstance(hint, HintFeatures) else super().forward(hint)
 
 
 def build_controlnet(unet: UNet2DConditionModel, config: ModelConfig) -> ControlNetModel:

@@ -14,10 +14,9 @@ from consissr.config import FolderConfig, ModelConfig, save_config
 from consissr.errors import UserError
 from consissr.models.attention import added_parameters, replace_blocks
 from consissr.models.controlnet import empty_controlnet
-from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
+from consissr.models.image_prompt import IMAGE_WEIGHTS, Adapter, ImagePrompt, build_tower
 from consissr.models.latents import Latents, save_latents
 
-IMAGE_WEIGHTS = "model.safetensors"
 PROMPTS = "prompts.safetensors"
 """Embeddings of the prompts that a model samples with, where they are not the base's text encoder's to make."""
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consissr.checkpoint import load_strict, read_weights, write_weights
+from consissr.errors import UserError
 from consissr.models.attention import zeroed
 
 if TYPE_CHECKING:
@@ -18,6 +22,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Channel standard deviations of CLIP's training images."""
+
+IMAGE_WEIGHTS = "model.safetensors"
+"""Weights in an image_encoder/ folder; the tower's names begin with "tower."."""
 
 
 def build_tower(embed_dim: int, vision: dict[str, Any]) -> VisionTransformer:
@@ -98,9 +105,8 @@ class ImagePrompt(nn.Module):
         return self(x)
 
 
-def prompt_config(prompt: ImagePrompt) -> dict[str, Any]:
-    """Sizes of an image prompt: what `folder.build_image_prompt` builds it from, and a model folder stores."""
-    tower = prompt.tower
+def tower_config(tower: VisionTransformer) -> dict[str, Any]:
+    """open_clip's "embed_dim" and "vision_cfg" of an image tower: what `build_tower` builds it from."""
     heads = tower.transformer.resblocks[0].attn.num_heads
     vision = {
         "image_size": tower.image_size[0],
@@ -109,4 +115,32 @@ def prompt_config(prompt: ImagePrompt) -> dict[str, Any]:
         "layers": tower.transformer.layers,
         "head_width": tower.transformer.width // heads,
     }
-    return {"embed_dim": tower.output_dim, "vision_cfg": vision, "width": prompt.adapter.linear_3.out_features}
+    return {"embed_dim": tower.output_dim, "vision_cfg": vision}
+
+
+def prompt_config(prompt: ImagePrompt) -> dict[str, Any]:
+    """Sizes of an image prompt: what `folder.build_image_prompt` builds it from, and a model folder stores."""
+    return tower_config(prompt.tower) | {"width": prompt.adapter.linear_3.out_features}
+
+
+def save_tower(folder: Path, tower: VisionTransformer, dtype: torch.dtype | None = None) -> None:
+    """Write an image tower without an adapter to `folder`/image_encoder; `dtype`: storage, None: the tower's own."""
+    state = {f"tower.{name}": value for name, value in tower.state_dict().items()}
+    write_weights(folder / "image_encoder" / IMAGE_WEIGHTS, state, dtype)
+    (folder / "image_encoder" / "config.json").write_text(json.dumps(tower_config(tower), indent=1))
+
+
+def load_tower(folder: Path) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The image tower of `folder`/image_encoder, float32 on the CPU, and its "embed_dim" and "vision_cfg".
+
+    `folder`: a base, a run's output_dir or a model folder, whose adapter is left out. UserError if there is no tower.
+    """
+    encoder = folder / "image_encoder"
+    if not (encoder / "config.json").is_file():
+        raise UserError(f"{folder} has no image_encoder/config.json: give a folder with an image tower (stage 'clip')")
+    settings = json.loads((encoder / "config.json").read_text())
+    tower = build_tower(settings["embed_dim"], settings["vision_cfg"])
+    weights = read_weights(encoder / IMAGE_WEIGHTS)
+    own = {name.removeprefix("tower."): value for name, value in weights.items() if name.startswith("tower.")}
+    load_strict(tower, own, str(encoder))
+    return tower, {name: settings[name] for name in ("embed_dim", "vision_cfg")}

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consissr.models.winograd import convolve_padded
+
 WINDOW_MARGIN = 8
 """What windowed attention sees around its window, in latent pixels."""
 
@@ -145,7 +147,7 @@ def convolve(tile: Tile, conv: nn.Conv2d) -> Tile:
     """A stride-1 convolution: zeros beyond the map's border, a smaller tile where it ends inside the map."""
     margin, box, (height, width) = conv.kernel_size[0] // 2, tile.box, tile.size
     border = (box.left == 0, box.right == width, box.top == 0, box.bottom == height)
-    x = F.conv2d(F.pad(tile.x, [margin * side for side in border]), conv.weight, conv.bias)
+    x = convolve_padded(F.pad(tile.x, [margin * side for side in border]), conv)
     return Tile(x, box.shrunk(margin, tile.size), tile.size, tile.stack)
 
 

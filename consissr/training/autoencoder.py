@@ -52,11 +52,12 @@ class Autoencoder:
 
     needs_lq = False
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, fit: bool = True) -> None:
+        """fit=False leaves the linear path random, for which no photographs are needed."""
         self.config = config.autoencoder
         self.export_dtype = EXPORT[config.export_precision]
         self.networks = Latents(build_vae(config))
-        if self.config.linear_path:
+        if self.config.linear_path and fit:
             start_linear(self.networks, config)
         self.buffers: dict[str, Tensor] = {}
         self.phases = [

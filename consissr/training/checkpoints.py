@@ -1,7 +1,8 @@
 """Training checkpoints: `output_dir/checkpoint-{step}`, complete or absent, never half-written.
 
 A checkpoint holds the trained tensors, the optimisers' states and the step. Nothing else is needed to go on: data
-order, crops, degradations and noise are functions of (seed, place in the sequence).
+order, crops, degradations and noise are functions of (seed, place in the sequence). Folders appear and go by renaming,
+which a kill or a loss of power cannot interrupt half-way.
 """
 
 from __future__ import annotations
@@ -13,17 +14,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from consissr.errors import UserError
 
 NAME = re.compile(r"checkpoint-(\d+)$")
+STALE = ".stale-*"
+"""Folders being written or removed; what a killed run left of them goes with the next checkpoint."""
+
+
+def step_of(path: Path) -> int:
+    """The optimiser steps that the checkpoint `path` has behind it."""
+    return int(json.loads((path / "state.json").read_text())["step"])
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if NAME.search(p.name) and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(NAME.search(p.name).group(1)))
+    found = [p for p in output_dir.glob("checkpoint-*") if NAME.match(p.name) and (p / "state.json").is_file()]
+    return sorted(found, key=lambda p: int(NAME.match(p.name).group(1)))
+
+
+def last_good(output_dir: Path) -> str:
+    """The newest complete checkpoint in words, for messages."""
+    found = list_checkpoints(output_dir)
+    return f"last good checkpoint: {found[-1] if found else 'none'}"
 
 
 def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], limit: int) -> Path:
@@ -31,29 +43,50 @@ def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], limit: i
 
     Raises UserError if the disk is full or cannot be written; earlier checkpoints are untouched.
     """
+    import torch
+
     target = output_dir / f"checkpoint-{step}"
-    partial = output_dir / f".partial-checkpoint-{step}"
+    partial = output_dir / f".stale-partial-{step}"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in output_dir.glob(STALE):
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
-        torch.save(state, partial / "state.pt")
+        with open(partial / "state.pt", "wb") as file:  # given a path, torch would hide the system's words
+            torch.save(state, file)
         (partial / "state.json").write_text(json.dumps({"step": step}))
-        for file in partial.iterdir():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
+        for place in (*partial.iterdir(), partial):
+            flush(place)
         if target.exists():
-            shutil.rmtree(target)
+            os.rename(target, output_dir / f".stale-replaced-{step}")
         os.rename(partial, target)
+        flush(output_dir)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        kept = list_checkpoints(output_dir)
         raise UserError(
-            f"checkpoint of step {step} could not be written to {output_dir} ({str(error).splitlines()[0]}); "
-            f"free some space and continue with --resume latest (last good: {kept[-1] if kept else 'none'})"
+            f"checkpoint of step {step} could not be written to {output_dir} ({reason(error)}); "
+            f"free some space and continue with --resume latest ({last_good(output_dir)})"
         ) from error
     for old in list_checkpoints(output_dir)[:-limit]:
-        shutil.rmtree(old)
+        os.rename(old, output_dir / f".stale-{old.name}")
+    for left in output_dir.glob(STALE):
+        shutil.rmtree(left, ignore_errors=True)
     return target
+
+
+def flush(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, outlast a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def reason(error: BaseException) -> str:
+    """The operating system's words where torch hides them behind its own."""
+    while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__
+    return str(error).strip().splitlines()[0]
 
 
 def find_checkpoint(output_dir: Path, resume: str) -> Path:
@@ -70,5 +103,10 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """State written by `save_checkpoint`, on the CPU."""
-    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    """State written by `save_checkpoint`, on the CPU. Raises UserError if the file is damaged."""
+    import torch
+
+    try:
+        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read ({reason(error)}): name an earlier checkpoint") from error

@@ -1,4 +1,7 @@
-"""Stage 'prior': an unconditional diffusion UNet on the autoencoder's latents, in the place of SD2.1's (for `nano`).
+"""Stage 'prior': a diffusion UNet on the autoencoder's latents, in the place of SD2.1's (for `nano`).
+
+Text-free, or with `prior.text`, the output_dir of a clip run: its frozen text encoder reads captions that are measured
+on the crops (`data.captions`), some of them dropped, so that the empty prompt is the unconditional model.
 
 The UNet predicts v (Salimans and Ho 2022), not the noise: at the noisiest timestep, where NUTS and one-step sampling
 live, x0 then is the network's output itself, while noise prediction multiplies every error of a small network by 15.
@@ -7,18 +10,24 @@ live, x0 then is the network's output itself, while noise prediction multiplies 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from consissr.data.captions import caption
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.errors import UserError
-from consissr.models.base import idle_without_text
+from consissr.models.base import NullText, TextEncoder, idle_without_text, load_text
 from consissr.models.folder import write_network
 from consissr.models.latents import load_latents, save_latents
 from consissr.train_config import TrainConfig
 from consissr.training.stage import EXPORT, Batch, Phase
+
+ENCODERS = ("text_encoder", "tokenizer", "image_encoder")
+"""Folders of a clip run that become part of the base."""
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -42,6 +51,21 @@ def build_unet(config: TrainConfig, latent_channels: int) -> nn.Module:
     )
 
 
+def read_text(config: TrainConfig) -> TextEncoder:
+    """The text encoder that `prior.text` names, or the one of a text-free base. UserError if it does not fit."""
+    c = config.prior
+    if not c.text:
+        return NullText(c.context_dim)
+    for name in ENCODERS:
+        if not (Path(c.text) / name).is_dir():
+            raise UserError(f"prior.text='{c.text}' has no {name}/: give the output_dir of a clip run")
+    text = load_text(c.text, torch.float32)
+    width = text.model.config.hidden_size
+    if width != c.context_dim:
+        raise UserError(f"prior.context_dim={c.context_dim} must be the width of prior.text's encoder: use {width}")
+    return text
+
+
 class Prior:
     """Mean squared error on v at uniformly drawn timesteps."""
 
@@ -53,18 +77,24 @@ class Prior:
             raise UserError(f"init='{config.init}': give the output_dir of an autoencoder run, which holds vae/")
         latents = load_latents(vae)
         unet = build_unet(config, latents.channels)
+        self.config = config.prior
+        self.text = read_text(config)
         self.networks = nn.ModuleDict({"latents": latents.requires_grad_(False), "unet": unet})
         self.hot = [unet]
         self.export_dtype = EXPORT[config.export_precision]
         self.buffers: dict[str, Tensor] = {}
         self.schedule = Schedule(alpha_bar())
-        self.context_dim = config.prior.context_dim
-        trained = {n: p for n, p in unet.named_parameters() if not idle_without_text(n)}
+        trained = {n: p for n, p in unet.named_parameters() if config.prior.text or not idle_without_text(n)}
         self.phases = [Phase("unet", trained, self.loss, config.optimizer)]
 
     def prepare(self, batch: Batch) -> None:
-        """Latents of the photographs."""
+        """Latents of the photographs, and embeddings of their captions or of the empty prompt."""
         batch.cache["z"] = self.networks["latents"].encode(batch.hq).float()  # (B, C, h, w)
+        captions = [""] * len(batch.hq)
+        if self.config.text:
+            dropped = (batch.rand() < self.config.caption_dropout).tolist()
+            captions = ["" if d else caption(x) for x, d in zip(batch.hq, dropped, strict=True)]
+        batch.cache["text"] = self.text.encode(captions).to(batch.hq.device)  # (B, L, D)
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0."""
@@ -73,8 +103,7 @@ class Prior:
         eps = batch.randn(*z.shape[1:])
         a = self.schedule.alpha_bar.to(t.device)[t].view(-1, 1, 1, 1)
         target = (a.sqrt() * eps - (1 - a).sqrt() * z).float()
-        text = z.new_zeros(len(z), 1, self.context_dim)
-        v = self.networks["unet"](self.schedule.add_noise(z, eps, t), t, text).sample.float()
+        v = self.networks["unet"](self.schedule.add_noise(z, eps, t), t, batch.cache["text"]).sample.float()
         loss = F.mse_loss(v, target)
         return {"loss": loss}
 
@@ -83,11 +112,11 @@ class Prior:
         return None
 
     def export(self, folder: Path) -> None:
-        """A base folder in diffusers' layout: unet/, vae/, scheduler/."""
+        """A base folder in diffusers' layout: unet/, vae/, scheduler/, and the encoders of a prior with captions."""
         write_network(folder / "unet", self.networks["unet"], self.export_dtype)
         save_latents(folder / "vae", self.networks["latents"], self.export_dtype)
         (folder / "scheduler").mkdir(exist_ok=True)
         scheduler = {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction", **BETAS}
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1))
-
-
+        for name in ENCODERS if self.config.text else ():
+            shutil.copytree(Path(self.config.text) / name, folder / name, dirs_exist_ok=True)

@@ -33,6 +33,7 @@ def photographs(data: DataConfig, seed: int) -> PhotoDataset:
         seed=seed,
         crop_rule=data.crop_rule,
         flips=data.flips,
+        shrink=data.shrink,
         probabilities=data.probabilities,
         lq_paths=data.lq_paths,
         cache_mb=data.cache_mb,

@@ -10,6 +10,7 @@ from ccsr.discriminator import (
     ViT,
     build_vit,
     condition_of,
+    draw_windows,
     read_dino,
 )
 from consissr.errors import UserError
@@ -45,7 +46,7 @@ def test_shift_moves_pixels():
 
 
 def test_draws_stay_in_range():
-    drawn = Augmentation.draw(500, 40, 80, torch.Generator().manual_seed(0))
+    drawn = Augmentation.draw([torch.Generator().manual_seed(i) for i in range(500)], 40, 80)
     assert drawn.shift_x.abs().max() == 5 and drawn.shift_y.abs().max() == 10
     assert drawn.centre_x.min() >= 0 and drawn.centre_x.max() <= 40
 
@@ -53,11 +54,24 @@ def test_draws_stay_in_range():
 def test_only_the_heads_learn(vit, images):
     judge = ProjectedDiscriminator(vit, c_dim=6).train()
     assert not judge.vit.training
-    logits = judge(images, torch.randn(2, 6))
-    assert logits.shape == (2, 5 * 16)
+    logits, features = judge(images, torch.randn(2, 6))
+    assert logits.shape == (2, 5 * 16) and [f.shape for f in features] == 5 * [(2, 16, 16)]
     logits.sum().backward()
     assert all(parameter.grad is None for parameter in judge.vit.parameters())
     assert all(parameter.grad is not None for parameter in judge.heads.parameters())
+
+
+def test_windows_show_a_part_at_its_own_size(vit, images):
+    generators = [torch.Generator().manual_seed(i) for i in range(200)]
+    windows = draw_windows(generators, 40, 48, vit.side)
+    found = [window for window in windows if window]
+    assert 60 < len(found) < 140
+    assert {top for top, _ in found} == set(range(9)) and {left for _, left in found} == set(range(17))
+    assert not any(draw_windows(generators, 32, 64, 32))
+    judge = ProjectedDiscriminator(vit, c_dim=6)
+    shown = judge.shown(images, [(3, 5), None])
+    assert torch.equal(shown[0], images[0, :, 3:35, 5:37])
+    assert torch.equal(shown[1:], judge.shown(images[1:], None))
 
 
 def test_spectral_norm_tends_to_one():
@@ -92,7 +106,7 @@ def test_layer_scales_of_dino_v2():
 
 
 def test_missing_or_foreign_weights_are_named(tmp_path):
-    with pytest.raises(UserError, match="do not exist"):
+    with pytest.raises(UserError, match="no such file"):
         read_dino(tmp_path / "none.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="does not hold"):

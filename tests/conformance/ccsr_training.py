@@ -124,7 +124,7 @@ def stage_2_step(
     decoder.zero_grad(set_to_none=True)
     image = latents.decode(z).clamp(-1, 1)
     discriminator.requires_grad_(False)
-    fake = discriminator(image, c, augmentation(given, 0))
+    fake, _ = discriminator(image, c, augmentation(given, 0))
     pixel, adversarial = F.mse_loss(image, hq), generator_adversarial(fake)
     loss = pixel + adversarial_weight(100 if prefix.endswith("warm") else 101) * adversarial
     loss.backward()
@@ -138,8 +138,8 @@ def stage_2_step(
     yield from gradients(STAGE_2, outputs, prefix, {f"decoder.{n}": p for n, p in decoder.named_parameters()})
 
     discriminator.heads.requires_grad_(True)
-    real = discriminator(hq, c, augmentation(given, 1))
-    fake = discriminator(image.detach(), c, augmentation(given, 2))
+    real, _ = discriminator(hq, c, augmentation(given, 1))
+    fake, _ = discriminator(image.detach(), c, augmentation(given, 2))
     losses = discriminator_hinge(real, fake)
     losses["loss"].backward()
     yield from compare(STAGE_2, outputs, f"{prefix}_logits_real", real)
@@ -179,9 +179,7 @@ def discriminator_of(fixture: Fixture) -> ProjectedDiscriminator:
     """The recorded discriminator in its first state; sizes that the weights don't show stand in the file's metadata."""
     said = fixture.metadata(DISCRIMINATOR)
     heads = int(re.search(r"heads (\d+)", said["vit"])[1])
-    found = read_discriminator(fixture.tensors(DISCRIMINATOR), int(said["c_dim"]), heads)
-    found.crop_probability = 0.0
-    return found
+    return read_discriminator(fixture.tensors(DISCRIMINATOR), int(said["c_dim"]), heads)
 
 
 def augmentation(given: dict[str, Tensor], number: int) -> Augmentation:

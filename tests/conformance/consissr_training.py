@@ -9,10 +9,16 @@ from fixtures import GRADIENT, NETWORK, Check, Fixture, Lack, compare, to_image
 from torch import Tensor, nn
 
 from consissr import ldm, released
-from consissr.diffusion.schedule import Schedule
-from consissr.diffusion.tala import probability, tala_inputs
-from consissr.models.denoiser import Condition, Denoiser
+from consissr.models import from_ldm
 from consissr.models.image_prompt import build_tower, tower_features
+from consissr.train_config import TalaConfig, TrainConfig
+from consissr.training.rclip import Rclip
+from consissr.training.restoration import Parts
+from consissr.training.stage import Batch
+from consissr.training.tala import Tala
+
+NOISES = ("posterior_noise_hq", "posterior_noise_lq", "eps")
+"""Recorded noise, in the order the stage draws it."""
 
 OUTPUTS = "train_outputs.safetensors"
 STEP = "train_step.json"
@@ -27,34 +33,78 @@ def cases(fixture: Fixture) -> Iterator[Check | Lack]:
         yield from stage_2(fixture)
 
 
+class Recorded(Batch):
+    """A batch whose draws are the recorded ones, in the stage's order."""
+
+    def randn(self, *shape: int) -> Tensor:
+        """Posterior noise of HQ, then of LQ, then the noise of the step."""
+        return self.cache[next(name for name in NOISES if self.used(name))]
+
+    def used(self, name: str) -> bool:
+        """Marks a tensor as drawn; False if it was before."""
+        first = name not in self.names
+        self.names.append(name)
+        return first
+
+    def rand(self) -> Tensor:
+        """TALA's draw, one for the batch."""
+        return self.cache["r"]
+
+    def randint(self, high: int) -> Tensor:
+        """Timesteps."""
+        return self.cache["t"]
+
+
+def tala_stage(fixture: Fixture) -> Tala:
+    """The stage on the fixture's weights, with the release's settings."""
+    model = fixture.model
+    config = TrainConfig(
+        model=model.model,
+        sampler=model.sampler,
+        tala=TalaConfig(
+            probability="as_released", gamma=10, shared_draw=True, encoder_gradients=False, posterior="sample"
+        ),
+    )
+    text = model.text.encode([""])
+    hint = None if model.hint_latents is model.latents else model.hint_latents
+    parts = Parts(
+        model.unet, model.controlnet, model.latents, text, model.alpha_bar, image_prompt=model.image_prompt,
+        hint_latents=hint,
+    )  # fmt: skip
+    return started(Tala(config, parts))
+
+
+def started(stage: Tala | Rclip) -> Tala | Rclip:
+    """Gradients on for what the stage trains, off elsewhere, as the training loop sets them."""
+    trained = {id(p) for p in stage.phases[0].parameters.values()}
+    for parameter in stage.networks.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return stage
+
+
 def stage_2(fixture: Fixture) -> Iterator[Check | Lack]:
     """Inputs, prediction, loss and gradients."""
     inputs, outputs = fixture.tensors("train_inputs.safetensors"), fixture.tensors(OUTPUTS)
     if not inputs or not (fixture.weights_folder / "weights.safetensors").is_file():
         yield Lack("train_inputs.safetensors" if not inputs else "weights.safetensors of the sibling fixture")
         return
-    model, schedule = fixture.model, Schedule(fixture.model.alpha_bar)
-    lq = to_image(inputs["lq_u8"])
+    stage = tala_stage(fixture)
+    images = {name: to_image(inputs[f"{name}_u8"]) for name in ("hq", "lq")}
+    batch = Recorded(**images, names=[], generators=[], cache=inputs)
     with torch.no_grad():
-        z_hq = model.latents.encode(to_image(inputs["hq_u8"]), "sample", inputs["posterior_noise_hq"])
-        z_lq = model.latents.encode(lq, "sample", inputs["posterior_noise_lq"])
-        text, hint = model.text.encode([""] * len(lq)), model.hint_latents.encode(lq)
-    t, p = inputs["t"], probability(inputs["t"], "as_released", T=len(schedule))
-    z_t, target, _ = tala_inputs(z_hq, z_lq, inputs["eps"], t, inputs["r"], p, schedule)
-    parameters = dict(by_released_name(fixture))
-    learn_as_released(fixture, parameters)
-    image = model.image_prompt.encode(lq)
-    denoiser = Denoiser(model.unet, model.controlnet, model.alpha_bar, encoder_gradients=False)
-    prediction = denoiser(z_t, t, Condition(text, hint, image))
-    loss = (prediction - target).square().mean()
+        stage.prepare(batch)
+    condition, step = stage.condition(batch), stage.predict(batch)
+    loss = stage.error(step)
     loss.backward()
-    found = {"hint": hint, "context": torch.cat([image, text], dim=1), "x_t": z_t, "target": target}
-    for name, got in (found | {"eps_pred": prediction, "loss": loss[None]}).items():
+    context = torch.cat([condition.image, condition.text], dim=1)
+    found = {"hint": condition.hint, "context": context, "x_t": step.z_t, "target": step.target}
+    for name, got in (found | {"eps_pred": step.eps, "loss": loss[None]}).items():
         yield from compare(OUTPUTS, outputs, name, got, NETWORK)
+    parameters = dict(by_released_name(fixture))
     for key in outputs:
         if key.startswith("grad."):
             yield Check(f"{OUTPUTS}:{key}", parameters[key.removeprefix("grad.")].grad, outputs[key], GRADIENT)
-    yield from norms(fixture, parameters)
+    yield from norms(fixture, parameters, stage)
 
 
 def rclip(fixture: Fixture) -> Iterator[Check | Lack]:
@@ -63,23 +113,31 @@ def rclip(fixture: Fixture) -> Iterator[Check | Lack]:
     if not stored:
         yield Lack(RCLIP)
         return
-    clip, features = fixture.json("rclip_distill.json")["clip"], {}
-    for role, image in (("teacher", "hq"), ("student", "lq")):
-        tower = build_tower(clip["embed_dim"], clip["vision_cfg"]).eval()
+    clip, towers = fixture.json("rclip_distill.json")["clip"], {}
+    for role in ("teacher", "student"):
+        towers[role] = build_tower(clip["embed_dim"], clip["vision_cfg"]).eval()
         prefix = f"{role}."
-        tower.load_state_dict({k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
-        features[role] = tower_features(tower, stored[image])[0]
-        yield from compare(RCLIP, stored, f"feat_{image}", features[role])
-    loss = (features["student"] - features["teacher"].detach()).square().mean()
+        towers[role].load_state_dict({k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
+    stage = started(Rclip(TrainConfig(stage="rclip"), **towers))
+    batch = Batch(hq=stored["hq"], lq=stored["lq"], names=[], generators=[])
+    with torch.no_grad():
+        stage.prepare(batch)
+        student = tower_features(stage.student, batch.lq)[0]
+    loss = stage.loss(batch, 0)["loss"]
     loss.backward()
-    yield from compare(RCLIP, stored, "loss", loss[None])
-    for name, parameter in tower.named_parameters():
+    for name, got in (("feat_hq", batch.cache["pooled"]), ("feat_lq", student), ("loss", loss[None])):
+        yield from compare(RCLIP, stored, name, got)
+    for name, parameter in stage.phases[0].parameters.items():
         if f"grad.{name}" in stored:
             yield Check(f"{RCLIP}:grad.{name}", parameter.grad, stored[f"grad.{name}"], GRADIENT)
 
 
-def norms(fixture: Fixture, parameters: dict[str, nn.Parameter]) -> Iterator[Check | Lack]:
-    """Gradient norms of everything trained, and which trained tensors have no gradient at all."""
+def norms(fixture: Fixture, parameters: dict[str, nn.Parameter], stage: Tala) -> Iterator[Check | Lack]:
+    """Gradient norms of everything trained, and that the stage trains just what has a gradient in the release.
+
+    The release's optimiser also holds tensors that never get one (the UNet's encoder and middle): the stage leaves
+    them out.
+    """
     if not fixture.has(STEP):
         yield Lack(STEP)
         return
@@ -90,31 +148,20 @@ def norms(fixture: Fixture, parameters: dict[str, nn.Parameter]) -> Iterator[Che
         small = want < 1e-6 * total
         rule = (1e-6 * total, "absolute") if small else (GRADIENT, "relative")
         yield Check(f"{STEP}:|grad {name}|", parameters[name].grad.norm(), want, *rule)
-    dead = sorted(name for name in learned(fixture) if parameters[name].grad is None)
+    trained = {id(p) for p in stage.phases[0].parameters.values()}
+    names = {name for name, p in parameters.items() if id(p) in trained}
+    same = len(trained) == len(names) and names == wanted.keys()
+    yield Check(f"{STEP}:trained tensors", torch.tensor(same), torch.tensor(True), 0.0, "exact")
+    dead = sorted(name for name in step["optimised_params_without_gradient"] if parameters[name].grad is None)
     same = dead == sorted(step["optimised_params_without_gradient"])
     yield Check(f"{STEP}:tensors without a gradient", torch.tensor(same), torch.tensor(True), 0.0, "exact")
-
-
-def learned(fixture: Fixture) -> set[str]:
-    """Names of what the release's optimiser holds."""
-    step = fixture.json(STEP)
-    return {*step["grad_norm_of_optimised_params"], *step["optimised_params_without_gradient"]}
-
-
-def learn_as_released(fixture: Fixture, parameters: dict[str, nn.Parameter]) -> None:
-    """Switch gradients on for what the release trains, off elsewhere."""
-    names = learned(fixture) if fixture.has(STEP) else {name for name in parameters if "visual" not in name}
-    for part in (fixture.model.unet, fixture.model.controlnet, fixture.model.image_prompt):
-        part.requires_grad_(False)
-    for name in names:
-        parameters[name].requires_grad_(True)
 
 
 def by_released_name(fixture: Fixture) -> Iterator[tuple[str, nn.Parameter]]:
     """Our parameters under the names of the authors' file, through the readers' own renaming."""
     model, state = fixture.model, ldm.read_state(fixture.weights_folder / "weights.safetensors")
     parts = {
-        "model.diffusion_model.": (released.unet_names, model.unet),
+        "model.diffusion_model.": (from_ldm.unet_names, model.unet),
         "control_model.": (released.controlnet_names, model.controlnet),
         "cond_stage_model.ft_layers_4.": (released.adapter_names, model.image_prompt.adapter),
     }

@@ -20,7 +20,7 @@ from consissr.diffusion.tiling import TiledDenoiser, gaussian_weights
 from consissr.geometry import Prepared, finish, transfer
 from consissr.images import to_uint8
 from consissr.models.denoiser import Denoiser
-from consissr.models.vae_tiling import TiledLatents
+from consissr.models.vae_tiling import RELEASED_MARGIN, PooledTiles, TiledLatents
 from consissr.restorer import Restorer
 
 TILED_VAE = "tiled_vae.safetensors"
@@ -157,13 +157,20 @@ def tiled_decoder(fixture: Fixture) -> Iterator[Check | Lack]:
     if not stored:
         yield Lack(TILED_VAE)
         return
-    latent_key = next(key for key in stored if "latent" in key)
-    latent, latents = stored[latent_key], fixture.model.latents
-    outputs = {key: value for key, value in stored.items() if value.ndim == 4 and key != latent_key}
-    key, want = next(((k, v) for k, v in outputs.items() if "tile" in k), next(iter(outputs.items())))
-    tile = int(fixture.metadata(TILED_VAE).get("decoder_tile_size", 16))
-    gap = next((value.item() for name, value in stored.items() if "absmax" in name), None)
-    forms = [latent, latent * latents.scale]  # scaled as everywhere, or as the decoder itself takes it
+    said, latents = fixture.metadata(TILED_VAE), fixture.model.latents
+    maps = {key: value for key, value in stored.items() if value.ndim == 4}
+    latent_key = next((key for key in maps if "latent" in key), min(maps, key=lambda key: maps[key].numel()))
+    latent = maps.pop(latent_key)
+    key = next((key for key in maps if "tile" in key), next(iter(maps)))
+    want = maps[key]
+    tile = next((int(value) for name, value in said.items() if "tile" in name and value.isdigit()), 16)
+    gaps = [name for name in stored if "absmax" in name]
+    gap = stored[gaps[0]].item() if gaps else next((float(v) for name, v in said.items() if "absmax" in name), None)
+    quant = latents.vae.post_quant_conv
+    inner = torch.linalg.solve(quant.weight[:, :, 0, 0], (latent - quant.bias[:, None, None]).flatten(2)).view_as(
+        latent
+    )
+    forms = [latent, latent * latents.scale, inner * latents.scale]  # scaled, not scaled, what the decoder itself takes
 
     def misfit(z: Tensor) -> float:
         full = latents.decode(z)
@@ -173,9 +180,25 @@ def tiled_decoder(fixture: Fixture) -> Iterator[Check | Lack]:
     got = TiledLatents(latents, tile, "as_released").decode(z)
     yield Check(f"{TILED_VAE}:{key}", got, want, IMAGE, "absolute")
     if gap is not None:
-        absmax = next(name for name in stored if "absmax" in name)
-        found = (latents.decode(z) - got).abs().max().reshape(stored[absmax].shape)
-        yield Check(f"{TILED_VAE}:{absmax}", found, stored[absmax], IMAGE, "absolute")
+        found = (latents.decode(z) - got).abs().max()
+        name = gaps[0] if gaps else "full_minus_tiled_absmax"
+        yield Check(f"{TILED_VAE}:{name}", found, torch.tensor(gap), IMAGE, "absolute")
+    for name, boxes in stored.items():
+        if "bbox" in name and boxes.ndim == 2:
+            yield tile_boxes(f"{TILED_VAE}:{name}", boxes, tile, z, latents.factor)
+
+
+def tile_boxes(name: str, want: Tensor, tile: int, z: Tensor, factor: int) -> Check:
+    """Boxes [left, right, top, bottom] of the tiles: as read from the latent, or as written to the image."""
+    size = (z.shape[2], z.shape[3])
+    cores = PooledTiles([], tile).cores(size)
+    read = [core.grown(RELEASED_MARGIN, size) for core in cores]
+    forms = [
+        torch.tensor([[box.left, box.right, box.top, box.bottom] for box in boxes]) * times
+        for boxes, times in ((read, 1), (cores, factor), (cores, 1))
+    ]
+    wrong = [(form - want).abs().sum().item() if form.shape == want.shape else float("inf") for form in forms]
+    return Check(name, forms[wrong.index(min(wrong))], want, 0.0, "exact")
 
 
 def consissr_run(fixture: Fixture) -> Iterator[Check | Lack]:
@@ -219,8 +242,8 @@ def consissr_run(fixture: Fixture) -> Iterator[Check | Lack]:
     yield from compare(file, stored, "final_latent", z, GUIDED_LATENT)
     y = restorer.decode(z)
     for fix in ("adain", "wavelet"):
-        got = transfer(y / 2 + 0.5, lq, fix)
+        got = transfer(y / 2 + 0.5, lq.split(1, dim=1), fix)
         yield from compare(file, stored, fix, got, IMAGE, "absolute")
     size = tuple(lq.shape[2:])
-    image = to_uint8(finish(Prepared(lq, size, size), y.clone(), "consissr", "adain"))[0].permute(1, 2, 0)
+    image = to_uint8(finish(Prepared.of(lq, size, size), y.clone(), "consissr", "adain"))[0].permute(1, 2, 0)
     yield from compare(file, stored, "adain_u8", image, 1.0, "uint8")

@@ -264,3 +264,18 @@ def test_pairs_without_partner_or_of_wrong_size(folder, tmp_path, caplog):
     (tmp_path / "lq/a/2.png").unlink()
     with pytest.raises(UserError, match="1 of 8 images have no single partner.*a/2.png"):
         PhotoDataset([str(folder)], 32, 0, lq_paths=[str(tmp_path / "lq")])
+
+
+def test_shrunk_crops_show_more_of_the_photograph(tmp_path):
+    x = np.add.outer(np.zeros(96, int), np.arange(96)).astype(np.uint8)  # a ramp: its step tells the factor
+    Image.fromarray(np.repeat(x[..., None], 3, 2)).save(tmp_path / "ramp.png")
+    dataset = PhotoDataset([str(tmp_path)], crop=32, seed=0, flips="none", shrink=0.5)
+    factors = []
+    for n in range(40):
+        row = (dataset[n]["hq"][0, 16] + 1) * 127.5
+        factors.append(float(28 / (row[30] - row[2])))  # pixels of the crop per level, that is per source pixel
+    assert 0.48 < min(factors) < 0.6 and 0.9 < max(factors) < 1.06
+    with pytest.raises(UserError, match="data.shrink is 0"):
+        PhotoDataset([str(tmp_path)], crop=32, seed=0, shrink=0)
+    with pytest.raises(UserError, match="random crops"):
+        PhotoDataset([str(tmp_path)], crop=32, seed=0, shrink=0.5, crop_rule="center")

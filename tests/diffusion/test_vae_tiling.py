@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from consissr.models.latents import Latents
-from consissr.models.vae_tiling import PooledTiles, TiledLatents, best_size
+from consissr.models.vae_ops import WINDOW_MARGIN, Box
+from consissr.models.vae_tiling import Packed, PooledTiles, TiledLatents, best_size
 
 
 def autoencoder(channels, widths):
@@ -101,3 +102,39 @@ def test_exact_tiles_need_less_memory(latents):
         return max(sizes)
 
     assert largest(TiledLatents(latents, 8).decode) < 0.3 * largest(latents.decode)
+
+
+@pytest.mark.parametrize("side", [24, 48])
+def test_windowed_attention_costs_as_much_as_the_area(latents, monkeypatch, side):
+    """As many windows as tiles, none larger than a tile and its margins; `exact` looks at all pairs of positions."""
+    pairs, original = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, key, *rest, **options):
+        pairs.append(query.shape[-2] * key.shape[-2])
+        return original(query, key, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    z = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
+    TiledLatents(latents, 6, "windowed").decode(z)
+    assert len(pairs) == (side // 6) ** 2 and max(pairs) <= (6 + 2 * WINDOW_MARGIN) ** 4
+    pairs.clear()
+    TiledLatents(latents, 6).decode(z)
+    assert pairs == [side**4]
+
+
+def test_stored_maps_are_exact_to_a_65000th():
+    x = torch.randn(2, 3, 8, 21, generator=torch.Generator().manual_seed(1)) * torch.tensor([1e-3, 1.0, 1e3]).view(
+        3, 1, 1
+    )
+    x[0, 0, 0] = 7.0
+    stored = Packed(x.shape, 8, x)
+    for top in (0, 4):
+        stored.write(Box(top, top + 4, 0, 16), x[:, :, top : top + 4, :16])
+        stored.write(Box(top, top + 4, 16, 21), x[:, :, top : top + 4, 16:])
+    box = Box(3, 7, 5, 18)
+    error, spread = (stored.read(box) - box.of(x)).abs().amax(3), x.amax(3) - x.amin(3)
+    assert (error <= spread[:, :, 3:7] / 65534 + 1e-6).all() and error[0, 1].max() > 0
+    assert (stored.read(Box(0, 1, 0, 21))[0, 0] == 7).all()
+    x[1, 2, 3, 4] = float("nan")
+    stored.write(Box(0, 8, 0, 21), x)
+    assert stored.read(Box(3, 4, 4, 5))[1, 2].isnan().all(), "what is not a number must not be hidden"

@@ -162,10 +162,10 @@ def test_ccsr_v2_is_read_whatever_its_vae_calls_attention(v2, tmp_path):
 
 
 @torch.no_grad()
-def test_a_v2_controlnet_renamed_into_v1s_layout_gives_identical_residuals(v2, shared):
+def test_a_v2_controlnet_renamed_into_v1s_layout_gives_identical_residuals(v2, to_ldm, vae_to_ldm):
     """v1 takes z_t and hint in one convolution of eight channels; everything else is the same network."""
     v2_model = ccsr.released.read_v2(v2)
-    model = ccsr.released.read_v1(v1_state(v2_model), heads=(2, 4, 4, 4))
+    model = ccsr.released.read_v1(v1_state(v2_model, to_ldm, vae_to_ldm), heads=(2, 4, 4, 4))
     assert tuple(model.controlnet.config.block_out_channels) == tuple(v2_model.controlnet.config.block_out_channels)
     z, hint, text = torch.randn(2, 4, 16, 24), torch.randn(2, 4, 16, 24), torch.randn(2, 7, 32)
     t = torch.tensor([999, 3])
@@ -178,7 +178,7 @@ def test_a_v2_controlnet_renamed_into_v1s_layout_gives_identical_residuals(v2, s
         ccsr.released.read_v1({"control_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)})
 
 
-def v1_state(model) -> dict[str, torch.Tensor]:
+def v1_state(model, to_ldm, vae_to_ldm) -> dict[str, torch.Tensor]:
     """A CCSR model's weights under v1's names."""
     unet, control = model.unet.state_dict(), model.controlnet.state_dict()
     bias = control.pop("controlnet_cond_embedding.0.bias")
@@ -192,54 +192,3 @@ def v1_state(model) -> dict[str, torch.Tensor]:
     state |= {f"first_stage_model.{name}": value for name, value in vae.items()}
     encoder = {n: v for n, v in vae.items() if n.startswith(("encoder.", "quant_conv."))}
     return state | {f"cond_encoder.{name}": value for name, value in encoder.items()}
-
-
-def to_ldm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """diffusers -> LDM names, written independently of the reader: one layer and a down-sampler per level."""
-    import re
-
-    inner = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
-    inner |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-    fixed = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "conv_norm_out": "out.0"}
-    fixed |= {"time_embedding.linear_2": "time_embed.2", "conv_out": "out.2"}
-    fixed["controlnet_mid_block"] = "middle_block_out.0"
-    fixed |= {"mid_block.attentions.0": "middle_block.1", "mid_block.resnets.0": "middle_block.0"}
-    fixed["mid_block.resnets.1"] = "middle_block.2"
-    attended = {int(m[1]) for name in state if (m := re.match(r"up_blocks\.(\d+)\.attentions", name))}
-    found = {}
-    for name, value in state.items():
-        new = name
-        for ours, theirs in fixed.items():
-            if name.startswith(f"{ours}."):
-                new = theirs + name[len(ours) :]
-        if m := re.match(r"controlnet_down_blocks\.(\d+)(.*)", name):
-            new = f"zero_convs.{m[1]}.0{m[2]}"
-        elif m := re.match(r"down_blocks\.(\d+)\.(resnets|attentions|downsamplers)\.0(.*)", name):
-            block = 2 * int(m[1]) + (2 if m[2] == "downsamplers" else 1)
-            part = {"resnets": "0", "attentions": "1", "downsamplers": "0"}[m[2]]
-            new = f"input_blocks.{block}.{part}{m[3].replace('.conv.', '.op.') if m[2] == 'downsamplers' else m[3]}"
-        elif m := re.match(r"up_blocks\.(\d+)\.(resnets|attentions|upsamplers)\.(\d)(.*)", name):
-            up = int(m[1])
-            layer = 1 if m[2] == "upsamplers" else int(m[3])
-            part = {"resnets": 0, "attentions": 1, "upsamplers": 2 if up in attended else 1}[m[2]]
-            new = f"output_blocks.{2 * up + layer}.{part}{m[4]}"
-        if ".resnets." in name:
-            for ours, theirs in inner.items():
-                new = re.sub(rf"\.{ours}\.", f".{theirs}.", new)
-        found[new] = value
-    return found
-
-
-def vae_to_ldm(name: str) -> str:
-    """diffusers -> LDM name of an autoencoder with four levels."""
-    import re
-
-    name = re.sub(r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2", name)
-    name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
-    name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{3 - int(m[1])}.block.{m[2]}", name)
-    name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample", name)
-    name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-    for ours, theirs in attention.items():
-        name = name.replace(f"mid_block.attentions.0.{ours}.", f"mid.attn_1.{theirs}.")
-    return name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")

@@ -3,68 +3,32 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from consissr.train_config import OptimizerConfig, TrainConfig
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
-from consissr.training.loop import Loop, accumulation, learning_rate
+from consissr.training.checks import accumulation
+from consissr.training.loop import Loop
+from consissr.training.optimisers import learning_rate
 from scripts.train import main, stage_builder
-
-COMMON = ["batch=2", "micro_batch=2", "steps=2", "log_every=1", "tracker=none", "data.crop=64", "checkpoint_every=1"]
-SMALL = {
-    "autoencoder": ["autoencoder.widths=[16,16]", "autoencoder.latent_channels=4"],
-    "prior": ["prior.widths=[16,16]", "prior.attention=[false,true]", "prior.heads=2", "prior.context_dim=8"],
-    "nuts": [],
-    "deft": ["deft.discriminator_width=8", "deft.adversarial_start=-1"],
-}
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six smooth random pictures of 80x96 pixels."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        small = Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8))
-        small.resize((96, 80), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return folder
-
-
-def words(stage: str, photos: Path, runs: Path, *more: str) -> list[str]:
-    """Arguments of scripts/train.py for a tiny run of `stage`, on the earlier stages' results below `runs`."""
-    inputs = {
-        "autoencoder": [],
-        "prior": [f"init={runs}/autoencoder"],
-        "nuts": [f"model.base={runs}/prior", "init=", "compile=false"],
-        "deft": [f"model.base={runs}/prior", f"init={runs}/nuts"],
-    }
-    own = [f"data.paths=[{photos}]", f"output_dir={runs}/{stage}", *COMMON, *SMALL[stage], *inputs[stage]]
-    return ["--config", f"configs/nano/{stage}.yaml", *own, *more]
-
-
-@pytest.fixture(scope="module")
-def runs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The four stages, each trained for two steps."""
-    folder = tmp_path_factory.mktemp("runs")
-    for stage in SMALL:
-        assert main(words(stage, photos, folder, f"data.validation={photos}", "data.validation_count=2")) == 0
-    return folder
+from tests.training.tiny import SMALL, words
 
 
 @pytest.mark.parametrize(
     ("stage", "files"),
     [
         ("autoencoder", ["vae/config.json", "vae/linear_path.safetensors", "validation/step-2.png"]),
+        ("clip", ["text_encoder/config.json", "tokenizer/vocab.json", "image_encoder/config.json", "retrieval.json"]),
         ("prior", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]),
+        ("rclip", ["image_encoder/config.json", "image_encoder/model.safetensors"]),
+        ("tala", ["config.yaml", "unet_adapter.safetensors", "image_encoder/config.json", "validation/step-2.png"]),
         ("nuts", ["config.yaml", "controlnet/config.json", "README.md", "validation/step-2.png"]),
-        ("deft", ["config.yaml", "controlnet/config.json", "vae/linear_path.safetensors", "validation/step-2.png"]),
+        ("deft", ["config.yaml", "controlnet/config.json", "vae/decoder.safetensors", "validation/step-2.png"]),
     ],
 )
 def test_a_stage_leaves_its_result(runs: Path, stage: str, files: list[str]) -> None:
@@ -92,8 +56,8 @@ def test_resuming_is_bit_exact(runs: Path, photos: Path, tmp_path: Path, stage: 
     arguments = words(stage, photos, tmp_path)
     assert main([*arguments, "checkpoint_limit=9"]) == 0
     through = load_checkpoint(tmp_path / stage / "checkpoint-2")
-    first = tmp_path / stage / "checkpoint-1"
-    assert main(["--resume", str(first), *arguments, "checkpoint_limit=9"]) == 0
+    shutil.rmtree(tmp_path / stage / "checkpoint-2")
+    assert main(["--resume", "latest", *arguments, "checkpoint_limit=9"]) == 0
     resumed = load_checkpoint(tmp_path / stage / "checkpoint-2")
     assert through["weights"].keys() == resumed["weights"].keys()
     for name, value in through["weights"].items():
@@ -103,13 +67,16 @@ def test_resuming_is_bit_exact(runs: Path, photos: Path, tmp_path: Path, stage: 
 
 @pytest.mark.parametrize("stage", list(SMALL))
 def test_trained_parameters_learn_and_frozen_ones_stay(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
-    """Two steps reach every trainable tensor with a gradient; everything else stays bit-identical."""
+    """Two steps, and the gradient after them, reach every trainable tensor; everything else stays bit-identical.
+
+    (Where zero layers stand one behind the other, the inner one's gradient begins after the second step.)
+    """
     from consissr.config import load_config
 
     for earlier in list(SMALL)[: list(SMALL).index(stage)]:
         (tmp_path / earlier).symlink_to(runs / earlier)
     # A hinge loss cancels exactly in the discriminator's last bias until a logit leaves [-1, 1]: a large step makes it.
-    _, path, *overrides = words(stage, photos, tmp_path, "precision=fp32", "deft.optimizer.lr=0.1")
+    _, path, *overrides = words(stage, photos, tmp_path, "precision=fp32", "deft.optimizer.lr=0.1", "steps=3")
     loop = Loop(load_config(TrainConfig, path, overrides), stage_builder(stage))
     trained = {id(p) for phase in loop.stage.phases for p in phase.parameters.values()}
     frozen = {n: p for n, p in loop.stage.networks.named_parameters() if id(p) not in trained}
@@ -120,6 +87,8 @@ def test_trained_parameters_learn_and_frozen_ones_stay(runs: Path, photos: Path,
         loop.accumulate(batch, totals)
         weights = loop.weights()
         seen |= {n for n, p in weights.items() if p.grad is not None and p.grad.abs().sum() > 0}
+        if loop.step == 2:
+            break
         loop.update(totals)
         loop.step += 1
     assert not (weights.keys() - seen), sorted(weights.keys() - seen)[:5]
@@ -138,30 +107,6 @@ def test_more_micro_batches_change_nothing_but_rounding(runs: Path, photos: Path
         ends.append(json.loads((folder / "nuts" / "log.jsonl").read_text().splitlines()[0]))
     assert ends[0]["controlnet/loss"] == pytest.approx(ends[1]["controlnet/loss"], rel=1e-5)
     assert ends[0]["controlnet/grad_norm"] == pytest.approx(ends[1]["controlnet/grad_norm"], rel=1e-4)
-
-
-@pytest.mark.parametrize("stage", ["nuts", "deft"])
-def test_two_processes_train_like_one(runs: Path, photos: Path, tmp_path: Path, root: Path, stage: str) -> None:
-    """The same micro-batches on one process and on two give the same weights, losses and step count."""
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        for earlier in ("prior", "nuts"):
-            if earlier != stage:
-                (tmp_path / name / earlier).symlink_to(runs / earlier)
-    more = ["micro_batch=1", "precision=fp32"]
-    assert main(words(stage, photos, tmp_path / "one", *more)) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "scripts/train.py"]
-    arguments = words(stage, photos, tmp_path / "two", *more, "processes=2")
-    done = subprocess.run([*launch, *arguments], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (load_checkpoint(tmp_path / name / stage / "checkpoint-2") for name in ("one", "two"))
-    for name, value in one["weights"].items():
-        assert torch.allclose(value, two["weights"][name], rtol=1e-5, atol=1e-7), name
-        assert torch.allclose(one["ema"][name], two["ema"][name], rtol=1e-5, atol=1e-7), name
-    logs = [(tmp_path / name / stage / "log.jsonl").read_text().splitlines()[-1] for name in ("one", "two")]
-    first, second = (json.loads(line) for line in logs)
-    for key in (k for k in first if k.endswith(("/loss", "/lr")) or k in ("step", "images")):
-        assert first[key] == pytest.approx(second[key], rel=1e-5), key
 
 
 def test_an_earlier_run_is_not_overwritten(runs: Path, photos: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -203,7 +148,7 @@ def test_checkpoints_are_complete_or_absent(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(Exception, match="No space left on device.*last good: .*checkpoint-1"):
+    with pytest.raises(Exception, match="No space left on device.*last good checkpoint: .*checkpoint-1"):
         save_checkpoint(tmp_path, 2, {"step": 2}, limit=2)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 

@@ -1,0 +1,65 @@
+"""The flags of `scripts/bench.py`. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+METHODS = ("ccsr-1", "ccsr-2", "ccsr-2-guided", "consissr")
+
+
+def parser(description: str, commands: Mapping[str, Callable]) -> argparse.ArgumentParser:
+    """One sub-command per thing that is measured; `commands` has the functions, each becomes `run`."""
+    root = argparse.ArgumentParser(description=description)
+    subs = root.add_subparsers(required=True, metavar="WHAT")
+
+    def sub(name: str) -> Callable:
+        run = commands[name]
+        made = subs.add_parser(name, help=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        made.set_defaults(run=run)
+        made.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
+        return made.add_argument
+
+    inference(sub("inference"))
+    add = sub("decoder")
+    add("-m", "--model", default="nano-ccsr", help="model with the full decoder")
+    add("--narrow", default="", help="model folder with a narrow decoder; empty: an untrained one (speed only)")
+    add("--factor", type=float, default=0.5, help="width of an untrained narrow decoder")
+    add("--pixels", type=int, default=512, help="side of the result")
+    add("--runs", type=int, default=7, help="counted rounds")
+    add("--device", default="cpu", help="cpu or cuda")
+    add = sub("tiles")
+    add("-m", "--model", default="nano-ccsr", help="bundled name or model folder")
+    add("--sides", type=int, nargs="+", default=[512, 768, 1024, 1536], help="sides of results")
+    add("--tile", type=int, default=256, help="side of diffusion and autoencoder tiles")
+    add("--runs", type=int, default=3, help="rounds")
+    add("--device", default="cpu", help="cpu or cuda")
+    add = sub("start-up")
+    add("-m", "--model", default="nano-ccsr", help="model to load")
+    add("--runs", type=int, default=5, help="processes each")
+    add = sub("training")
+    add("--config", nargs="+", required=True, help="stages to run for a few steps")
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to every run (data.paths, batch, ...)")
+    add("--switch", nargs="*", default=[], metavar="KEY=VALUE", help="each also measured on top")
+    sub("sizes")
+    add = sub("degradation")
+    add("-i", "--input", default="", help="folder of photographs; empty: made-up pictures")
+    add("--preset", default="ccsr", help="settings: ccsr or consissr")
+    add("--images", type=int, default=48, help="images per path")
+    return root
+
+
+def inference(add: Callable) -> None:
+    """Flags of the comparison with the plain reference."""
+    add("--size", default="nano-ccsr", help="sd21 (needs --random-weights), a bundled name or a model folder")
+    add("--random-weights", action="store_true", help="full-size networks with randomly drawn weights, no downloads")
+    add("--method", default="ccsr-2", choices=METHODS, help="networks, timesteps and guidance")
+    add("--steps", type=int, default=2, help="evaluations of method consissr (its own: 50)")
+    add("--pixels", type=int, default=512, help="side of the result; the input's is a quarter")
+    add("--batch", type=int, default=1, help="images at once in our path")
+    add("--runs", type=int, default=5, help="counted rounds, after one that warms up; 1: a single one")
+    add("--paths", nargs="+", default=["reference", "ours"], choices=("reference", "ours"), help="what to run")
+    add("--memory", action="store_true", help="also peak memory, each path in a process of its own")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the weights")

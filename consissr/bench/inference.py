@@ -1,0 +1,203 @@
+"""Our path (Restorer) beside the plain reference: seconds of each part, work, share of the ceiling, memory, results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consissr import images
+from consissr.bench.clock import Clock, ceiling, spread
+from consissr.bench.models import Method, build
+from consissr.bench.reference import Reference
+from consissr.bench.report import PARTS, PATHS
+from consissr.bench.work import macs_of
+from consissr.diffusion.plans import Step
+from consissr.diffusion.sampler import seeded_draw
+from consissr.footprint import MB, start_peak
+from consissr.footprint import peak as peak_bytes
+from consissr.geometry import finish, prepare
+
+
+@dataclass
+class Question:
+    """What to measure."""
+
+    size: str
+    """'sd21' (random weights), or a bundled model or model folder."""
+    method: Method
+    pixels: int = 512
+    """Side of the result; the input's is a quarter."""
+    batch: int = 1
+    """Images at once in our path; the releases know one."""
+    runs: int = 5
+    device: str = "cpu"
+    precision: str = "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+
+class Paths:
+    """Both ways, or one of them, from a low-quality image in memory to a written file."""
+
+    def __init__(self, question: Question, wanted: tuple[str, ...], scratch: Path) -> None:
+        self.question, self.scratch = question, scratch
+        self.device = torch.device(question.device)
+        parts, self.config = build(question.size, question.method, self.device, question.dtype)
+        self.work = macs_of(parts, self.config, question.method, question.pixels)
+        self.multiple = parts.latents.factor * 2 ** (len(parts.denoiser.unet.config.block_out_channels) - 1)
+        made: dict[str, Any] = {}
+        if "reference" in wanted:  # before Restorer puts the weights into another order
+            made["reference"] = Reference(parts, parts.model, parts.text, question.method.sequential)
+        if "ours" in wanted:
+            made["ours"] = parts.restorer(self.config)
+        self.made = made
+
+    def run(self, path: str, clock: Clock) -> Tensor:
+        """One batch, timed; the decoded images (B,3,H,W)."""
+        lq, plan = pictures(self.question), self.question.method.plan
+        with clock.part("total"):
+            jobs = [prepare(one, 4, self.config.geometry, self.multiple) for one in lq.split(1)]
+            x = torch.cat([job.x for job in jobs])
+            if path == "ours":
+                y = self.ours(x, plan, clock)
+            else:
+                rows = [
+                    self.made[path].restore(
+                        one.to(self.device, self.question.dtype), seeded_draw(0, [i]), self.config, plan, clock
+                    )
+                    for i, one in enumerate(x.split(1))
+                ]
+                y = torch.cat(rows)
+            for i, (job, decoded) in enumerate(zip(jobs, y.split(1), strict=True)):
+                with clock.part("colour"):
+                    done = finish(job, decoded.clone(), self.config.geometry, self.config.color_fix)
+                with clock.part("write"):
+                    photo = images.Photo(done[0], None, images.Form())
+                    images.write(self.scratch / f"{path}{i}.png", photo)
+        return y
+
+    def ours(self, x: Tensor, plan: list[Step], clock: Clock) -> Tensor:
+        """Restorer's result, with the time of its parts."""
+        restorer = self.made["ours"]
+        watched = [
+            (restorer.denoiser, "prepare", "prompt"),
+            (restorer.latents, "moments", "encode"),
+            (restorer.denoiser, "forward", "step"),
+            (restorer.latents, "decode", "decode"),
+        ]
+        for owner, name, part in watched:
+            setattr(owner, name, clock.timed(part, getattr(owner, name)))
+        try:
+            return restorer.restore_tensor(x, list(range(len(x))), plan=plan)
+        finally:
+            for owner, name, _ in watched:
+                delattr(owner, name)
+
+
+def pictures(question: Question) -> Tensor:
+    """Made-up low-quality images (B,3,side,side) in [-1, 1]: smooth shapes with some noise."""
+    generator, side = torch.Generator().manual_seed(0), question.pixels // 4
+    coarse = torch.randn(question.batch, 3, 5, 5, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic") / 2
+    return (smooth + 0.05 * torch.randn(smooth.shape, generator=generator)).clamp(-1, 1)
+
+
+def compare(question: Question, paths: tuple[str, ...] = PATHS, tell: Callable[[str], None] = str) -> dict[str, Any]:
+    """The paths in turn, `runs` times after one round that warms up (none for a single run)."""
+    device = torch.device(question.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        ways = Paths(question, paths, Path(scratch))
+        rounds: dict[str, list[Clock]] = {path: [] for path in paths}
+        results, rates = {}, []
+        for number in range(question.runs + (question.runs > 1)):
+            rates.append(ceiling(device, question.dtype))
+            for path in paths:
+                clock = Clock(device)
+                results[path] = ways.run(path, clock)
+                if number or question.runs == 1:
+                    rounds[path].append(clock)
+                tell(f"{path}: {clock.parts['total'].wall:.2f} s, {clock.parts['total'].cpu:.2f} CPU seconds")
+    best = {"wall": max(rate.wall for rate in rates), "cpu": max(rate.cpu for rate in rates)}
+    found: dict[str, Any] = {"question": asdict(question), "macs": ways.work, "ceiling_macs_per_second": best}
+    found["threads"] = torch.get_num_threads()
+    for path in paths:
+        found[path] = summary(rounds[path], question, ways.work[path], best)
+    if len(paths) == 2:
+        plain, fast = results["reference"].double(), results["ours"].double()
+        found["relative_difference"] = ((fast - plain).norm() / plain.norm()).item()
+        found["speed_ratio"] = {
+            part: {kind: ratio(found, part, kind) for kind in ("wall", "cpu")} for part in ("total", *PARTS)
+        }
+    return found
+
+
+def summary(clocks: list[Clock], question: Question, work: dict[str, int], best: dict[str, float]) -> dict[str, Any]:
+    """Seconds per image of each part (a step: per evaluation), work done, share of the ceiling."""
+    found: dict[str, Any] = {}
+    for part in ("total", *PARTS):
+        if not clocks[0].calls.get(part):
+            continue
+        share = question.batch if part != "step" else question.batch * len(question.method.plan)
+        found[part] = {
+            kind: spread([getattr(clock.parts[part], kind) / share for clock in clocks]) for kind in ("wall", "cpu")
+        }
+    for part in ("total", "encode", "step", "decode"):
+        for kind in ("wall", "cpu"):
+            seconds = found[part][kind]["median"]
+            found[part][f"ceiling_{kind}"] = work[part] / seconds / best[kind] if seconds else None
+    return found
+
+
+def ratio(found: dict[str, Any], part: str, kind: str) -> float | None:
+    """How many times as fast ours is."""
+    if part not in found["reference"] or part not in found["ours"] or not found["ours"][part][kind]["median"]:
+        return None
+    return found["reference"][part][kind]["median"] / found["ours"][part][kind]["median"]
+
+
+def memory(question: Question, paths: tuple[str, ...] = PATHS) -> dict[str, float]:
+    """Peak MB of each path above what a process has in use after imports, each in a process of its own."""
+    found = {}
+    for path in paths:
+        text = json.dumps(asdict(question) | {"path": path})
+        call = [sys.executable, "-m", "consissr.bench.inference", text]
+        done = subprocess.run(call, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"measuring the memory of '{path}' failed: {done.stderr[-800:]}")
+        found[path] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def peak(question: Question, path: str) -> float:
+    """MB used at most by building a path and restoring one batch, above what imports take."""
+    import diffusers.models.controlnets.controlnet  # noqa: F401
+    import transformers.models.clip.modeling_clip  # noqa: F401
+
+    before = start_peak(question.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        Paths(question, (path,), Path(scratch)).run(path, Clock(torch.device(question.device)))
+    return (peak_bytes(question.device) - before) / MB
+
+
+def main(text: str) -> None:
+    """The child process of `memory`."""
+    given = json.loads(text)
+    path = given.pop("path")
+    given["method"]["plan"] = [Step(*step) for step in given["method"]["plan"]]
+    question = Question(**(given | {"method": Method(**given["method"])}))
+    sys.stdout.write(f"{peak(question, path)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

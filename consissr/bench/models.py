@@ -1,0 +1,146 @@
+"""What is measured: a model of this machine, or the networks of SD2.1's size with randomly drawn weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consissr import checkpoint
+from consissr.config import ModelConfig, SamplerConfig
+from consissr.diffusion.plans import Step
+from consissr.diffusion.schedule import Schedule, alpha_bar
+from consissr.evaluation import complexity
+from consissr.loading import load_parts
+from consissr.models.denoiser import Denoiser
+from consissr.models.image_prompt import ImagePrompt
+from consissr.models.latents import Latents
+from consissr.restorer import Restorer
+
+SD21 = "sd21"
+"""The name of the full size, beside names and folders of models."""
+
+
+@dataclass
+class Method:
+    """A way of sampling: which networks (a key of `complexity.MODELS`), settings, timesteps."""
+
+    name: str
+    networks: str
+    plan: list[Step]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Fields of SamplerConfig."""
+    sequential: bool = False
+    """Whether the release runs guidance's two passes one after the other."""
+
+
+@dataclass
+class Parts:
+    """The networks that both paths run."""
+
+    latents: Latents
+    denoiser: Denoiser
+    image_prompt: nn.Module | None
+    schedule: Schedule
+    device: torch.device
+    dtype: torch.dtype
+    model: ModelConfig
+    text: Callable[[list[str]], Tensor]
+    """Prompts -> embeddings (B, L, D)."""
+
+    def restorer(self, config: SamplerConfig) -> Restorer:
+        """Our path. Encodes the prompts and lets the text encoder go."""
+        precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+        prompts = {prompt: self.text([prompt]).float().cpu() for prompt in {config.positive, config.negative}}
+        return Restorer(
+            self.latents, self.denoiser, self.schedule, prompts, self.image_prompt, config,
+            device=self.device, precision=precision,
+        )  # fmt: skip
+
+
+class RandomText:
+    """SD2.1's text encoder with random weights; a prompt's letters stand for its tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """(B, 77, 1024)."""
+        device = next(self.model.parameters()).device
+        rows = [[1 + ord(letter) % 40000 for letter in prompt[:77]] for prompt in prompts]
+        tokens = torch.tensor([row + [0] * (77 - len(row)) for row in rows], device=device)
+        return self.model(tokens)[0]
+
+
+@torch.no_grad()
+def drawn(network: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> nn.Module:
+    """A network of the meta device, in memory once, with weights N(0, 1 / inputs), gains 1 and biases 0."""
+    network = (network if dtype == torch.float32 else network.to(dtype)).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, tensor in network.named_parameters():
+        if tensor.ndim > 1:
+            tensor.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
+        else:
+            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+    for name, tensor in network.named_buffers():
+        if not name.endswith("position_ids"):
+            raise ValueError(f"{name} is no weight: what it holds is not known here")
+        tensor.copy_(torch.arange(tensor.numel(), device=device).view(tensor.shape))
+    return network.eval().requires_grad_(False)
+
+
+def full_size(networks: str, device: torch.device, dtype: torch.dtype) -> Parts:
+    """The networks of 'ccsr' or 'consissr' at SD2.1's size, one after the other, nothing copied."""
+    complexity.build.cache_clear()
+    empty = complexity.build(networks)
+    made = {name: drawn(part, device, dtype, seed) for seed, (name, part) in enumerate(empty.items())}
+    complexity.build.cache_clear()  # the cached networks are no longer empty
+    table = alpha_bar()
+    prompt = None
+    if "image encoder" in made:
+        prompt = ImagePrompt(made["image encoder"], made["image adapter"], complexity.MODELS[networks].image_tokens)
+    return Parts(
+        latents=Latents(made["vae"]),
+        denoiser=Denoiser(made["unet"], made["controlnet"], table).eval(),
+        image_prompt=prompt,
+        schedule=Schedule(table),
+        device=device,
+        dtype=dtype,
+        model=complexity.MODELS[networks],
+        text=RandomText(made["text encoder"]),
+    )
+
+
+def from_folder(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Parts, SamplerConfig]:
+    """The networks of a model folder or bundled model, and its own settings."""
+    parts = load_parts(name, None, dtype)
+    given = parts["prompts"]
+    if isinstance(given, dict):
+
+        def text(prompts: list[str]) -> Tensor:
+            return torch.cat([given[prompt] for prompt in prompts]).to(device)
+    else:
+
+        def text(prompts: list[str]) -> Tensor:
+            return given.encode(prompts).to(device)
+
+    networks = [parts["latents"], parts["denoiser"], parts["image_prompt"]]
+    for network in networks:
+        if network is not None:
+            network.eval().requires_grad_(False).to(device, dtype)
+    config = checkpoint.read_config(checkpoint.find_model(name))
+    made = Parts(*networks, parts["schedule"], device, dtype, config.model, text)
+    return made, parts["sampler"]
+
+
+def build(size: str, method: Method, device: torch.device, dtype: torch.dtype) -> tuple[Parts, SamplerConfig]:
+    """The networks, and the settings of a method: at full size those given, else the model's own changed by them."""
+    untiled = {"tile": 0, "vae_tile": 0}
+    if size == SD21:
+        return full_size(method.networks, device, dtype), SamplerConfig(**(method.settings | untiled))
+    parts, sampler = from_folder(size, device, dtype)
+    return parts, replace(sampler, **(method.settings | untiled))

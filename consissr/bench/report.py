@@ -1,0 +1,60 @@
+"""Tables of what was measured, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+PARTS = ("prompt", "encode", "step", "decode", "colour", "write")
+PATHS = ("reference", "ours")
+
+
+def times(value: float | None) -> str:
+    """A ratio."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def inference(found: dict[str, Any]) -> Iterator[Table | str]:
+    """Seconds per image of each part, ratios, share of the ceiling; work, memory, difference."""
+    question = found["question"]
+    title = f"{question['size']}, {question['method']['name']}, {question['pixels']} px, {question['device']}"
+    table = Table(title=f"{title}: seconds per image (a step: per evaluation), median [least to most]")
+    paths = [path for path in PATHS if path in found]
+    for name in ("part", *paths, *(f"{path}, CPU s" for path in paths), "times as fast", "by CPU s"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for part in ("total", *PARTS):
+        cells = [found[path].get(part) for path in paths]
+        if not any(cells):
+            continue
+        wall = [c and "{median:.3f} [{min:.3f} to {max:.3f}]".format(**c["wall"]) or "" for c in cells]
+        cpu = [c and f"{c['cpu']['median']:.3f}" or "" for c in cells]
+        rates = found.get("speed_ratio", {}).get(part, {})
+        table.add_row(part, *wall, *cpu, times(rates.get("wall")), times(rates.get("cpu")))
+    yield table
+    shares = Table(title="work per image (G multiply-accumulates), and share of the measured matrix-product ceiling")
+    for name in ("part", *(f"{path}, {kind}" for path in paths for kind in ("G", "of time", "of CPU s"))):
+        shares.add_column(name, justify="left" if name == "part" else "right")
+    for part in ("total", "encode", "step", "decode"):
+        row = []
+        for path in paths:
+            row.append(f"{found['macs'][path][part] / 1e9:.2f}")
+            row += [f"{100 * (found[path][part][f'ceiling_{kind}'] or 0):.0f} %" for kind in ("wall", "cpu")]
+        shares.add_row(part, *row)
+    yield shares
+    yield f"ceiling: {found['ceiling_macs_per_second']['wall'] / 1e9:.1f} G multiply-accumulates per second"
+    if "relative_difference" in found:
+        yield f"relative difference of the results: {found['relative_difference']:.1e}"
+    for path, megabytes in found.get("memory_mb", {}).items():
+        yield f"peak memory above imports, {path}: {megabytes:.0f} MB"
+    if len(found.get("memory_mb", {})) == 2:
+        yield f"ours / reference: {found['memory_mb']['ours'] / found['memory_mb']['reference']:.2f}"
+
+
+def plain(rows: list[dict[str, Any]], title: str) -> Table:
+    """One row per dictionary."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table

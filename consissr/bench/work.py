@@ -1,0 +1,65 @@
+"""Multiply-accumulates of both paths, counted on the meta device: attention's products included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from consissr.bench.models import Method, Parts
+from consissr.bench.reference import adds, use_plain_blocks
+from consissr.models.denoiser import Condition
+
+
+def counted(run: Callable[[], Any]) -> int:
+    """Multiply-accumulates of all convolutions, matrix products and attention in `run`."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return sum(counter.get_flop_counts()["Global"].values()) // 2
+
+
+def without_weights(network: nn.Module) -> nn.Module:
+    """A copy on the meta device; the weights themselves are never copied."""
+    known = {}
+    for tensor in [*network.parameters(), *network.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        known[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return deepcopy(network, known)
+
+
+def macs_of(parts: Parts, config: Any, method: Method, pixels: int) -> dict[str, dict[str, int]]:
+    """{path: {"encode", "step", "decode", "total"}} per image, for results of `pixels` x `pixels`.
+
+    Under guidance a step has two rows; where CCSR's first step is unguided, "step" is the mean. The work of a 3x3
+    convolution is that of its direct form, whichever way it is computed.
+    """
+    latents, denoiser = without_weights(parts.latents), without_weights(parts.denoiser)
+    side = pixels // latents.factor
+    z = torch.empty(1, latents.channels, side, side, device="meta", dtype=parts.dtype)
+    x = torch.empty(1, 3, pixels, pixels, device="meta", dtype=parts.dtype)
+    text = parts.text([config.positive]).to("meta", parts.dtype)
+    tokens = None if parts.image_prompt is None else text[:, :1]
+    condition, t = Condition(text, z, tokens), torch.zeros(1, dtype=torch.int64, device="meta")
+    prepared = denoiser.prepare(condition)
+    plain = without_weights(parts.denoiser)
+    if adds(parts.model):
+        use_plain_blocks(plain)
+    once = {"encode": counted(lambda: latents.moments(x)), "decode": counted(lambda: latents.decode(z))}
+    row = {
+        "reference": counted(lambda: plain(z, t, condition)),
+        "ours": counted(lambda: denoiser(z, t, prepared)),
+    }
+    guided = config.guidance != 1
+    first_alone = guided and config.first_prompt != "guided" and method.plan[0].kind != "step"
+    rows = len(method.plan) * (2 if guided else 1) - first_alone
+    found = {}
+    for path in row:
+        twice = path == "reference" and guided and not method.sequential
+        work = {"encode": once["encode"] * (2 if twice else 1), "decode": once["decode"]}
+        work["total"] = sum(work.values()) + rows * row[path]
+        found[path] = work | {"step": rows * row[path] // len(method.plan)}
+    return found

@@ -1,0 +1,151 @@
+"""Networks from checkpoints in latent-diffusion naming: UNet, autoencoder, text tower, and the schedule's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isqrt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from consissr import ldm
+from consissr.config import ModelConfig
+from consissr.errors import UserError
+from consissr.ldm import Report, State
+from consissr.models.attention import replace_blocks
+from consissr.models.latents import Latents
+from consissr.models.text import OpenClipText
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+BETAS = (1000, 0.00085, 0.012)
+"""Stable Diffusion's noise schedule: timesteps, first and last beta of the "scaled linear" form."""
+
+SCHEDULE = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "logvar",
+    "lvlb_weights",
+)
+"""Tables that the authors' files carry and that follow from the noise schedule."""
+
+UNUSED = ("model_ema.", "loss.", "first_stage_model.loss.")
+"""Prefixes of what training leaves in a base's file and nobody samples with."""
+
+
+def read_base(path: Path) -> tuple[UNet2DConditionModel, Latents, OpenClipText | None, Report]:
+    """A Stable Diffusion 2 base in one file: UNet, autoencoder and text tower, float32 on the CPU.
+
+    Nothing stored in the file runs, nothing is downloaded. UserError for a file of another kind or with unknown keys.
+    """
+    state, report = ldm.read_state(path), Report()
+    if "model.diffusion_model.input_blocks.0.0.weight" not in state:
+        raise UserError(f"{path} is no Stable Diffusion base: it lacks model.diffusion_model.input_blocks.0.0.weight")
+    table = take_schedule(state, report)
+    if table is not None and (len(table) != BETAS[0] or abs(1 - table[0].item() - BETAS[1]) > 1e-6):
+        raise UserError(f"{path} was trained with another noise schedule than Stable Diffusion's")
+    for prefix in UNUSED:
+        report.ignored[f"training's own ({prefix}*)"] = list(ldm.take(state, prefix))
+    unet, model = read_unet(ldm.take(state, "model.diffusion_model."), report)
+    latents = read_latents(ldm.take(state, "first_stage_model."), report)
+    text = read_text(ldm.take(state, "cond_stage_model.model."), report)
+    if state or model.position_embedding or model.transposed_attention or model.image_prompt != "none":
+        name = next(iter(state), "ConsisSR's additions in the UNet")
+        raise UserError(f"{path} is no Stable Diffusion 2 base: it has {name}; convert models with scripts/convert.py")
+    return unet, latents, text, report
+
+
+def take_schedule(state: State, report: Report) -> Tensor | None:
+    """Removes the tables of the noise schedule; alpha_bar [T] as stored, or None."""
+    tables = {name: state.pop(name) for name in SCHEDULE if name in state}
+    report.ignored["tables of the noise schedule"] = list(tables)
+    return tables.get("alphas_cumprod")
+
+
+def read_unet(
+    state: State, report: Report, heads: Sequence[int] | None = None
+) -> tuple[UNet2DConditionModel, ModelConfig]:
+    """The UNet with ConsisSR's additions where the weights have them, and what those are; `heads`: per level."""
+    from diffusers import UNet2DConditionModel
+
+    _, levels = ldm.encoder_pairs(state)
+    config = ldm.network_config(state, levels, heads)
+    config["out_channels"] = ldm.require(state, "out.2.weight").shape[0]
+    config["up_block_types"] = tuple(kind.replace("Down", "Up") for kind in reversed(config["down_block_types"]))
+    model = additions(state, levels)
+    if model.position_embedding:
+        config["sample_size"] = model.position_embedding
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+        replace_blocks(unet, model)
+    ldm.load_strict(unet, unet_names(state), "unet", report)
+    return unet.eval(), model
+
+
+def unet_names(state: State) -> State:
+    """A UNet's weights under diffusers' names and ours."""
+    pairs, levels = ldm.encoder_pairs(state)
+    return ldm.rename(state, pairs | ldm.decoder_pairs(state, levels), ldm.RESNET)
+
+
+def additions(state: State, levels: list[ldm.Level]) -> ModelConfig:
+    """Which of ConsisSR's additions a UNet's weights have."""
+    depth, level = next((i, level) for i, level in enumerate(levels) if level.transformer)
+    block = f"{level.transformer}.transformer_blocks.0"
+    positions = state.get(f"{block}.attn1.position_emb")
+    side = 0 if positions is None else isqrt(positions.shape[0])
+    hpa = f"{block}.attn2.to_out_ip.0.weight" in state
+    return ModelConfig(
+        hint="stack",
+        position_embedding=side * 2**depth,
+        transposed_attention=f"{block}.attnT.to_qkv.weight" in state,
+        image_prompt="hpa" if hpa else "none",
+        image_kv="separate" if f"{block}.attn2.to_v_ip.weight" in state else "shared",
+        image_tokens="pooled",
+        adapter_init="as_released",
+    )
+
+
+def read_latents(state: State, report: Report, part: str = "vae") -> Latents:
+    """The autoencoder."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(**ldm.vae_config(state))
+    ldm.load_strict(vae, ldm.vae_names(state), part, report)
+    return Latents(vae.eval())
+
+
+def read_text(state: State, report: Report) -> OpenClipText | None:
+    """The text tower, where the file has one."""
+    if not state:
+        return None
+    from open_clip.transformer import TextTransformer
+
+    unused = [name for name in ("logit_scale", "attn_mask") if state.pop(name, None) is not None]
+    report.ignored["CLIP's temperature and mask"] = unused
+    length, width = ldm.require(state, "positional_embedding").shape
+    with torch.device("meta"):
+        tower = TextTransformer(
+            length,
+            ldm.require(state, "token_embedding.weight").shape[0],
+            width,
+            heads=max(width // 64, 1),
+            layers=ldm.indices(state, "transformer.resblocks"),
+            output_dim=ldm.require(state, "text_projection").shape[1],
+        )
+    ldm.load_strict(tower, state, "text", report)
+    return OpenClipText(tower).eval()

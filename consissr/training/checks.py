@@ -1,0 +1,116 @@
+"""What can be wrong with a training run before a single weight is loaded. No torch here: mistakes must show at once."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+from consissr.data.settings import MODES, preset
+from consissr.errors import UserError
+from consissr.train_config import TrainConfig
+from consissr.training.checkpoints import find_checkpoint, list_checkpoints, step_of
+
+
+def check_run(config: TrainConfig, resume: str = "") -> None:
+    """Raise UserError for a launch, batch, folder or package that cannot be as `config` and `resume` have it."""
+    check_launch(config)
+    check_folders(config)
+    check_packages(config)
+    preset(config.data.degradation)
+    for mode in config.data.enlarge:
+        if mode not in MODES:
+            raise UserError(f"data.enlarge names '{mode}': use {', '.join(MODES)}")
+    if resume and config.data.pair_pool:
+        raise UserError("data.pair_pool: the pool of pairs is not in checkpoints: resume with data.pair_pool=0")
+    check_output(config, resume)
+
+
+def check_launch(config: TrainConfig) -> None:
+    """World size, kind of launch, and whether the global batch divides."""
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
+            raise UserError(
+                f"stage '{config.stage}' does not run under {name}, as no stage does (each fits one GPU): launch with "
+                "--config_file configs/accelerate/one_node.yaml or several_nodes.yaml"
+            )
+    if min(config.steps, config.batch, config.micro_batch, config.log_every, config.checkpoint_every) < 1:
+        raise UserError("steps, batch, micro_batch, log_every and checkpoint_every must be at least 1")
+    if config.checkpoint_limit < 1:
+        raise UserError(f"checkpoint_limit is {config.checkpoint_limit}: at least 1 checkpoint must be kept")
+    accumulation(config, launched())
+
+
+def launched() -> int:
+    """How many processes the launcher says it started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def accumulation(config: TrainConfig, processes: int) -> int:
+    """Micro-batches per optimiser step and process. Raises UserError if the global batch does not divide."""
+    if config.processes and config.processes != processes:
+        raise UserError(
+            f"{processes} process(es) run but processes={config.processes} was asked for: "
+            "launch with `accelerate launch --num_processes N` (GPUs) or `torchrun --nproc_per_node N` (CPU)"
+        )
+    share = config.micro_batch * processes
+    if config.batch % share:
+        raise UserError(
+            f"batch {config.batch} is not a multiple of micro_batch {config.micro_batch} x {processes} process(es): "
+            f"use batch={max(1, round(config.batch / share)) * share}"
+        )
+    return config.batch // share
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Whether what is read exists; what is in it is looked at later."""
+    data = config.data
+    if not data.paths:
+        raise UserError("no training images: name at least one folder, list or shard in data.paths")
+    named = [("data.paths", p) for p in data.paths] + [("data.lq_paths", p) for p in data.lq_paths]
+    named += [("data.validation", data.validation)] if data.validation else []
+    for key, text in named:
+        place = os.path.expanduser(text)
+        if not os.path.exists(place) and not (glob.has_magic(place) and glob.glob(place, recursive=True)):
+            raise UserError(f"{key}: {text} does not exist: give a folder, a text list, a tar shard or a pattern")
+    for key, text in (("init", config.init), ("model.base", config.model.base)):
+        local = text.startswith((".", "/", "~")) or text.count("/") > 1  # else a known name or a hub id
+        if local and not os.path.exists(os.path.expanduser(text)):
+            raise UserError(f"{key}: {text} does not exist: give the output_dir of an earlier run, or a model folder")
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Optional packages that the config asks for."""
+    kinds = {config.optimizer.kind, config.deft.optimizer.kind if config.stage == "deft" else config.optimizer.kind}
+    wanted = {"wandb": (config.tracker == "wandb", "tracker=tensorboard"),
+              "bitsandbytes": ("adamw8bit" in kinds, "optimizer.kind=adamw"),
+              "tensorboard": (config.tracker == "tensorboard", "tracker=none")}  # fmt: skip
+    for package, (needed, instead) in wanted.items():
+        if needed and importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed: `pip install {package}`, or set {instead}")
+
+
+def check_output(config: TrainConfig, resume: str) -> None:
+    """Whether `output_dir` can be written, and holds what `resume` asks for, or nothing that would be lost."""
+    output = Path(config.output_dir)
+    there = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"output_dir {output} cannot be written ({there}): choose another")
+    if not resume:
+        if list_checkpoints(output) or logged_step(output) >= config.steps:
+            raise UserError(f"{output} holds a run: go on with --resume latest, or choose another output_dir")
+        return
+    step = step_of(find_checkpoint(output, resume))
+    newer = [str(path) for path in list_checkpoints(output) if step_of(path) > step]
+    if newer:
+        raise UserError(f"--resume {resume}: newer checkpoints stand beside it: first remove {', '.join(newer)}")
+
+
+def logged_step(output: Path) -> int:
+    """The last step that a run's log tells of; 0 without a log. (A run killed before its first checkpoint has one.)"""
+    try:
+        return int(json.loads((output / "log.jsonl").read_text().splitlines()[-1])["step"])
+    except (OSError, ValueError, LookupError):
+        return 0

@@ -1,0 +1,337 @@
+"""What a training run would be, without running it: `scripts/train.py --config ... --dry-run`.
+
+The networks are built on the meta device, which holds shapes and no numbers; nothing is downloaded and no weight is
+read. Sizes are those of the folders that the config names, where they are on this machine, else SD2.1's (or `nano`'s
+for names with "nano" in them).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+
+from consissr.checkpoint import BUNDLED as BUNDLED_MODELS
+from consissr.config import ModelConfig
+from consissr.diffusion.schedule import alpha_bar
+from consissr.errors import UserError
+from consissr.evaluation.complexity import TOKENS, TOWER, UNET, VAE
+from consissr.evaluation.learned import LPIPS_VGG, find
+from consissr.models.attention import replace_blocks
+from consissr.models.base import BUNDLED, find_base
+from consissr.models.controlnet import build_controlnet
+from consissr.models.image_encoder import OPEN_CLIP, has_tower
+from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
+from consissr.models.latents import empty_latents
+from consissr.train_config import TrainConfig
+from consissr.training.checks import check_run, launched
+from consissr.training.restoration import Parts
+from consissr.training.stage import Batch, Stage
+
+GIB = 2**30
+
+
+def describe(config: TrainConfig, builder: Any) -> Iterator[str]:
+    """The report, line by line, on the run that `config` and the stage class `builder` make."""
+    stage = build(config, builder)
+    yield f"stage {config.stage}, {config.steps} optimiser steps; output: {config.output_dir}"
+    yield from batches(config)
+    yield ""
+    yield from parameters(stage)
+    yield ""
+    yield from memory(config, stage)
+    yield ""
+    yield from places(config)
+    try:
+        check_run(config)
+    except UserError as error:
+        yield f"\nthe run itself would stop here: {error}"
+
+
+def build(config: TrainConfig, builder: Any) -> Stage:
+    """The stage on the meta device."""
+    if config.stage == "rclip":
+        with torch.device("meta"):
+            towers = [build_tower(*tower_sizes(config)) for _ in range(2)]
+        stage = builder(config, *towers)
+    elif config.stage in ("tala", "nuts"):
+        stage = builder(config, untrained_parts(config))
+    elif config.stage == "deft":
+        stage = builder.untrained(replace(config, init=config.init or "(none)"), untrained_parts(config))
+    elif config.stage == "autoencoder":
+        stage = builder(config, fit=False)
+    elif config.stage == "prior":
+        text = config.prior.text if Path(config.prior.text).is_dir() else ""
+        init = config.init if (Path(config.init) / "vae" / "config.json").is_file() else str(BUNDLED["nano"])
+        stage = builder(replace(config, init=init, prior=replace(config.prior, text=text)))
+    else:
+        stage = builder(config)
+    names = {id(parameter): name for name, parameter in stage.networks.named_parameters()}
+    stage.networks.requires_grad_(False).to("meta")
+    moved = dict(stage.networks.named_parameters())  # those that were not on the meta device are other ones now
+    for phase in stage.phases:
+        phase.parameters = {name: moved[names[id(p)]] for name, p in phase.parameters.items()}
+    return stage
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def base_folder(name: str) -> Path | None:
+    """Where sizes of the base `name` can be read on this machine; None: they are SD2.1's."""
+    folder = BUNDLED.get(name, Path(name))
+    if (folder / "unet" / "config.json").is_file():
+        return folder
+    return BUNDLED["nano"] if "nano" in name else None
+
+
+def untrained_parts(config: TrainConfig) -> Parts:
+    """The networks of `config.model` on the meta device."""
+    from diffusers import UNet2DConditionModel
+
+    folder = base_folder(config.model.base)
+    unet, vae = UNET, VAE
+    if folder is not None:
+        unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+    text_free = folder is not None and not (folder / "text_encoder").is_dir()
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(unet)
+        controlnet = build_controlnet(network, config.model)
+        replace_blocks(network, config.model)
+        width = network.config.cross_attention_dim
+        prompt = None
+        if config.model.image_prompt != "none":
+            tower = build_tower(*tower_sizes(config))
+            adapter = Adapter(tower.output_dim, width, config.model.adapter_init)
+            prompt = ImagePrompt(tower, adapter, config.model.image_tokens)
+        latents, text = empty_latents(vae), torch.empty(1, 1 if text_free else TOKENS, width)
+    return Parts(network, controlnet, latents, text, alpha_bar(), image_prompt=prompt, text_free=text_free)
+
+
+def tower_sizes(config: TrainConfig) -> tuple[int, dict[str, Any]]:
+    """(embed_dim, vision_cfg) of the image tower: of the first folder named that is here, of open_clip, or ViT-H/14."""
+    name = config.model.image_encoder
+    for folder in (config.init, base_folder(config.model.base) if name == "base" else name):
+        if folder and has_tower(folder):
+            settings = json.loads((Path(folder) / "image_encoder" / "config.json").read_text())
+            return settings["embed_dim"], settings["vision_cfg"]
+    if name.startswith(OPEN_CLIP):
+        import open_clip
+
+        settings = open_clip.get_model_config(name.removeprefix(OPEN_CLIP).split("/")[0])
+        if settings:
+            return settings["embed_dim"], settings["vision_cfg"]
+    return 1024, TOWER
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def batches(config: TrainConfig) -> Iterator[str]:
+    """The global batch, and how it comes about."""
+    counts = [config.processes or launched()]
+    counts += [n for n in (4, 8, 16) if not config.processes and n not in counts]
+    ways = [
+        f"{n} process{'es' if n > 1 else ''} x {config.batch // (config.micro_batch * n)} accumulated"
+        for n in counts
+        if config.batch % (config.micro_batch * n) == 0
+    ]
+    fits = " = or ".join(ways) or f"not a multiple of micro_batch x {counts[0]} processes"
+    yield f"effective batch {config.batch} = micro_batch {config.micro_batch} x {fits.replace(' = or ', ', or ')}"
+    yield f"{config.steps * config.batch:,} images seen in all, {config.data.crop} x {config.data.crop} pixels"
+
+
+def parameters(stage: Stage) -> Iterator[str]:
+    """Trained parameters by phase and group, frozen ones by network."""
+    groups: Counter[str] = Counter()
+    for phase in stage.phases:
+        for name, parameter in phase.parameters.items():
+            part = {"unet": "in the UNet", "adapter": "image adapter"}.get(name.split(".")[0], phase.name)
+            groups[part] += parameter.numel()
+    yield f"{'trained':44s}{sum(groups.values()):>16,}"
+    yield from (f"  {name:42s}{count:>16,}" for name, count in groups.items())
+    trained = {id(p) for phase in stage.phases for p in phase.parameters.values()}
+    frozen: Counter[str] = Counter()
+    for name, parameter in stage.networks.named_parameters():
+        if id(parameter) not in trained:
+            frozen[group_of(name)] += parameter.numel()
+    yield f"{'frozen':44s}{sum(frozen.values()):>16,}"
+    yield from (f"  {name:42s}{count:>16,}" for name, count in frozen.items())
+
+
+def group_of(name: str) -> str:
+    """The network that a parameter of `stage.networks` belongs to."""
+    words = [word for word in name.split(".") if word not in ("first", "denoiser")]
+    if words[0] == "latents" and len(words) > 2:
+        return f"autoencoder: {words[2] if words[1] == 'vae' else words[1]}"
+    if words[0] in ("image_prompt", "adversary"):
+        return f"{words[0]}: {words[1]}"
+    return words[0]
+
+
+def memory(config: TrainConfig, stage: Stage) -> Iterator[str]:
+    """Bytes by kind, for a GPU under bf16 autocast, or in float32 if the config says so."""
+    low = config.precision != "fp32"
+    trained = {id(p): p for phase in stage.phases for p in phase.parameters.values()}
+    matrices = {id(p) for m in stage.networks.modules() if isinstance(m, nn.Linear | nn.Conv2d) for p in m.parameters()}
+    halved = matrices if low and config.frozen_precision != "fp32" else set()
+    frozen = {id(p): p for p in stage.networks.parameters() if id(p) not in trained}
+    moments = sum(
+        p.numel() * (2 if phase.optimizer.kind == "adamw8bit" else 8)
+        for phase in stage.phases
+        for p in phase.parameters.values()
+    )
+    count = sum(p.numel() for p in trained.values())
+    parts = {
+        "frozen weights" + (" (matrices in bf16)" if halved else ""): sum(
+            p.numel() * (2 if key in halved else 4) for key, p in frozen.items()
+        ),
+        "trained weights, float32": 4 * count,
+        "gradients, float32": 4 * count,
+        "moments of the optimiser": moments,
+    }
+    if config.ema:
+        parts["averaged weights (EMA), float32"] = 4 * count
+    yield f"{'memory per process, estimated':44s}{'GiB':>16s}"
+    yield from (f"  {name:42s}{size / GIB:>16.2f}" for name, size in parts.items())
+    try:
+        saved = activations(config, stage)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        yield f"  {'activations':42s}{'not estimated':>16s}  ({reason[:60]})"
+        return
+    total = sum(parts.values()) + saved
+    yield f"  {'activations':42s}{saved / GIB:>16.2f}"
+    yield f"  {'sum':42s}{total / GIB:>16.2f}"
+    rule = "all that autograd keeps of one micro-batch in the larger phase, in float32"
+    yield f"  activations: {rule}{'; autocast to bf16 needs about half' if low else ''}; buffers come on top"
+
+
+class Attention(torch.autograd.Function):
+    """Attention's shapes, and what its fused kernels keep: q, k, v and the result, never a matrix of all pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(..., L, D_v), without values."""
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        """Gradients without values."""
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+class FusedAttention(TorchFunctionMode):
+    """Counts attention as GPUs compute it; the meta device would compute it in plain steps."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return Attention.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
+def activations(config: TrainConfig, stage: Stage) -> int:
+    """Bytes that autograd saves in the forward pass of one micro-batch on the meta device, of the larger phase."""
+    side, count = config.data.crop, config.micro_batch
+    image = torch.empty(count, 3, side, side, device="meta")
+    generators = [torch.Generator().manual_seed(i) for i in range(count)]
+    batch = Batch(image, [""] * count, generators, lq=image if stage.needs_lq else None)
+    with torch.no_grad():
+        stage.prepare(batch)
+    own = {p.untyped_storage()._cdata for p in stage.networks.parameters()}
+    largest = 0
+    for phase in stage.phases:
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        for other in stage.phases:
+            for parameter in other.parameters.values():
+                parameter.requires_grad_(other is phase)
+        with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            phase.loss(batch, config.steps)
+        saved = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+        largest = max(largest, saved)
+    return largest
+
+
+def places(config: TrainConfig) -> Iterator[str]:
+    """What the run reads, where it looks, and what it would download."""
+    yield "read from:"
+    yield from (f"  {what:18s} {name}: {state}" for what, name, state in needs(config))
+
+
+def needs(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
+    """(what, name, whether it is here)."""
+    if config.stage in ("tala", "nuts", "deft"):
+        yield "base model", config.model.base, base_state(config.model)
+    uses_tower = config.stage == "rclip" or config.model.image_prompt != "none"
+    given = bool(config.init) and has_tower(config.init)
+    if config.stage in ("rclip", "tala", "nuts", "deft") and uses_tower and not given:
+        name = config.model.image_encoder
+        if name.startswith(OPEN_CLIP):
+            rest = name.removeprefix(OPEN_CLIP).partition("/")[2]
+            yield "image tower", name, "here" if Path(rest).is_file() else "downloaded by open_clip unless in its cache"
+        elif name != "base":
+            yield "image tower", name, here(name)
+        else:
+            folder = base_folder(config.model.base)
+            found = folder is not None and has_tower(folder)
+            yield "image tower", "that of the base", "here" if found else "missing; sized as ViT-H/14 above"
+    if config.init:
+        bundled = config.init in BUNDLED_MODELS
+        yield "init", config.init, "bundled" if bundled else hub_or_here(config.init, "config.yaml")
+    if config.stage == "prior" and config.prior.text:
+        yield "text encoder", config.prior.text, here(config.prior.text)
+    if config.stage == "deft" and config.deft.discriminator == "dino":
+        for what, name in (("DINO", config.deft.dino), ("DINOv2", config.deft.dino_v2)):
+            yield what, name, hub_or_here(name, "model.safetensors")
+    if config.stage == "deft" and config.deft.perceptual == "lpips":
+        folder = Path(config.deft.weights) if config.deft.weights else None
+        for file in LPIPS_VGG:
+            yield "LPIPS", file.name, str(find(file, folder) or f"missing; from {file.url}")
+    for key, listed in (("photographs", config.data.paths), ("LQ partners", config.data.lq_paths)):
+        for name in listed:
+            yield key, name, here(name)
+    if not config.data.paths:
+        yield "photographs", "data.paths", "none named"
+    if config.data.validation:
+        yield "validation", config.data.validation, here(config.data.validation)
+
+
+def here(name: str) -> str:
+    """Whether a path exists."""
+    return "here" if os.path.exists(os.path.expanduser(name)) else "missing"
+
+
+def base_state(model: ModelConfig) -> str:
+    """Where the base would come from."""
+    try:
+        found = find_base(model.base)
+    except UserError:
+        return f"missing; sized as {'the bundled nano' if base_folder(model.base) else 'SD2.1'} above"
+    return "; ".join(f"{place} {hub_or_here(place, 'unet/config.json')}" for place in found)
+
+
+def hub_or_here(name: str, file: str) -> str:
+    """Whether `name` is a path that exists, a hub id in the cache, or one that would be downloaded."""
+    if os.path.exists(os.path.expanduser(name)):
+        return "here"
+    if name.count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
+        return "missing"
+    from huggingface_hub import try_to_load_from_cache
+
+    return "in the hub's cache" if isinstance(try_to_load_from_cache(name, file), str) else "would be downloaded"

@@ -1,0 +1,57 @@
+"""Learning rates, optimisers and averaged weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from consissr.train_config import OptimizerConfig
+from consissr.training.stage import Phase
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate of optimiser step `step` (0-based) of `steps`: linear warm-up, then constant or cosine."""
+    if step < config.warmup:
+        return config.lr * (config.final + (1 - config.final) * step / config.warmup)
+    if config.decay == "constant":
+        return config.lr
+    progress = (step - config.warmup) / max(1, steps - config.warmup)
+    return config.lr * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def build_optimizer(phase: Phase) -> torch.optim.Optimizer:
+    """AdamW over a phase's fp32 parameters: fused, or with its two moments in 8 bits."""
+    wrong = [name for name, p in phase.parameters.items() if p.dtype != torch.float32]
+    if wrong:
+        raise ValueError(f"trained parameters must be float32: {wrong[0]} is not")
+    c = phase.optimizer
+    settings = {"lr": c.lr, "betas": tuple(c.betas), "weight_decay": c.weight_decay}
+    parameters = list(phase.parameters.values())
+    if c.kind == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+class Averaged:
+    """Swap averaged weights in, and the trained ones back on leaving. Must not be nested."""
+
+    def __init__(self, weights: dict[str, Tensor], ema: dict[str, Tensor]) -> None:
+        self.weights, self.ema = weights, ema
+
+    def swap(self) -> None:
+        """Exchange the two sets in place."""
+        with torch.no_grad():
+            for name, averaged in self.ema.items():
+                trained = self.weights[name].detach().clone()
+                self.weights[name].copy_(averaged)
+                averaged.copy_(trained)
+
+    def __enter__(self) -> None:
+        self.swap()
+
+    def __exit__(self, *_: object) -> None:
+        self.swap()

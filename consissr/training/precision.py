@@ -1,0 +1,45 @@
+"""What is computed in bfloat16, and which weights are stored in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from consissr.train_config import TrainConfig
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are native on `device` (on CPUs without the instructions they crawl)."""
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def use_autocast(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the forward passes run under bfloat16 autocast."""
+    return config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device))
+
+
+class Frozen:
+    """Networks' parameters that are not trained: without gradients and, if `low`, matrices stored in bfloat16.
+
+    Autocast rounds exactly these, the weights of linear layers and convolutions, at every use; rounded once they give
+    the same results bit for bit and take half the memory. `restore` brings the originals, kept on the CPU if `keep`,
+    back for the export.
+    """
+
+    def __init__(self, networks: nn.Module, trained: set[int], low: bool, keep: bool) -> None:
+        self.originals: list[tuple[nn.Parameter, Tensor]] = []
+        for parameter in networks.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        layers = [m for m in networks.modules() if isinstance(m, nn.Linear | nn.Conv2d)] if low else []
+        for parameter in (p for layer in layers for p in layer.parameters(recurse=False)):
+            if id(parameter) not in trained and parameter.dtype == torch.float32:
+                if keep:
+                    self.originals.append((parameter, parameter.data))
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+    def restore(self) -> None:
+        """Give the parameters their original values."""
+        for parameter, original in self.originals:
+            parameter.data = original.to(parameter.device)

@@ -1,0 +1,67 @@
+"""Stage 'rclip': CLIP's image tower made robust to degradation (Sec. 3.3, ConsisSR).
+
+A student, trained, sees the low-quality image; its teacher, the frozen tower that it starts from, sees the photograph.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from consissr.models.image_encoder import find_tower
+from consissr.models.image_prompt import load_tower, save_tower, tower_features
+from consissr.train_config import TrainConfig
+from consissr.training.stage import EXPORT, Batch, Phase
+
+if TYPE_CHECKING:
+    from open_clip.transformer import VisionTransformer
+
+
+class Rclip:
+    """Squared error between the two towers' features, not L2-normalised: the pooled one, and every patch's."""
+
+    needs_lq = True
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        teacher: VisionTransformer | None = None,
+        student: VisionTransformer | None = None,
+    ) -> None:
+        """Without towers: the teacher is `model.image_encoder`'s, the student `init`'s or a copy of the teacher."""
+        self.config = config
+        self.teacher = teacher or find_tower(config.model)
+        if student is None:
+            student = load_tower(Path(config.init))[0] if config.init else deepcopy(self.teacher)
+        self.student = student
+        self.networks = nn.ModuleDict({"teacher": self.teacher, "student": self.student})
+        self.hot = [self.teacher, self.student]
+        self.buffers: dict[str, Tensor] = {}
+        self.phases = [Phase("tower", dict(self.student.named_parameters()), self.loss, config.optimizer)]
+
+    def prepare(self, batch: Batch) -> None:
+        """The teacher's features of the photographs, (B, E) and (B, P, E)."""
+        batch.cache["pooled"], batch.cache["patches"] = tower_features(self.teacher, batch.hq)
+
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Mean over elements; `patches` is there (and counts) where the model attends to patch tokens."""
+        pooled, patches = tower_features(self.student, batch.lq)
+        # |RCLIP(x_LQ) - CLIP(x_HQ)|^2  (Eq. 3, ConsisSR), a mean over elements as in the release
+        parts = {"pooled": F.mse_loss(pooled.float(), batch.cache["pooled"].float())}
+        total = parts["pooled"]
+        if self.config.model.image_tokens == "patches":
+            parts["patches"] = F.mse_loss(patches.float(), batch.cache["patches"].float())
+            total = total + self.config.rclip.patch_weight * parts["patches"]
+        return {"loss": total, **parts}
+
+    def restore(self, batch: Batch) -> Tensor | None:
+        """A tower makes no image."""
+        return None
+
+    def export(self, folder: Path) -> None:
+        """image_encoder/ without an adapter: what the stages 'tala' and 'nuts' start an image branch from."""
+        save_tower(folder, self.student, EXPORT[self.config.export_precision])

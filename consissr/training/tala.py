@@ -1,0 +1,80 @@
+"""Stage 'tala': ControlNet, additions and adapter under time-aware latent augmentation (Algorithm 1, ConsisSR)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from consissr.diffusion.plans import check_plan, ddpm_plan
+from consissr.diffusion.sampler import sample, start_latent
+from consissr.errors import UserError
+from consissr.models.denoiser import SoftPrompt
+from consissr.train_config import TrainConfig
+from consissr.training.restoration import Parts, Restoration, pixel_weights
+from consissr.training.stage import Batch
+
+
+class Prediction(NamedTuple):
+    """One evaluation of the denoiser."""
+
+    z_t: Tensor
+    """Its input (B, C, h, w)."""
+    t: Tensor
+    """Timesteps (B,)."""
+    target: Tensor
+    """The noise that leads from z_t to z_hq (B, C, h, w)."""
+    eps: Tensor
+    """The noise predicted (B, C, h, w)."""
+
+
+class Tala(Restoration):
+    """Squared error of the noise that leads to z_hq, at uniform t (Eq. 4, ConsisSR).
+
+    soft_prompt: tokens appended to the text's, from an encoder of one's own (Table 3, ConsisSR: DAPE).
+    """
+
+    probability = "power"
+
+    def __init__(self, config: TrainConfig, parts: Parts | None = None, soft_prompt: SoftPrompt | None = None) -> None:
+        if config.sampler.plan == "nuts" and not config.sampler.timesteps:
+            raise UserError("stage 'tala' trains for sampler.plan=ddpm (or explicit sampler.timesteps), not nuts")
+        super().__init__(config, parts, soft_prompt, config.tala.encoder_gradients)
+        self.posterior = config.tala.posterior
+        self.weights = pixel_weights(self.latents) if config.tala.metric == "pixels" else None
+        s = config.sampler
+        self.plan = check_plan(s.timesteps or ddpm_plan(s.steps, len(self.schedule)), len(self.schedule))
+
+    def predict(self, batch: Batch) -> Prediction:
+        """Lines 3 to 9 of Algorithm 1."""
+        t = batch.randint(len(self.schedule))
+        eps = batch.randn(*batch.cache["z_hq"].shape[1:])
+        z_t, target = self.augmented(batch, t, eps)
+        return Prediction(z_t, t, target, self.denoiser(z_t, t, self.condition(batch)))
+
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Line 10 of Algorithm 1."""
+        return {"loss": self.error(self.predict(batch))}
+
+    def error(self, found: Prediction) -> Tensor:
+        """Squared error of a prediction, a mean over elements; weighted where the config says so."""
+        # |eps_hat - (z_t - sqrt(a) z_hq) / sqrt(1 - a)|^2  (Eq. 4, ConsisSR)
+        error = (found.eps - found.target).square()
+        if self.weights is not None:
+            error = error * self.weights.to(error).view(1, -1, 1, 1)
+        if self.config.tala.weighting == "v":  # at given z_t, an error of v is one of the noise over sqrt(a)
+            error = error / self.schedule.alpha_bar.to(error.device)[found.t].view(-1, 1, 1, 1).to(error)
+        return error.mean()
+
+    @torch.no_grad()
+    def restore(self, batch: Batch) -> Tensor:
+        """The sampler's result without guidance, at noise that depends on the image alone."""
+        condition = self.condition(batch)
+
+        def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+            return batch.randn(*shape[1:])
+
+        start = start_latent(self.config.sampler.start, batch.cache["z_lq"], self.schedule, draw)
+        z = sample(lambda z_t, t: self.denoiser(z_t, t, condition), self.plan, start, self.schedule, draw)
+        return self.latents.decode(z)

@@ -1,0 +1,209 @@
+"""Stage 'deft' on tiny networks: where the decoder comes from and goes to, its losses and discriminators."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ccsr import deft
+from ccsr.deft import Deft
+from ccsr.discriminator import ViT
+from consissr.config import load_config
+from consissr.errors import UserError
+from consissr.evaluation import learned
+from consissr.models.base import load_base
+from consissr.models.latents import load_latents, save_latents
+from consissr.restorer import Restorer
+from consissr.train_config import TrainConfig
+from consissr.training.stage import Batch
+
+
+def config(tiny_model: Path, tmp_path: Path, *words: str) -> TrainConfig:
+    """A DeFT run on the tiny model."""
+    path = tmp_path / "deft.yaml"
+    path.write_text("stage: deft\n")
+    own = [f"init={tiny_model}", f"model.base={tiny_model.parent / 'base'}", "model.hint=conv", "sampler.plan=nuts"]
+    return load_config(TrainConfig, path, [*own, "deft.discriminator_width=8", *words])
+
+
+@pytest.fixture
+def tuned(tiny_model: Path, tmp_path: Path) -> Path:
+    """A model folder with a decoder that differs from the base's, as the stage exports it."""
+    stage = Deft(config(tiny_model, tmp_path))
+    with torch.no_grad():
+        for parameter in stage.phases[0].parameters.values():
+            parameter.add_(0.01)
+    stage.export(tmp_path / "tuned")
+    return tmp_path / "tuned"
+
+
+def test_only_the_decoder_is_stored(tuned: Path, tiny_model: Path) -> None:
+    assert [file.name for file in (tuned / "vae").iterdir()] == ["decoder.safetensors"]
+    loaded, base = Restorer.load(str(tuned)).latents, load_base(str(tiny_model.parent / "base")).latents
+    for name, value in base.state_dict().items():
+        wanted = value + 0.01 if name.startswith("vae.decoder.") else value  # post_quant_conv is stored, not tuned
+        assert torch.equal(loaded.state_dict()[name], wanted), name
+
+
+def test_tuning_goes_on_from_a_tuned_decoder(tuned: Path, tmp_path: Path, tiny_model: Path) -> None:
+    again = Deft(config(tuned, tmp_path, f"model.base={tiny_model.parent / 'base'}"))
+    first = load_base(str(tiny_model.parent / "base")).latents.vae.decoder.conv_in.weight
+    assert torch.equal(again.phases[0].parameters["conv_in.weight"], first + 0.01)
+    assert again.first.latents is again.latents
+
+
+def test_a_whole_autoencoder_is_read_and_kept_whole_if_its_encoder_differs(tiny_model: Path, tmp_path: Path) -> None:
+    own = load_base(str(tiny_model.parent / "base")).latents
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    whole = ["config.json", "diffusion_pytorch_model.safetensors"]
+    for change, files in ((0.0, ["decoder.safetensors"]), (0.5, whole)):
+        with torch.no_grad():
+            own.vae.decoder.conv_in.weight.add_(0.01)
+            own.vae.encoder.conv_in.weight.add_(change)
+        save_latents(folder / "vae", own)
+        stage = Deft(config(folder, tmp_path, f"model.base={tiny_model.parent / 'base'}"))
+        stage.export(tmp_path / f"out{change}")
+        assert sorted(file.name for file in (tmp_path / f"out{change}" / "vae").iterdir()) == files
+        loaded = Restorer.load(str(tmp_path / f"out{change}")).latents
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in own.state_dict().items())
+
+
+def test_a_decoder_alone_needs_its_own_base(tuned: Path) -> None:
+    with pytest.raises(UserError, match="holds a decoder only"):
+        load_latents(tuned / "vae")
+    with pytest.raises(UserError, match="belongs to another model"):
+        load_latents(tuned / "vae", load_base("nano").latents)
+
+
+# --- losses and adversaries ---
+
+
+@pytest.fixture(scope="module")
+def dinos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name small random networks in DINO's and DINOv2's place."""
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(3)
+    torch.save(ViT(16, 8, 12, depth=12, heads=6).state_dict(), folder / "dino.pth")
+    torch.save(ViT(16, 8, 12, depth=2, heads=6, layer_scale=True).state_dict(), folder / "dino_v2.pth")
+    return [f"deft.dino={folder / 'dino.pth'}", f"deft.dino_v2={folder / 'dino_v2.pth'}", "deft.discriminator=dino"]
+
+
+def make_batch(seed: int = 0) -> Batch:
+    """Two images of 32 pixels."""
+    hq = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    lq = torch.nn.functional.avg_pool2d(hq, 5, 1, 2)
+    return Batch(hq=hq, lq=lq, names=["a", "b"], generators=[torch.Generator().manual_seed(i) for i in range(2)])
+
+
+def losses(stage: Deft, step: int) -> list[dict[str, torch.Tensor]]:
+    """Both phases' losses on the same batch, gradients added up."""
+    batch, found = make_batch(), []
+    with torch.no_grad():
+        stage.prepare(batch)
+    for phase in stage.phases:
+        for parameter in stage.networks.parameters():
+            parameter.requires_grad_(False)
+        for parameter in phase.parameters.values():
+            parameter.requires_grad_(True)
+        found.append(phase.loss(batch, step))
+        found[-1]["loss"].backward()
+    return found
+
+
+AS_RELEASED = ["reconstruction=l2", "clamp=true", "perceptual=none", "adaptive=false"]
+AS_RELEASED += ["adversarial_weight=0.05", "adversarial_start=100"]
+
+
+def test_the_released_losses(tiny_model: Path, tmp_path: Path, dinos: list[str]) -> None:
+    """MSE + 0.05 (-D), from step 101 on; the discriminator learns from the first step; it and the decoder alone do."""
+    stage = Deft(config(tiny_model, tmp_path, *dinos, *(f"deft.{word}" for word in AS_RELEASED)))
+    spectral = {name: value.clone() for name, value in stage.buffers.items()}
+    for step, weight in ((100, 0.0), (101, 0.05)):
+        decoder, judge = losses(stage, step)
+        assert decoder.keys() == {"loss", "pixel", "adversarial"}
+        wanted = decoder["pixel"] + weight * decoder["adversarial"]
+        assert decoder["loss"].item() == pytest.approx(wanted.item(), rel=1e-6)
+        assert judge["loss"] > 0
+    image = stage.latents.decode(prepared(stage)).clamp(-1, 1)
+    assert decoder["pixel"].item() == pytest.approx((image - make_batch().hq).square().mean().item(), rel=1e-5)
+    assert len(spectral) == 5 * 6  # a pair of vectors for each of three convolutions in each of five heads
+    assert all(not torch.equal(value, spectral[name]) for name, value in stage.buffers.items() if value.numel() > 1)
+    trained = {id(p) for phase in stage.phases for p in phase.parameters.values()}
+    assert {id(p) for p in stage.networks.parameters() if p.grad is not None} == trained
+
+
+def prepared(stage: Deft) -> torch.Tensor:
+    """x0_from_T of the batch."""
+    batch = make_batch()
+    with torch.no_grad():
+        stage.prepare(batch)
+    return batch.cache["x0_T"]
+
+
+@pytest.mark.parametrize("discriminator", ["patchgan", "dino"])
+def test_features_of_equal_images_are_equal(
+    tiny_model: Path, tmp_path: Path, dinos: list[str], discriminator: str
+) -> None:
+    """The perceptual loss sees both images under one view: it is 0 for the photograph itself and not for others."""
+    stage, batch = Deft(config(tiny_model, tmp_path, *dinos, f"deft.discriminator={discriminator}")), make_batch()
+    with torch.no_grad():
+        stage.prepare(batch)
+        view = stage.adversary.view(batch)
+        for image, equal in ((batch.hq, True), (batch.lq, False)):
+            _, features = stage.adversary(image, batch, view)
+            assert (stage.perceptual(image, batch, view, features) < 1e-6) == equal
+
+
+def test_the_same_batch_gives_the_same_losses(tiny_model: Path, tmp_path: Path, dinos: list[str]) -> None:
+    """Shifts, cutouts and windows are the images' own; global random numbers play no part."""
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(7)
+        stage = Deft(config(tiny_model, tmp_path, *dinos))
+        torch.manual_seed(seed)
+        found.append([part["loss"].item() for part in losses(stage, 5)])
+    assert found[0] == found[1]
+
+
+def test_a_discriminator_can_start_late(tiny_model: Path, tmp_path: Path) -> None:
+    stage = Deft(config(tiny_model, tmp_path, "deft.discriminator_start=3"))
+    assert losses(stage, 2)[1]["loss"] == 0
+    assert not any(p.grad.abs().sum() for p in stage.phases[1].parameters.values())
+    assert losses(stage, 3)[1]["loss"] > 0
+
+
+def test_post_quant_conv_can_be_tuned(tiny_model: Path, tmp_path: Path) -> None:
+    plain, more = (Deft(config(tiny_model, tmp_path, f"deft.post_quant_conv={word}")) for word in ("false", "true"))
+    added = more.phases[0].parameters.keys() - plain.phases[0].parameters.keys()
+    assert added == {"post_quant_conv.weight", "post_quant_conv.bias"}
+    losses(more, 1)
+    assert all(p.grad.abs().sum() > 0 for p in more.phases[0].parameters.values())
+
+
+def test_missing_feature_networks_are_named(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(UserError, match=r"vgg16-397923af.pth from https.*deft.perceptual=features"):
+        Deft(config(tiny_model, tmp_path, "deft.perceptual=lpips", f"deft.weights={tmp_path}"))
+    monkeypatch.setattr(learned, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs pyiqa"):
+        Deft(config(tiny_model, tmp_path, "deft.perceptual=lpips"))
+    missing = tmp_path / "dinov2_vits14_pretrain.pth"
+    with pytest.raises(UserError, match="no such file.*deft.dino_v2=FILE"):
+        Deft(config(tiny_model, tmp_path, "deft.discriminator=dino", f"deft.dino_v2={missing}"))
+
+
+def test_lpips_is_taken_at_its_weight(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Distance(torch.nn.Module):
+        def forward(self, image: torch.Tensor, wanted: torch.Tensor, normalize: bool) -> torch.Tensor:
+            assert not normalize  # images are in [-1, 1] already
+            return (image - wanted).abs().mean(dim=(1, 2, 3))[:, None]
+
+    monkeypatch.setattr(deft, "lpips_network", lambda folder: Distance())
+    words = ["deft.perceptual=lpips", "deft.perceptual_weight=3", "deft.adversarial_start=10"]
+    found = losses(Deft(config(tiny_model, tmp_path, *words)), 0)[0]
+    assert found["lpips"].item() == pytest.approx(found["pixel"].item(), rel=1e-6)
+    assert found["loss"].item() == pytest.approx(4 * found["pixel"].item(), rel=1e-6)

@@ -1,0 +1,136 @@
+"""Which files scripts/infer.py reads and writes, under which names, in which forms and sizes."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def test_folder(infer, folder, tmp_path, files):
+    status, out, err = infer("-i", folder, "-o", tmp_path / "out")
+    assert status == 0 and err == ""
+    assert files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp"}
+    with Image.open(tmp_path / "out" / "a.png") as image:
+        assert image.size == (36, 48)
+    assert "done 3, skipped 0, failed 0" in out and out.count("\n") == 1
+
+
+def test_recursive_keeps_sub_folders(infer, folder, tmp_path, files):
+    assert infer("-i", folder, "-o", tmp_path / "out", "--recursive")[0] == 0
+    assert files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp", "sub/d.png"}
+
+
+def test_results_below_the_input_are_not_inputs(infer, folder, files):
+    assert infer("-i", folder, "-o", folder / "results", "--recursive")[0] == 0
+    assert infer("-i", folder, "-o", folder / "results", "--recursive", "--overwrite")[0] == 0
+    assert files(folder / "results") == {"a.png", "b.jpg", "c.webp", "sub/d.png"}
+
+
+def test_single_file(infer, folder, tmp_path, files):
+    assert infer("-i", folder / "a.png", "-o", tmp_path / "deep" / "r.tif", "-s", 1.5)[0] == 0
+    with Image.open(tmp_path / "deep" / "r.tif") as image:
+        assert image.size == (14, 18)  # 13.5 and 18
+    assert infer("-i", folder / "a.png", "-o", tmp_path / "out")[0] == 0
+    assert files(tmp_path / "out") == {"a.png"}
+
+
+def test_list_pattern_and_several(infer, folder, tmp_path, files):
+    listed = folder / "list.txt"
+    listed.write_text("# two of them\na.png\n\nsub/d.png\n")
+    assert infer("-i", listed, "-o", tmp_path / "1")[0] == 0
+    assert files(tmp_path / "1") == {"a.png", "sub/d.png"}
+    assert infer("-i", folder / "*.png", "-o", tmp_path / "2")[0] == 0
+    assert files(tmp_path / "2") == {"a.png"}
+    assert infer("-i", folder / "a.png", folder / "b.jpg", folder / "a.png", "-o", tmp_path / "3")[0] == 0
+    assert files(tmp_path / "3") == {"a.png", "b.jpg"}
+
+
+def test_list_with_a_missing_file(infer, folder, tmp_path, files):
+    (folder / "list.txt").write_text("a.png\ngone.png\n")
+    status, _, err = infer("-i", folder / "list.txt", "-o", tmp_path / "out")
+    assert status == 1 and files(tmp_path / "out") == {"a.png"}
+    assert "gone.png: cannot be read (No such file or directory)" in err
+
+
+def test_extension(infer, folder, tmp_path, files):
+    Image.new("RGBA", (8, 8)).save(folder / "t.png")
+    Image.new("P", (8, 8)).save(folder / "p.gif")
+    assert infer("-i", folder, "-o", tmp_path / "out", "--ext", "jpg")[0] == 0
+    assert files(tmp_path / "out") == {"a.jpg", "b.jpg", "c.jpg", "p.jpg", "t.png"}
+    assert infer("-i", folder / "p.gif", "-o", tmp_path / "gif")[0] == 0
+    assert files(tmp_path / "gif") == {"p.png"}
+
+
+def test_equal_stems_stay_apart(infer, folder, tmp_path, files):
+    Image.new("RGB", (8, 8)).save(folder / "a.jpg")
+    assert infer("-i", folder, "-o", tmp_path / "out", "--ext", "png")[0] == 0
+    assert files(tmp_path / "out") == {"a_jpg.png", "a_png.png", "b.png", "c.png"}
+
+
+def test_same_name_from_two_folders(infer, folder, tmp_path):
+    Image.new("RGB", (8, 8)).save(folder / "sub" / "a.png")
+    status, _, err = infer("-i", folder / "a.png", folder / "sub" / "a.png", "-o", tmp_path / "out")
+    assert status == 2 and "would both become" in err
+
+
+def test_suffix(infer, folder, tmp_path, files):
+    assert infer("-i", folder / "a.png", "-o", tmp_path / "out", "--suffix", "_sr")[0] == 0
+    assert files(tmp_path / "out") == {"a_sr.png"}
+    assert infer("-i", folder / "a.png", "-o", folder, "-s", 2.5)[0] == 0
+    assert (folder / "a_x2.5.png").is_file()
+
+
+def test_existing_results(infer, folder, tmp_path, files):
+    out = tmp_path / "out"
+    assert infer("-i", folder / "a.png", "-o", out)[0] == 0
+    first = (out / "a.png").read_bytes()
+    status, _, err = infer("-i", folder, "-o", out)
+    assert status == 2 and "a.png exists" in err and "--overwrite" in err
+    assert len(infer.loads) == 1 and files(out) == {"a.png"}  # refused before anything was loaded
+    status, text, _ = infer("-i", folder, "-o", out, "--skip-existing", "--seed", 1)
+    assert status == 0 and "done 2, skipped 1, failed 0" in text
+    assert (out / "a.png").read_bytes() == first
+    assert infer("-i", folder, "-o", out, "--overwrite", "--seed", 1)[0] == 0
+    assert (out / "a.png").read_bytes() != first
+
+
+def test_inputs_are_never_replaced(infer, folder):
+    before = (folder / "a.png").read_bytes()
+    for output in (folder, folder / "a.png", folder / "sub" / ".." / "a.png"):
+        status, _, err = infer("-i", folder / "a.png", "-o", output, "--suffix", "", "--overwrite")
+        assert status == 2 and "would replace an input" in err
+    assert (folder / "a.png").read_bytes() == before
+
+
+def test_forms_are_kept(infer, tmp_path, rng):
+    base = tmp_path / "in"
+    base.mkdir()
+    for name, mode, shape, kind in (
+        ("l.png", "L", (5, 6), np.uint8),
+        ("la.png", "LA", (5, 6, 2), np.uint8),
+        ("rgba.png", "RGBA", (5, 6, 4), np.uint8),
+        ("deep.png", "I;16", (5, 6), np.uint16),
+        ("cmyk.tif", "CMYK", (5, 6, 4), np.uint8),
+        ("one.png", "RGB", (1, 1, 3), np.uint8),
+    ):
+        samples = rng.integers(0, 256, shape).astype(kind)
+        Image.frombytes(mode, shape[1::-1], samples.tobytes()).save(base / name)
+    assert infer("-i", base, "-o", tmp_path / "out")[0] == 0
+    for path in base.iterdir():
+        with Image.open(path) as before, Image.open(tmp_path / "out" / path.name) as after:
+            assert after.mode == before.mode
+            assert after.size == (4 * before.width, 4 * before.height)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (37, 53), (127, 640), (300, 20)])
+@pytest.mark.parametrize("scale", [4, 2.5, 0.3])
+def test_exact_sizes(infer, tmp_path, height, width, scale):
+    Image.new("RGB", (width, height)).save(tmp_path / "a.png")
+    assert infer("-i", tmp_path / "a.png", "-o", tmp_path / "out", "-s", scale)[0] == 0
+    with Image.open(tmp_path / "out" / "a.png") as image:
+        assert image.size == (max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5)))
+
+
+def test_longest_side(infer, folder, tmp_path):
+    assert infer("-i", folder / "a.png", "-o", tmp_path / "out", "--longest-side", 50)[0] == 0
+    with Image.open(tmp_path / "out" / "a.png") as image:
+        assert image.size == (38, 50)

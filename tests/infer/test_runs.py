@@ -1,0 +1,136 @@
+"""Noise, batches and processes of scripts/infer.py, and its other flags."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def pixels(path) -> dict[str, np.ndarray]:
+    """Samples by file name, of the PNG files below `path`."""
+    return {p.relative_to(path).as_posix(): np.asarray(Image.open(p)) for p in path.rglob("*.png")}
+
+
+def test_noise_depends_on_the_name_only(infer, model, folder, tmp_path):
+    assert infer("-i", folder, "-o", tmp_path / "1", "--recursive", "--ext", "png")[0] == 0
+    assert infer("-i", folder, "-o", tmp_path / "2", "--recursive", "--ext", "png", "--batch-size", 4)[0] == 0
+    assert sorted(len(call.keys) for call in model.calls[4:]) == [1, 3]
+    assert infer("-i", folder / "b.jpg", folder / "a.png", "-o", tmp_path / "3", "--ext", "png")[0] == 0
+    one, two, three = (pixels(tmp_path / name) for name in "123")
+    assert one.keys() == two.keys() == {"a.png", "b.png", "c.png", "sub/d.png"}
+    assert all((one[name] == two[name]).all() for name in one)
+    assert all((one[name] == three[name]).all() for name in three) and len(three) == 2
+    assert infer("-i", folder, "-o", tmp_path / "4", "--seed", 1, "--ext", "png")[0] == 0
+    assert (pixels(tmp_path / "4")["a.png"] != one["a.png"]).any()
+
+
+def test_repeat(infer, folder, tmp_path, files):
+    assert infer("-i", folder, "-o", tmp_path / "out", "--repeat", 2, "--batch-size", 2)[0] == 0
+    assert files(tmp_path / "out") == {f"sample{i}/{name}" for i in (0, 1) for name in ("a.png", "b.jpg", "c.webp")}
+    first, second = (np.asarray(Image.open(tmp_path / "out" / f"sample{i}" / "a.png")) for i in (0, 1))
+    assert (first != second).any()
+    assert infer("-i", folder / "a.png", "-o", tmp_path / "once")[0] == 0
+    assert (np.asarray(Image.open(tmp_path / "once" / "a.png")) == first).all()
+
+
+def test_processes_share_the_work(infer, folder, tmp_path, monkeypatch, files):
+    assert infer("-i", folder, "-o", tmp_path / "alone", "--recursive")[0] == 0
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        status, out, _ = infer("-i", folder, "-o", tmp_path / "shared", "--recursive", "--json", tmp_path / "log")
+        assert status == 0 and f"process {rank + 1} of 3" in out
+    assert files(tmp_path / "shared") == files(tmp_path / "alone")
+    for name in files(tmp_path / "alone"):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    logged = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert sorted(entry["key"] for entry in logged if entry["event"] == "image") == [
+        "a.png",
+        "b.jpg",
+        "c.webp",
+        "sub/d.png",
+    ]
+    monkeypatch.setenv("RANK", "3")
+    assert infer("-i", folder, "-o", tmp_path / "shared")[0] == 2
+
+
+def test_log(infer, folder, tmp_path):
+    (folder / "bad.png").write_text("not an image")
+    assert infer("-i", folder, "-o", tmp_path / "out", "--json", tmp_path / "logs" / "l.jsonl", "--seed", 7)[0] == 1
+    entries = [json.loads(line) for line in (tmp_path / "logs" / "l.jsonl").read_text().splitlines()]
+    run, *entries = entries
+    assert run["event"] == "run" and run["settings"]["seed"] == 7
+    by_key = {entry["key"]: entry for entry in entries}
+    assert len(entries) == 4
+    assert by_key["bad.png"]["status"] == "failed" and "not an image" in by_key["bad.png"]["error"]
+    good = by_key["a.png"]
+    assert good["status"] == "done" and good["result_size"] == [36, 48] and good["seed"] == 7
+    assert os.path.isabs(good["target"]) and good["peak_mb"] > 0 and good["seconds"] > 0
+
+
+def test_dry_run(infer, folder, tmp_path):
+    (folder / "bad.png").write_text("not an image")
+    status, out, _ = infer("-i", folder, "-o", tmp_path / "out", "--dry-run")
+    assert status == 0 and not infer.loads and not (tmp_path / "out").exists()
+    assert f"{folder / 'a.png'} -> {tmp_path / 'out' / 'a.png'} (36x48)" in out
+    assert "bad.png -> not an image" in out and '"scale": 4.0' in out
+
+
+def test_save_steps(infer, folder, tmp_path, files):
+    assert infer("-i", folder, "-o", tmp_path / "out", "--save-steps", "--batch-size", 2)[0] == 0
+    steps = {f"{name}_steps/00_t999.png" for name in ("a.png", "b.jpg", "c.webp")}
+    assert files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp"} | steps
+    with Image.open(tmp_path / "out" / "a.png_steps" / "00_t999.png") as image:
+        assert image.size == (36, 48)
+
+
+def test_quiet(infer, folder, tmp_path):
+    (folder / "bad.png").write_text("not an image")
+    status, out, err = infer("-i", folder, "-o", tmp_path / "out", "-q")
+    assert status == 1 and out == "" and err.count("\n") == 1
+
+
+def test_plan_flags(infer, model, folder, tmp_path):
+    infer("-i", folder / "a.png", "-o", tmp_path / "1")
+    assert model.calls[-1].plan is None
+    infer("-i", folder / "a.png", "-o", tmp_path / "2", "--t-max", 0.5, "--t-min", 0.3, "--steps", 10)
+    assert [step.t for step in model.calls[-1].plan] == [999, 499, 399]
+    infer("-i", folder / "a.png", "-o", tmp_path / "3", "--steps", 1)
+    assert [step.t for step in model.calls[-1].plan] == [999]
+    infer("-i", folder / "a.png", "-o", tmp_path / "4", "--plan", "ddpm", "--steps", 4)
+    assert [step.t for step in model.calls[-1].plan] == [999, 666, 333, 0]
+
+
+def test_bad_flags_exit_with_2(infer, folder):
+    for flags in (["--ext", "gif"], ["--tile", "-5"], ["--tile", "x"], ["--nonsense"]):
+        with pytest.raises(SystemExit) as caught:
+            infer("-i", folder, *flags)
+        assert caught.value.code == 2
+
+
+def test_unknown_device():
+    from consissr.batch import choose_device
+    from consissr.errors import UserError
+
+    assert choose_device("cpu") == "cpu"
+    for name in ("gpu", "cuda:99", "cuda:x"):
+        with pytest.raises(UserError, match="no such device"):
+            choose_device(name)
+
+
+def test_nothing_heavy_before_the_plan(root):
+    """--help, --dry-run and refusals must not wait for torch."""
+    code = (
+        "import sys, runpy; sys.argv = ['infer.py', '-i', 'no-such-folder'];\n"
+        "try: runpy.run_path('scripts/infer.py', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 2\n"
+        "assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules), 'heavy import'"
+    )
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "error: no-such-folder: no such file or folder\n"

@@ -1,0 +1,51 @@
+"""Sizes of images: resizing as Pillow does it, padding and cropping, and how large a result becomes."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from consissr import formats, images
+
+
+@pytest.mark.parametrize("size", [(97, 31), (40, 200), (13, 9), (1, 1)])
+def test_resize_equals_pillow(rng, size):
+    before = rng.integers(0, 256, (30, 50, 3)).astype(np.uint8)
+    expected = np.asarray(Image.fromarray(before).resize(size[::-1], Image.Resampling.BICUBIC))
+    x = torch.from_numpy(before).permute(2, 0, 1)[None] / 127.5 - 1
+    result = images.to_uint8(images.resize(x, size))[0].permute(1, 2, 0).numpy()
+    assert result.shape == expected.shape
+    assert np.abs(result.astype(int) - expected).max() <= 1
+
+
+def test_resize_conformance(shared):
+    arrays = np.load(shared / "conformance" / "consissr_common" / "image_ops.npz")
+    x = torch.from_numpy(arrays["src"]).permute(2, 0, 1) / 127.5 - 1
+    result = images.to_uint8(images.resize(x, (175, 128))).permute(1, 2, 0).numpy()
+    assert np.abs(result.astype(int) - arrays["auto_resize_128"]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "multiple"), [(1, 1, 8), (5, 8, 8), (1, 9, 64), (37, 53, 64), (64, 64, 64)]
+)
+def test_pad_and_crop(height, width, multiple):
+    x = torch.rand(2, 3, height, width)
+    padded = images.pad_to_multiple(x, multiple)
+    assert padded.shape[-2] % multiple == 0 and padded.shape[-1] % multiple == 0
+    assert padded.shape[-2] - height < multiple and padded.shape[-1] - width < multiple
+    assert torch.equal(images.crop(padded, (height, width)), x)
+    expected = np.pad(
+        x.numpy(), [(0, 0), (0, 0), (0, padded.shape[-2] - height), (0, padded.shape[-1] - width)], "reflect"
+    )
+    assert (padded.numpy() == expected).all()
+
+
+def test_pad_to_a_minimum():
+    assert images.pad_to_multiple(torch.rand(3, 20, 90), 8, minimum=64).shape == (3, 64, 96)
+
+
+def test_output_size():
+    assert formats.output_size(37, 53, 4) == (148, 212)
+    assert formats.output_size(3, 5, 1.5) == (5, 8)  # 4.5 rounds up, 7.5 rounds up
+    assert formats.output_size(1, 1, 0.1) == (1, 1)
+    assert formats.output_size(100, 50, 4, longest=333) == (333, 167)

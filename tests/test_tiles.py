@@ -1,0 +1,58 @@
+"""The bundled model in tiles: no seams, nearly the untiled result, and memory that hardly grows with the image."""
+
+import pytest
+import torch
+from PIL import Image
+
+from consissr import images
+from consissr.errors import UserError
+from consissr.footprint import footprint
+from consissr.restorer import Restorer
+
+TILE = 128
+
+
+@pytest.fixture(scope="module")
+def restorer():
+    return Restorer.load("nano-ccsr", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def results(restorer, root):
+    """A photograph's part enlarged to 256x256: in one piece, in tiles, and in one piece with another seed."""
+    photo = images.from_pil(Image.open(root / "consissr" / "assets" / "samples" / "cat.jpg").convert("RGB"))
+    x = photo.pixels[None, :, :64, :64]
+    whole = {"tile": 0, "vae_tile": 0}
+    tiled = {"tile": TILE, "tile_overlap": TILE // 4, "vae_tile": TILE}
+    return restorer(x, 4, **whole), restorer(x, 4, **tiled), restorer(x, 4, seed=1, **whole)
+
+
+def test_tiles_change_less_than_a_second_seed(results):
+    whole, tiled, other = results
+    assert 0 < (tiled - whole).abs().mean() < (other - whole).abs().mean()
+
+
+def test_no_seams(results):
+    """Steps from one column to the next, in what tiles change: no larger where tiles begin or end than elsewhere."""
+    whole, tiled, _ = results
+    change = tiled - whole
+    size, stride = change.shape[3], TILE - TILE // 4
+    starts = [*range(0, size - TILE, stride), size - TILE]
+    borders = {*starts, *(start + TILE for start in starts), *range(0, size, TILE)} - {0, size}
+    for steps in (change.diff(dim=3).abs().mean((0, 1, 2)), change.diff(dim=2).abs().mean((0, 1, 3))):
+        at = torch.tensor([i + 1 in borders for i in range(size - 1)])
+        assert steps[at].mean() < 1.2 * steps[~at].mean()
+
+
+def test_memory_hardly_grows_with_the_image():
+    """Sixteen times the pixels, as from 512x512 to 2048x2048, each in a process of its own."""
+    small = footprint("nano-ccsr", 256)
+    large = footprint("nano-ccsr", 1024, tile=TILE, vae_tile=TILE)
+    assert 0 < large.peak < 1.5 * small.peak
+
+
+def test_failures_of_the_child_are_one_line():
+    with pytest.raises(UserError, match="multiple of the scale"):
+        footprint("nano-ccsr", 255)
+    with pytest.raises(UserError, match=r"8x8 with nano-crs failed: .*nano-ccsr"):
+        footprint("nano-crs", 8)

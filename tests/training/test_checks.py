@@ -1,0 +1,99 @@
+"""Runs that cannot be are refused in one line, before torch is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from consissr.config import load_config
+from consissr.errors import UserError
+from consissr.train_config import TrainConfig
+from consissr.training.checks import check_run
+from tests.training.tiny import words
+
+
+def refuse(photos: Path, tmp_path: Path, *changes: str) -> str:
+    """What is said of a run of stage 'nuts' with `changes`."""
+    config = load_config(TrainConfig, None, ["batch=8", f"data.paths=[{photos}]", f"output_dir={tmp_path}", *changes])
+    with pytest.raises(UserError) as caught:
+        check_run(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.paths=[gone]", "data.paths: gone does not exist"),
+        ("data.paths=[]", "no training images"),
+        ("data.lq_paths=[gone]", "data.lq_paths: gone does not exist"),
+        ("data.validation=gone", "data.validation: gone does not exist"),
+        ("init=runs/gone/nuts", "init: runs/gone/nuts does not exist"),
+        ("model.base=./gone", "model.base: ./gone does not exist"),
+        ("batch=9", "batch 9 is not a multiple of micro_batch 4 x 1 process(es): use batch=8"),
+        ("processes=2", "1 process(es) run but processes=2 was asked for"),
+        ("steps=0", "must be at least 1"),
+        ("checkpoint_limit=0", "at least 1 checkpoint must be kept"),
+        ("data.degradation=csr", "did you mean 'ccsr'"),
+        ("data.enlarge=[cubic]", "data.enlarge names 'cubic'"),
+    ],
+)
+def test_what_cannot_be_is_named(photos: Path, tmp_path: Path, change: str, message: str) -> None:
+    assert message in refuse(photos, tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "stage 'nuts' does not run under FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "stage 'nuts' does not run under DeepSpeed"),
+        ("WORLD_SIZE", "3", "batch 8 is not a multiple of micro_batch 4 x 3 process(es): use batch=12"),
+    ],
+)
+def test_launches_that_cannot_be(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert message in refuse(photos, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "package"), [("tracker=wandb", "wandb"), ("optimizer.kind=adamw8bit", "bitsandbytes")]
+)
+def test_missing_packages_are_named(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, package: str
+) -> None:
+    usual = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else usual(name))
+    assert f"{package} is not installed: `pip install {package}`" in refuse(photos, tmp_path, change)
+
+
+def test_an_output_that_is_a_file(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refuse(photos, tmp_path, f"output_dir={tmp_path}/file/run")
+
+
+def test_nothing_is_imported_before(photos: Path, tmp_path: Path, root: Path) -> None:
+    arguments = words("autoencoder", photos, tmp_path, "batch=3")
+    code = (
+        f"import sys; from scripts.train import main; assert main({arguments!r}) == 2\n"
+        "assert not {'torch', 'numpy', 'accelerate'} & set(sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("error: batch 3 is not a multiple") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "processes"), [("one_gpu", 1), ("one_node", 8), ("several_nodes", 32)])
+def test_launch_settings_load(root: Path, name: str, processes: int) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = root / "configs/accelerate" / f"{name}.yaml"
+    settings = load_config_from_file(str(path))
+    assert settings.num_processes == processes and f"processes={processes}" in path.read_text()

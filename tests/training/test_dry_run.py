@@ -1,0 +1,107 @@
+"""`--dry-run`: every training config of the project, its counts at full size, what it says of memory and of places."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from consissr.config import load_config
+from consissr.train_config import TrainConfig
+from consissr.training import dry_run
+from consissr.training.stage import Stage
+from scripts.train import main, stage_builder
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if "\nstage: " in path.read_text())
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
+@functools.cache
+def built(path: Path) -> tuple[TrainConfig, Stage]:
+    """A recipe and its stage."""
+    config = load_config(TrainConfig, path)
+    return config, dry_run.build(config, stage_builder(config.stage))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_every_recipe_builds_and_is_described(path: Path) -> None:
+    """Networks of the right kind on the meta device, something trained, a batch that divides, places named."""
+    config, stage = built(path)
+    assert {p.device.type for p in stage.networks.parameters()} == {"meta"}
+    trained = [p for phase in stage.phases for p in phase.parameters.values()]
+    assert trained and {id(p) for p in trained} <= {id(p) for p in stage.networks.parameters()}
+    assert "not a multiple" not in next(dry_run.batches(config))
+    assert any(line.startswith("  photographs") for line in dry_run.places(config))
+
+
+def counts(name: str) -> dict[str, int]:
+    """Trained parameters of a recipe by group."""
+    _, stage = built(CONFIGS / f"{name}.yaml")
+    lines = [line.rsplit(maxsplit=1) for line in dry_run.parameters(stage)]
+    end = next(i for i, (label, _) in enumerate(lines) if label == "frozen")
+    return {label.strip(): int(number.replace(",", "")) for label, number in lines[:end]}
+
+
+def test_trained_parameters_are_those_of_the_releases() -> None:
+    """Counted in the authors' optimisers: ConsisSR's stages 1 and 2, CCSR's ControlNet and decoder."""
+    assert counts("consissr/rclip") == {"trained": 632_076_800, "tower": 632_076_800}
+    assert counts("consissr/tala") == {
+        "trained": 420_064_992, "controlnet": 365_187_168, "in the UNet": 51_726_976, "image adapter": 3_150_848,
+    }  # fmt: skip
+    assert counts("consissr/tala_as_released")["trained"] == 395_414_048  # no gradients in the UNet's encoder
+    assert counts("ccsr/nuts")["trained"] == 363_153_600
+    assert counts("ccsr/deft_as_released")["decoder"] == 49_490_179
+
+
+def test_memory_counts_every_kind(tiny_model: Path) -> None:
+    words = [f"model.base={tiny_model.parent / 'base'}", "model.hint=conv", "data.crop=64", "micro_batch=2", "ema=0.9"]
+
+    def described(*more: str) -> dict[str, str]:
+        config = load_config(TrainConfig, None, ["stage=nuts", *words, *more])
+        lines = dry_run.memory(config, dry_run.build(config, stage_builder("nuts")))
+        return {line[:44].strip(): line[44:].strip() for line in lines}
+
+    found = described()
+    assert {"gradients, float32", "moments of the optimiser", "averaged weights (EMA), float32"} <= found.keys()
+    assert "averaged weights (EMA), float32" not in described("ema=0")
+    assert "frozen weights" in described("precision=fp32")
+
+
+def test_activations_are_what_autograd_keeps(tiny_model: Path) -> None:
+    """Proportional to the images, and less with checkpointing."""
+    base = ["stage=nuts", f"model.base={tiny_model.parent / 'base'}", "model.hint=conv", "data.crop=64"]
+
+    def saved(*more: str) -> int:
+        config = load_config(TrainConfig, None, [*base, *more])
+        return dry_run.activations(config, dry_run.build(config, stage_builder("nuts")))
+
+    one, two = saved("micro_batch=1"), saved("micro_batch=2")
+    assert two == pytest.approx(2 * one, rel=0.02)
+    assert saved("micro_batch=2", "gradient_checkpointing=true") < 0.9 * two
+
+
+def test_attention_is_counted_without_its_matrix() -> None:
+    q = torch.empty(2, 3, 500, 8, device="meta", requires_grad=True)
+    kept = []
+    with dry_run.FusedAttention(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert sum(t.numel() for t in kept) == 4 * q.numel()
+
+
+def test_the_front_door(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, root: Path) -> None:
+    """The flag prints the report, runs nothing and ends well, whatever is missing for the run itself."""
+    words = [f"model.base={tiny_model.parent / 'base'}", f"output_dir={tmp_path / 'run'}", "data.crop=64", "batch=6"]
+    config = str(root / "configs/ccsr/deft_as_released.yaml")
+    assert main(["--config", config, "--dry-run", *words, "micro_batch=2", "deft.dino=none.pth"]) == 0
+    said = capsys.readouterr().out
+    for text in ("effective batch 6 = micro_batch 2 x 1 process x 3 accumulated", "in float32", "init", "base here"):
+        assert text in said
+    assert f"{'DINO':18s} none.pth: missing" in said and "DINOv2" in said
+    assert "the run itself would stop here: " in said
+    assert not (tmp_path / "run").exists()

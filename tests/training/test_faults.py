@@ -1,0 +1,214 @@
+"""What goes wrong in mid-run: full disks, damaged and vanished data, losses that are not finite, signals to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from consissr.config import load_config
+from consissr.errors import UserError
+from consissr.train_config import TrainConfig
+from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from consissr.training.loop import Loop
+from consissr.training.report import Report, read_log
+from scripts.train import main, stage_builder
+from tests.training.children import finish, start
+from tests.training.tiny import words
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A mounted file system of 3 MB; skips where that is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def one_line(caplog: pytest.LogCaptureFixture) -> str:
+    """The only error that was told."""
+    (record,) = (record for record in caplog.records if record.levelno >= logging.ERROR)
+    assert "\n" not in record.getMessage()
+    return record.getMessage()
+
+
+def test_full_disk_keeps_the_last_checkpoint(photos: Path, small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A real one; a run that then gets room goes on."""
+    arguments = words("autoencoder", photos, small_disk, "steps=30")
+    assert main([*arguments, "checkpoint_limit=30"]) == 2
+    kept = list_checkpoints(small_disk / "autoencoder")
+    message = one_line(caplog)
+    assert "No space left on device" in message and f"last good checkpoint: {kept[-1]}" in message
+    assert load_checkpoint(kept[-1])["step"] == len(kept) < 29
+    for path in kept[:-1]:
+        shutil.rmtree(path)
+    assert main(["--resume", "latest", *arguments, "checkpoint_limit=1"]) == 0
+    assert [line["step"] for line in read_log(small_disk / "autoencoder/log.jsonl")] == list(range(1, 31))
+
+
+@pytest.mark.parametrize("tracker", ["none", "tensorboard"])
+def test_full_disk_stops_the_log(
+    photos: Path, small_disk: Path, caplog: pytest.LogCaptureFixture, tracker: str
+) -> None:
+    """Everything else that a run writes is told of in a line, too."""
+    arguments = words("autoencoder", photos, small_disk, "steps=40", "checkpoint_every=2", f"tracker={tracker}")
+    with pytest.MonkeyPatch.context() as patch:
+        usual = Report.line
+
+        def fill(report: Report, values: dict) -> None:
+            for path in (small_disk / "filler", report.lines) if values["step"] == 3 else ():
+                with pytest.raises(OSError), open(path, "ab", buffering=0) as file:
+                    while True:
+                        file.write(b"\n" * 64)
+            usual(report, values)
+
+        patch.setattr(Report, "line", fill)
+        assert main(arguments) == 2
+    message = one_line(caplog)
+    assert "No space left on device" in message and "checkpoint-2" in message
+
+
+def test_file_size_limit_stands_for_a_full_disk(tmp_path: Path) -> None:
+    """Without the right to mount: files may not grow beyond 100 kB."""
+    state = {"step": 1, "weights": {"a": torch.ones(1000)}}
+    save_checkpoint(tmp_path, 1, state, limit=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match="File too large.*last good checkpoint: .*checkpoint-1"):
+            save_checkpoint(tmp_path, 2, {"step": 2, "weights": {"a": torch.ones(100_000)}}, limit=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert torch.equal(load_checkpoint(tmp_path / "checkpoint-1")["weights"]["a"], torch.ones(1000))
+
+
+def test_corrupt_image_is_counted(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "3.png").write_bytes((photos / "3.png").read_bytes()[:500])
+    with caplog.at_level(logging.WARNING):
+        assert main(words("autoencoder", folder, tmp_path, "steps=4")) == 0
+    told = {record.getMessage() for record in caplog.records if "skipped" in record.getMessage()}
+    assert len(told) == 1 and "3.png" in caplog.text and "(1 so far)" in caplog.text
+    assert read_log(tmp_path / "autoencoder/log.jsonl")[-1]["skipped"] == 1
+
+
+def test_truncated_shard(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard = tmp_path / "photos.tar"
+    with tarfile.open(shard, "w") as tar:
+        for path in sorted(photos.iterdir()):
+            tar.add(path, path.name)
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with caplog.at_level(logging.WARNING):
+        assert main(words("autoencoder", shard, tmp_path)) == 0
+    assert "photos.tar is damaged" in caplog.text and "images are used" in caplog.text
+
+
+def test_deleted_folder(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    usual = Report.line
+
+    def delete(report: Report, values: dict) -> None:
+        usual(report, values)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    monkeypatch.setattr(Report, "line", delete)
+    assert main(words("autoencoder", folder, tmp_path, "steps=30", "data.cache_mb=0")) == 2
+    assert "No such file" in one_line(caplog) and "check data.paths" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_names_files_and_checkpoint(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = ["steps=9", "optimizer.lr=1e30", "optimizer.warmup=3", "optimizer.final=0", "optimizer.clip=0"]
+    assert main([*words("autoencoder", photos, tmp_path), *more]) == 2
+    message, kept = one_line(caplog), list_checkpoints(tmp_path / "autoencoder")
+    assert "is not finite" in message and message.count(".png") == 2
+    assert message.startswith(f"error: step {len(kept)}") or len(kept) < 9
+    assert f"last good checkpoint: {kept[-1]}" in message
+    for value in load_checkpoint(kept[-1])["weights"].values():
+        assert value.isfinite().all()
+
+
+def test_a_gradient_that_is_not_finite_stays_out_of_the_weights(photos: Path, tmp_path: Path) -> None:
+    _, path, *overrides = words("autoencoder", photos, tmp_path)
+    loop = Loop(load_config(TrainConfig, path, overrides), stage_builder("autoencoder"))
+    totals: dict[str, torch.Tensor] = {}
+    loop.accumulate(next(loop.batches()), totals)
+    next(p for p in loop.weights().values() if p.grad is not None).grad[0] = torch.inf
+    before = {name: value.detach().clone() for name, value in loop.weights().items()}
+    with pytest.raises(UserError, match=r"gradient of 'autoencoder' is not finite .*\.png.*last good checkpoint: none"):
+        loop.update(totals)
+    assert all(torch.equal(value, before[name]) for name, value in loop.weights().items())
+
+
+def test_sigterm_saves(photos: Path, tmp_path: Path) -> None:
+    arguments = words("autoencoder", photos, tmp_path, "steps=100000", "checkpoint_every=100000")
+    process = start(arguments, tmp_path / "out.txt")
+    while process.is_alive() and not read_log(tmp_path / "autoencoder/log.jsonl"):
+        time.sleep(0.01)
+    process.terminate()
+    assert finish(process, seconds=60) == [2]
+    (saved,) = list_checkpoints(tmp_path / "autoencoder")
+    step = load_checkpoint(saved)["step"]
+    assert f"stopped by SIGTERM after step {step}, which is saved" in (tmp_path / "out.txt").read_text()
+
+
+def test_kill_while_checkpoints_are_written(tmp_path: Path) -> None:
+    """Whatever moment a kill hits: what counts as a checkpoint is whole."""
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        pid = os.fork()
+        if not pid:  # writes until it is killed; steps repeat, so that checkpoints are replaced, too
+            first = len(list_checkpoints(tmp_path))
+            for step in range(first, 10**6):
+                save_checkpoint(tmp_path, step % 5, {"step": step % 5, "a": torch.full((50_000,), step % 5)}, limit=2)
+            os._exit(0)
+        time.sleep(rng.uniform(0.01, 0.1))
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        for path in list_checkpoints(tmp_path):
+            state = load_checkpoint(path)
+            assert path.name == f"checkpoint-{state['step']}" and (state["a"] == state["step"]).all()
+    save_checkpoint(tmp_path, 7, {"step": 7}, limit=2)
+    assert all(path.name.startswith("checkpoint-") for path in tmp_path.iterdir())
+
+
+def test_a_run_killed_before_its_first_checkpoint_may_start_anew(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "autoencoder").mkdir()
+    (tmp_path / "autoencoder/log.jsonl").write_text('{"step": 1, "images": 2}\n{"step": 2, "ima')
+    assert main(words("autoencoder", photos, tmp_path)) == 0
+    assert [line["step"] for line in read_log(tmp_path / "autoencoder/log.jsonl")] == [1, 2]
+
+
+def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, {"step": 1, "a": torch.ones(1000)}, limit=1)
+    (path / "state.pt").write_bytes((path / "state.pt").read_bytes()[:2000])
+    with pytest.raises(UserError, match="checkpoint-1 cannot be read.*earlier checkpoint"):
+        load_checkpoint(path)
+
+
+def test_going_back_in_time_asks_first(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = words("autoencoder", photos, tmp_path, "checkpoint_limit=9")
+    assert main(arguments) == 0
+    first = tmp_path / "autoencoder/checkpoint-1"
+    assert main(["--resume", str(first), *arguments]) == 2
+    assert "newer checkpoints stand beside it" in one_line(caplog) and "checkpoint-2" in caplog.text

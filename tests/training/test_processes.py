@@ -1,0 +1,73 @@
+"""Two processes (gloo, on the CPU) train like one, and resume bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from consissr.training.checkpoints import load_checkpoint
+from consissr.training.report import read_log
+from scripts.train import STAGES
+from tests.training.children import finish, start, start_several
+from tests.training.tiny import SMALL, words
+
+MORE = ("micro_batch=1", "ema=0.9", "optimizer.warmup=2", "optimizer.decay=cosine", "checkpoint_limit=9")
+
+
+def prepare(runs: Path, folder: Path, stage: str) -> Path:
+    """A new folder with the results of the stages before `stage`."""
+    folder.mkdir()
+    for earlier in list(SMALL)[: list(SMALL).index(stage)]:
+        (folder / earlier).symlink_to(runs / earlier)
+    return folder
+
+
+def assert_same_figures(one: Path, two: Path, stage: str) -> None:
+    """Weights, averaged weights, losses, learning rates and counts of two runs within 1e-5."""
+    states = [load_checkpoint(folder / stage / "checkpoint-2") for folder in (one, two)]
+    for part in ("weights", "ema"):
+        size = torch.cat([value.flatten() for value in states[0][part].values()]).norm()
+        changes = [states[0][part][name] - states[1][part][name] for name in states[0][part]]
+        assert torch.cat([change.flatten() for change in changes]).norm() <= 1e-5 * size, part
+    logs = [read_log(folder / stage / "log.jsonl") for folder in (one, two)]
+    assert len(logs[0]) == len(logs[1]) == 2
+    for first, second in zip(*logs, strict=True):
+        exact = {k for k in first if k.endswith("/lr") or k in ("step", "images", "skipped")}
+        assert {k: first[k] for k in exact} == {k: second[k] for k in exact}
+        for key in (k for k in first if k.endswith("/loss")):
+            assert first[key] == pytest.approx(second[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_train_like_one(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
+    one, two = (prepare(runs, tmp_path / name, stage) for name in ("one", "two"))
+    out = tmp_path / "out.txt"
+    alone = start(words(stage, photos, one, *MORE, "processes=1"), out)
+    together = words(stage, photos, two, *MORE, "processes=2")
+    assert finish(alone, *start_several(together, out, 2)) == [0, 0, 0], out.read_text()[-3000:]
+    assert json.loads((two / stage / "run.json").read_text())["processes"] == 2
+    assert_same_figures(one, two, stage)
+    through = load_checkpoint(two / stage / "checkpoint-2")
+    shutil.rmtree(two / stage / "checkpoint-2")
+    assert finish(*start_several(["--resume", "latest", *together], out, 2)) == [0, 0], out.read_text()[-3000:]
+    resumed = load_checkpoint(two / stage / "checkpoint-2")
+    for part in ("weights", "ema"):
+        for name, value in through[part].items():
+            assert torch.equal(value, resumed[part][name]), (part, name)
+
+
+def test_torchrun_starts_two(runs: Path, photos: Path, tmp_path: Path, root: Path) -> None:
+    """The command that users type, and its result beside one process's."""
+    one, two = (prepare(runs, tmp_path / name, "nuts") for name in ("one", "two"))
+    assert finish(start(words("nuts", photos, one, *MORE), tmp_path / "out.txt")) == [0]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "scripts/train.py"]
+    arguments = words("nuts", photos, two, *MORE, "processes=2")
+    done = subprocess.run([*launch, *arguments], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_figures(one, two, "nuts")

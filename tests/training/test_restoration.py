@@ -1,0 +1,249 @@
+"""ConsisSR's stages and ingredients on tiny networks: every variant learns, is stored, goes on and restores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from consissr import Restorer
+from consissr.config import load_config
+from consissr.errors import UserError
+from consissr.models.image_prompt import build_tower, load_tower, save_tower
+from consissr.train_config import ClipConfig, TrainConfig
+from consissr.training.loop import Loop
+from consissr.training.restoration import load_parts
+from consissr.training.stage import Batch
+from consissr.training.tala import Tala
+from scripts.train import stage_builder
+
+VISION = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8}
+RUN = ["batch=2", "micro_batch=2", "tracker=none", "data.crop=64", "precision=fp32", "steps=3", "optimizer.lr=1e-3"]
+PATCHES = "model.image_tokens=patches"
+SHAPE = ["model.hint=stack", "model.position_embedding=16", "model.transposed_attention=true"]
+DDPM = ["sampler.plan=ddpm", "sampler.steps=2", "sampler.start=noise"]
+VARIANTS = {
+    "consissr": ["stage=tala", "model.image_prompt=hpa", PATCHES, *SHAPE, *DDPM, "tala.weighting=v"],
+    "as released": [
+        *("stage=tala", "model.image_prompt=hpa", "model.image_kv=separate", *SHAPE, *DDPM),
+        *("tala.probability=as_released", "tala.shared_draw=true", "tala.encoder_gradients=false"),
+        "tala.posterior=sample",
+    ],
+    "without image": ["stage=tala", "model.image_prompt=none", *DDPM, "tala.probability=off"],
+    "ip_adapter": ["stage=tala", "model.image_prompt=ip_adapter", PATCHES, *DDPM, "tala.probability=linear"],
+    "ip_adapter, one token": ["stage=tala", "model.image_prompt=ip_adapter", *DDPM, "tala.gamma=5"],
+    "hpa_separate": ["stage=tala", "model.image_prompt=hpa_separate", PATCHES, *DDPM, "tala.gamma=20"],
+    "nuts": [
+        "stage=nuts",
+        "model.image_prompt=hpa",
+        PATCHES,
+        *SHAPE,
+        "tala.probability=power",
+        "gradient_checkpointing=true",
+    ],
+    "pre-training": ["stage=nuts", "nuts.losses=[l_diff]", "model.unet_trained=[conv_out]"],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of random weights with a text encoder and an image tower."""
+    from diffusers import AutoencoderKL, DDPMScheduler
+    from transformers import CLIPTokenizer
+
+    from consissr.training.clip import build_text, write_tokenizer
+    from consissr.training.prior import build_unet
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    config = TrainConfig()
+    config.prior.widths, config.prior.attention = [16, 32], [False, True]
+    config.prior.heads, config.prior.context_dim = 2, 8
+    blocks = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    write_tokenizer(folder / "tokenizer", 8)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text = build_text(ClipConfig(text_width=8, text_layers=1, text_heads=2, text_length=8, embed_dim=8), tokenizer)
+    vae = AutoencoderKL(**blocks, **kinds)
+    parts = {"unet": build_unet(config, 4), "vae": vae, "scheduler": scheduler, "text_encoder": text}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    save_tower(folder, build_tower(12, VISION))
+    return folder
+
+
+def loop(base: Path, photos: Path, folder: Path, *more: str) -> Loop:
+    """A run that has not begun."""
+    words = [f"model.base={base}", f"data.paths=[{photos}]", f"output_dir={folder}", *RUN, *more]
+    config = load_config(TrainConfig, None, words)
+    return Loop(config, stage_builder(config.stage))
+
+
+def two_steps(run: Loop) -> set[str]:
+    """Take two optimiser steps, then a third gradient; names of trained tensors that any of them reached.
+
+    Where zero layers stand one behind the other's (those of the ControlNet's additions behind its zero convolutions),
+    the inner layers' gradient begins after two steps.
+    """
+    seen: set[str] = set()
+    for batch in run.batches():
+        totals: dict[str, Tensor] = {}
+        run.accumulate(batch, totals)
+        seen |= {n for n, p in run.weights().items() if p.grad is not None and p.grad.abs().sum() > 0}
+        if run.step == 2:
+            break
+        run.update(totals)
+        run.step += 1
+    return seen
+
+
+def frozen(run: Loop) -> dict[str, Tensor]:
+    """What a run does not train."""
+    trained = {id(p) for p in run.weights().values()}
+    return {n: p for n, p in run.stage.networks.named_parameters() if id(p) not in trained}
+
+
+@pytest.mark.parametrize("tokens", ["pooled", "patches"])
+def test_the_tower_learns_from_its_frozen_self(base: Path, photos: Path, tmp_path: Path, tokens: str) -> None:
+    run = loop(base, photos, tmp_path, "stage=rclip", f"model.image_tokens={tokens}")
+    before = {name: p.clone() for name, p in frozen(run).items()}
+    assert before.keys() == {f"teacher.{name}" for name, _ in run.stage.teacher.named_parameters()}
+    assert run.weights().keys() - two_steps(run) == set()
+    assert all(torch.equal(value, frozen(run)[name]) for name, value in before.items())
+    run.stage.export(tmp_path)
+    for name, value in load_tower(tmp_path)[0].state_dict().items():
+        assert torch.equal(value, run.stage.student.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_a_variant_learns_is_stored_goes_on_and_restores(base: Path, photos: Path, tmp_path: Path, name: str) -> None:
+    run = loop(base, photos, tmp_path, *VARIANTS[name])
+    before = {key: p.clone() for key, p in frozen(run).items()}
+    missed = run.weights().keys() - two_steps(run)
+    assert not missed, sorted(missed)[:5]
+    assert all(torch.equal(value, frozen(run)[key]) for key, value in before.items())
+    run.stage.export(tmp_path / "model")
+
+    again = load_parts(
+        load_config(TrainConfig, None, [f"model.base={base}", f"init={tmp_path}/model", *VARIANTS[name]])
+    )
+    stage = run.stage
+    pairs = [(again.unet, stage.denoiser.unet), (again.controlnet, stage.denoiser.controlnet)]
+    if stage.image_prompt is not None:
+        pairs.append((again.image_prompt, stage.image_prompt))
+    for loaded, trained in pairs:
+        for key, value in trained.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value), key
+
+    restorer = Restorer.load(str(tmp_path / "model"), device="cpu")
+    out = restorer(torch.zeros(1, 3, 10, 12), scale=2)
+    assert out.shape == (1, 3, 20, 24) and out.isfinite().all()
+
+
+def test_the_released_adapter_learns_nothing_of_the_image(base: Path, photos: Path, tmp_path: Path) -> None:
+    """Two layers at zero in series: neither weight ever gets a gradient (the biases do)."""
+    words = ["stage=tala", "model.image_prompt=hpa", "model.adapter_init=as_released", *DDPM]
+    run = loop(base, photos, tmp_path, *words)
+    seen = two_steps(run)
+    dead = {n for n in run.weights() if n.startswith("controlnet/adapter.") or "to_out_ip.0.weight" in n}
+    assert len(dead) > 8 and not seen & dead
+
+
+def test_an_image_branch_can_be_added_to_a_model(base: Path, photos: Path, tmp_path: Path) -> None:
+    """What the first model lacks starts as a no-op; what it has and the run leaves out is an error."""
+    first = loop(base, photos, tmp_path / "a", *VARIANTS["pre-training"])
+    two_steps(first)
+    first.stage.export(tmp_path / "model")
+    init, kept = f"init={tmp_path}/model", "model.unet_trained=[conv_out]"
+    with pytest.raises(UserError, match="would lose"):
+        loop(base, photos, tmp_path / "b", *VARIANTS["nuts"], init)
+    run = loop(base, photos, tmp_path / "b", *VARIANTS["nuts"], "model.hint=conv", init, kept)
+    batch = next(iter(run.batches()))
+    t = torch.tensor([700, 300])
+    with torch.no_grad():
+        run.stage.prepare(batch)
+        z = batch.cache["z_hq"]
+        old = first.stage.denoiser(z, t, first.stage.condition(batch))
+        new = run.stage.denoiser(z, t, run.stage.condition(batch))
+    assert torch.equal(old, new) and old.abs().sum() > 0
+    run.stage.export(tmp_path / "grown")
+    with pytest.raises(UserError, match="unplanned"):
+        loop(base, photos, tmp_path / "c", "model.position_embedding=16", kept, f"init={tmp_path}/grown")
+
+
+def test_the_decoder_of_a_consissr_model_can_be_tuned(base: Path, photos: Path, tmp_path: Path) -> None:
+    first = loop(base, photos, tmp_path / "a", *VARIANTS["consissr"])
+    first.stage.export(tmp_path / "model")
+    words = [*VARIANTS["consissr"], "stage=deft", f"init={tmp_path}/model", "deft.perceptual=features"]
+    run = loop(base, photos, tmp_path / "b", *words, "deft.discriminator_width=8", "deft.adversarial_start=-1")
+    before = {key: p.clone() for key, p in frozen(run).items()}
+    missed = run.weights().keys() - two_steps(run)
+    assert not {name for name in missed if name.startswith("decoder/")}
+    assert all(torch.equal(value, frozen(run)[key]) for key, value in before.items())
+    run.stage.export(tmp_path / "tuned")
+    out = Restorer.load(str(tmp_path / "tuned"), device="cpu")(torch.zeros(1, 3, 10, 12), scale=2)
+    assert out.isfinite().all()
+
+
+def test_augmentation_draws_for_each_image(base: Path, tmp_path: Path) -> None:
+    """p(t) is the power in stage 'tala' and off in stage 'nuts' unless set; one draw for the batch where asked."""
+    t, count = torch.full((40,), 960), 40  # p = 0.67
+
+    def mask(*words: str) -> list[bool]:
+        config = load_config(TrainConfig, None, [f"model.base={base}", f"output_dir={tmp_path}", *DDPM, *words])
+        stage = stage_builder(config.stage)(config)
+        z = torch.zeros(count, 4, 2, 2)
+        generators = [torch.Generator().manual_seed(i) for i in range(count)]
+        batch = Batch(hq=z, names=[], generators=generators, cache={"z_hq": z, "z_lq": z + 1})
+        z_t, target = stage.augmented(batch, t, z)  # no noise: an input that is not zero comes from z_lq
+        assert torch.equal(target != 0, z_t != 0)
+        return (z_t[:, 0, 0, 0] > 0).tolist()
+
+    assert 18 <= sum(mask("stage=tala")) <= 36
+    assert mask("stage=nuts", "tala.probability=power") == mask("stage=tala")
+    assert sum(mask("stage=nuts")) == sum(mask("stage=tala", "tala.probability=off")) == 0
+    assert sum(mask("stage=tala", "tala.gamma=20")) < sum(mask("stage=tala", "tala.gamma=5"))
+    assert sum(mask("stage=tala", "tala.shared_draw=true")) in (0, count)
+
+
+class Soft:
+    """Two prompt tokens: the image's mean colour, repeated."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 2, 8) * 3
+
+
+def test_soft_prompt_tokens_reach_the_networks(base: Path, photos: Path, tmp_path: Path) -> None:
+    words = [f"model.base={base}", f"output_dir={tmp_path}", "stage=tala", *DDPM]
+    stage = Tala(load_config(TrainConfig, None, words), soft_prompt=Soft())
+    image = torch.full((2, 3, 64, 64), 0.5)
+    batch = Batch(hq=image, lq=image, names=[], generators=[torch.Generator().manual_seed(i) for i in range(2)])
+    stage.prepare(batch)
+    assert stage.condition(batch).text.shape == (2, 8 + 2, 8)
+    assert stage.loss(batch, 0)["loss"].isfinite()
+    stage.export(tmp_path)
+    restorer = Restorer.load(str(tmp_path), device="cpu")
+    x = torch.rand(1, 3, 10, 12)
+    without = restorer(x, scale=2)
+    restorer.soft_prompt = Soft()
+    assert not torch.equal(restorer(x, scale=2), without)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sampler.plan=nuts"], "sampler.plan=ddpm"),
+        (["tala.gamma=0"], "above 0"),
+        (["tala.probability=quadratic"], "tala.probability is 'quadratic'"),
+        (["model.image_prompt=hpa", "model.image_encoder=nowhere"], "nowhere holds no image_encoder"),
+        (["model.image_prompt=hpa", "model.image_encoder=open_clip:ViT-H-99/x"], "not of the form"),
+        (["model.image_prompt=hpa", "model.image_encoder=open_clip:ViT-B-32-quickgelu/openai"], "QuickGELU"),
+        (["tala.metric=pixels"], "linear path"),
+    ],
+)
+def test_mistakes_are_named(base: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Tala(load_config(TrainConfig, None, ["stage=tala", f"model.base={base}", *DDPM, *words]))

@@ -1,0 +1,44 @@
+"""Every stage as a run of a few seconds: what tests add to the configs of `nano`, in the order in which stages build on
+each other. A new stage needs a line in each of the two tables.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+COMMON = ["batch=2", "micro_batch=2", "steps=2", "log_every=1", "tracker=none", "data.crop=64", "checkpoint_every=1"]
+COMMON += ["compile=false", "precision=fp32", "frozen_precision=fp32"]
+SMALL = {
+    "autoencoder": ["autoencoder.widths=[16,16]", "autoencoder.latent_channels=4"],
+    "clip": [
+        *("clip.image_size=32", "clip.width=16", "clip.layers=1", "clip.head_width=8", "clip.embed_dim=8"),
+        *("clip.text_width=8", "clip.text_layers=1", "clip.text_heads=2", "clip.held_out=4"),
+    ],
+    "prior": [
+        "prior.text=",
+        "prior.widths=[16,16]",
+        "prior.attention=[false,true]",
+        "prior.heads=2",
+        "prior.context_dim=8",
+    ],
+    "rclip": ["stage=rclip", "model.image_tokens=patches"],
+    "tala": ["stage=tala", "sampler.plan=ddpm", "sampler.steps=2", "nuts.metric=latents", "model.image_prompt=hpa"],
+    "nuts": [],
+    "deft": ["deft.discriminator_width=8", "deft.adversarial_start=-1"],
+}
+
+
+def words(stage: str, photos: Path, runs: Path, *more: str) -> list[str]:
+    """Arguments of scripts/train.py for a tiny run of `stage`, on the earlier stages' results below `runs`."""
+    inputs = {
+        "autoencoder": [],
+        "clip": [],
+        "prior": [f"init={runs}/autoencoder"],
+        "rclip": [f"model.base={runs}/prior", f"model.image_encoder={runs}/clip", "init="],
+        "tala": [f"model.base={runs}/prior", f"init={runs}/rclip"],
+        "nuts": [f"model.base={runs}/prior", "init="],
+        "deft": [f"model.base={runs}/prior", f"init={runs}/nuts"],
+    }
+    config = Path(f"configs/nano/{stage}.yaml")
+    own = [f"data.paths=[{photos}]", f"output_dir={runs}/{stage}", *COMMON, *SMALL[stage], *inputs[stage]]
+    return ["--config", str(config if config.is_file() else "configs/nano/nuts.yaml"), *own, *more]
