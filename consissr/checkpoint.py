@@ -24,7 +24,7 @@ from consissr.errors import UserError
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
-BUNDLED = ("nano-ccsr",)
+BUNDLED = ("nano-ccsr", "nano-consissr")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNET_ADAPTER = "unet_adapter.safetensors"
 

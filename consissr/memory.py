@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +49,14 @@ def total_memory(device: torch.device) -> int:
         text = path.read_text().strip() if path.is_file() else ""
         limits += [int(text)] if text.isdigit() else []
     return min(limits)
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system between stages: glibc keeps it, though the next needs other sizes."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and need none
+        if trim is not None:
+            trim(0)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -24,7 +24,7 @@ from consissr.diffusion.tiling import TiledDenoiser
 from consissr.errors import UserError
 from consissr.geometry import Prepared, finish, prepare
 from consissr.loading import load_parts
-from consissr.memory import Tiles, choose_tiles, is_out_of_memory, total_memory
+from consissr.memory import Tiles, choose_tiles, give_back, is_out_of_memory, total_memory
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
 from consissr.models.inference import for_inference
 from consissr.models.latents import Latents
@@ -196,8 +196,7 @@ class Restorer:
         """Decoded images (B,3,H,W), float32 on the CPU, or None if memory ran out."""
         try:
             latents = self.tiled_latents(tiles, rest["config"])
-            restored = self.restore_latent(x, draw, tiles=tiles, latents=latents, **rest)
-            return latents.decode(restored.to(self.dtype)).float().cpu()
+            return latents.decode(self.restore_latent(x, draw, tiles=tiles, latents=latents, **rest)).float().cpu()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -216,7 +215,7 @@ class Restorer:
         latents: Latents,
         on_step: Callable | None = None,
     ) -> Tensor:
-        """Prepared images -> restored latents (B,C,h,w), float32, on the model's device."""
+        """Prepared images -> restored latents (B,C,h,w) for the decoder, on the model's device."""
         own_hint = self.hint_latents is not self.latents
         hint_latents = self.tiled_latents(tiles, config, self.hint_latents) if own_hint else None
         z, positive, negative = self.conditions(x, draw, config, latents, hint_latents)
@@ -230,7 +229,10 @@ class Restorer:
             text = negative.text if config.first_prompt == "negative" else positive.text
             first = guided(denoiser, negative.changed(text=text))
         start = start_latent(config.start, z, self.schedule, draw)
-        return sample(denoise, plan, start, self.schedule, draw, first, on_step)
+        give_back()
+        z = sample(denoise, plan, start, self.schedule, draw, first, on_step).to(self.dtype)
+        give_back()
+        return z
 
     def conditions(
         self, x: Inputs, draw: Draw, config: SamplerConfig, latents: Latents, hint_latents: Latents | None

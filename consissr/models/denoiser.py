@@ -127,6 +127,7 @@ class Denoiser(nn.Module):
         if self.takes_image != (condition.image is not None):
             raise ValueError("image tokens and an image branch: the condition and the model must have both or neither")
         dtype = self.unet.conv_in.weight.dtype
+        z_lq = condition.hint  # as exact as it was given: the residual starts from it
         z, condition = z_t.to(dtype), condition.to(dtype)
         text, residuals, extra = condition.text, {}, None
         if self.replaced:
@@ -138,7 +139,7 @@ class Denoiser(nn.Module):
             )
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         out = self.unet(z, t, text, cross_attention_kwargs=extra, return_dict=False, **residuals)[0]
-        return self.to_eps(out.float(), z_t, t, condition.hint)
+        return self.to_eps(out.float(), z_t, t, z_lq)
 
     def prepare(self, condition: Condition, like: Condition | None = None, hint: bool = True) -> Condition:
         """The condition with everything computed that doesn't depend on the step, for many calls.

@@ -114,7 +114,8 @@ def untrained_parts(config: TrainConfig) -> Parts:
             adapter = Adapter(tower.output_dim, width, config.model.adapter_init)
             prompt = ImagePrompt(tower, adapter, config.model.image_tokens)
         latents, text = empty_latents(vae), torch.empty(1, 1 if text_free else TOKENS, width)
-    return Parts(network, controlnet, latents, text, alpha_bar(), image_prompt=prompt, text_free=text_free)
+    predicted = "v_prediction" if config.model.residual else "epsilon"  # which it is changes no size
+    return Parts(network, controlnet, latents, text, alpha_bar(), predicted, prompt, text_free=text_free)
 
 
 def tower_sizes(config: TrainConfig) -> tuple[int, dict[str, Any]]:

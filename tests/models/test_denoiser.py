@@ -47,6 +47,23 @@ def test_v_prediction_becomes_eps_in_float32(make_unet):
     assert torch.equal(Denoiser(unet, None, ALPHA_BAR)(z_t, t, given), raw)
 
 
+def test_output_as_v_of_the_residual():
+    """The exact v of (z_hq - z_lq) / s gives the noise of z_hq; an output of 0 at T gives z_lq and hardly any noise."""
+    s, t = 0.5, torch.tensor([0, 500, 999])
+    z_lq, residual, eps = draw(3, 4, 8, 8), 0.5 * draw(3, 4, 8, 8).flip(1), draw(3, 4, 8, 8).flip(0)
+    a = ALPHA_BAR[t].float().view(-1, 1, 1, 1)
+    z_t = a.sqrt() * (z_lq + residual) + (1 - a).sqrt() * eps
+    size = (s**2 * a + 1 - a).sqrt()
+    v = (s * a.sqrt() * eps - (1 - a).sqrt() * residual / s) / size
+    denoiser = Denoiser(torch.nn.Identity(), None, ALPHA_BAR, "v_prediction", residual=s)
+    assert torch.allclose(denoiser.to_eps(v, z_t, t, z_lq), eps, atol=1e-4)
+    eps_T = denoiser.to_eps(torch.zeros_like(v), z_t, t, z_lq)[2]
+    x0 = (z_t[2] - (1 - a[2]).sqrt() * eps_T) / a[2].sqrt()
+    assert (x0 - z_lq[2]).std() < 0.1 * eps.std()
+    with pytest.raises(UserError, match="predicts v"):
+        Denoiser(torch.nn.Identity(), None, ALPHA_BAR, residual=s)
+
+
 @torch.no_grad()
 def test_guidance_is_one_batched_pass_of_the_formula(make_unet, fill):
     unet, calls = make_unet(), []
