@@ -20,7 +20,9 @@ from tests.training.tiny import SMALL, words
 
 KILLS = int(os.environ.get("CONSISSR_TEST_KILLS", "2"))
 """How often a run of each stage is killed; CONSISSR_TEST_KILLS=10 takes minutes."""
-STEPS = 3 * KILLS + 3
+LAST = 3 * KILLS + 2
+"""Step after which no kill is asked for."""
+STEPS = LAST + 12  # so many remain that no run ends before its kill arrives
 EVERY = 2
 """Steps between checkpoints: most kills lose a step."""
 
@@ -45,7 +47,7 @@ def test_killed_runs_end_like_one_that_ran_through(runs: Path, photos: Path, tmp
         more = (f"steps={STEPS}", f"checkpoint_every={EVERY}", "log_every=1", "ema=0.9", "optimizer.warmup=2")
         arguments, output = words(stage, photos, folder, *more), folder / stage
         draw = random.Random(stage)
-        for step in sorted(draw.sample(range(1, STEPS - 1), kills)):
+        for step in sorted(draw.sample(range(1, LAST), kills)):
             found = list_checkpoints(output)
             resume = ["--resume", "latest"] if found else []
             done = json.loads((found[-1] / "state.json").read_text())["step"] if found else 0
