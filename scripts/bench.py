@@ -40,7 +40,9 @@ def tiles(args: argparse.Namespace) -> tuple[Any, Iterable]:
 
     found = grow(args.model, args.sides, args.tile, args.runs, args.device)
     fits = "exponents over area: " + ", ".join(f"{kind} {p:.3f}" for kind, p in found["exponents"].items())
-    return found, [report.plain(found["rows"], f"{args.model} in tiles of {args.tile} px"), fits]
+    grown = found["rows"][-1]["peak_mb"] / found["untiled_peak_mb"]
+    memory = f"{max(args.sides)} px in tiles: {grown:.2f} times the memory of {min(args.sides)} px in one piece"
+    return found, [report.plain(found["rows"], f"{args.model} in tiles of {args.tile} px"), fits, memory]
 
 
 def start_up(args: argparse.Namespace) -> tuple[Any, Iterable]:

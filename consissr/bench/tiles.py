@@ -16,7 +16,10 @@ def exponent(areas: list[float], seconds: list[float]) -> float:
 
 
 def grow(model: str, sides: list[int], tile: int, runs: int, device: str = "cpu") -> dict[str, Any]:
-    """Results of side x side pixels in tiles of `tile`: medians of wall and CPU seconds, peak memory, the exponents."""
+    """Results of side x side pixels in tiles of `tile`: medians of wall and CPU seconds, peak memory, the exponents.
+
+    Beside them the peak memory of the smallest result in one piece, untiled.
+    """
     import torch
 
     from consissr.restorer import Restorer
@@ -35,6 +38,7 @@ def grow(model: str, sides: list[int], tile: int, runs: int, device: str = "cpu"
         wall, cpu = np.median(times[side], axis=0).tolist()
         peak = footprint(model, side, device=device, tile=tile, vae_tile=tile).peak
         rows.append({"side": side, "wall": wall, "cpu": cpu, "peak_mb": peak})
+    whole = footprint(model, min(sides), device=device, tile=0, vae_tile=0).peak
     areas = [float(side * side) for side in sides]
     fits = {kind: exponent(areas, [row[kind] for row in rows]) for kind in ("wall", "cpu", "peak_mb")}
-    return {"model": model, "tile": tile, "rows": rows, "exponents": fits}
+    return {"model": model, "tile": tile, "rows": rows, "exponents": fits, "untiled_peak_mb": whole}
