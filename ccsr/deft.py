@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from ccsr.adversary import ADVERSARIES
 from ccsr.losses import adaptive_weight, adversarial_weight, discriminator_hinge, generator_adversarial
@@ -124,7 +124,10 @@ class Deft:
         return {"loss": reconstruction + weight * parts["adversarial"], **parts}
 
     def perceptual(self, image: Tensor, batch: Batch, view: Any, features: list[Tensor]) -> Tensor:
-        """Distance of `image` to the photographs: LPIPS, or in the discriminator's features under the same view."""
+        """Distance (a scalar) of `image` (B, 3, S, S) to the photographs: LPIPS, or in the discriminator's features.
+
+        The photographs are shown to it under the same `view` that gave the image's `features`.
+        """
         if self.lpips is not None:
             return self.lpips(image, batch.hq, normalize=False).mean()
         with torch.no_grad():
@@ -173,7 +176,7 @@ class UntrainedLpips(nn.Module):
 
 
 def feature_distance(features: list[Tensor], wanted: list[Tensor]) -> Tensor:
-    """Mean over layers of the L1 distance between feature maps, relative to the wanted maps' mean size."""
+    """Mean over layers of the L1 distance between maps of equal shapes, relative to the wanted maps' mean size."""
     pairs = zip(features, wanted, strict=True)
     distances = [F.l1_loss(f.float(), w.float()) / w.float().abs().mean() for f, w in pairs]
     return torch.stack(distances).mean()

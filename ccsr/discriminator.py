@@ -84,7 +84,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x times gamma."""
+        """(B, N, width) -> the same shape."""
         return x * self.gamma
 
 
@@ -126,7 +126,7 @@ class Residual(nn.Module):
         self.fn = fn
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape."""
+        """(B, C, N) -> the same shape."""
         return (self.fn(x) + x) / 2**0.5
 
 
@@ -152,7 +152,7 @@ class Head(nn.Module):
         self.cmapper = ConditionMap(c_dim, maps)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Projection of the map's features on the condition."""
+        """Projection of the features of x (B, D, N) on the condition c (B, c_dim): (B, N)."""
         features, condition = self.cls(self.main(x)), self.cmapper(c)
         return (features * condition[:, :, None]).sum(1) / condition.shape[1] ** 0.5
 
@@ -226,7 +226,10 @@ class ProjectedDiscriminator(nn.Module):
         augmentation: Augmentation | None = None,
         windows: Sequence[Window] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits of all heads and the token maps they judge; None leaves images as they are."""
+        """Logits (B, 5 N) of all heads for x (B,3,H,W) in [-1, 1] and c (B, c_dim), and the token maps they judge.
+
+        augmentation, windows: None leaves images as they are.
+        """
         features = self.features(x if augmentation is None else augmentation(x), windows)
         return torch.cat([head(f, c) for head, f in zip(self.heads, features, strict=True)], dim=1).float(), features
 
@@ -239,7 +242,7 @@ class ProjectedDiscriminator(nn.Module):
         return [(t[:, 1:] + t[:, :1]).transpose(1, 2) for t in chosen]
 
     def shown(self, x: Tensor, windows: Sequence[Window] | None) -> Tensor:
-        """Images of the ViT's side: each image's window, or the whole image resized by areas."""
+        """(B,3,H,W) -> (B,3,side,side) for the ViT: each image's window, or the whole image resized by areas."""
         side = self.vit.side
         if windows is None or not any(windows):
             return F.interpolate(x, size=(side, side), mode="area")
@@ -284,7 +287,9 @@ def read_dino(name: str | Path, heads: int = 6) -> ViT:
     try:
         return build_vit(state, heads)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not hold a DINO ViT: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{path} does not hold a DINO ViT ({str(error).splitlines()[0]}): give DINO's weights"
+        ) from error
 
 
 def load_pth(path: Path) -> dict[str, Tensor]:
@@ -330,5 +335,5 @@ def read_discriminator(state: dict[str, Tensor], c_dim: int, heads: int) -> Proj
     discriminator.heads.load_state_dict(own)
     unknown = [k for k in state if not k.startswith((prefix, "heads."))]
     if unknown:
-        raise UserError(f"the discriminator's file has unknown keys, first {unknown[0]}")
+        raise UserError(f"the discriminator's file has unknown keys, first {unknown[0]}: give CCSR v2's own")
     return discriminator

@@ -64,12 +64,12 @@ def nuts_losses(
 
 
 def generator_adversarial(logits_fake: Tensor) -> Tensor:
-    """-mean(D(fake)): what the decoder minimises against a hinge discriminator."""
+    """-mean(D(fake)) of logits of any shape: what the decoder minimises against a hinge discriminator."""
     return -logits_fake.mean()
 
 
 def discriminator_hinge(logits_real: Tensor, logits_fake: Tensor, weight: float = 0.5) -> dict[str, Tensor]:
-    """Hinge loss of the discriminator: `loss` = weight (`loss_real` + `loss_fake`)."""
+    """Hinge loss of the discriminator over logits of any shape: `loss` = weight (`loss_real` + `loss_fake`)."""
     real, fake = F.relu(1 - logits_real).mean(), F.relu(1 + logits_fake).mean()
     return {"loss": weight * (real + fake), "loss_real": real, "loss_fake": fake}
 

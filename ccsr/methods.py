@@ -5,22 +5,30 @@ Under guidance the posterior's mode is taken, so that encoding the image once or
 
 from __future__ import annotations
 
+from typing import Any
+
+from ccsr.released import AS_RELEASED_V2
 from ccsr.timesteps import nuts_plan
 from consissr.bench.models import Method
+from consissr.config import SamplerConfig
 from consissr.diffusion.plans import ddpm_plan
+from consissr.released import AS_RELEASED
 
-PROMPTS = {
-    "positive": "clean, high-resolution, 8k",
-    "negative": "blurry, dotted, noise, raster lines, unclear, lowres, over-smoothed",
-}
-CCSR = {"start": "lq", "posterior": "sample"}
-GUIDED = {"start": "lq", "guidance": 4.5, "first_prompt": "negative"} | PROMPTS
-CONSISSR = {"plan": "ddpm", "start": "noise", "guidance": 5.0, "first_prompt": "guided"} | PROMPTS
+
+def guidance(sampler: SamplerConfig) -> dict[str, Any]:
+    """The settings of `sampler` that say how text guides it."""
+    return {name: getattr(sampler, name) for name in ("start", "guidance", "positive", "negative", "first_prompt")}
+
+
+CCSR = {"start": AS_RELEASED_V2.start, "posterior": AS_RELEASED_V2.posterior}
+GUIDED = guidance(AS_RELEASED_V2)
+CONSISSR = guidance(AS_RELEASED) | {"plan": "ddpm", "first_prompt": "guided"}
 
 
 def method(name: str, steps: int) -> Method:
     """'ccsr-1', 'ccsr-2', 'ccsr-2-guided' (evaluations), or 'consissr' with `steps` evaluations instead of its 50."""
     if name == "consissr":
         return Method(name, "consissr", ddpm_plan(steps), CONSISSR, sequential=True)
-    plan = nuts_plan(1) if name == "ccsr-1" else nuts_plan(6, 2 / 3, 0.5)
-    return Method(name, "ccsr", plan, GUIDED if name == "ccsr-2-guided" else CCSR)
+    two = nuts_plan(6, 2 / 3, 0.5)
+    known = {"ccsr-1": (nuts_plan(1), CCSR), "ccsr-2": (two, CCSR), "ccsr-2-guided": (two, GUIDED)}
+    return Method(name, "ccsr", *known[name])

@@ -124,7 +124,9 @@ def read_v2_controlnet(folder: Path, report: Report) -> ControlNetModel:
     """The ControlNet; its hint convolution moves to our name."""
     config, state = read_part(folder)
     if not config.pop("use_vae_encode_condition"):
-        raise UserError(f"{folder} was made for pixel hints (use_vae_encode_condition is false), which CCSR's was not")
+        raise UserError(
+            f"{folder} was made for pixel hints (use_vae_encode_condition is false): give CCSR v2's ControlNet"
+        )
     with torch.device("meta"):
         controlnet = empty_controlnet(config, MODEL)
     renamed = {

@@ -175,11 +175,7 @@ def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settin
         batch_size=len(jobs),
         on_step=_step_writer(restorer, jobs) if settings.save_steps else None,
     ).cpu()
-    size = (y.shape[-2], y.shape[-1])
-    return [
-        replace(photo, pixels=pixels, alpha=None if photo.alpha is None else images.resize(photo.alpha, size, (0, 1)))
-        for pixels, (_, photo) in zip(y, read, strict=True)
-    ]
+    return [photo.restored(pixels) for pixels, (_, photo) in zip(y, read, strict=True)]
 
 
 def _step_writer(restorer: Restores, jobs: list[Job]) -> Callable:
@@ -274,6 +270,6 @@ def open_log(path: Path, settings: dict[str, Any]) -> TextIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         log = path.open("a", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--json {path}: cannot be written ({error.strerror}); name another file") from None
     log.write(json.dumps({"event": "run", "version": __version__, "settings": settings}, default=str) + "\n")
     return log

@@ -47,7 +47,9 @@ def find_model(name: str | Path) -> Path:
         return Path(snapshot_download(str(name)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"model '{name}' is not on this machine and could not be fetched: {reason}") from error
+        raise UserError(
+            f"model '{name}' is not on this machine and could not be fetched ({reason}): copy its folder here"
+        ) from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -73,8 +75,18 @@ def write_weights(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | N
     save_file(stored, path, metadata={"format": "pt"})
 
 
-def load_strict(module: nn.Module, tensors: dict[str, Tensor], what: str, subset: set[str] | None = None) -> None:
-    """Load `tensors` into `module`: exactly its state (or the `subset` of names), else UserError naming the keys."""
+def load_strict(
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    what: str,
+    subset: set[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Load `tensors` into `module`: exactly its state (or the `subset` of names), else UserError naming the keys.
+
+    The module's parameters take their values. With `dtype` the tensors, floating-point ones as this type, become its
+    parameters: a module that was built on the meta device is then in memory once, and never in another type.
+    """
     wanted = set(module.state_dict()) if subset is None else subset
     missing, unplanned = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
     if missing or unplanned:
@@ -85,8 +97,12 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], what: str, subset
     own = module.state_dict()
     for name, value in tensors.items():
         if own[name].shape != value.shape:
-            raise UserError(f"{what}: {name} has shape {tuple(value.shape)}, this model's is {tuple(own[name].shape)}")
-    module.load_state_dict(tensors, strict=False)
+            shapes = f"{tuple(value.shape)}, this model's is {tuple(own[name].shape)}"
+            raise UserError(f"{what}: {name} has shape {shapes}: the file belongs to a model of another size")
+    if dtype is not None:  # copies: what is read may be a view of the file, which somebody may write anew
+        kinds = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+        tensors = {name: tensor.to(kinds[name], copy=True) for name, tensor in tensors.items()}
+    module.load_state_dict(tensors, strict=False, assign=dtype is not None)
     log.info("%s: %d keys used, %d of the base kept", what, len(tensors), len(own) - len(tensors))
 
 

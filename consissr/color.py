@@ -21,7 +21,7 @@ def adain(content: Tensor, style: Tensor) -> Tensor:
 
 
 def adain_(content: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """The same in place, with the style's `moments`."""
+    """The same in place on (B,C,H,W), with the style's `moments`, each (B,C,1,1)."""
     own_mean, own_variance = moments(content)
     std, own_std = ((x + _EPSILON).sqrt() for x in (variance, own_variance))
     return content.sub_(own_mean).div_(own_std).mul_(std).add_(mean)

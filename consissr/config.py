@@ -58,8 +58,9 @@ class ModelConfig:
     """Image tokens: 'pooled' (one, as released) or 'patches' (one per CLIP patch)."""
     image_encoder: str = "base"
     """Where a new image branch takes CLIP's image tower from: 'base' (image_encoder/ of the base's folder), a folder
-    with image_encoder/ (a run of stage 'rclip'), or 'open_clip:NAME/TAG' or '/FILE' (open_clip's weights by tag or as
-    a file; SD2.1's tower is open_clip:ViT-H-14/laion2b_s32b_b79k)."""
+    with image_encoder/ (a run of stage 'rclip') or a bundled model (its tower alone: 'nano-consissr'), or
+    'open_clip:NAME/TAG' or '/FILE' (open_clip's weights by tag or as a file; SD2.1's tower is
+    open_clip:ViT-H-14/laion2b_s32b_b79k)."""
     adapter_init: str = "default"
     """Initial last layer of the image adapter: 'default' or 'as_released' (zero, which blocks all gradients)."""
 
@@ -164,7 +165,7 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: l
             layers.append((str(path), OmegaConf.load(path)))
         for word in overrides or []:
             if "=" not in word:
-                raise UserError(f"override '{word}' is not of the form key=value")
+                raise UserError(f"override '{word}' is not of the form key=value, such as steps=100")
             text = f"{word}''" if word.endswith("=") else word  # an empty string rather than null
             layers.append((f"'{word}'", OmegaConf.from_dotlist([text])))
         merged = OmegaConf.structured(cls)
@@ -188,6 +189,12 @@ def check_keys(cls: type, given: Any, source: str, prefix: str = "") -> None:
         default = fields[key].default_factory
         if dataclasses.is_dataclass(default) and value is not None:
             check_keys(default, value, source, f"{prefix}{key}.")
+
+
+def changed(config: ConfigT, settings: dict[str, Any]) -> ConfigT:
+    """`config` with some fields replaced, checked; UserError for a field it lacks, naming the nearest."""
+    check_keys(type(config), settings, "settings")
+    return dataclasses.replace(config, **settings)
 
 
 def save_config(config: Any, path: str | Path) -> None:

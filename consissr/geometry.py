@@ -47,12 +47,12 @@ class Prepared:
         return self.make(slice(None))
 
     def channels(self) -> Iterable[Tensor]:
-        """The channels of `x`, one after the other."""
+        """The channels of `x`, each (1,1,H,W), one after the other."""
         return (self.make(slice(i, i + 1)) for i in range(3))
 
     @classmethod
     def of(cls, x: Tensor, size: tuple[int, int], upscaled: tuple[int, int]) -> Prepared:
-        """An input that is at hand."""
+        """An input (1,3,H,W) that is at hand."""
         return cls(lambda channels: x[:, channels], tuple(x.shape[2:]), size, upscaled)
 
 

@@ -11,6 +11,8 @@ where it has one) and written back as CMYK to JPEG and TIFF, as RGB to other for
 read. Not kept: XMP, comments, EXIF in 16-bit colour TIFF; 16-bit PPM is read as 8 bits.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import struct
@@ -42,6 +44,12 @@ class Photo:
     pixels: Tensor
     alpha: Tensor | None
     form: Form
+
+    def restored(self, pixels: Tensor) -> Photo:
+        """In the same form with other pixels (3, H', W'); transparency is resized along."""
+        size = (pixels.shape[1], pixels.shape[2])
+        alpha = None if self.alpha is None else resize(self.alpha, size, (0.0, 1.0))
+        return replace(self, pixels=pixels, alpha=alpha)
 
 
 # --- files ---

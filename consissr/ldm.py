@@ -116,9 +116,9 @@ def take(state: State, prefix: str) -> State:
     return {name.removeprefix(prefix): state.pop(name) for name in names}
 
 
-def load_strict(module: nn.Module, state: State, part: str, report: Report) -> None:
-    """Load `state` as float32 into `module`, which may be on the meta device; UserError unless every key fits."""
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+def load_strict(module: nn.Module, state: State, part: str, report: Report, dtype: torch.dtype = torch.float32) -> None:
+    """Load `state` as `dtype` into `module`, which may be on the meta device; UserError unless every key fits."""
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     wanted = module.state_dict()
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     wrong = sorted(n for n in wanted.keys() & state.keys() if wanted[n].shape != state[n].shape)

@@ -7,29 +7,39 @@ from typing import Any
 import torch
 
 from consissr import checkpoint
+from consissr.config import check_word
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.models.base import load_base
 from consissr.models.denoiser import Denoiser
 from consissr.models.folder import load_controlnet, load_image_prompt, load_prompts, load_unet_additions
 from consissr.models.latents import load_latents
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(precision: str, device: str | torch.device) -> str:
+    """A key of PRECISIONS; 'auto' is bf16 on accelerators, fp32 on the CPU. UserError for another word."""
+    check_word(precision, ("auto", *PRECISIONS), "precision")
+    if precision != "auto":
+        return precision
+    return "fp32" if torch.device(device).type == "cpu" else "bf16"
+
 
 def load_parts(name: str, base: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments of Restorer from a model folder and its base model."""
+    """The arguments of Restorer from a model folder and its base model: networks as `dtype`, on the CPU."""
     folder = checkpoint.find_model(name)
     config = checkpoint.read_config(folder)
     prompts = load_prompts(folder)
     parts = load_base(base or config.model.base, dtype, config.model.base_sha256, text=prompts is None)
     load_unet_additions(folder, parts.unet, config)
-    table = alpha_bar(*parts.betas)
+    controlnet = load_controlnet(folder, config, dtype)
+    table, tuned = alpha_bar(*parts.betas), (folder / "vae").is_dir()
     return {
-        "latents": load_latents(folder / "vae", parts.latents) if (folder / "vae").is_dir() else parts.latents,
-        "denoiser": Denoiser(
-            parts.unet, load_controlnet(folder, config), table, parts.prediction_type, residual=config.model.residual
-        ),
-        "image_prompt": load_image_prompt(folder, config),
+        "latents": load_latents(folder / "vae", parts.latents, dtype) if tuned else parts.latents,
+        "denoiser": Denoiser(parts.unet, controlnet, table, parts.prediction_type, residual=config.model.residual),
+        "image_prompt": load_image_prompt(folder, config, dtype),
         "schedule": Schedule(table),
         "prompts": parts.text if prompts is None else prompts,
-        "hint_latents": load_latents(folder / "hint_vae") if (folder / "hint_vae").is_dir() else None,
+        "hint_latents": load_latents(folder / "hint_vae", dtype=dtype) if (folder / "hint_vae").is_dir() else None,
         "sampler": config.sampler,
     }

@@ -14,9 +14,7 @@ def encode(samples: np.ndarray, profile: bytes | None = None, exif: bytes | None
     height, width, channels = samples.shape
     rows = np.frombuffer(samples.astype(">u2").tobytes(), np.uint8).reshape(height, -1)
     above = np.vstack([np.zeros_like(rows[:1]), rows[:-1]])
-    filtered = np.hstack(
-        [np.full((height, 1), _UP, np.uint8), rows - above]
-    )  # differences wrap, as they must
+    filtered = np.hstack([np.full((height, 1), _UP, np.uint8), rows - above])  # differences wrap, as they must
 
     chunks = [_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, _COLOUR_TYPE[channels], 0, 0, 0))]
     if profile:

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 
-from consissr import images
-from consissr.config import SamplerConfig, nearest
+from consissr.config import SamplerConfig, changed
 from consissr.diffusion.plans import Step, check_plan, ddpm_plan
 from consissr.diffusion.sampler import Draw, sample, seeded_draw, start_latent
 from consissr.diffusion.schedule import Schedule
 from consissr.diffusion.tiling import TiledDenoiser
 from consissr.errors import UserError
 from consissr.geometry import Prepared, finish, prepare
-from consissr.loading import load_parts
+from consissr.inputs import Images, equal_sizes, packed, stacked, unpacked
+from consissr.loading import PRECISIONS, choose_precision, load_parts
 from consissr.memory import Tiles, choose_tiles, give_back, is_out_of_memory, total_memory
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
 from consissr.models.inference import for_inference
@@ -32,10 +30,8 @@ from consissr.models.vae_tiling import TiledLatents
 
 log = logging.getLogger(__name__)
 
-Images = Image | list[Image] | Tensor
 Inputs = Tensor | Sequence[Prepared]
 """Prepared images: their pixels (B,3,H,W), or what makes these when they are needed."""
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Restorer:
@@ -87,10 +83,7 @@ class Restorer:
         base model. settings: fields of SamplerConfig; prompts must be set here, because the text encoder is let go.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if precision == "auto":
-            precision = "fp32" if torch.device(device).type == "cpu" else "bf16"
-        if precision not in PRECISIONS:
-            raise UserError(f"precision '{precision}' is unknown; choose auto, {', '.join(PRECISIONS)}")
+        precision = choose_precision(precision, device)
         parts = load_parts(name, base, PRECISIONS[precision])
         parts["sampler"] = changed(parts["sampler"], settings)
         return cls(**parts, device=device, precision=precision)
@@ -119,8 +112,7 @@ class Restorer:
         steps = self.plan(config, plan, settings)
         if not scale > 0 or (longest is not None and longest < 1):
             raise UserError(f"scale {scale} (longest side {longest}): use a number above 0")
-        photos = [] if isinstance(inputs, Tensor) else [images.from_pil(image) for image in as_list(inputs)]
-        lqs = list(inputs.split(1)) if isinstance(inputs, Tensor) else [photo.pixels[None] for photo in photos]
+        lqs, photos = unpacked(inputs)
         keys = list(range(len(lqs))) if keys is None else list(keys)
         if len(set(keys)) != len(lqs):
             raise UserError(f"{len(lqs)} images have {len(set(keys))} different keys: give each image its own")
@@ -131,11 +123,7 @@ class Restorer:
             y = self.restore_tensor(jobs, [keys[i] for i in batch], seed, repeat, config, steps, on_step=on_step)
             for i, job, image in zip(batch, jobs, y.split(1), strict=True):
                 results[i] = finish(job, image, config.geometry, config.color_fix)
-
-        if isinstance(inputs, Tensor):
-            return stacked([results[i] for i in range(len(lqs))])
-        restored = [images.to_pil(restored_photo(photo, results[i][0])) for i, photo in enumerate(photos)]
-        return restored[0] if isinstance(inputs, Image) else restored
+        return packed(inputs, photos, [results[i] for i in range(len(lqs))])
 
     def restore_tensor(
         self,
@@ -273,7 +261,11 @@ class Restorer:
     def prompt(self, prompt: str, x: Tensor) -> Tensor:
         """Embeddings (B,L,D) of a prompt, for a batch of images."""
         if prompt not in self.prompts:
-            raise UserError(f"prompt '{prompt}' was not encoded at loading: pass it to Restorer.load")
+            known = ", ".join(f"'{known}'" for known in self.prompts)
+            raise UserError(
+                f"prompt '{prompt}' was not encoded at loading, only {known}: use one of these, or pass it to "
+                "Restorer.load (a converted model with a text encoder of its own keeps no others)"
+            )
         return self.prompts[prompt].to(x).expand(len(x), -1, -1)
 
     def encode_prompts(self, encoder: Any) -> dict[str, Tensor]:
@@ -308,42 +300,3 @@ class Restorer:
         """All networks, each once."""
         found = [self.latents, self.denoiser, self.image_prompt, self.hint_latents]
         return list({id(network): network for network in found if network is not None}.values())
-
-
-def changed(config: SamplerConfig, settings: dict[str, Any]) -> SamplerConfig:
-    """The configuration with some fields replaced; UserError naming the nearest for an unknown one."""
-    known = [field.name for field in fields(SamplerConfig)]
-    for name in settings:
-        if name not in known:
-            raise UserError(f"unknown setting '{name}'{nearest(name, known)}")
-    return SamplerConfig(**(asdict(config) | settings))
-
-
-def equal_sizes(shapes: Sequence[tuple], batch_size: int) -> list[list[int]]:
-    """Indices in batches of at most `batch_size` whose shapes are equal."""
-    groups: dict[tuple, list[int]] = {}
-    for i, shape in enumerate(shapes):
-        groups.setdefault(tuple(shape), []).append(i)
-    return [
-        group[i : i + max(batch_size, 1)] for group in groups.values() for i in range(0, len(group), max(batch_size, 1))
-    ]
-
-
-def stacked(rows: list[Tensor]) -> Tensor:
-    """The rows (1,...) as one tensor; a single one is not copied."""
-    return torch.cat(rows) if len(rows) > 1 else rows[0]
-
-
-def as_list(inputs: Image | list[Image]) -> list[Image]:
-    """A list of images, whether one or several were given."""
-    listed = [inputs] if isinstance(inputs, Image) else list(inputs)
-    for item in listed:
-        if not isinstance(item, Image):
-            raise UserError(f"cannot restore a {type(item).__name__}: give a PIL image, a list of them or a tensor")
-    return listed
-
-
-def restored_photo(photo: images.Photo, result: Tensor) -> images.Photo:
-    """The input's form with the result's pixels (3,H,W); transparency is resized along."""
-    alpha = None if photo.alpha is None else images.resize(photo.alpha, tuple(result.shape[1:]), (0.0, 1.0))
-    return replace(photo, pixels=result, alpha=alpha)

@@ -32,7 +32,9 @@ def read(source: Path, clip: Path | None) -> tuple[str, Any]:
         return ("ConsisSR" if found.stage == "tala" else "ConsisSR's first stage (RCLIP)"), found
     if ccsr.is_v1(state):
         return "CCSR v1", ccsr.read_v1(state)
-    raise UserError(f"{source} is neither ConsisSR's nor CCSR's: its first key is '{next(iter(state))}'")
+    raise UserError(
+        f"{source} is neither ConsisSR's nor CCSR's: its first key is '{next(iter(state))}'; give a file of theirs"
+    )
 
 
 def write(kind: str, found: Any, target: Path, base: str, half: bool) -> None:

@@ -30,14 +30,14 @@ def restore(args: argparse.Namespace) -> int:
     sizes = {"scale": args.scale, "longest": args.longest_side}
     naming = jobs.Naming(output=args.output, suffix=args.suffix, ext=args.ext, repeat=args.repeat, **sizes)
     mine = jobs.share(jobs.plan(args.input, naming, args.recursive), rank, world)
-    todo, existing = jobs.drop_existing(mine, args.skip_existing, args.overwrite)
+    missing, existing = jobs.drop_existing(mine, args.skip_existing, args.overwrite)
     out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
     if args.dry_run:
         out.print_json(json.dumps(vars(args), default=str))
-        for job in todo:
+        for job in missing:
             result = job.error or f"{job.target} ({job.out_width}x{job.out_height})"
             out.print(f"{job.source} -> {result}", markup=False)
-        out.print(f"{len(todo)} to restore, {len(existing)} exist", markup=False)
+        out.print(f"{len(missing)} to restore, {len(existing)} exist", markup=False)
         return 0
 
     # 2. the model
@@ -46,16 +46,16 @@ def restore(args: argparse.Namespace) -> int:
     settings = batch.Settings(**sizes, **given(args, ("seed", "batch_size", "quality", "save_steps")))
     log = batch.open_log(args.json, vars(args)) if args.json else None
     restorer = None  # a run of failures alone needs none
-    if any(not job.error for job in todo):
+    if any(not job.error for job in missing):
         restorer = load(args, local_rank)
         settings = replace(settings, plan=sampling_plan(args, restorer))
 
     # 3. the files
-    with reporting.Terminal(err, len(todo), quiet=args.quiet or rank > 0) as terminal:
+    with reporting.Terminal(err, len(missing), quiet=args.quiet or rank > 0) as terminal:
         report = batch.Report(tell=terminal.tell, log=log, seed=args.seed)
         for job in existing:
             report.add(batch.Outcome(job, "skipped"))
-        batch.run(restorer, todo, settings, report)
+        batch.run(restorer, missing, settings, report)
     process = f"process {rank + 1} of {world}: " if world > 1 else ""
     if not args.quiet:
         out.print(process + terminal.summary(report.counts), markup=False)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ccsr import nuts_plan
+from ccsr.methods import method
 from consissr.bench.clock import Clock
+from consissr.bench.inference import Question, compare
 from consissr.bench.models import Parts, from_folder
 from consissr.bench.reference import Reference
 from consissr.bench.tiles import exponent
@@ -158,6 +160,13 @@ def test_random_weights(script, monkeypatch, tmp_path, method):
     assert found["relative_difference"] < 1e-4
     work = found["macs"]
     assert work["reference"]["encode"] == (2 if method == "ccsr-2-guided" else 1) * work["ours"]["encode"]
+
+
+@pytest.mark.parametrize("model", ["nano-ccsr", "nano-consissr"])
+def test_bundled_models(model):
+    """The reference follows what they predict: residuals from z_lq."""
+    found = compare(Question(model, method("ccsr-2" if model == "nano-ccsr" else "consissr", 3), pixels=64, runs=1))
+    assert found["relative_difference"] < 1e-4
 
 
 def test_full_size_is_asked_for_in_full(script, capsys):

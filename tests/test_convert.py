@@ -74,7 +74,8 @@ def test_released_settings_equal_the_readers(root):
     from ccsr.released import AS_RELEASED_V1, AS_RELEASED_V2
     from consissr.released import AS_RELEASED
 
-    tiles = {"tile_weights": "as_released", "vae_tiling": "as_released"}
+    tiles = {"tile": 512, "tile_overlap": 256, "tile_weights": "as_released"}
+    tiles |= {"vae_tile": 1792, "vae_tiling": "as_released"}
     known = {
         "consissr/infer_as_released.yaml": vars(AS_RELEASED) | {"tile": 0, "vae_tile": 0},
         "ccsr/infer_as_released_v1.yaml": vars(AS_RELEASED_V1),

@@ -29,7 +29,7 @@ LAYERS = (
     ("data",),
     ("models", "ldm"),
     ("diffusion",),
-    ("restorer", "loading", "released", "geometry", "jobs", "batch", "footprint", "reporting", "commandline"),
+    ("restorer", "inputs", "loading", "released", "geometry", "jobs", "batch", "footprint", "reporting", "commandline"),
     ("training",),
     ("bench",),
 )

@@ -94,9 +94,19 @@ def test_mistakes_are_named(restorer, settings, said):
         restorer(torch.zeros(1, 3, 8, 8), **settings)
 
 
-def test_what_is_not_an_image_is_named(restorer):
-    with pytest.raises(UserError, match="str"):
-        restorer(["photo.png"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["photo.png"], "restore a str: give"),
+        (torch.zeros(3, 8, 8), r"float32 \(3, 8, 8\): give floats"),
+        (torch.zeros(1, 4, 8, 8), r"\(1, 4, 8, 8\)"),
+        (torch.zeros(0, 3, 8, 8), r"\(0, 3, 8, 8\)"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"),
+    ],
+)
+def test_what_is_not_an_image_is_named(restorer, wrong, said):
+    with pytest.raises(UserError, match=said):
+        restorer(wrong)
 
 
 def test_unknown_model_and_precision_are_named(tiny_model):

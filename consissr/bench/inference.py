@@ -25,6 +25,7 @@ from consissr.diffusion.sampler import seeded_draw
 from consissr.footprint import MB, start_peak
 from consissr.footprint import peak as peak_bytes
 from consissr.geometry import finish, prepare
+from consissr.loading import PRECISIONS
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Question:
 
     @property
     def dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return PRECISIONS[self.precision]
 
 
 class Paths:

@@ -14,7 +14,7 @@ from consissr.config import ModelConfig, SamplerConfig
 from consissr.diffusion.plans import Step
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.evaluation import complexity
-from consissr.loading import load_parts
+from consissr.loading import PRECISIONS, load_parts
 from consissr.models.denoiser import Denoiser
 from consissr.models.image_prompt import ImagePrompt
 from consissr.models.latents import Latents
@@ -53,7 +53,7 @@ class Parts:
 
     def restorer(self, config: SamplerConfig) -> Restorer:
         """Our path. Encodes the prompts and lets the text encoder go."""
-        precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+        precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
         prompts = {prompt: self.text([prompt]).float().cpu() for prompt in {config.positive, config.negative}}
         return Restorer(
             self.latents, self.denoiser, self.schedule, prompts, self.image_prompt, config,

@@ -120,7 +120,7 @@ class Reference:
         self.latents = stock_latents(restorer.latents)
         self.image_prompt, self.text, self.sequential = restorer.image_prompt, text, sequential
         self.alpha_bar = restorer.schedule.alpha_bar.to(restorer.device)
-        self.velocity = restorer.denoiser.prediction_type == "v_prediction"
+        self.to_eps = restorer.denoiser.to_eps  # v, and what the bundled models predict, as noise
         self.extra = adds(model)
         self.device = restorer.device
 
@@ -185,10 +185,7 @@ class Reference:
         )
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         out = self.unet(x_t.to(dtype), times, text, cross_attention_kwargs=extra, return_dict=False, **residuals)[0]
-        out = out.float()
-        if not self.velocity:
-            return out
-        return self.alpha_bar[t].sqrt().float() * out + (1 - self.alpha_bar[t]).sqrt().float() * x_t
+        return self.to_eps(out.float(), x_t, times, hint)
 
     def noised(self, z: Tensor, noise: Tensor, t: int) -> Tensor:
         """z at the noise level of timestep t."""

@@ -9,6 +9,8 @@ from rich.table import Table
 
 PARTS = ("prompt", "encode", "step", "decode", "colour", "write")
 PATHS = ("reference", "ours")
+EQUAL = 0.05
+"""Relative difference up to which results are those of the same mathematics in any precision (float32: about 1e-5)."""
 
 
 def times(value: float | None) -> str:
@@ -45,7 +47,8 @@ def inference(found: dict[str, Any]) -> Iterator[Table | str]:
     yield shares
     yield f"ceiling: {found['ceiling_macs_per_second']['wall'] / 1e9:.1f} G multiply-accumulates per second"
     if "relative_difference" in found:
-        yield f"relative difference of the results: {found['relative_difference']:.1e}"
+        equal = "" if found["relative_difference"] < EQUAL else f": NOT THE SAME RESULT (above {EQUAL:g})"
+        yield f"relative difference of the results: {found['relative_difference']:.1e}{equal}"
     for path, megabytes in found.get("memory_mb", {}).items():
         yield f"peak memory above imports, {path}: {megabytes:.0f} MB"
     if len(found.get("memory_mb", {})) == 2:

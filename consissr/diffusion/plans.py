@@ -72,7 +72,9 @@ def check_plan(plan: Iterable[Sequence], T: int = 1000) -> list[Step]:
     except (TypeError, ValueError) as error:
         raise UserError(f"a sampling plan is a list of [t, t_next, kind], not {plan!r}") from error
     if not steps or steps[-1].kind != "x0":
-        raise UserError("a sampling plan must end with a step of kind x0")
+        raise UserError(
+            "a sampling plan must end with a step of kind x0: append one, or use ddpm_plan or ccsr.nuts_plan"
+        )
     for i, (t, t_next, kind) in enumerate(steps):
         if kind not in KINDS or (kind == "x0") != (i == len(steps) - 1):
             raise UserError(f"plan step {i}: kind {kind!r}; use step or renoise, and x0 for the last only")

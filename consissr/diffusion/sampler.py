@@ -53,7 +53,7 @@ def sample(
 
 
 def start_latent(start: str, z_lq: Tensor, schedule: Schedule, draw: Draw) -> Tensor:
-    """The sampler's first latent: `noise` itself, or the low-quality latent noised to the last timestep (`lq`)."""
+    """The first latent, like z_lq (B,C,h,w): `noise` itself, or z_lq noised to the last timestep (`lq`)."""
     noise = draw("init", z_lq.shape).to(z_lq)
     return noise if start == "noise" else schedule.add_noise(z_lq, noise, len(schedule) - 1)
 

@@ -39,6 +39,20 @@ def step_curves(
 
     Repeated runs are averaged (Fig. 8, ConsisSR averages ten). `options` go to `evaluate` (weights, device, jobs).
     """
+    evaluation, places = step_evaluation(results, hr, measures, protocol, cache, progress, **options)
+    return _collect(evaluation, places, measures)
+
+
+def step_evaluation(
+    results: dict[str, Path],
+    hr: Path,
+    measures: list[Measure],
+    protocol: Protocol,
+    cache: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **options,
+) -> tuple[Evaluation, list[tuple[str, int]]]:
+    """Each method at each timestep as a method of its own, and for each of these (method, timestep)."""
     base = pair(results, hr, None)
     methods, places = [], []
     for name, folder in results.items():
@@ -47,8 +61,7 @@ def step_curves(
             methods.append(Method(f"{name} t={timestep}", [{i: run[i][timestep] for i in base.images} for run in runs]))
             places.append((name, timestep))
     pairs = Pairs(methods, base.images, base.hr, None, base.sizes)
-    evaluation = evaluate(pairs, measures, protocol, cache, progress=progress, **options)
-    return _collect(evaluation, places, measures)
+    return evaluate(pairs, measures, protocol, cache, progress=progress, **options), places
 
 
 def timesteps(runs: list[dict[str, dict[int, Path]]], images: list[str], folder: Path) -> list[int]:

@@ -104,11 +104,11 @@ def evaluate(
     for method, image in product(pairs.methods, pairs.images):
         for run in method.runs:
             wanted = {metric: key(metric, image, run) for metric in per_image}
-            todo = tuple((m, k) for m, k in wanted.items() if k not in scores and k not in planned)
-            planned.update(k for _, k in todo)
-            if todo:
+            missing = tuple((m, k) for m, k in wanted.items() if k not in scores and k not in planned)
+            planned.update(k for _, k in missing)
+            if missing:
                 hr, lr = ((table or {}).get(image) for table in (pairs.hr, pairs.lr))
-                tasks.append(Task(todo, run[image], hr, lr))
+                tasks.append(Task(missing, run[image], hr, lr))
     score_all(tasks, setting, scores, jobs, progress)
 
     for method in pairs.methods:
@@ -204,9 +204,9 @@ def _local_std(
         image: "|".join(["l-std", f"r{REVISION}", f"crop{protocol.local_std_crop}", _digest(files[image], hashes)])
         for image in images
     }
-    todo = [image for image in images if keys[image] not in scores]
+    missing = [image for image in images if keys[image] not in scores]
     measure = partial(stability.local_std_of_files, crop=protocol.local_std_crop)
     with ThreadPoolExecutor(jobs) as pool:
-        for image, value in zip(todo, pool.map(measure, (files[image] for image in todo)), strict=True):
+        for image, value in zip(missing, pool.map(measure, (files[image] for image in missing)), strict=True):
             scores.put({keys[image]: value})
     return np.array([scores[keys[image]] for image in images])

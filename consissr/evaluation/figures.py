@@ -17,7 +17,7 @@ import numpy as np
 
 from consissr.errors import UserError
 from consissr.evaluation import folders
-from consissr.evaluation.protocols import get_measures, get_protocol
+from consissr.evaluation.protocols import Measure, get_measures, get_protocol
 from consissr.evaluation.tables import Table
 
 INCH = 1.9  # side of one picture
@@ -136,10 +136,10 @@ def step_rows(inputs: Inputs) -> list[Row]:
 
 def picture_grid(rows: list[Row]):
     """A matplotlib figure of pictures in rows."""
-    pyplot = _pyplot()
+    plots = pyplot()
     columns = max(len(row) for row in rows)
     size = (INCH * columns, INCH * len(rows) * 1.15 + 0.3)
-    figure, axes = pyplot.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plots.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
     for line, row in zip(axes, rows, strict=True):
         for axis in line:
             axis.axis("off")
@@ -147,7 +147,7 @@ def picture_grid(rows: list[Row]):
             axis.imshow(pixels, interpolation="nearest")
             axis.set_title(title, fontsize=6)
             if box:
-                patch = pyplot.Rectangle(box[:2], *box[2:], fill=False, edgecolor="red", linewidth=1)
+                patch = plots.Rectangle(box[:2], *box[2:], fill=False, edgecolor="red", linewidth=1)
                 axis.add_patch(patch)
     return figure
 
@@ -168,13 +168,19 @@ def curves_figure(table: Table, inputs: Inputs, args: argparse.Namespace):
     shown = [m for m in measures if any(m.name in table for table in lines.values())]
     if not shown:
         raise UserError("none of the figure's metrics can be computed here: see --list-weights, or choose --metrics")
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.4 * len(shown), 2.8), squeeze=False, layout="constrained")
-    for axis, measure in zip(axes[0], shown, strict=True):
+    return curve_panels(lines, shown, flat)
+
+
+def curve_panels(lines: dict, measures: list[Measure], flat: dict[str, float] | None = None):
+    """The panels of `curves.step_curves`'s result; `flat`: values of the LR images, drawn as dashed lines."""
+    figure, axes = pyplot().subplots(
+        1, len(measures), figsize=(3.4 * len(measures), 2.8), squeeze=False, layout="constrained"
+    )
+    for axis, measure in zip(axes[0], measures, strict=True):
         for index, (name, values) in enumerate(lines.items()):
             steps, means = zip(*values[measure.name], strict=True)
             axis.plot(steps, means, marker="o", markersize=3, label=name, color=COLOURS[index % len(COLOURS)])
-        if measure.name in flat:
+        if flat and measure.name in flat:
             axis.axhline(flat[measure.name], linestyle="--", linewidth=1, color="gray", label="LR (bicubic)")
         axis.invert_xaxis()
         axis.set_xlabel("timestep")
@@ -195,7 +201,7 @@ def prompts_figure(inputs: Inputs, prompts: list[str], weights: Path | None, dev
         raise UserError(f"there is no image '{inputs.images[0]}'; names come without extension")
     image = folders.read_image(files[inputs.images[0]])
     shares = prompt_similarities(image, prompts, weights, device)
-    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(7.5, 0.5 * len(prompts) + 1.6), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(7.5, 0.5 * len(prompts) + 1.6), layout="constrained")
     left.imshow(image[0].permute(1, 2, 0).numpy())
     left.axis("off")
     right.barh(range(len(prompts)), shares, color=COLOURS[0])
@@ -257,7 +263,13 @@ def _pixels(path: Path) -> np.ndarray:
     return folders.read_image(path)[0].permute(1, 2, 0).numpy()
 
 
-def _pyplot():
+def close(figure) -> None:
+    """Free a figure that is written."""
+    pyplot().close(figure)
+
+
+def pyplot():
+    """matplotlib's drawing functions, for files rather than windows. UserError where it is not installed."""
     try:
         import matplotlib
     except ImportError:

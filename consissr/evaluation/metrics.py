@@ -26,12 +26,14 @@ def luma(image: torch.Tensor) -> torch.Tensor:
 
 
 def crop_border(image: torch.Tensor, pixels: int) -> torch.Tensor:
-    """`image` without its outer `pixels` rows and columns."""
+    """`image` (..., H, W) without its outer `pixels` rows and columns; UserError if nothing would be left."""
     if pixels == 0:
         return image
     height, width = image.shape[-2:]
     if min(height, width) <= 2 * pixels:
-        raise UserError(f"an image of {width}x{height} is too small to crop {pixels} pixels from each side")
+        raise UserError(
+            f"an image of {width}x{height} is too small to crop {pixels} pixels from each side: use another protocol"
+        )
     return image[..., pixels:-pixels, pixels:-pixels]
 
 

@@ -63,7 +63,7 @@ def block_features(gray: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def normalized(gray: torch.Tensor) -> torch.Tensor:
-    """Local mean removed, local contrast divided out (Eq. 1).
+    """Local mean removed, local contrast divided out (Eq. 1): (N, 1, H, W), 0..255 -> the same shape.
 
     In perfectly flat areas (saturated sky) the mean differs from the pixel by rounding alone, and the fits below count
     the sign of that difference. `gaussian_blur` adds in a fixed order; other orders move NIQE by up to 0.1.

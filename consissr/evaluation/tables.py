@@ -15,7 +15,7 @@ from consissr.evaluation.rank import average_ranks
 LABELS = {
     "rank": "Rank ↓", "l-std": "L-STD ↓", "steps": "Steps", "macs": "MACs", "params": "Parameters", "seconds": "Time",
 }  # fmt: skip
-KINDS = ("quality", "complexity", "figure")
+KINDS = ("quality", "complexity", "figure", "study")
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Table:
     name: str
     title: str
     kind: str
-    """'quality', 'complexity' or 'figure'."""
+    """'quality', 'complexity' or 'figure' of a paper, or 'study': results of scripts/study.py beside the papers'."""
     datasets: dict[str, dict[str, dict[str, Cell]]] = field(default_factory=dict)
-    """Published cells by data set, row and column."""
+    """Published cells (a study's: recorded ones) by data set, row and column."""
     protocol: str = "ccsr"
     runs: int = 1
     """Runs with different noise that each published value averages."""
@@ -62,6 +62,8 @@ class Table:
     """For figures: what to draw (see `figures.py`)."""
     notes: list[str] = field(default_factory=list)
     misprints: list[dict[str, str]] = field(default_factory=list)
+    findings: list[dict[str, str | float]] = field(default_factory=list)
+    """For studies: the comparisons of rows, with differences, intervals and verdicts."""
 
     @property
     def columns(self) -> list[str]:
@@ -124,12 +126,13 @@ def comparison(table: Table, dataset: str, measured: dict[str, dict[str, Cell]])
     """Markdown: each published row, below it what was measured under its name; then measured rows of other names."""
     published = table.datasets.get(dataset, {})
     rows, remarks = [], []
+    given = "recorded" if table.kind == "study" else "published"
 
     def add(row: str, kind: str, cells: dict[str, Cell]) -> None:
         texts = []
         for column in table.columns:
             text = str(cells.get(column, Cell()))
-            if kind == "published" and (note := misprint(table, dataset, row, column)):
+            if kind == given and (note := misprint(table, dataset, row, column)):
                 if note not in remarks:
                     remarks.append(note)
                 text += f" [{remarks.index(note) + 1}]"
@@ -137,7 +140,7 @@ def comparison(table: Table, dataset: str, measured: dict[str, dict[str, Cell]])
         rows.append([row, kind, *texts])
 
     for row, cells in published.items():
-        add(row, "published", cells)
+        add(row, given, cells)
         if row in measured:
             add(row, "measured", measured[row])
     for row in [name for name in measured if name not in published]:
@@ -148,7 +151,18 @@ def comparison(table: Table, dataset: str, measured: dict[str, dict[str, Cell]])
     lines += ["| " + " | ".join(["Method", "", *map(_title, table.columns, [table] * len(table.columns))]) + " |"]
     lines += ["|---|---" + "|--:" * len(table.columns) + "|", *("| " + " | ".join(row) + " |" for row in rows), ""]
     lines += [f"[{number}] {note}" for number, note in enumerate(remarks, 1)]
-    return "\n".join(lines + [f"- {note}" for note in table.notes]) + "\n"
+    lines += [f"- {note}" for note in table.notes]
+    return "\n".join(lines + [finding_text(f) for f in table.findings if f["dataset"] == dataset]) + "\n"
+
+
+def finding_text(finding: dict[str, str | float]) -> str:
+    """One comparison of a study in a line."""
+    told = f"; published {finding['published difference']:+g}" if finding["published difference"] != "" else ""
+    return (
+        f"- {finding['claim']} ({finding['source']}): {finding['first']} - {finding['second']}, {finding['metric']} "
+        f"{finding['expected']}: {finding['difference']:+.4f} [{finding['low']:+.4f}, {finding['high']:+.4f}]{told}: "
+        f"{finding['verdict']}"
+    )
 
 
 def misprint(table: Table, dataset: str, row: str, column: str) -> str:

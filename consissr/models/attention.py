@@ -275,7 +275,9 @@ def fresh_norm(like: nn.LayerNorm) -> nn.LayerNorm:
 def check_source(block: nn.Module) -> None:
     """Raise UserError for a transformer block that is not of Stable Diffusion's kind."""
     if getattr(block, "norm_type", None) != "layer_norm" or block.only_cross_attention or block.attn2 is None:
-        raise UserError("the base's transformer blocks are not Stable Diffusion's (self, cross, feed-forward)")
+        raise UserError(
+            "the base's transformer blocks are not Stable Diffusion's (self, cross, feed-forward): use SD2.1-base"
+        )
 
 
 def levels(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
@@ -287,16 +289,8 @@ def levels(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
         yield deepest - index, block
 
 
-def replace_blocks(model: nn.Module, config: ModelConfig, context_dim: int | None = None) -> list[str]:
-    """Replace every transformer block of a diffusers UNet or ControlNet in place; returns `added_parameters(model)`.
-
-    `context_dim`, where given, is the width of the image tokens; UserError if the base's text has another.
-    """
-    if context_dim is not None and context_dim != model.config.cross_attention_dim:
-        raise UserError(
-            f"image tokens are {context_dim} wide but the base's text is {model.config.cross_attention_dim}: "
-            "they pass through the same projections and must agree"
-        )
+def replace_blocks(model: nn.Module, config: ModelConfig) -> list[str]:
+    """Replace every transformer block of a diffusers UNet or ControlNet in place; returns `added_parameters(model)`."""
     for level, block in levels(model):
         side = (config.position_embedding, config.position_embedding)
         for _ in range(level):

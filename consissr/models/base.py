@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from consissr.checkpoint import WEIGHTS
 from consissr.config import nearest
 from consissr.errors import UserError
 from consissr.models.latents import LINEAR_PATH, Latents, load_latents
@@ -140,7 +141,7 @@ def load_parts(place: str, dtype: torch.dtype, text: bool) -> Base:
     kind = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     unet = UNet2DConditionModel.from_pretrained(place, subfolder="unet", **kind)
     if (Path(place) / "vae" / LINEAR_PATH).is_file():
-        latents = load_latents(Path(place) / "vae")
+        latents = load_latents(Path(place) / "vae", dtype=dtype)
     else:
         latents = Latents(AutoencoderKL.from_pretrained(place, subfolder="vae", **kind))
     scheduler = read_scheduler(place)
@@ -162,12 +163,12 @@ def load_file(place: str, dtype: torch.dtype, text: bool) -> Base:
     """A base from one file in LDM naming, read as SD2.1-base's: predicting noise, sizes from the weights."""
     from consissr.models.from_ldm import BETAS, read_base
 
-    unet, latents, tower, report = read_base(Path(place))
+    unet, latents, tower, report = read_base(Path(place), dtype)
     log.info("%s: %s", place, "; ".join(report.lines()))
     encoder: TextEncoder = NullText(unet.config.cross_attention_dim)
     if text and tower is not None:
-        encoder = tower.to(dtype)
-    return Base(unet.to(dtype), latents.to(dtype), encoder, BETAS, "epsilon", place)
+        encoder = tower
+    return Base(unet, latents, encoder, BETAS, "epsilon", place)
 
 
 def read_scheduler(place: str) -> dict[str, Any]:
@@ -182,21 +183,36 @@ def read_scheduler(place: str) -> dict[str, Any]:
 def schedule_of(scheduler: dict[str, Any]) -> tuple[tuple[int, float, float], str]:
     """(betas, prediction type) of a scheduler's configuration. Raises UserError for another kind of schedule."""
     if scheduler.get("beta_schedule") != "scaled_linear" or scheduler.get("trained_betas") is not None:
-        raise UserError(f"the base's beta_schedule is '{scheduler.get('beta_schedule')}': it must be 'scaled_linear'")
+        found = scheduler.get("beta_schedule")
+        raise UserError(f"the base's beta_schedule is '{found}': it must be 'scaled_linear', as SD2.1-base's is")
     betas = scheduler["num_train_timesteps"], scheduler["beta_start"], scheduler["beta_end"]
     return betas, scheduler.get("prediction_type", "epsilon")
 
 
-def check_sha256(place: str, expected: str) -> None:
-    """Compare the UNet's weight file with a pinned digest; UserError if it differs or is not a local file."""
-    path = Path(place)
+def unet_file(place: str) -> Path | None:
+    """The file that holds the UNet's weights of a base: a single file, in a folder, or in the hub's cache."""
+    path, name = Path(place), f"unet/{WEIGHTS}"
     if path.is_dir():
-        path = path / "unet" / "diffusion_pytorch_model.safetensors"
-    if not path.is_file():
-        raise UserError(f"model.base_sha256 is given, but {place} has no local UNet file to check: use a local folder")
+        path = path / name
+    elif not path.exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(place, name)
+        path = Path(found) if isinstance(found, str) else path
+    return path if path.is_file() else None
+
+
+def check_sha256(place: str, expected: str) -> None:
+    """Compare the UNet's weight file with a pinned digest; UserError if it differs or there is none."""
+    path = unet_file(place)
+    if path is None:
+        raise UserError(f"model.base_sha256 is given, but {place} has no unet/{WEIGHTS} to check: use another base")
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while block := handle.read(2**24):
             digest.update(block)
     if digest.hexdigest() != expected.lower():
-        raise UserError(f"{path} has SHA-256 {digest.hexdigest()}, not the pinned {expected}: it is another file")
+        raise UserError(
+            f"{path} has SHA-256 {digest.hexdigest()}, not the pinned {expected}: it is another file; fetch it again, "
+            "or correct model.base_sha256"
+        )

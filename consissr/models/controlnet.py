@@ -42,7 +42,7 @@ class LatentHint(nn.Sequential):
         super().__init__(*layers, zeroed(nn.Conv2d(STACK_WIDTHS[-1], width, 3, padding=1)))
 
     def forward(self, hint: Tensor | HintFeatures) -> Tensor:
-        """The features of a latent; those given, where they are known already."""
+        """(B, C, h, w) -> (B, width, h, w); features that are given, where they are known already."""
         return hint.value if isinstance(hint, HintFeatures) else super().forward(hint)
 
 
@@ -60,9 +60,7 @@ def build_controlnet(unet: UNet2DConditionModel, config: ModelConfig) -> Control
     added = set(added_parameters(unet))
     for part in COPIED:
         state = {
-            name: tensor
-            for name, tensor in getattr(unet, part).state_dict().items()
-            if f"{part}.{name}" not in added
+            name: tensor for name, tensor in getattr(unet, part).state_dict().items() if f"{part}.{name}" not in added
         }
         getattr(controlnet, part).load_state_dict(state)
     return finish(controlnet, config)

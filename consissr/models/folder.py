@@ -90,11 +90,13 @@ def load_prompts(folder: Path) -> dict[str, torch.Tensor] | None:
         return {prompt: file.get_tensor(str(i)) for i, prompt in enumerate(json.loads(file.metadata()["prompts"]))}
 
 
-def load_controlnet(folder: Path, config: FolderConfig) -> nn.Module:
-    """The ControlNet of a model folder, float32 on the CPU."""
+def load_controlnet(folder: Path, config: FolderConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The ControlNet of a model folder, as `dtype` on the CPU."""
     sizes = json.loads((folder / "controlnet" / "config.json").read_text())
-    controlnet = empty_controlnet(sizes, config.model)
-    load_strict(controlnet, read_weights(folder / "controlnet" / WEIGHTS), f"{folder.name}/controlnet")
+    with torch.device("meta"):
+        controlnet = empty_controlnet(sizes, config.model)
+    weights = read_weights(folder / "controlnet" / WEIGHTS)
+    load_strict(controlnet, weights, f"{folder.name}/controlnet", dtype=dtype)
     return controlnet
 
 
@@ -121,11 +123,12 @@ def build_image_prompt(settings: dict[str, Any], config: ModelConfig) -> ImagePr
     return ImagePrompt(tower, adapter, config.image_tokens)
 
 
-def load_image_prompt(folder: Path, config: FolderConfig) -> ImagePrompt | None:
-    """Image tower and adapter of a model folder, float32 on the CPU, or None where the model has no image branch."""
+def load_image_prompt(folder: Path, config: FolderConfig, dtype: torch.dtype = torch.float32) -> ImagePrompt | None:
+    """Image tower and adapter of a model folder, as `dtype` on the CPU, or None where the model has no image branch."""
     if config.model.image_prompt == "none":
         return None
     encoder = folder / "image_encoder"
-    prompt = build_image_prompt(json.loads((encoder / "config.json").read_text()), config.model)
-    load_strict(prompt, read_weights(encoder / IMAGE_WEIGHTS), str(encoder))
+    with torch.device("meta"):
+        prompt = build_image_prompt(json.loads((encoder / "config.json").read_text()), config.model)
+    load_strict(prompt, read_weights(encoder / IMAGE_WEIGHTS), str(encoder), dtype=dtype)
     return prompt

@@ -46,8 +46,10 @@ UNUSED = ("model_ema.", "loss.", "first_stage_model.loss.")
 """Prefixes of what training leaves in a base's file and nobody samples with."""
 
 
-def read_base(path: Path) -> tuple[UNet2DConditionModel, Latents, OpenClipText | None, Report]:
-    """A Stable Diffusion 2 base in one file: UNet, autoencoder and text tower, float32 on the CPU.
+def read_base(
+    path: Path, dtype: torch.dtype = torch.float32
+) -> tuple[UNet2DConditionModel, Latents, OpenClipText | None, Report]:
+    """A Stable Diffusion 2 base in one file: UNet, autoencoder and text tower, as `dtype` on the CPU.
 
     Nothing stored in the file runs, nothing is downloaded. UserError for a file of another kind or with unknown keys.
     """
@@ -59,9 +61,9 @@ def read_base(path: Path) -> tuple[UNet2DConditionModel, Latents, OpenClipText |
         raise UserError(f"{path} was trained with another noise schedule than Stable Diffusion's")
     for prefix in UNUSED:
         report.ignored[f"training's own ({prefix}*)"] = list(ldm.take(state, prefix))
-    unet, model = read_unet(ldm.take(state, "model.diffusion_model."), report)
-    latents = read_latents(ldm.take(state, "first_stage_model."), report)
-    text = read_text(ldm.take(state, "cond_stage_model.model."), report)
+    unet, model = read_unet(ldm.take(state, "model.diffusion_model."), report, dtype=dtype)
+    latents = read_latents(ldm.take(state, "first_stage_model."), report, dtype)
+    text = read_text(ldm.take(state, "cond_stage_model.model."), report, dtype)
     if state or model.position_embedding or model.transposed_attention or model.image_prompt != "none":
         name = next(iter(state), "ConsisSR's additions in the UNet")
         raise UserError(f"{path} is no Stable Diffusion 2 base: it has {name}; convert models with scripts/convert.py")
@@ -76,7 +78,7 @@ def take_schedule(state: State, report: Report) -> Tensor | None:
 
 
 def read_unet(
-    state: State, report: Report, heads: Sequence[int] | None = None
+    state: State, report: Report, heads: Sequence[int] | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[UNet2DConditionModel, ModelConfig]:
     """The UNet with ConsisSR's additions where the weights have them, and what those are; `heads`: per level."""
     from diffusers import UNet2DConditionModel
@@ -91,7 +93,7 @@ def read_unet(
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
         replace_blocks(unet, model)
-    ldm.load_strict(unet, unet_names(state), "unet", report)
+    ldm.load_strict(unet, unet_names(state), "unet", report, dtype)
     return unet.eval(), model
 
 
@@ -119,17 +121,17 @@ def additions(state: State, levels: list[ldm.Level]) -> ModelConfig:
     )
 
 
-def read_latents(state: State, report: Report, part: str = "vae") -> Latents:
+def read_latents(state: State, report: Report, dtype: torch.dtype = torch.float32) -> Latents:
     """The autoencoder."""
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
         vae = AutoencoderKL(**ldm.vae_config(state))
-    ldm.load_strict(vae, ldm.vae_names(state), part, report)
+    ldm.load_strict(vae, ldm.vae_names(state), "vae", report, dtype)
     return Latents(vae.eval())
 
 
-def read_text(state: State, report: Report) -> OpenClipText | None:
+def read_text(state: State, report: Report, dtype: torch.dtype = torch.float32) -> OpenClipText | None:
     """The text tower, where the file has one."""
     if not state:
         return None
@@ -147,5 +149,5 @@ def read_text(state: State, report: Report) -> OpenClipText | None:
             layers=ldm.indices(state, "transformer.resblocks"),
             output_dim=ldm.require(state, "text_projection").shape[1],
         )
-    ldm.load_strict(tower, state, "text", report)
+    ldm.load_strict(tower, state, "text", report, dtype)
     return OpenClipText(tower).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from consissr.checkpoint import load_strict
+from consissr.checkpoint import BUNDLED, find_model, load_strict
 from consissr.config import ModelConfig
 from consissr.errors import UserError
 from consissr.models.base import find_base
@@ -27,7 +27,7 @@ def find_tower(config: ModelConfig) -> VisionTransformer:
     name = config.image_encoder
     if name.startswith(OPEN_CLIP):
         return open_clip_tower(name.removeprefix(OPEN_CLIP))
-    folders = find_base(config.base) if name == "base" else [name]
+    folders = find_base(config.base) if name == "base" else [str(find_model(name)) if name in BUNDLED else name]
     for folder in folders:
         if has_tower(folder):
             return load_tower(Path(folder))[0]

@@ -75,7 +75,7 @@ class Adapter(nn.Module):
             zeroed(self.linear_3)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Every token on its own."""
+        """(B, N, E) -> (B, N, D), every token on its own."""
         hidden = F.gelu(self.linear_1(self.norm(features)))
         return self.linear_3(F.gelu(self.linear_2(hidden)))
 

@@ -6,20 +6,24 @@ import torch
 from torch import nn
 
 from consissr.models.latents import Latents
+from consissr.models.strips import use_strips
 from consissr.models.winograd import use_winograd
 
 
 def for_inference(network: nn.Module) -> None:
     """Prepare a network that only restores images, in place.
 
-    3x3 convolutions may take Winograd's way; networks that have such, and all on accelerators, go into channels-last
-    order. In the autoencoder activations overwrite their inputs, which are fresh results of norms; in the UNet they
-    must not, because its blocks share the time embedding.
+    On accelerators all go into channels-last order. On the CPU 3x3 convolutions may take Winograd's way, and
+    autoencoders that have such go into that order and work in strips; SD2.1's UNet would be slower so (many channels on
+    small maps), and in small networks torch's norms lose digits in it. In the autoencoder activations overwrite their
+    inputs, which are fresh results of norms; in the UNet they must not, because its blocks share the time embedding.
     """
     accelerated = any(parameter.device.type != "cpu" for parameter in network.parameters())
-    if use_winograd(network) or accelerated:
+    fast = use_winograd(network)
+    if accelerated or (fast and isinstance(network, Latents)):
         network.to(memory_format=torch.channels_last)
     if isinstance(network, Latents):
+        use_strips(network)
         for layer in network.modules():
             if isinstance(layer, nn.SiLU):
                 layer.inplace = True

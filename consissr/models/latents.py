@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from consissr.checkpoint import WEIGHTS, load_strict, read_weights, write_weights
 from consissr.errors import UserError
@@ -75,7 +75,9 @@ class Latents(nn.Module):
         self.channels: int = vae.config.latent_channels
         self.patch: int = isqrt(vae.config.in_channels // 3)
         if 3 * self.patch**2 != vae.config.in_channels:
-            raise UserError(f"the autoencoder takes {vae.config.in_channels} channels: 3 p^2 with a whole p is needed")
+            raise UserError(
+                f"the autoencoder takes {vae.config.in_channels} channels: use one that takes 3 p^2 with a whole p"
+            )
         self.factor: int = self.patch * 2 ** (len(vae.config.block_out_channels) - 1)
         self.linear = LinearPath(self.channels, self.factor) if vae.config.get("linear_path") else None
 
@@ -86,7 +88,10 @@ class Latents(nn.Module):
         return mean, posterior.logvar
 
     def encode(self, x: Tensor, posterior: str = "mode", noise: Tensor | None = None) -> Tensor:
-        """Scaled latents of images `x`: the posterior's 'mode', or its 'sample' with standard normal `noise`."""
+        """Scaled latents (B, C, H/f, W/f) of images `x` (B, 3, H, W): the posterior's 'mode', or its 'sample'.
+
+        `noise` of a sample: standard normal, of the latents' shape.
+        """
         mean, logvar = self.moments(x)
         if posterior == "mode":
             return mean * self.scale
@@ -95,7 +100,7 @@ class Latents(nn.Module):
         return (mean + torch.exp(0.5 * logvar) * noise) * self.scale
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images of scaled latents `z`, about [-1, 1], not clamped."""
+        """Images (B, 3, h f, w f), about [-1, 1], not clamped, of scaled latents `z` (B, C, h, w)."""
         z = z / self.scale
         image = self._unfold(self.vae.decode(z).sample)
         return image if self.linear is None else image + self.linear.decode(z)
@@ -122,8 +127,8 @@ def empty_latents(settings: dict[str, Any]) -> Latents:
     return Latents(with_decoder(vae, settings.get(WIDTH, 1)))
 
 
-def load_latents(folder: Path, base: Latents | None = None) -> Latents:
-    """The autoencoder of a `vae/` folder: diffusers' layout (float32 on the CPU), or a tuned decoder.
+def load_latents(folder: Path, base: Latents | None = None, dtype: torch.dtype = torch.float32) -> Latents:
+    """The autoencoder of a `vae/` folder: diffusers' layout (as `dtype` on the CPU), or a tuned decoder.
 
     Where only a decoder is stored, it replaces that of `base`, in place. UserError for damaged files, and for a decoder
     without a base or of another.
@@ -133,10 +138,11 @@ def load_latents(folder: Path, base: Latents | None = None) -> Latents:
             raise UserError(f"{folder} holds a decoder only: give the model folder it is in, whose base has the rest")
         load_strict(base, read_weights(folder / TUNED), str(folder / TUNED), subset=decoder_names(base))
         return base
-    latents = empty_latents(json.loads((folder / "config.json").read_text()))
-    load_strict(latents.vae, read_weights(folder / WEIGHTS), str(folder))
+    with torch.device("meta"):
+        latents = empty_latents(json.loads((folder / "config.json").read_text()))
+    load_strict(latents.vae, read_weights(folder / WEIGHTS), str(folder), dtype=dtype)
     if latents.linear is not None:
-        load_strict(latents.linear, read_weights(folder / LINEAR_PATH), str(folder / LINEAR_PATH))
+        load_strict(latents.linear, read_weights(folder / LINEAR_PATH), str(folder / LINEAR_PATH), dtype=dtype)
     return latents
 
 

@@ -173,7 +173,7 @@ def normalise(x: Tensor, norm: nn.GroupNorm, statistics: tuple[Tensor, Tensor] |
     if statistics is None:
         x = norm(x)
     else:
-        per_group = norm.num_channels // norm.num_groups
+        per_group = norm.num_channels // statistics[0].shape[1]
         mean, variance = (s.repeat_interleave(per_group, 1)[:, :, None, None] for s in statistics)
         scale = norm.weight[:, None, None] / (variance + norm.eps).sqrt()
         x = torch.addcmul((norm.bias[:, None, None] - mean * scale).to(x), x, scale.to(x))

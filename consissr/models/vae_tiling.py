@@ -41,6 +41,8 @@ KEEP_TILES = 4
 """A map is stored if it is no larger than this many tiles at full resolution."""
 RELEASED_MARGIN = 11
 """The margin of CCSR's decoder tiles, in latent pixels."""
+RELEASED_GROUPS = 32
+"""Groups of the norms in CCSR's decoder tiles, written into its code."""
 
 
 class Statistics:
@@ -125,7 +127,7 @@ class TileRunner:
         self.statistics: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(self, x: Tensor) -> Tensor:
-        """The whole result; x is left as it is."""
+        """x (B,C,H,W) through all operations; it is left as it is."""
         self.sizes, self.channels = [tuple(x.shape[2:])], [x.shape[1]]
         for op in self.ops:
             self.sizes.append(size_after(op, self.sizes[-1]))
@@ -206,7 +208,7 @@ class TileRunner:
         ]
 
     def part(self, source: Packed | Plain, start: int, stop: int, box: Box) -> Tensor:
-        """A part of the map after `stop` operations, from the stored map after `start`."""
+        """The part `box` (B,C,h,w) of the map after `stop` operations, from the stored map after `start`."""
         needed = self.needed(box, start, stop)
         return self.through(Tile(source.read(needed), needed, self.sizes[start]), start, stop, box)
 
@@ -239,7 +241,7 @@ class PooledTiles:
             pooled = None
             if op.kind in ("norm", "attention"):
                 norm = op.module if op.kind == "norm" else op.module.group_norm
-                pooled = pooled_statistics([tile.x for tile in tiles], norm.num_groups)
+                pooled = pooled_statistics([tile.x for tile in tiles], released_groups(norm))
             tiles = [advance(tile, op, pooled) for tile in tiles]
         factor = tiles[0].size[0] // (padded[0].bottom - padded[0].top)
         out = z.new_empty(len(z), tiles[0].x.shape[1], size[0] * factor, size[1] * factor)
@@ -274,8 +276,16 @@ def best_size(least: int, most: int) -> int:
     return least
 
 
+def released_groups(norm: nn.GroupNorm) -> int:
+    """The release's number of groups, whatever the network's; its own where the channels can't be split so."""
+    return norm.num_groups if norm.num_channels % RELEASED_GROUPS else RELEASED_GROUPS
+
+
 def pooled_statistics(parts: list[Tensor], groups: int) -> tuple[Tensor, Tensor]:
-    """Means and within-tile variances averaged by pixel count; that the tiles' means differ is ignored."""
+    """Means and within-tile variances of maps (B,C,h,w), averaged by pixel count, each (B, groups).
+
+    That the tiles' means differ is ignored, as released.
+    """
     share = torch.tensor([x.shape[2] * x.shape[3] for x in parts], dtype=torch.float32, device=parts[0].device)
     share = (share / share.sum())[:, None, None]
     moments = [torch.var_mean(x.reshape(len(x), groups, -1).float(), dim=2, correction=0) for x in parts]

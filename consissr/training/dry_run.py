@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
-from torch.overrides import TorchFunctionMode
 
 from consissr.checkpoint import BUNDLED as BUNDLED_MODELS
+from consissr.checkpoint import find_model
 from consissr.config import ModelConfig
 from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
@@ -34,10 +32,9 @@ from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
 from consissr.models.latents import empty_latents
 from consissr.train_config import TrainConfig
 from consissr.training.checks import check_run, launched
+from consissr.training.estimate import memory
 from consissr.training.restoration import Parts
-from consissr.training.stage import Batch, Stage
-
-GIB = 2**30
+from consissr.training.stage import Stage
 
 
 def describe(config: TrainConfig, builder: Any) -> Iterator[str]:
@@ -94,6 +91,11 @@ def base_folder(name: str) -> Path | None:
     return BUNDLED["nano"] if "nano" in name else None
 
 
+def model_folder(name: str) -> Path | None:
+    """The folder of a bundled model, or the path that `name` is; None for no name."""
+    return find_model(name) if name in BUNDLED_MODELS else Path(name) if name else None
+
+
 def untrained_parts(config: TrainConfig) -> Parts:
     """The networks of `config.model` on the meta device."""
     from diffusers import UNet2DConditionModel
@@ -121,9 +123,10 @@ def untrained_parts(config: TrainConfig) -> Parts:
 def tower_sizes(config: TrainConfig) -> tuple[int, dict[str, Any]]:
     """(embed_dim, vision_cfg) of the image tower: of the first folder named that is here, of open_clip, or ViT-H/14."""
     name = config.model.image_encoder
-    for folder in (config.init, base_folder(config.model.base) if name == "base" else name):
-        if folder and has_tower(folder):
-            settings = json.loads((Path(folder) / "image_encoder" / "config.json").read_text())
+    named = base_folder(config.model.base) if name == "base" else model_folder(name)
+    for folder in (model_folder(config.init), named):
+        if folder is not None and has_tower(folder):
+            settings = json.loads((folder / "image_encoder" / "config.json").read_text())
             return settings["embed_dim"], settings["vision_cfg"]
     if name.startswith(OPEN_CLIP):
         import open_clip
@@ -179,96 +182,6 @@ def group_of(name: str) -> str:
     return words[0]
 
 
-def memory(config: TrainConfig, stage: Stage) -> Iterator[str]:
-    """Bytes by kind, for a GPU under bf16 autocast, or in float32 if the config says so."""
-    low = config.precision != "fp32"
-    trained = {id(p): p for phase in stage.phases for p in phase.parameters.values()}
-    matrices = {id(p) for m in stage.networks.modules() if isinstance(m, nn.Linear | nn.Conv2d) for p in m.parameters()}
-    halved = matrices if low and config.frozen_precision != "fp32" else set()
-    frozen = {id(p): p for p in stage.networks.parameters() if id(p) not in trained}
-    moments = sum(
-        p.numel() * (2 if phase.optimizer.kind == "adamw8bit" else 8)
-        for phase in stage.phases
-        for p in phase.parameters.values()
-    )
-    count = sum(p.numel() for p in trained.values())
-    parts = {
-        "frozen weights" + (" (matrices in bf16)" if halved else ""): sum(
-            p.numel() * (2 if key in halved else 4) for key, p in frozen.items()
-        ),
-        "trained weights, float32": 4 * count,
-        "gradients, float32": 4 * count,
-        "moments of the optimiser": moments,
-    }
-    if config.ema:
-        parts["averaged weights (EMA), float32"] = 4 * count
-    yield f"{'memory per process, estimated':44s}{'GiB':>16s}"
-    yield from (f"  {name:42s}{size / GIB:>16.2f}" for name, size in parts.items())
-    try:
-        saved = activations(config, stage)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        yield f"  {'activations':42s}{'not estimated':>16s}  ({reason[:60]})"
-        return
-    total = sum(parts.values()) + saved
-    yield f"  {'activations':42s}{saved / GIB:>16.2f}"
-    yield f"  {'sum':42s}{total / GIB:>16.2f}"
-    rule = "all that autograd keeps of one micro-batch in the larger phase, in float32"
-    yield f"  activations: {rule}{'; autocast to bf16 needs about half' if low else ''}; buffers come on top"
-
-
-class Attention(torch.autograd.Function):
-    """Attention's shapes, and what its fused kernels keep: q, k, v and the result, never a matrix of all pairs."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(..., L, D_v), without values."""
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        """Gradients without values."""
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-class FusedAttention(TorchFunctionMode):
-    """Counts attention as GPUs compute it; the meta device would compute it in plain steps."""
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is F.scaled_dot_product_attention:
-            return Attention.apply(*args[:3])
-        return function(*args, **(kwargs or {}))
-
-
-def activations(config: TrainConfig, stage: Stage) -> int:
-    """Bytes that autograd saves in the forward pass of one micro-batch on the meta device, of the larger phase."""
-    side, count = config.data.crop, config.micro_batch
-    image = torch.empty(count, 3, side, side, device="meta")
-    generators = [torch.Generator().manual_seed(i) for i in range(count)]
-    batch = Batch(image, [""] * count, generators, lq=image if stage.needs_lq else None)
-    with torch.no_grad():
-        stage.prepare(batch)
-    own = {p.untyped_storage()._cdata for p in stage.networks.parameters()}
-    largest = 0
-    for phase in stage.phases:
-        kept: dict[int, Tensor] = {}
-
-        def keep(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
-            kept[tensor.untyped_storage()._cdata] = tensor
-            return tensor
-
-        for other in stage.phases:
-            for parameter in other.parameters.values():
-                parameter.requires_grad_(other is phase)
-        with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            phase.loss(batch, config.steps)
-        saved = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-        largest = max(largest, saved)
-    return largest
-
-
 def places(config: TrainConfig) -> Iterator[str]:
     """What the run reads, where it looks, and what it would download."""
     yield "read from:"
@@ -280,14 +193,14 @@ def needs(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     if config.stage in ("tala", "nuts", "deft"):
         yield "base model", config.model.base, base_state(config.model)
     uses_tower = config.stage == "rclip" or config.model.image_prompt != "none"
-    given = bool(config.init) and has_tower(config.init)
+    given = bool(config.init) and has_tower(model_folder(config.init))
     if config.stage in ("rclip", "tala", "nuts", "deft") and uses_tower and not given:
         name = config.model.image_encoder
         if name.startswith(OPEN_CLIP):
             rest = name.removeprefix(OPEN_CLIP).partition("/")[2]
             yield "image tower", name, "here" if Path(rest).is_file() else "downloaded by open_clip unless in its cache"
         elif name != "base":
-            yield "image tower", name, here(name)
+            yield "image tower", name, "here" if has_tower(model_folder(name)) else "missing; sized as ViT-H/14 above"
         else:
             folder = base_folder(config.model.base)
             found = folder is not None and has_tower(folder)

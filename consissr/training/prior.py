@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from consissr.data.captions import caption
 from consissr.diffusion.schedule import Schedule, alpha_bar

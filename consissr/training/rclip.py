@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from consissr.models.image_encoder import find_tower
 from consissr.models.image_prompt import load_tower, save_tower, tower_features

@@ -37,9 +37,7 @@ def cases(fixture: Fixture) -> Iterator[Check | Lack]:
     yield from image_prompt(fixture, outputs, lq, text)
     yield from autoencoder(fixture, inputs, outputs, lq)
     hint, image = fixture.model.hint_latents.encode(lq), fixture.model.image_prompt.encode(lq)
-    conditions = {
-        name: Condition(text[word], hint, image) for name, word in PROMPTS.items() if word in text
-    }
+    conditions = {name: Condition(text[word], hint, image) for name, word in PROMPTS.items() if word in text}
     yield from networks(fixture, inputs, outputs, conditions)
 
 

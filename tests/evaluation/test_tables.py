@@ -22,7 +22,7 @@ EXPECTED = {
 
 
 def test_every_table_and_figure_is_there() -> None:
-    assert set(available(TABLES)) == EXPECTED
+    assert {name for name in available(TABLES) if not name.startswith("nano/")} == EXPECTED
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))

@@ -115,3 +115,18 @@ def test_a_pinned_digest_is_checked(state, tmp_path):
     assert load_base(str(path), sha256=digest.upper()).source == str(path)
     with pytest.raises(UserError, match="it is another file"):
         load_base(str(path), sha256="0" * 64)
+
+
+def test_a_pinned_digest_is_checked_of_what_a_mirror_gave(monkeypatch, tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"a UNet")
+    known = {(SD21_MIRRORS[0], "unet/diffusion_pytorch_model.safetensors"): str(file)}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda place, name: known.get((place, name)))
+    loaded = Base(None, None, None, (1000, 0.00085, 0.012), "epsilon", SD21_MIRRORS[0])
+    monkeypatch.setattr(base, "load_parts", lambda place, dtype, text: loaded)
+    assert load_base("sd21-base", sha256=hashlib.sha256(b"a UNet").hexdigest()) is loaded
+    with pytest.raises(UserError, match="it is another file"):
+        load_base("sd21-base", sha256="0" * 64)
+    known.clear()
+    with pytest.raises(UserError, match=r"has no unet/diffusion_pytorch_model\.safetensors to check"):
+        load_base("sd21-base", sha256="0" * 64)

@@ -10,7 +10,7 @@ import torch
 
 from consissr.config import load_config
 from consissr.train_config import TrainConfig
-from consissr.training import dry_run
+from consissr.training import dry_run, estimate
 from consissr.training.stage import Stage
 from scripts.train import main, stage_builder
 
@@ -64,7 +64,7 @@ def test_memory_counts_every_kind(tiny_model: Path) -> None:
 
     def described(*more: str) -> dict[str, str]:
         config = load_config(TrainConfig, None, ["stage=nuts", *words, *more])
-        lines = dry_run.memory(config, dry_run.build(config, stage_builder("nuts")))
+        lines = estimate.memory(config, dry_run.build(config, stage_builder("nuts")))
         return {line[:44].strip(): line[44:].strip() for line in lines}
 
     found = described()
@@ -79,7 +79,7 @@ def test_activations_are_what_autograd_keeps(tiny_model: Path) -> None:
 
     def saved(*more: str) -> int:
         config = load_config(TrainConfig, None, [*base, *more])
-        return dry_run.activations(config, dry_run.build(config, stage_builder("nuts")))
+        return estimate.activations(config, dry_run.build(config, stage_builder("nuts")))
 
     one, two = saved("micro_batch=1"), saved("micro_batch=2")
     assert two == pytest.approx(2 * one, rel=0.02)
@@ -89,7 +89,7 @@ def test_activations_are_what_autograd_keeps(tiny_model: Path) -> None:
 def test_attention_is_counted_without_its_matrix() -> None:
     q = torch.empty(2, 3, 500, 8, device="meta", requires_grad=True)
     kept = []
-    with dry_run.FusedAttention(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+    with estimate.FusedAttention(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert sum(t.numel() for t in kept) == 4 * q.numel()
 

@@ -1,0 +1,253 @@
+"""A study's work in child processes: test images, trainings, restorations. What is done is not done again.
+
+OUT/data/{realsr,photos}/{LR,HR}                the test images, shared by all studies
+OUT/<study>/models/<variant>[-seed2]/           model folders, with study.json once they are complete
+OUT/<study>/results/<row>[-seed2]/<data set>/   sample0 ... ; beside them <data set>.json: how they were made
+OUT/<study>/logs/, times.jsonl                  each child's output, and its seconds
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from consissr.config import load_config
+from consissr.errors import UserError
+from consissr.evaluation.children import Job, cores, threads_each
+from consissr.evaluation.folders import list_images, list_runs
+from consissr.evaluation.studies import DATASETS, Plan, Results, Training, changed_fields
+from consissr.train_config import TrainConfig
+
+REALSR = {"count": 12, "crop": 72, "scale": 4}
+"""Every eighth of the 100 real pairs, LQ centre crops of 72x72 pixels."""
+PHOTOS = {"count": 6, "crop": 288, "preset": "ccsr", "seed": 0}
+"""Degraded photographs: HR crops of 288 pixels."""
+DONE = "study.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the command line gives to every study."""
+
+    plan: Plan
+    scripts: Path
+    """Folder of train.py, infer.py and make_testset.py."""
+    jobs: int = 2
+    photos: Path | None = None
+    realsr: Path | None = None
+    fast_bf16: bool = False
+    """Whether this machine computes bfloat16 fast."""
+    overrides: list[str] = field(default_factory=list)
+    """key=value for every training (trials)."""
+
+    def precision(self, word: str) -> str:
+        """A study's word for the precision of restoring, decided for this machine."""
+        return "bf16" if word == "bf16" and self.fast_bf16 else "fp32"
+
+    def command(self, script: str, *words: object) -> list[str]:
+        """A call of one of the scripts."""
+        return [sys.executable, str(self.scripts / script), *map(str, words)]
+
+
+# --- test images ---
+
+
+def data_jobs(setting: Setting) -> list[Job]:
+    """Write what is missing of the test images; returns the jobs that are left to run."""
+    data = setting.plan.out / "data"
+    if not (data / "realsr").is_dir():
+        if setting.realsr is None:
+            raise UserError("the study restores real pairs: give their folder (LR/ and HR/) with --realsr")
+        centre_crops(setting.realsr, data / "realsr")
+    if (data / "photos").is_dir():
+        return []
+    source, scratch = part_of(setting.photos, "val"), data / ".photos"
+    shutil.rmtree(scratch, ignore_errors=True)
+    words = [word for name, value in PHOTOS.items() for word in (f"--{name}", value)]
+    command = setting.command("make_testset.py", "-i", source, "-o", scratch, *words)
+    return [Job("test photographs", command, data / "photos.log", done=lambda _: scratch.rename(data / "photos"))]
+
+
+def part_of(photos: Path | None, name: str) -> Path:
+    """photos/train or photos/val."""
+    if photos is None:
+        raise UserError("studies train on photographs and test on others: give --photos, a folder with train/ and val/")
+    if not (photos / name).is_dir():
+        raise UserError(f"--photos {photos} has no folder {name}/: it needs train/ and val/")
+    return photos / name
+
+
+def centre_crops(pairs: Path, output: Path) -> None:
+    """Centre crops of evenly chosen real pairs, LQ and HR alike, below `output`/LR and /HR."""
+    scratch = output.with_name(f".{output.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    for part, side in (("LR", REALSR["crop"]), ("HR", REALSR["crop"] * REALSR["scale"])):
+        files = list_images(pairs / part)
+        names = sorted(files)[:: max(1, len(files) // REALSR["count"])][: REALSR["count"]]
+        (scratch / part).mkdir(parents=True)
+        for name in names:
+            with Image.open(files[name]) as image:
+                left, top = (image.width - side) // 2, (image.height - side) // 2
+                if min(left, top) < 0:
+                    raise UserError(f"{files[name]} is smaller than {side}x{side}: use RealSR's 128 -> 512 pairs")
+                image.convert("RGB").crop((left, top, left + side, top + side)).save(scratch / part / f"{name}.png")
+    scratch.rename(output)
+
+
+# --- training ---
+
+
+def planned(training: Training, overrides: Iterable[str]) -> TrainConfig:
+    """The configuration that the training is to run."""
+    return load_config(TrainConfig, training.config, [*overrides, f"seed={training.seed}"])
+
+
+def is_trained(training: Training, overrides: Iterable[str] = ()) -> bool:
+    """Whether the model is complete. UserError if its folder holds a run of another configuration."""
+    told = training.folder / "train.yaml"
+    if told.is_file():
+        differ = changed_fields(load_config(TrainConfig, told), planned(training, overrides))
+        if differ:
+            raise UserError(
+                f"{training.folder} was trained with other values of {', '.join(differ)}: remove it, or use another -o"
+            )
+    return (training.folder / DONE).is_file() and (training.folder / "config.yaml").is_file()
+
+
+def training_jobs(setting: Setting, trainings: dict[str, Training]) -> list[Job]:
+    """A job for every training whose model is not complete; one that was stopped goes on from its checkpoint."""
+    jobs = []
+    for key, training in trainings.items():
+        if is_trained(training, setting.overrides):
+            continue
+        words = [f"output_dir={training.folder}", f"data.paths=[{part_of(setting.photos, 'train')}]"]
+        words += [f"seed={training.seed}"]
+        after = trainings.get(training.after)
+        words += [f"init={after.folder}"] if after else []
+        begun = any(training.folder.glob("checkpoint-*/state.json"))
+        resume = ["--resume", "latest"] if begun else []
+        command = setting.command("train.py", "--config", training.config, *resume, *words, *setting.overrides)
+        log = training.folder.parent.parent / "logs" / f"train-{training.folder.name}.log"
+        needs = (f"train {after.key}",) if after and not is_trained(after, setting.overrides) else ()
+        jobs.append(Job(f"train {key}", command, log, needs, done=partial(mark, training, setting),
+                        ended=partial(note, setting, training.study, "train", key)))  # fmt: skip
+    return jobs
+
+
+def mark(training: Training, setting: Setting, seconds: float) -> None:
+    """Say that a model is complete."""
+    record = {"finished": time.strftime("%Y-%m-%dT%H:%M:%S"), "seconds": round(seconds, 1), "cores": cores()}
+    (training.folder / DONE).write_text(json.dumps(record | {"threads": threads_each(setting.jobs)}) + "\n")
+
+
+def note(
+    setting: Setting,
+    study: str,
+    kind: str,
+    name: str,
+    seconds: float,
+    busy: float | None = None,
+    succeeded: bool = True,
+) -> None:
+    """Add a child's seconds, and those of processor time, to the study's record of time spent."""
+    entry = {"kind": kind, "name": name, "seconds": round(seconds, 1), "processor": busy and round(busy, 1),
+             "ok": succeeded, "cores": cores(), "threads": threads_each(setting.jobs)}  # fmt: skip
+    path = setting.plan.out / study / "times.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+# --- restoring ---
+
+
+def recipe(results: Results, precision: str) -> dict:
+    """How results are made: what must be the same for results that are kept (further repeats may join them)."""
+    done = Path(results.model) / DONE
+    finished = json.loads(done.read_text())["finished"] if results.training and done.is_file() else ""
+    return {"model": results.training or results.model, "trained": finished, "flags": list(results.flags),
+            "zero_tokens": results.zero_tokens, "precision": precision}  # fmt: skip
+
+
+def is_restored(results: Results, dataset: str, images: set[str], repeats: int) -> bool:
+    """Whether every image stands there in (at least) so many repeats, and the record of how."""
+    folder = results.folder / dataset
+    if not record_of(results, dataset).is_file() or not folder.is_dir():
+        return False
+    runs = list_runs(folder)
+    complete = [images <= {path.stem for path in run.glob("*.png")} for run in runs[:repeats]]
+    return len(complete) == repeats and all(complete)
+
+
+def record_of(results: Results, dataset: str) -> Path:
+    """The file that says how results were made."""
+    return results.folder / f"{dataset}.json"
+
+
+def restoring_jobs(setting: Setting, study: str, rows: Iterable[str], training: list[str]) -> list[Job]:
+    """A job for every row, training seed and data set that is not restored; after the `training` that it needs."""
+    jobs: dict[str, Job] = {}
+    found = setting.plan.study(study)
+    repeats, precision = found.repeats, setting.precision(found.precision)
+    for results in (r for row in rows for r in setting.plan.results(study, row)):
+        for dataset in DATASETS:
+            lr, folder = setting.plan.out / "data" / dataset / "LR", results.folder / dataset
+            pending = f"train {results.training}" in training
+            if results.training and not pending and not (Path(results.model) / DONE).is_file():
+                continue  # its training has failed or was not asked for: the report names it
+            wanted = None if pending else recipe(results, precision)
+            record = record_of(results, dataset)
+            if record.is_file() and wanted and json.loads(record.read_text()) != wanted:
+                raise UserError(
+                    f"{folder} was restored otherwise ({record}): remove {results.folder}, or use another -o"
+                )
+            names = {path.stem for path in lr.glob("*.png")}
+            if names and wanted and is_restored(results, dataset, names, repeats):
+                continue
+            place = Path(*results.folder.parts[-3:]) / dataset  # study/results/row/dataset
+            owner = place.parts[0]
+            model = str(results.folder / f"model-{dataset}") if results.zero_tokens else results.model
+            words = ["-i", lr, "-o", folder, "-m", model, "--skip-existing", "--quiet"]
+            words += ["--repeat", repeats, "--precision", precision, *results.flags]
+            words += ["--save-steps"] if results.save_steps and dataset == "realsr" else []
+            needs = tuple(n for n in (f"train {results.training}", "test photographs") if n in training)
+            name = f"restore {owner}/{results.folder.name} {dataset}"
+            log = setting.plan.out / owner / "logs" / f"restore-{results.folder.name}-{dataset}.log"
+            jobs[name] = Job(name, setting.command("infer.py", *words), log, needs,
+                             before=partial(begin, results, dataset, precision),
+                             ended=partial(note, setting, owner, "restore", name))  # fmt: skip
+    return list(jobs.values())
+
+
+def begin(results: Results, dataset: str, precision: str) -> None:
+    """Record how results are made; and make the model without image tokens where that is what restores."""
+    record = record_of(results, dataset)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(recipe(results, precision)) + "\n")
+    if results.zero_tokens:
+        from consissr.checkpoint import find_model
+
+        without_tokens(find_model(results.model), results.folder / f"model-{dataset}")
+
+
+def without_tokens(model: Path, copy: Path) -> None:
+    """A copy of a model folder whose image adapter puts out zeros: its last layer is cleared."""
+    from consissr.checkpoint import read_weights, write_weights
+
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(model, copy, ignore=shutil.ignore_patterns("checkpoint-*", "validation", DONE))
+    weights = copy / "image_encoder" / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{model} has no image prompt, whose tokens could be set to zero")
+    tensors = read_weights(weights)
+    for name in [name for name in tensors if name.startswith("adapter.linear_3.")]:
+        tensors[name] = tensors[name] * 0
+    write_weights(weights, tensors)

@@ -1,0 +1,55 @@
+"""What a `Restorer` is called with and gives back: a PIL image, a list of them, or a tensor (B,3,H,W) in [-1, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from consissr import images
+from consissr.errors import UserError
+from consissr.images import Photo
+
+Images = Image | list[Image] | Tensor
+
+
+def unpacked(inputs: Images) -> tuple[list[Tensor], list[Photo]]:
+    """The images, each (1,3,H,W) in [-1, 1], and how they were stored (nothing for a tensor).
+
+    UserError for what is no image, and for a tensor of another shape, of whole numbers or of no image at all.
+    """
+    if isinstance(inputs, Tensor):
+        if inputs.ndim != 4 or inputs.shape[1] != 3 or not len(inputs) or not inputs.is_floating_point():
+            found = f"{inputs.dtype} {tuple(inputs.shape)}"
+            raise UserError(f"cannot restore a tensor of {found}: give floats (B, 3, H, W) in [-1, 1]")
+        return list(inputs.split(1)), []
+    listed = [inputs] if isinstance(inputs, Image) else list(inputs)
+    for item in listed:
+        if not isinstance(item, Image):
+            raise UserError(f"cannot restore a {type(item).__name__}: give a PIL image, a list of them or a tensor")
+    photos = [images.from_pil(image) for image in listed]
+    return [photo.pixels[None] for photo in photos], photos
+
+
+def packed(inputs: Images, photos: list[Photo], results: list[Tensor]) -> Images:
+    """Results (1,3,H,W) as the kind of thing that `inputs` is."""
+    if isinstance(inputs, Tensor):
+        return stacked(results)
+    restored = [images.to_pil(photo.restored(result[0])) for photo, result in zip(photos, results, strict=True)]
+    return restored[0] if isinstance(inputs, Image) else restored
+
+
+def equal_sizes(shapes: Sequence[tuple], batch_size: int) -> list[list[int]]:
+    """Indices in batches of at most `batch_size` whose shapes are equal."""
+    groups: dict[tuple, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        groups.setdefault(tuple(shape), []).append(i)
+    size = max(batch_size, 1)
+    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+
+
+def stacked(rows: list[Tensor]) -> Tensor:
+    """The rows (1,...) as one tensor (B,...); a single one is not copied."""
+    return torch.cat(rows) if len(rows) > 1 else rows[0]

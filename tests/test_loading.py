@@ -1,0 +1,70 @@
+"""What loading a model leaves in memory: every weight once, in the type asked for, and no text encoder."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from consissr.loading import load_parts
+from consissr.models import base
+from consissr.restorer import Restorer
+
+LARGE = 4096
+"""Elements of a tensor that counts as a weight, not as a small table."""
+
+
+class Made(TorchDispatchMode):
+    """The types of all large tensors that operations write in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and tensor.numel() >= LARGE:
+                self.dtypes.add(tensor.dtype)
+        return out
+
+
+@pytest.mark.parametrize("name", ["nano-ccsr", "nano-consissr"])
+def test_networks_are_never_in_another_type(name):
+    """The bundled weights are stored in float16: bfloat16 is neither theirs nor torch's default."""
+    with Made() as made:
+        parts = load_parts(name, None, torch.bfloat16)
+    assert torch.bfloat16 in made.dtypes and torch.float32 not in made.dtypes
+    networks = [parts["latents"], parts["denoiser"].unet, parts["denoiser"].controlnet, parts["image_prompt"]]
+    for network in (network for network in networks if network is not None):
+        assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.bfloat16}
+        assert not any(tensor.is_meta for tensor in network.state_dict().values())
+
+
+def test_loaded_weights_survive_their_file(tiny_model, tmp_path):
+    """They are copies: the file may be written anew while the model is in use."""
+    import shutil
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    controlnet = load_parts(str(folder), None, torch.float32)["denoiser"].controlnet
+    before = {name: value.clone() for name, value in controlnet.state_dict().items()}
+    file = folder / "controlnet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    assert all(torch.equal(value, before[name]) for name, value in controlnet.state_dict().items())
+
+
+def test_the_text_encoder_is_let_go(monkeypatch):
+    """After the prompts are encoded nothing of it is left, neither the module nor any of its weights."""
+    kept, original = [], base.load_text
+
+    def load_text(place, dtype):
+        text = original(place, dtype)
+        kept.extend(weakref.ref(thing) for thing in (text, text.model, *text.model.parameters()))
+        return text
+
+    monkeypatch.setattr(base, "load_text", load_text)
+    restorer = Restorer.load("nano-consissr", device="cpu")
+    gc.collect()
+    assert len(kept) > 10 and not any(reference() is not None for reference in kept)
+    assert restorer.prompts.keys() == {restorer.sampler.positive, restorer.sampler.negative}
