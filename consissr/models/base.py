@@ -154,9 +154,17 @@ def load_parts(place: str, dtype: torch.dtype, text: bool) -> Base:
 def load_text(place: str, dtype: torch.dtype) -> ClipText:
     """Tokenizer and text encoder of a diffusers folder or hub id."""
     from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers.utils import logging as display
 
     tokenizer = CLIPTokenizer.from_pretrained(place, subfolder="tokenizer")
-    return ClipText(tokenizer, CLIPTextModel.from_pretrained(place, subfolder="text_encoder", dtype=dtype).eval())
+    shown = display.is_progress_bar_enabled()
+    display.disable_progress_bar()  # it would stand between the lines of the program that loads
+    try:
+        encoder = CLIPTextModel.from_pretrained(place, subfolder="text_encoder", dtype=dtype)
+    finally:
+        if shown:
+            display.enable_progress_bar()
+    return ClipText(tokenizer, encoder.eval())
 
 
 def load_file(place: str, dtype: torch.dtype, text: bool) -> Base:
