@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from consissr import checkpoint
-from consissr.config import check_word
+from consissr.config import changed, check_word
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.models.base import load_base
 from consissr.models.denoiser import Denoiser
@@ -25,12 +25,16 @@ def choose_precision(precision: str, device: str | torch.device) -> str:
     return "fp32" if torch.device(device).type == "cpu" else "bf16"
 
 
-def load_parts(name: str, base: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments of Restorer from a model folder and its base model: networks as `dtype`, on the CPU."""
+def load_parts(name: str, base: str | None, dtype: torch.dtype, **settings: Any) -> dict[str, Any]:
+    """The arguments of Restorer from a model folder and its base model: networks as `dtype`, on the CPU.
+
+    settings: fields of SamplerConfig, in place of the folder's. Its prompts are encoded here.
+    """
     folder = checkpoint.find_model(name)
     config = checkpoint.read_config(folder)
-    prompts = load_prompts(folder)
-    parts = load_base(base or config.model.base, dtype, config.model.base_sha256, text=prompts is None)
+    sampler, prompts = changed(config.sampler, settings), load_prompts(folder)
+    wanted = (sampler.positive, sampler.negative) if prompts is None else ()
+    parts = load_base(base or config.model.base, dtype, config.model.base_sha256, wanted)
     load_unet_additions(folder, parts.unet, config)
     controlnet = load_controlnet(folder, config, dtype)
     table, tuned = alpha_bar(*parts.betas), (folder / "vae").is_dir()
@@ -39,7 +43,7 @@ def load_parts(name: str, base: str | None, dtype: torch.dtype) -> dict[str, Any
         "denoiser": Denoiser(parts.unet, controlnet, table, parts.prediction_type, residual=config.model.residual),
         "image_prompt": load_image_prompt(folder, config, dtype),
         "schedule": Schedule(table),
-        "prompts": parts.text if prompts is None else prompts,
+        "prompts": parts.prompts if prompts is None else prompts,
         "hint_latents": load_latents(folder / "hint_vae", dtype=dtype) if (folder / "hint_vae").is_dir() else None,
-        "sampler": config.sampler,
+        "sampler": sampler,
     }

@@ -37,7 +37,7 @@ Inputs = Tensor | Sequence[Prepared]
 class Restorer:
     """A loaded model that restores images.
 
-    latents: the autoencoder; denoiser: UNet and ControlNet; prompts: a text encoder, or embeddings (1,L,D) by prompt;
+    latents: the autoencoder; denoiser: UNet and ControlNet; prompts: embeddings (1,L,D) by prompt;
     image_prompt: image -> tokens, where the model has an image branch; hint_latents: the encoder of the ControlNet's
     hint, where it is another than `latents`; sampler: the default settings; soft_prompt: image -> tokens after the
     prompt's.
@@ -48,7 +48,7 @@ class Restorer:
         latents: Latents,
         denoiser: Denoiser,
         schedule: Schedule,
-        prompts: dict[str, Tensor] | Any,
+        prompts: dict[str, Tensor],
         image_prompt: nn.Module | None = None,
         sampler: SamplerConfig | None = None,
         hint_latents: Latents | None = None,
@@ -58,7 +58,7 @@ class Restorer:
     ) -> None:
         self.soft_prompt = soft_prompt
         self.schedule, self.sampler = schedule, sampler or SamplerConfig()
-        self.prompts = prompts if isinstance(prompts, dict) else self.encode_prompts(prompts)
+        self.prompts = prompts
         self.device, self.dtype = torch.device(device), PRECISIONS[precision]
         self.latents, self.denoiser = latents, denoiser
         self.image_prompt, self.hint_latents = image_prompt, hint_latents or latents
@@ -84,8 +84,7 @@ class Restorer:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         precision = choose_precision(precision, device)
-        parts = load_parts(name, base, PRECISIONS[precision])
-        parts["sampler"] = changed(parts["sampler"], settings)
+        parts = load_parts(name, base, PRECISIONS[precision], **settings)
         return cls(**parts, device=device, precision=precision)
 
     def __call__(
@@ -267,11 +266,6 @@ class Restorer:
                 "Restorer.load (a converted model with a text encoder of its own keeps no others)"
             )
         return self.prompts[prompt].to(x).expand(len(x), -1, -1)
-
-    def encode_prompts(self, encoder: Any) -> dict[str, Tensor]:
-        """Embeddings of the sampler's prompts, after which the text encoder is not needed."""
-        wanted = dict.fromkeys([self.sampler.positive, self.sampler.negative])
-        return {prompt: encoder.encode([prompt]).float().cpu() for prompt in wanted}
 
     def plan(self, config: SamplerConfig, plan: Sequence | None, settings: dict[str, Any] | None = None) -> list[Step]:
         """The plan given, else the configuration's, checked."""

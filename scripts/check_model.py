@@ -95,7 +95,7 @@ def main() -> int:
             lr = out / "testset" / "LR"
             (name, plan), *_ = plans.items()
             results = {f"{args.model} {name}": restore(restorer, lr, out / "restored", plan)}
-            plain.latents = plain.hint_latents = load_base(args.base or config.model.base, text=False).latents.eval()
+            plain.latents = plain.hint_latents = load_base(args.base or config.model.base).latents.eval()
             results[f"{name}, base's decoder"] = restore(plain, lr, out / "base-decoder", plan)
             print("\n## Photographs degraded with seed 0, 256-pixel crops\n")
             print(as_text(check(results, out / "testset" / "HR", lr, out)))

@@ -46,7 +46,7 @@ class Tokens(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def ccsr_parts(tiny_model):
-    parts, _ = from_folder(str(tiny_model), CPU, torch.float32)
+    parts, _ = from_folder(str(tiny_model), {}, CPU, torch.float32)
     parts.text = embed
     return parts
 

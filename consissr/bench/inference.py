@@ -54,7 +54,8 @@ class Paths:
     def __init__(self, question: Question, wanted: tuple[str, ...], scratch: Path) -> None:
         self.question, self.scratch = question, scratch
         self.device = torch.device(question.device)
-        parts, self.config = build(question.size, question.method, self.device, question.dtype)
+        keep_text = "reference" in wanted  # the releases encode the prompts for every image
+        parts, self.config = build(question.size, question.method, self.device, question.dtype, keep_text)
         self.work = macs_of(parts, self.config, question.method, question.pixels)
         self.multiple = parts.latents.factor * 2 ** (len(parts.denoiser.unet.config.block_out_channels) - 1)
         made: dict[str, Any] = {}

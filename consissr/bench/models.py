@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Parts:
     """Prompts -> embeddings (B, L, D)."""
 
     def restorer(self, config: SamplerConfig) -> Restorer:
-        """Our path. Encodes the prompts and lets the text encoder go."""
+        """Our path, with the embeddings of the prompts."""
         precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
         prompts = {prompt: self.text([prompt]).float().cpu() for prompt in {config.positive, config.negative}}
         return Restorer(
@@ -93,11 +93,24 @@ def drawn(network: nn.Module, device: torch.device, dtype: torch.dtype, seed: in
     return network.eval().requires_grad_(False)
 
 
-def full_size(networks: str, device: torch.device, dtype: torch.dtype) -> Parts:
-    """The networks of 'ccsr' or 'consissr' at SD2.1's size, one after the other, nothing copied."""
+def from_dict(known: dict[str, Tensor], device: torch.device) -> Callable[[list[str]], Tensor]:
+    """Prompts -> embeddings (B, L, D) that are known."""
+    return lambda prompts: torch.cat([known[prompt] for prompt in prompts]).to(device)
+
+
+def full_size(networks: str, prompts: list[str] | None, device: torch.device, dtype: torch.dtype) -> Parts:
+    """The networks of 'ccsr' or 'consissr' at SD2.1's size, one after the other, nothing copied.
+
+    The text encoder comes first. It encodes `prompts` and goes, as at `Restorer.load`, or with None it stays, as in the
+    releases.
+    """
     complexity.build.cache_clear()
     empty = complexity.build(networks)
-    made = {name: drawn(part, device, dtype, seed) for seed, (name, part) in enumerate(empty.items())}
+    seeds = {name: seed for seed, name in enumerate(empty)}
+    text: Callable = RandomText(drawn(empty.pop("text encoder"), device, dtype, seeds["text encoder"]))
+    if prompts is not None:
+        text = from_dict({prompt: text([prompt]) for prompt in prompts}, device)
+    made = {name: drawn(part, device, dtype, seeds[name]) for name, part in empty.items()}
     complexity.build.cache_clear()  # the cached networks are no longer empty
     table = alpha_bar()
     prompt = None
@@ -111,36 +124,35 @@ def full_size(networks: str, device: torch.device, dtype: torch.dtype) -> Parts:
         device=device,
         dtype=dtype,
         model=complexity.MODELS[networks],
-        text=RandomText(made["text encoder"]),
+        text=text,
     )
 
 
-def from_folder(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Parts, SamplerConfig]:
-    """The networks of a model folder or bundled model, and its own settings."""
-    parts = load_parts(name, None, dtype)
-    given = parts["prompts"]
-    if isinstance(given, dict):
-
-        def text(prompts: list[str]) -> Tensor:
-            return torch.cat([given[prompt] for prompt in prompts]).to(device)
-    else:
-
-        def text(prompts: list[str]) -> Tensor:
-            return given.encode(prompts).to(device)
-
+def from_folder(
+    name: str, settings: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> tuple[Parts, SamplerConfig]:
+    """The networks of a model folder or bundled model, and its own settings changed by `settings`."""
+    parts = load_parts(name, None, dtype, **settings)
     networks = [parts["latents"], parts["denoiser"], parts["image_prompt"]]
     for network in networks:
         if network is not None:
             network.eval().requires_grad_(False).to(device, dtype)
     config = checkpoint.read_config(checkpoint.find_model(name))
+    text = from_dict(parts["prompts"], device)
     made = Parts(*networks, parts["schedule"], device, dtype, config.model, text)
     return made, parts["sampler"]
 
 
-def build(size: str, method: Method, device: torch.device, dtype: torch.dtype) -> tuple[Parts, SamplerConfig]:
-    """The networks, and the settings of a method: at full size those given, else the model's own changed by them."""
-    untiled = {"tile": 0, "vae_tile": 0}
-    if size == SD21:
-        return full_size(method.networks, device, dtype), SamplerConfig(**(method.settings | untiled))
-    parts, sampler = from_folder(size, device, dtype)
-    return parts, replace(sampler, **(method.settings | untiled))
+def build(
+    size: str, method: Method, device: torch.device, dtype: torch.dtype, keep_text: bool = True
+) -> tuple[Parts, SamplerConfig]:
+    """The networks, and the settings of a method: at full size those given, else the model's own changed by them.
+
+    keep_text: whether the text encoder of the full size stays in memory.
+    """
+    settings = method.settings | {"tile": 0, "vae_tile": 0}
+    if size != SD21:
+        return from_folder(size, settings, device, dtype)
+    config = SamplerConfig(**settings)
+    prompts = None if keep_text else list(dict.fromkeys([config.positive, config.negative]))
+    return full_size(method.networks, prompts, device, dtype), config

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -85,7 +86,10 @@ class Base:
 
     unet: UNet2DConditionModel
     latents: Latents
-    text: TextEncoder
+    prompts: dict[str, Tensor]
+    """Embeddings (1, L, D) float32 of the prompts that were asked for."""
+    text_free: bool
+    """Whether it was trained without text: every prompt is one zero token."""
     betas: tuple[int, float, float]
     """Arguments of `diffusion.schedule.alpha_bar`: timesteps T, first and last beta."""
     prediction_type: str
@@ -110,16 +114,18 @@ def find_base(name: str) -> list[str]:
     )
 
 
-def load_base(name: str, dtype: torch.dtype = torch.float32, sha256: str = "", text: bool = True) -> Base:
+def load_base(name: str, dtype: torch.dtype = torch.float32, sha256: str = "", prompts: Sequence[str] = ()) -> Base:
     """Load the base `name`: 'sd21-base', a bundled name, a diffusers folder, a .ckpt/.safetensors file or a hub id.
 
-    sha256 pins the UNet's weight file; text=False leaves the text encoder out (embeddings are given instead).
-    Raises UserError when it cannot be found, saying what to download and where to put it.
+    sha256 pins the UNet's weight file. The text encoder is read for the embeddings of `prompts` alone and let go,
+    before the other networks are read where it has files of its own: a fifth of the memory. Raises UserError when it
+    cannot be found, saying what to download and where to put it.
     """
     places, reasons = find_base(name), []
     for place in places:
         try:
-            base = load_file(place, dtype, text) if place.endswith(SINGLE_FILES) else load_parts(place, dtype, text)
+            load = load_file if place.endswith(SINGLE_FILES) else load_parts
+            base = load(place, dtype, prompts)
         except (OSError, ValueError) as error:
             reasons.append(f"{place}: {str(error).strip().splitlines()[0]}")
             continue
@@ -134,21 +140,26 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, sha256: str = "", t
     )
 
 
-def load_parts(place: str, dtype: torch.dtype, text: bool) -> Base:
+def embeddings(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Prompt -> (1, L, D) float32 on the CPU."""
+    return {prompt: encoder.encode([prompt]).float().cpu() for prompt in dict.fromkeys(prompts)}
+
+
+def load_parts(place: str, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
     """A base from a diffusers folder or hub id."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
+    text_free = Path(place).is_dir() and not (Path(place) / "text_encoder").is_dir()
+    known = embeddings(load_text(place, dtype), prompts) if prompts and not text_free else {}
     kind = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     unet = UNet2DConditionModel.from_pretrained(place, subfolder="unet", **kind)
     if (Path(place) / "vae" / LINEAR_PATH).is_file():
         latents = load_latents(Path(place) / "vae", dtype=dtype)
     else:
         latents = Latents(AutoencoderKL.from_pretrained(place, subfolder="vae", **kind))
-    scheduler = read_scheduler(place)
-    encoder: TextEncoder = NullText(unet.config.cross_attention_dim)
-    if text and (not Path(place).is_dir() or (Path(place) / "text_encoder").is_dir()):
-        encoder = load_text(place, dtype)
-    return Base(unet, latents, encoder, *schedule_of(scheduler), place)
+    if text_free:
+        known = embeddings(NullText(unet.config.cross_attention_dim), prompts)
+    return Base(unet, latents, known, text_free, *schedule_of(read_scheduler(place)), place)
 
 
 def load_text(place: str, dtype: torch.dtype) -> ClipText:
@@ -167,16 +178,14 @@ def load_text(place: str, dtype: torch.dtype) -> ClipText:
     return ClipText(tokenizer, encoder.eval())
 
 
-def load_file(place: str, dtype: torch.dtype, text: bool) -> Base:
+def load_file(place: str, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
     """A base from one file in LDM naming, read as SD2.1-base's: predicting noise, sizes from the weights."""
     from consissr.models.from_ldm import BETAS, read_base
 
     unet, latents, tower, report = read_base(Path(place), dtype)
     log.info("%s: %s", place, "; ".join(report.lines()))
-    encoder: TextEncoder = NullText(unet.config.cross_attention_dim)
-    if text and tower is not None:
-        encoder = tower
-    return Base(unet, latents, encoder, BETAS, "epsilon", place)
+    known = embeddings(tower or NullText(unet.config.cross_attention_dim), prompts)
+    return Base(unet, latents, known, tower is None, BETAS, "epsilon", place)
 
 
 def read_scheduler(place: str) -> dict[str, Any]:

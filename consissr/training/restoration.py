@@ -21,7 +21,7 @@ from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.diffusion.tala import probability, tala_inputs
 from consissr.errors import UserError
 from consissr.models.attention import added_parameters, replace_blocks, trainable_parameters
-from consissr.models.base import Base, NullText, idle_without_text, load_base
+from consissr.models.base import Base, idle_without_text, load_base
 from consissr.models.controlnet import build_controlnet, empty_controlnet
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt
 from consissr.models.folder import load_image_prompt, load_prompts, own_parameters, save_model
@@ -68,7 +68,7 @@ def load_parts(config: TrainConfig) -> Parts:
     tower_only = bool(config.init) and has_tower(config.init) and not (Path(config.init) / "config.yaml").is_file()
     folder = find_model(config.init) if config.init and not tower_only else None
     prompts = None if folder is None else load_prompts(folder)
-    base = load_base(config.model.base, sha256=config.model.base_sha256, text=prompts is None)
+    base = load_base(config.model.base, sha256=config.model.base_sha256, prompts=[""] if prompts is None else ())
     if prompts is not None and "" not in prompts:
         raise UserError(f"{config.init} holds no embedding of the empty prompt, which training needs: convert it again")
     hint = None if folder is None else folder / "hint_vae"
@@ -77,11 +77,11 @@ def load_parts(config: TrainConfig) -> Parts:
         image_prompt=start_image_prompt(config, folder, base.unet.config.cross_attention_dim),
         unet=base.unet,
         latents=base.latents,
-        text=base.text.encode([""]) if prompts is None else prompts[""],
+        text=(base.prompts if prompts is None else prompts)[""],
         table=alpha_bar(*base.betas),
         prediction_type=base.prediction_type,
         hint_latents=load_latents(hint) if hint is not None and hint.is_dir() else None,
-        text_free=prompts is None and isinstance(base.text, NullText),
+        text_free=prompts is None and base.text_free,
     )
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from consissr.errors import UserError
 from consissr.models import base
-from consissr.models.base import SD21_MIRRORS, Base, NullText, load_base
+from consissr.models.base import SD21_MIRRORS, Base, load_base
 from consissr.models.text import OpenClipText
 
 
@@ -55,13 +55,14 @@ def test_a_base_in_one_file_is_read_without_a_network(networks, state, tmp_path,
         torch.save({"state_dict": state, "epoch": 1}, path)
     else:
         save_file(state, path)
-    found, (unet, vae, text) = load_base(str(path)), networks
+    found, (unet, vae, text) = load_base(str(path), prompts=["a cat", ""]), networks
     z, t, tokens = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 64)
     assert torch.equal(found.unet(z, t, tokens).sample, unet(z, t, tokens).sample)
     assert torch.equal(found.latents.vae.decode(z).sample, vae.decode(z).sample)
-    assert torch.equal(found.text.encode(["a cat"]), OpenClipText(text).encode(["a cat"]))
     assert (found.betas, found.prediction_type) == ((1000, 0.00085, 0.012), "epsilon")
-    assert isinstance(load_base(str(path), text=False).text, NullText)
+    assert list(found.prompts) == ["a cat", ""] and not found.text_free
+    assert torch.equal(found.prompts["a cat"], OpenClipText(text).encode(["a cat"]))
+    assert load_base(str(path)).prompts == {}
     assert next(load_base(str(path), torch.bfloat16).unet.parameters()).dtype == torch.bfloat16
 
 
@@ -83,11 +84,11 @@ def test_other_files_are_refused_by_name(state, tmp_path):
 def test_mirrors_are_tried_in_order(monkeypatch):
     asked = []
 
-    def load_parts(place, dtype, text):
+    def load_parts(place, dtype, prompts):
         asked.append(place)
         if len(asked) < 3:
             raise OSError(f"{place} is not a local folder\nand more")
-        return Base(None, None, None, (1000, 0.00085, 0.012), "epsilon", place)
+        return Base(None, None, {}, True, (1000, 0.00085, 0.012), "epsilon", place)
 
     monkeypatch.setattr(base, "load_parts", load_parts)
     assert load_base("sd21-base").source == SD21_MIRRORS[2]
@@ -95,7 +96,7 @@ def test_mirrors_are_tried_in_order(monkeypatch):
 
 
 def test_without_a_network_one_message_says_what_to_do(monkeypatch):
-    def load_parts(place, dtype, text):
+    def load_parts(place, dtype, prompts):
         raise OSError("no connection")
 
     monkeypatch.setattr(base, "load_parts", load_parts)
@@ -122,8 +123,8 @@ def test_a_pinned_digest_is_checked_of_what_a_mirror_gave(monkeypatch, tmp_path)
     file.write_bytes(b"a UNet")
     known = {(SD21_MIRRORS[0], "unet/diffusion_pytorch_model.safetensors"): str(file)}
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda place, name: known.get((place, name)))
-    loaded = Base(None, None, None, (1000, 0.00085, 0.012), "epsilon", SD21_MIRRORS[0])
-    monkeypatch.setattr(base, "load_parts", lambda place, dtype, text: loaded)
+    loaded = Base(None, None, {}, True, (1000, 0.00085, 0.012), "epsilon", SD21_MIRRORS[0])
+    monkeypatch.setattr(base, "load_parts", lambda place, dtype, prompts: loaded)
     assert load_base("sd21-base", sha256=hashlib.sha256(b"a UNet").hexdigest()) is loaded
     with pytest.raises(UserError, match="it is another file"):
         load_base("sd21-base", sha256="0" * 64)
