@@ -22,9 +22,19 @@ from consissr.errors import UserError
 from consissr.geometry import Prepared, finish, prepare
 from consissr.inputs import Images, equal_sizes, packed, stacked, unpacked
 from consissr.loading import PRECISIONS, choose_precision, load_parts
-from consissr.memory import Tiles, choose_tiles, give_back, is_out_of_memory, total_memory
+from consissr.memory import (
+    KEPT,
+    LITTLE,
+    Tiles,
+    choose_tiles,
+    give_back,
+    is_out_of_memory,
+    keep_freed,
+    total_memory,
+    weight_bytes,
+)
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
-from consissr.models.inference import for_inference
+from consissr.models.inference import compile_forward, for_inference
 from consissr.models.latents import Latents
 from consissr.models.vae_tiling import TiledLatents
 
@@ -65,6 +75,9 @@ class Restorer:
         for network in self.networks():
             network.eval().requires_grad_(False).to(self.device, self.dtype)
             for_inference(network)
+        self.keeps_freed = self.device.type == "cpu" and weight_bytes(self.networks()) < LITTLE
+        if self.keeps_freed:
+            keep_freed(KEPT)
         self.multiple = latents.factor * 2 ** (len(denoiser.unet.config.block_out_channels) - 1)
         """What the sides of the network's input are multiples of, in pixels."""
 
@@ -216,9 +229,9 @@ class Restorer:
             text = negative.text if config.first_prompt == "negative" else positive.text
             first = guided(denoiser, negative.changed(text=text))
         start = start_latent(config.start, z, self.schedule, draw)
-        give_back()
+        self.give_back()
         z = sample(denoise, plan, start, self.schedule, draw, first, on_step).to(self.dtype)
-        give_back()
+        self.give_back()
         return z
 
     def conditions(
@@ -289,6 +302,17 @@ class Restorer:
         latent = (size[0] // factor, size[1] // factor)
         side = trained if isinstance(trained, int) else max(latent)
         return choose_tiles(config, latent, factor, side, one_size, needs, total_memory(self.device))
+
+    def give_back(self) -> None:
+        """Between stages: what a large model has freed goes back to the system."""
+        if not self.keeps_freed:
+            give_back()
+
+    def compile(self) -> None:
+        """torch.compile the networks: slow at the first image of a size, faster after; results differ by rounding."""
+        autoencoders = {id(latents): latents.vae for latents in (self.latents, self.hint_latents)}.values()
+        for network in (self.denoiser, *(part for vae in autoencoders for part in (vae.encoder, vae.decoder))):
+            compile_forward(network)
 
     def networks(self) -> list[nn.Module]:
         """All networks, each once."""

@@ -18,7 +18,7 @@ def inference(args: argparse.Namespace) -> tuple[Any, Iterable]:
 
     if (args.size == "sd21") != args.random_weights:
         raise UserError("--size sd21 and --random-weights belong together: give both, or name a model")
-    wanted = {name: vars(args)[name] for name in ("size", "pixels", "batch", "runs", "device", "precision")}
+    wanted = {name: vars(args)[name] for name in ("size", "pixels", "batch", "runs", "device", "precision", "compile")}
     question = Question(method=method(args.method, args.steps), **wanted)
     found = compare(question, tuple(args.paths), lambda line: print(line, file=sys.stderr))
     if args.memory:

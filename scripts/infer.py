@@ -71,9 +71,8 @@ def load(args: argparse.Namespace, local_rank: int) -> "consissr.Restorer":
     settings = vars(load_config(SamplerConfig, args.config)) if args.config else {}
     settings |= given(args, SAMPLER_FLAGS)
     restorer = consissr.Restorer.load(args.model, device, args.precision, args.base, **settings)
-    for network in (restorer.denoiser, restorer.latents.vae.encoder, restorer.latents.vae.decoder):
-        if args.compile:
-            network.compile()
+    if args.compile:
+        restorer.compile()
     return restorer
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from consissr import restorer as restorer_module
 from consissr.loading import load_parts
 from consissr.models import base
 from consissr.restorer import Restorer
@@ -52,6 +53,15 @@ def test_loaded_weights_survive_their_file(tiny_model, tmp_path):
     file = folder / "controlnet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(bytes(file.stat().st_size))
     assert all(torch.equal(value, before[name]) for name, value in controlnet.state_dict().items())
+
+
+@pytest.mark.parametrize(("little", "times"), [(restorer_module.LITTLE, 0), (0, 2)])
+def test_only_large_models_hand_back_what_they_freed(monkeypatch, little, times):
+    calls = []
+    monkeypatch.setattr(restorer_module, "LITTLE", little)
+    monkeypatch.setattr(restorer_module, "give_back", lambda: calls.append(1))
+    Restorer.load("nano-ccsr", device="cpu")(torch.zeros(1, 3, 16, 16))
+    assert len(calls) == times
 
 
 def test_the_text_encoder_is_let_go(monkeypatch):

@@ -61,5 +61,6 @@ def inference(add: Callable) -> None:
     add("--runs", type=int, default=5, help="counted rounds, after one that warms up; 1: a single one")
     add("--paths", nargs="+", default=["reference", "ours"], choices=("reference", "ours"), help="what to run")
     add("--memory", action="store_true", help="also peak memory, each path in a process of its own")
+    add("--compile", action="store_true", help="torch.compile the networks of our path")
     add("--device", default="cpu", help="cpu or cuda")
     add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the weights")

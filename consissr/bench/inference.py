@@ -7,9 +7,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from consissr.footprint import MB, start_peak
 from consissr.footprint import peak as peak_bytes
 from consissr.geometry import finish, prepare
 from consissr.loading import PRECISIONS
+from consissr.memory import GLIBC_KEPT, KEPT, keep_freed
 
 
 @dataclass
@@ -42,6 +46,8 @@ class Question:
     runs: int = 5
     device: str = "cpu"
     precision: str = "fp32"
+    compile: bool = False
+    """Whether our path's networks are compiled."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,12 +69,20 @@ class Paths:
             made["reference"] = Reference(parts, parts.model, parts.text, question.method.sequential)
         if "ours" in wanted:
             made["ours"] = parts.restorer(self.config)
+            if question.compile:
+                made["ours"].compile()
         self.made = made
+        self.unwritten: dict[str, list] = {path: [] for path in wanted}
+        """Of our path: what the next run is to write."""
 
     def run(self, path: str, clock: Clock) -> Tensor:
         """One batch, timed; the decoded images (B,3,H,W)."""
         lq, plan = pictures(self.question), self.question.method.plan
-        with clock.part("total"):
+        if self.device.type == "cpu":  # a process's heap has one setting, and the releases leave it alone
+            keep_freed(KEPT if path == "ours" and self.made[path].keeps_freed else GLIBC_KEPT)
+        with clock.part("total"), ThreadPoolExecutor(1) as writer:
+            # as infer.py does it: what came before is written while this is computed
+            written = [writer.submit(images.write, *result) for result in self.unwritten[path]]
             jobs = [prepare(one, 4, self.config.geometry, self.multiple) for one in lq.split(1)]
             x = torch.cat([job.x for job in jobs])
             if path == "ours":
@@ -81,12 +95,19 @@ class Paths:
                     for i, one in enumerate(x.split(1))
                 ]
                 y = torch.cat(rows)
+            results = []
             for i, (job, decoded) in enumerate(zip(jobs, y.split(1), strict=True)):
                 with clock.part("colour"):
                     done = finish(job, decoded.clone(), self.config.geometry, self.config.color_fix)
-                with clock.part("write"):
-                    photo = images.Photo(done[0], None, images.Form())
-                    images.write(self.scratch / f"{path}{i}.png", photo)
+                results.append((self.scratch / f"{path}{i}.png", images.Photo(done[0], None, images.Form())))
+            if path == "ours" and self.question.runs > 1:
+                self.unwritten[path] = results
+            else:
+                for result in results:
+                    with clock.part("write"):
+                        images.write(*result)
+            for one in written:
+                one.result()
         return y
 
     def ours(self, x: Tensor, plan: list[Step], clock: Clock) -> Tensor:
@@ -98,13 +119,11 @@ class Paths:
             (restorer.denoiser, "forward", "step"),
             (restorer.latents, "decode", "decode"),
         ]
-        for owner, name, part in watched:
-            setattr(owner, name, clock.timed(part, getattr(owner, name)))
-        try:
+        with ExitStack() as stack:
+            for owner, name, part in watched:
+                timed = clock.timed(part, getattr(owner, name))
+                stack.enter_context(mock.patch.object(owner, name, timed))
             return restorer.restore_tensor(x, list(range(len(x))), plan=plan)
-        finally:
-            for owner, name, _ in watched:
-                delattr(owner, name)
 
 
 def pictures(question: Question) -> Tensor:

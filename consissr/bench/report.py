@@ -22,6 +22,7 @@ def inference(found: dict[str, Any]) -> Iterator[Table | str]:
     """Seconds per image of each part, ratios, share of the ceiling; work, memory, difference."""
     question = found["question"]
     title = f"{question['size']}, {question['method']['name']}, {question['pixels']} px, {question['device']}"
+    title += ", ours compiled" if question["compile"] else ""
     table = Table(title=f"{title}: seconds per image (a step: per evaluation), median [least to most]")
     paths = [path for path in PATHS if path in found]
     for name in ("part", *paths, *(f"{path}, CPU s" for path in paths), "times as fast", "by CPU s"):

@@ -26,23 +26,6 @@ def step_pictures(folder: Path) -> dict[str, dict[int, Path]]:
     return found
 
 
-def step_curves(
-    results: dict[str, Path],
-    hr: Path,
-    measures: list[Measure],
-    protocol: Protocol,
-    cache: Path,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    **options,
-) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Mean of each metric at each timestep: method -> metric -> [(timestep, value)], noisiest first.
-
-    Repeated runs are averaged (Fig. 8, ConsisSR averages ten). `options` go to `evaluate` (weights, device, jobs).
-    """
-    evaluation, places = step_evaluation(results, hr, measures, protocol, cache, progress, **options)
-    return _collect(evaluation, places, measures)
-
-
 def step_evaluation(
     results: dict[str, Path],
     hr: Path,
@@ -52,7 +35,10 @@ def step_evaluation(
     progress: Callable[[int, int], None] = lambda done, total: None,
     **options,
 ) -> tuple[Evaluation, list[tuple[str, int]]]:
-    """Each method at each timestep as a method of its own, and for each of these (method, timestep)."""
+    """Each method at each timestep as a method of its own, and for each of these (method, timestep), noisiest first.
+
+    Repeated runs are averaged (Fig. 8, ConsisSR averages ten). `options` go to `evaluate` (weights, device, jobs).
+    """
     base = pair(results, hr, None)
     methods, places = [], []
     for name, folder in results.items():
@@ -72,7 +58,10 @@ def timesteps(runs: list[dict[str, dict[int, Path]]], images: list[str], folder:
     return list(grids.pop())
 
 
-def _collect(evaluation: Evaluation, places: list[tuple[str, int]], measures: list[Measure]) -> dict:
+def step_curves(
+    evaluation: Evaluation, places: list[tuple[str, int]], measures: list[Measure]
+) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """`step_evaluation`'s results as curves: method -> metric -> [(timestep, mean)]."""
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for method, (name, timestep) in zip(evaluation.pairs.methods, places, strict=True):
         for measure in measures:

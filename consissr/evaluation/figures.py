@@ -162,8 +162,9 @@ def curves_figure(table: Table, inputs: Inputs, args: argparse.Namespace):
     measures = get_measures(args.metrics.split(",") if args.metrics else table.metrics)
     protocol = get_protocol(args.protocol or table.protocol)
     options = {"weights": args.weights, "device": args.device, "jobs": args.jobs}
-    lines = curves.step_curves(inputs.results, inputs.needed("hr"), measures, protocol,
-                               args.output / "scores.jsonl", **options)  # fmt: skip
+    done = curves.step_evaluation(inputs.results, inputs.needed("hr"), measures, protocol,
+                                  args.output / "scores.jsonl", **options)  # fmt: skip
+    lines = curves.step_curves(*done, measures)
     flat = curves.lr_values(inputs.lr, inputs.hr, measures, protocol, args.output, **options) if inputs.lr else {}
     shown = [m for m in measures if any(m.name in table for table in lines.values())]
     if not shown:

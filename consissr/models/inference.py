@@ -27,3 +27,16 @@ def for_inference(network: nn.Module) -> None:
         for layer in network.modules():
             if isinstance(layer, nn.SiLU):
                 layer.inplace = True
+
+
+def compile_forward(network: nn.Module) -> None:
+    """Compile what calling `network` computes, in place, under `torch.no_grad`.
+
+    On the CPU the weights become part of the code ("freezing"), so that convolutions find them packed as they need
+    them. The setting must stand while the code is made, which is at the first call with inputs of a new shape.
+    """
+    from torch._inductor import config
+
+    compiled = torch.compile(network.forward)
+    on_cpu = all(parameter.device.type == "cpu" for parameter in network.parameters())
+    network.forward = config.patch(freezing=True)(compiled) if on_cpu else compiled

@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 
-from consissr.checkpoint import BUNDLED as BUNDLED_MODELS
-from consissr.checkpoint import find_model
+from consissr.checkpoint import BUNDLED, find_model
 from consissr.config import ModelConfig
 from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
 from consissr.evaluation.complexity import TOKENS, TOWER, UNET, VAE
 from consissr.evaluation.learned import LPIPS_VGG, find
 from consissr.models.attention import replace_blocks
-from consissr.models.base import BUNDLED, find_base
+from consissr.models.base import BUNDLED_BASES, find_base
 from consissr.models.controlnet import build_controlnet
 from consissr.models.image_encoder import OPEN_CLIP, has_tower
 from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
@@ -68,7 +67,7 @@ def build(config: TrainConfig, builder: Any) -> Stage:
         stage = builder(config, fit=False)
     elif config.stage == "prior":
         text = config.prior.text if Path(config.prior.text).is_dir() else ""
-        init = config.init if (Path(config.init) / "vae" / "config.json").is_file() else str(BUNDLED["nano"])
+        init = config.init if (Path(config.init) / "vae" / "config.json").is_file() else str(BUNDLED_BASES["nano"])
         stage = builder(replace(config, init=init, prior=replace(config.prior, text=text)))
     else:
         stage = builder(config)
@@ -85,15 +84,15 @@ def build(config: TrainConfig, builder: Any) -> Stage:
 
 def base_folder(name: str) -> Path | None:
     """Where sizes of the base `name` can be read on this machine; None: they are SD2.1's."""
-    folder = BUNDLED.get(name, Path(name))
+    folder = BUNDLED_BASES.get(name, Path(name))
     if (folder / "unet" / "config.json").is_file():
         return folder
-    return BUNDLED["nano"] if "nano" in name else None
+    return BUNDLED_BASES["nano"] if "nano" in name else None
 
 
 def model_folder(name: str) -> Path | None:
     """The folder of a bundled model, or the path that `name` is; None for no name."""
-    return find_model(name) if name in BUNDLED_MODELS else Path(name) if name else None
+    return find_model(name) if name in BUNDLED else Path(name) if name else None
 
 
 def untrained_parts(config: TrainConfig) -> Parts:
@@ -206,7 +205,7 @@ def needs(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
             found = folder is not None and has_tower(folder)
             yield "image tower", "that of the base", "here" if found else "missing; sized as ViT-H/14 above"
     if config.init:
-        bundled = config.init in BUNDLED_MODELS
+        bundled = config.init in BUNDLED
         yield "init", config.init, "bundled" if bundled else hub_or_here(config.init, "config.yaml")
     if config.stage == "prior" and config.prior.text:
         yield "text encoder", config.prior.text, here(config.prior.text)

@@ -56,7 +56,8 @@ def test_extremes_are_best_and_worst(sets: dict[str, Path]) -> None:
 
 def test_curves_average_images_and_runs(sets: dict[str, Path], steps: Path, tmp_path: Path) -> None:
     measures, protocol = get_measures(["psnr"]), get_protocol("ccsr")
-    found = curves.step_curves({"ours": steps}, sets["hr"], measures, protocol, tmp_path / "s.jsonl", jobs=1)
+    done = curves.step_evaluation({"ours": steps}, sets["hr"], measures, protocol, tmp_path / "s.jsonl", jobs=1)
+    found = curves.step_curves(*done, measures)
     timesteps, values = zip(*found["ours"]["psnr"], strict=True)
     assert timesteps == (999, 666, 499) and values[0] < values[1] < values[2]
 
