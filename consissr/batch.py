@@ -34,8 +34,8 @@ class Restores(Protocol):
     def __call__(self, images: Tensor, **settings: Any) -> Tensor:
         """LQ images (B,3,h,w) in [-1, 1] -> restored images (B,3,H,W) in [-1, 1]; see `Restorer.__call__`."""
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents (B,C,h,w) -> images (B,3,H,W) about [-1, 1]."""
+    def step_picture(self, z: Tensor, lq: Tensor, scale: float, longest: int | None) -> Tensor:
+        """What latents (1,C,h,w) of an LQ image (1,3,h,w) show, (1,3,H,W) in [-1, 1]."""
 
 
 @dataclass(kw_only=True)
@@ -173,19 +173,18 @@ def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settin
         repeat=jobs[0].repeat,
         plan=settings.plan,
         batch_size=len(jobs),
-        on_step=_step_writer(restorer, jobs) if settings.save_steps else None,
+        on_step=_step_writer(restorer, *read[0], settings) if settings.save_steps else None,
     ).cpu()
     return [photo.restored(pixels) for pixels, (_, photo) in zip(y, read, strict=True)]
 
 
-def _step_writer(restorer: Restores, jobs: list[Job]) -> Callable:
+def _step_writer(restorer: Restores, job: Job, photo: Photo, settings: Settings) -> Callable:
     """Writes what each sampling step expects the result to be, as RGB: <target>_steps/00_t999.png, ..."""
 
     def write(index: int, step: Any, eps: Tensor, x0: Tensor) -> None:
-        decoded = restorer.decode(x0).float().cpu()
-        for job, pixels in zip(jobs, decoded, strict=True):
-            path = job.target.with_name(f"{job.target.name}_steps") / f"{index:02d}_t{step.t:03d}.png"
-            images.write(path, Photo(images.crop(pixels, (job.out_height, job.out_width)), None, images.Form()))
+        pixels = restorer.step_picture(x0, photo.pixels[None], settings.scale, settings.longest)[0]
+        path = job.target.with_name(f"{job.target.name}_steps") / f"{index:02d}_t{step.t:03d}.png"
+        images.write(path, Photo(pixels, None, images.Form()))
 
     return write
 
@@ -234,18 +233,21 @@ def _logged(outcome: Outcome, seed: int) -> dict:
 def choose_device(name: str, local_rank: int = 0) -> str:
     """The device of this process: 'auto' takes an accelerator where there is one; processes get one GPU each.
 
+    A GPU becomes the process's current one, which is the one whose memory is reported.
+
     Raises:
         UserError: no such device here.
     """
     gpus = torch.cuda.device_count()
     if name == "auto":
-        name = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if gpus else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
     kind, _, index = name.partition(":")
-    here = kind == "cpu" or (kind == "mps" and torch.backends.mps.is_available())
-    if not here and not (kind == "cuda" and index.isdigit() and int(index) < gpus):
+    if kind != "cpu" and not (kind == "cuda" and index.isdigit() and int(index) < gpus):
         raise UserError(f"--device {name}: this machine has no such device ({gpus} GPUs); use auto or cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(name)
     return name
 
 

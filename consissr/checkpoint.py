@@ -106,6 +106,12 @@ def load_strict(
     log.info("%s: %d keys used, %d of the base kept", what, len(tensors), len(own) - len(tensors))
 
 
+def base_of(folder: Path, config: FolderConfig) -> str:
+    """Where the base model of a model folder is: what begins with "./" lies in that folder."""
+    base = config.model.base
+    return str(folder / base) if base.startswith("./") else base
+
+
 def read_config(folder: Path) -> FolderConfig:
     """config.yaml of a model folder."""
     return load_config(FolderConfig, folder / "config.yaml")

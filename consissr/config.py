@@ -35,7 +35,8 @@ class ModelConfig:
     """What the weights of a model need: fixed when it is trained or converted, stored in its folder."""
 
     base: str = "sd21-base"
-    """Base model: 'sd21-base' (known mirrors), a bundled name ('nano'), a diffusers folder, a file or a hub id."""
+    """Base model: 'sd21-base' (known mirrors), a bundled name ('nano'), a diffusers folder, a file or a hub id;
+    in a model folder's config.yaml "./..." is a folder inside it."""
     base_sha256: str = ""
     """Optional SHA-256 of the base's UNet weight file; loading fails when it differs. Empty: not checked."""
     hint: str = "conv"

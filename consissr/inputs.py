@@ -16,7 +16,7 @@ Images = Image | list[Image] | Tensor
 
 
 def unpacked(inputs: Images) -> tuple[list[Tensor], list[Photo]]:
-    """The images, each (1,3,H,W) in [-1, 1], and how they were stored (nothing for a tensor).
+    """The images, each (1,3,H,W) float32 in [-1, 1] on the CPU, and how they were stored (nothing for a tensor).
 
     UserError for what is no image, and for a tensor of another shape, of whole numbers or of no image at all.
     """
@@ -24,7 +24,7 @@ def unpacked(inputs: Images) -> tuple[list[Tensor], list[Photo]]:
         if inputs.ndim != 4 or inputs.shape[1] != 3 or not len(inputs) or not inputs.is_floating_point():
             found = f"{inputs.dtype} {tuple(inputs.shape)}"
             raise UserError(f"cannot restore a tensor of {found}: give floats (B, 3, H, W) in [-1, 1]")
-        return list(inputs.split(1)), []
+        return list(inputs.detach().to("cpu", torch.float32).split(1)), []
     listed = [inputs] if isinstance(inputs, Image) else list(inputs)
     for item in listed:
         if not isinstance(item, Image):

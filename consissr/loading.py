@@ -18,11 +18,16 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def choose_precision(precision: str, device: str | torch.device) -> str:
-    """A key of PRECISIONS; 'auto' is bf16 on accelerators, fp32 on the CPU. UserError for another word."""
+    """A key of PRECISIONS; 'auto' is bf16 on GPUs that compute it (fp16 on older ones), fp32 on the CPU.
+
+    UserError for another word.
+    """
     check_word(precision, ("auto", *PRECISIONS), "precision")
     if precision != "auto":
         return precision
-    return "fp32" if torch.device(device).type == "cpu" else "bf16"
+    if torch.device(device).type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def load_parts(name: str, base: str | None, dtype: torch.dtype, **settings: Any) -> dict[str, Any]:
@@ -34,7 +39,7 @@ def load_parts(name: str, base: str | None, dtype: torch.dtype, **settings: Any)
     config = checkpoint.read_config(folder)
     sampler, prompts = changed(config.sampler, settings), load_prompts(folder)
     wanted = (sampler.positive, sampler.negative) if prompts is None else ()
-    parts = load_base(base or config.model.base, dtype, config.model.base_sha256, wanted)
+    parts = load_base(base or checkpoint.base_of(folder, config), dtype, config.model.base_sha256, wanted)
     load_unet_additions(folder, parts.unet, config)
     controlnet = load_controlnet(folder, config, dtype)
     table, tuned = alpha_bar(*parts.betas), (folder / "vae").is_dir()

@@ -114,7 +114,8 @@ class Restorer:
         on_step: Callable | None = None,
         **settings: Any,
     ) -> Images:
-        """Restore a PIL image, a list of them, or a tensor (B,3,H,W) in [-1, 1]; the same kind comes back.
+        """Restore a PIL image, a list of them, or a tensor (B,3,H,W) in [-1, 1]; the same kind comes back (tensors:
+        float32 on the CPU).
 
         Sides become floor(scale * side + 0.5), or the longest one `longest`. Noise depends on (seed, key, repeat) and
         nothing else; keys default to indices. plan: see diffusion.plans and ccsr.timesteps; settings: fields of
@@ -265,6 +266,11 @@ class Restorer:
         tiles = self.tiles(self.sampler, (z.shape[2] * factor, z.shape[3] * factor), len(z))
         return self.tiled_latents(tiles, self.sampler).decode(z.to(self.device, self.dtype)).float().cpu()
 
+    def step_picture(self, z: Tensor, lq: Tensor, scale: float, longest: int | None = None) -> Tensor:
+        """What latents (1,C,h,w) of `lq` (1,3,H,W) show: (1,3,H',W') in [-1, 1], the result's size, its own colours."""
+        job = prepare(lq, scale, self.sampler.geometry, self.multiple, longest)
+        return finish(job, self.decode(z), self.sampler.geometry, "none")
+
     def tiled_latents(self, tiles: Tiles, config: SamplerConfig, latents: Latents | None = None) -> Latents:
         """An autoencoder (the model's own by default), in tiles where there are any."""
         latents = latents or self.latents
@@ -282,11 +288,13 @@ class Restorer:
 
     def plan(self, config: SamplerConfig, plan: Sequence | None, settings: dict[str, Any] | None = None) -> list[Step]:
         """The plan given, else the configuration's, checked."""
-        if plan is None and config.plan == "nuts":
-            stale = sorted({"plan", "steps", "t_max", "t_min", "grid"} & (settings or {}).keys())
-            if stale or not config.timesteps:
+        if plan is None:
+            changed_here = set(settings or {})
+            stale = sorted({"plan", "steps", "t_max", "t_min", "grid"} & changed_here - {"timesteps"})
+            if config.timesteps and ("timesteps" in changed_here or not stale):
+                plan = config.timesteps
+            elif config.plan == "nuts":
                 raise UserError(f"{' '.join(stale) or 'NUTS'}: pass plan=ccsr.timesteps.nuts_plan(T, t_max, t_min)")
-            plan = config.timesteps
         return check_plan(ddpm_plan(config.steps, len(self.schedule)) if plan is None else plan, len(self.schedule))
 
     def tiles(self, config: SamplerConfig, size: tuple[int, int], count: int) -> Tiles:

@@ -9,67 +9,11 @@ model is referred to by name; --base own writes the checkpoint's own beside the 
 """
 
 import argparse
-import json
+import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from consissr.errors import UserError
-
-
-def read(source: Path, clip: Path | None) -> tuple[str, Any]:
-    """What the source is, and its parts through the reader that knows it. `clip`: open_clip's model config."""
-    from ccsr import released as ccsr
-    from consissr import ldm
-    from consissr import released as consissr
-
-    if source.is_dir():
-        return "CCSR v2", ccsr.read_v2(source)
-    state = ldm.read_state(source)
-    if consissr.is_released(state):
-        found = consissr.read(state, None if clip is None else json.loads(clip.read_text()))
-        return ("ConsisSR" if found.stage == "tala" else "ConsisSR's first stage (RCLIP)"), found
-    if ccsr.is_v1(state):
-        return "CCSR v1", ccsr.read_v1(state)
-    raise UserError(
-        f"{source} is neither ConsisSR's nor CCSR's: its first key is '{next(iter(state))}'; give a file of theirs"
-    )
-
-
-def write(kind: str, found: Any, target: Path, base: str, half: bool) -> None:
-    """The model folder: parts, configuration with its plan, prompts that only this model's text encoder knows."""
-    import torch
-
-    from ccsr.timesteps import with_plan
-    from consissr.config import FolderConfig
-    from consissr.models.folder import save_base, save_model, save_prompts
-    from consissr.models.image_prompt import prompt_config
-    from consissr.models.latents import save_latents
-
-    dtype = torch.float16 if half else None
-    if base == "own":
-        if found.unet is None or found.latents is None:
-            raise UserError("--base own: the source has no UNet or autoencoder of its own; name a base instead")
-        base = str((target / "base").resolve())
-        save_base(target / "base", found.unet, found.latents, dtype)
-    prompt = getattr(found, "image_prompt", None)
-    config = FolderConfig(model=replace(found.model, base=base), sampler=with_plan(found.sampler))
-    save_model(
-        target,
-        config,
-        found.controlnet,
-        unet=found.unet,
-        latents=found.latents,
-        image_prompt=prompt,
-        image_settings=None if prompt is None else prompt_config(prompt),
-        card=f"# {target.name}\n\nConverted from {kind} as its authors published it; weights under their licence.\n",
-        dtype=dtype,
-    )
-    if found.hint_latents is not None and found.hint_latents is not found.latents:
-        save_latents(target / "hint_vae", found.hint_latents, dtype)
-    if found.text is not None:
-        save_prompts(target, found.text, [found.sampler.positive, found.sampler.negative, ""])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base", default="sd21-base", help="name, folder or hub id, or 'own' (%(default)s)")
     parser.add_argument("--clip", type=Path, help="ConsisSR: open_clip's model config (JSON), if it is not ViT-H-14")
     parser.add_argument("--half", action="store_true", help="store weights in 16 bits")
-    args = parser.parse_args(arguments)
+    args, part = parser.parse_args(arguments), None
     try:
         if args.target.exists():
             raise UserError(f"{args.target} exists: remove it or name another folder")
@@ -88,11 +32,20 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"{args.source} does not exist: give the authors' checkpoint file or folder")
         if args.clip is not None and not args.clip.is_file():
             raise UserError(f"--clip {args.clip} does not exist: give open_clip's JSON, or leave it out for ViT-H-14")
+        from ccsr.conversion import read, write
+
+        part = args.target.with_name(f".{args.target.name}.part")
+        part.mkdir(parents=True)
         kind, found = read(args.source, args.clip)
-        write(kind, found, args.target, args.base, args.half)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        write(kind, found, part, args.target.name, args.base, args.half)
+        part.rename(args.target)
+    except (UserError, OSError, ValueError, KeyError) as error:
+        reason = str(error) if isinstance(error, UserError) else f"{args.source}: {type(error).__name__}: {error}"
+        print(f"error: {reason.splitlines()[0]}", file=sys.stderr)
         return 2
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
     print(f"{args.source} is {kind}")
     print("\n".join(found.report.lines()))
     print(f"written to {args.target}; base model: {args.base}")

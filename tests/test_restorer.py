@@ -1,5 +1,7 @@
 """Restorer with a small model of random weights: inputs, noise, tiles, and what goes wrong."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -246,3 +248,17 @@ def test_released_size_rules_run(restorer, picture, geometry):
 
 def test_intermediate_latents_decode(restorer):
     assert restorer.decode(torch.zeros(2, 4, 5, 6)).shape == (2, 3, 20, 24)
+
+
+def test_timesteps_written_out_win_under_every_plan(restorer):
+    """As in training's validation and under infer.py --config; other plan settings replace them."""
+    config = replace(restorer.sampler, plan="ddpm", steps=50, timesteps=[[999, 499, "step"], [499, -1, "x0"]])
+    assert [step.t for step in restorer.plan(config, None)] == [999, 499]
+    assert len(restorer.plan(config, None, {"steps": 50})) == 50
+    assert [step.t for step in restorer.plan(config, None, {"steps": 50, "timesteps": config.timesteps})] == [999, 499]
+
+
+def test_tensors_of_other_types_and_devices_come_back_as_float32(restorer):
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = restorer(x.bfloat16(), 2)
+    assert whole.dtype == torch.float32 and torch.equal(whole, restorer(x.bfloat16().float(), 2))

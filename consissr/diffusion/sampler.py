@@ -17,7 +17,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 Draw = Callable[[str, Sequence[int]], Tensor]
 """(name, shape) -> standard normal noise, float32. Names: `posterior` (VAE sample of the low-quality image),
-`init` (the start), `tmax` (re-noising), `step[i]` (the DDPM step at position i of the plan)."""
+`init` (the start), `tmax` (re-noising; later ones `tmax[i]`), `step[i]` (the DDPM step at position i of the plan)."""
 
 
 @torch.no_grad()
@@ -45,7 +45,9 @@ def sample(
         if step.kind == "x0":
             return x0
         if step.kind == "renoise":
-            z = schedule.add_noise(x0, draw("tmax", z.shape).to(z), step.t_next)
+            again = any(earlier.kind == "renoise" for earlier in plan[:i])
+            noise = draw(f"tmax[{i}]" if again else "tmax", z.shape).to(z)
+            z = schedule.add_noise(x0, noise, step.t_next)
         else:
             mean, variance = schedule.posterior(z, x0, step.t, step.t_next)
             z = mean + variance.sqrt() * draw(f"step[{i}]", z.shape).to(z)

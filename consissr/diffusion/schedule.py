@@ -32,7 +32,8 @@ class Schedule:
         if a.ndim != 1 or not ((a > 0) & (a < 1)).all() or (a.diff() >= 0).any():
             raise ValueError("alpha_bar must be a falling sequence strictly between 0 and 1")
         self.alpha_bar = a
-        self._table = torch.cat([a, a.new_ones(1)])  # the last entry is what index CLEAN = -1 reads
+        self._values = torch.cat([a, a.new_ones(1)])  # the last entry is what index CLEAN = -1 reads
+        self._table = self._values
 
     def __len__(self) -> int:
         return len(self.alpha_bar)
@@ -42,7 +43,7 @@ class Schedule:
         if not isinstance(t, Tensor):
             if not CLEAN <= t < len(self):
                 raise ValueError(f"timestep {t} is outside 0..{len(self) - 1}")
-            return self._table[t].to(device)
+            return self._values[t]  # one number on the CPU goes with tensors of any device
         if self._table.device != t.device:
             self._table = self._table.to(t.device)
         return self._table[t].reshape(-1, 1, 1, 1).to(device)

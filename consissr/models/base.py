@@ -150,7 +150,10 @@ def load_parts(place: str, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     text_free = Path(place).is_dir() and not (Path(place) / "text_encoder").is_dir()
-    known = embeddings(load_text(place, dtype), prompts) if prompts and not text_free else {}
+    index = Path(place) / "model_index.json"
+    if text_free and index.is_file() and "text_encoder" in json.loads(index.read_text()):
+        raise UserError(f"{place} has no text_encoder/, which its model_index.json names: copy that folder, too")
+    known = embeddings(load_text(place, torch.float32), prompts) if prompts and not text_free else {}
     kind = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     unet = UNet2DConditionModel.from_pretrained(place, subfolder="unet", **kind)
     if (Path(place) / "vae" / LINEAR_PATH).is_file():

@@ -63,7 +63,7 @@ def read_base(
         report.ignored[f"training's own ({prefix}*)"] = list(ldm.take(state, prefix))
     unet, model = read_unet(ldm.take(state, "model.diffusion_model."), report, dtype=dtype)
     latents = read_latents(ldm.take(state, "first_stage_model."), report, dtype)
-    text = read_text(ldm.take(state, "cond_stage_model.model."), report, dtype)
+    text = read_text(ldm.take(state, "cond_stage_model.model."), report)  # in float32: it runs on the CPU
     if state or model.position_embedding or model.transposed_attention or model.image_prompt != "none":
         name = next(iter(state), "ConsisSR's additions in the UNet")
         raise UserError(f"{path} is no Stable Diffusion 2 base: it has {name}; convert models with scripts/convert.py")

@@ -35,7 +35,7 @@ class Enlarger:
             on_step(0, SimpleNamespace(t=999), None, y)
         return y
 
-    def decode(self, z):
+    def step_picture(self, z, lq, scale, longest):
         return z
 
 

@@ -131,3 +131,10 @@ def test_a_pinned_digest_is_checked_of_what_a_mirror_gave(monkeypatch, tmp_path)
     known.clear()
     with pytest.raises(UserError, match=r"has no unet/diffusion_pytorch_model\.safetensors to check"):
         load_base("sd21-base", sha256="0" * 64)
+
+
+def test_a_folder_that_lacks_its_text_encoder_is_refused(tmp_path):
+    """It would pass for one that was trained without text, and restore everything wrongly."""
+    (tmp_path / "model_index.json").write_text('{"text_encoder": ["transformers", "CLIPTextModel"]}')
+    with pytest.raises(UserError, match="text_encoder/.*copy that folder"):
+        load_base(str(tmp_path))
