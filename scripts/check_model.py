@@ -2,19 +2,16 @@
 
 Restores real pairs (DIR/LR, DIR/HR) in one and two steps (or by the model's own plan), and degraded photographs (fixed
 seed) with and without the tuned decoder. Prints PSNR, SSIM, NIQE, the flat-block ratio and the loss under another
-image's condition beside bicubic and bicubic plus grain. Results and scores are kept in the output folder.
+image's condition beside bicubic and bicubic plus grain. Results and scores are kept in the output folder, results in
+folders named after the model, its weights and the images.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from consissr.errors import UserError
 
-STDERR = Console(stderr=True)
 NUTS = {"S=1": (6, 2 / 3, 2 / 3), "S=2": (6, 2 / 3, 1 / 2)}  # (T, t_max, t_min)
 
 
@@ -25,80 +22,72 @@ def plans_of(config) -> dict:
     return {s: nuts_plan(*f) for s, f in NUTS.items()} if config.plan == "nuts" else {f"{config.steps} steps": None}
 
 
-def restore(restorer, lr: Path, folder: Path, plan, batch: int = 1) -> Path:
-    """Every image of `lr` restored into `folder` by the given plan; what is there is kept."""
-    import torch
-
-    from consissr import images
+def check_pairs(args: argparse.Namespace, model: Path, plans: dict) -> str:
+    """The table of real pairs: by every plan, under another image's condition, and without image tokens."""
     from consissr.evaluation import folders
+    from consissr.evaluation.check import as_text, check
+    from consissr.evaluation.restorations import changed, companions, restore, results_folder
+    from consissr.restorer import Restorer
 
-    listed = [(name, path) for name, path in folders.list_images(lr).items() if not (folder / f"{name}.png").is_file()]
-    for group in track([listed[i : i + batch] for i in range(0, len(listed), batch)], folder.name, console=STDERR):
-        photos = [images.read(path) for _, path in group]
-        x = torch.stack([photo.pixels for photo in photos])
-        keys = [name for name, _ in group]
-        y = restorer(x, keys=keys, plan=plan, batch_size=batch)
-        for name, photo, result in zip(keys, photos, y, strict=True):
-            images.write(folder / f"{name}.png", images.Photo(result, None, photo.form))
-    return folder
+    lr, hr, out = args.realsr / "LR", args.realsr / "HR", args.output / "realsr"
+    folders.pair({"HR": hr}, hr, lr)  # what does not pair is said before anything is restored
+    groups, place = companions(lr), results_folder(out, args.model, model, args.base, lr)
+    restorer, swapped, blind = (Restorer.load(args.model, base=args.base) for _ in range(3))
+    swapped.hint_latents = changed(swapped.latents, lambda z: z.roll(1, 0))  # the next image's condition
+    if restorer.image_prompt is not None:
+        swapped.image_prompt = changed(swapped.image_prompt, lambda tokens: tokens.roll(1, 0))
+        blind.image_prompt = changed(blind.image_prompt, lambda tokens: 0 * tokens)
+    results, wrong = {}, {}
+    for s, plan in plans.items():
+        name = s.replace("=", "").replace(" ", "-")
+        results[f"{args.model} {s}"] = restore(restorer, lr, place / name, plan)
+        wrong[f"{args.model} {s}"] = restore(swapped, lr, place / f"{name}-wrong", plan, groups)
+        if restorer.image_prompt is not None:
+            results[f"{s}, image tokens zeroed"] = restore(blind, lr, place / f"{name}-blind", plan)
+    return f"\n## Real pairs ({args.realsr.name})\n\n{as_text(check(results, hr, lr, out, wrong))}"
 
 
-def changed(part, change):
-    """A part of a model (autoencoder or image prompt) whose `encode` is changed by `change`."""
-    from torch import nn
+def check_photos(args: argparse.Namespace, model: Path, plans: dict, base: str) -> str:
+    """The table of degraded photographs: by the first plan, with the model's decoder and with that of its base."""
+    from consissr.data.testset import write_testset
+    from consissr.evaluation.check import as_text, check
+    from consissr.evaluation.restorations import restore, results_folder, testset_folder
+    from consissr.models.base import load_base
+    from consissr.restorer import Restorer
 
-    class Changed(nn.Module):
-        def encode(self, x):
-            return change(part.encode(x))
+    out = args.output / "photos"
+    testset = testset_folder(out, args.photos, lambda place: write_testset([args.photos], place, 0, 256, "ccsr", 0))
+    lr, (name, plan) = testset / "LR", next(iter(plans.items()))
+    place = results_folder(out, args.model, model, args.base, lr)
+    restorer, plain = (Restorer.load(args.model, base=args.base) for _ in range(2))
+    plain.latents = plain.hint_latents = load_base(base).latents.eval()
+    results = {f"{args.model} {name}": restore(restorer, lr, place / "restored", plan)}
+    results[f"{name}, base's decoder"] = restore(plain, lr, place / "base-decoder", plan)
+    table = as_text(check(results, testset / "HR", lr, out))
+    return f"\n## Photographs degraded with seed 0, 256-pixel crops\n\n{table}"
 
-    return Changed()
 
-
-def main() -> int:
-    """Restore, check, print two tables."""
+def main(arguments: list[str] | None = None) -> int:
+    """Restore, check, print two tables; one line per mistake and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="bundled name or model folder")
     parser.add_argument("--realsr", type=Path, help="folder with LR/ and HR/ of real pairs")
     parser.add_argument("--photos", help="folder of photographs to degrade")
     parser.add_argument("--base", help="another place of the base model")
     parser.add_argument("-o", "--output", type=Path, default=Path("results/check"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
+        if not args.realsr and not args.photos:
+            raise UserError("nothing to check: give --realsr DIR (with LR/ and HR/), --photos DIR, or both")
         from consissr.checkpoint import find_model, read_config
-        from consissr.data.testset import write_testset
-        from consissr.evaluation.check import as_text, check
-        from consissr.models.base import load_base
-        from consissr.restorer import Restorer
 
-        config = read_config(find_model(args.model))
+        model = find_model(args.model)
+        config = read_config(model)
         plans = plans_of(config.sampler)
-        restorer, swapped, blind, plain = (Restorer.load(args.model, base=args.base) for _ in range(4))
-        swapped.hint_latents = changed(swapped.latents, lambda z: z.roll(1, 0))  # the next image's condition
-        if restorer.image_prompt is not None:
-            swapped.image_prompt = changed(swapped.image_prompt, lambda tokens: tokens.roll(1, 0))
-            blind.image_prompt = changed(blind.image_prompt, lambda tokens: 0 * tokens)
         if args.realsr:
-            lr, out = args.realsr / "LR", args.output / "realsr"
-            results, wrong = {}, {}
-            for s, plan in plans.items():
-                place = s.replace("=", "").replace(" ", "-")
-                results[f"{args.model} {s}"] = restore(restorer, lr, out / place, plan)
-                wrong[f"{args.model} {s}"] = restore(swapped, lr, out / f"{place}-wrong", plan, batch=2)
-                if restorer.image_prompt is not None:
-                    results[f"{s}, image tokens zeroed"] = restore(blind, lr, out / f"{place}-blind", plan)
-            print(f"\n## Real pairs ({args.realsr.name})\n")
-            print(as_text(check(results, args.realsr / "HR", lr, out, wrong)))
+            print(check_pairs(args, model, plans))
         if args.photos:
-            out = args.output / "photos"
-            if not (out / "testset" / "LR").is_dir():
-                write_testset([args.photos], out / "testset", 0, 256, "ccsr", 0)
-            lr = out / "testset" / "LR"
-            (name, plan), *_ = plans.items()
-            results = {f"{args.model} {name}": restore(restorer, lr, out / "restored", plan)}
-            plain.latents = plain.hint_latents = load_base(args.base or config.model.base).latents.eval()
-            results[f"{name}, base's decoder"] = restore(plain, lr, out / "base-decoder", plan)
-            print("\n## Photographs degraded with seed 0, 256-pixel crops\n")
-            print(as_text(check(results, out / "testset" / "HR", lr, out)))
+            print(check_photos(args, model, plans, args.base or config.model.base))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

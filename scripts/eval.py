@@ -61,16 +61,17 @@ def print_table(args: argparse.Namespace) -> None:
 
         print("\n".join(map(str, figures.draw(table, results, args, parse_box(args.box)))))
         return
-    dataset, measured = table.dataset(args.dataset), {}
+    dataset, measured, notes = table.dataset(args.dataset), {}, []
     if table.kind == "complexity":
         from consissr.evaluation import complexity
 
-        text = complexity.comparison(table, dataset, produce.timer(args.run, INFER))
+        text = complexity.comparison(table, dataset, produce.timer(table, args.run, INFER))
     else:
         if results := results | produce.ours(table, args, INFER):
             metrics = args.metrics.split(",") if args.metrics else table.metrics
-            measured = tables.measured_cells(measure(args, results, metrics, args.protocol or table.protocol), table)
-        text = tables.comparison(table, dataset, measured)
+            done = measure(args, results, metrics, args.protocol or table.protocol)
+            measured, notes = tables.measured_cells(done, table), tables.run_notes(done, table)
+        text = tables.comparison(table, dataset, measured, notes)
     output.write_text(args.output / f"{args.table.replace('/', '_')}.md", text)
     print(text)
 

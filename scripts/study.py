@@ -54,9 +54,10 @@ def bf16_is_fast() -> bool:
 def study(args: argparse.Namespace) -> int:
     plan = Plan(STUDIES, args.output, args.repeats)
     names = available(STUDIES) if "all" in args.studies else list(dict.fromkeys(args.studies))
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: it must be at least 1")
+    plan.check_only(names, args.only)
     rows = {name: plan.chosen(name, args.only) for name in names}
-    if args.jobs < 1 or not any(rows.values()):
-        raise UserError("--jobs must be at least 1" if args.jobs < 1 else f"no study has a row {', '.join(args.only)}")
     restoring = not (args.train_only or args.report_only)
     setting = Setting(plan=plan, scripts=ROOT / "scripts", jobs=args.jobs, photos=args.photos, realsr=args.realsr,
                       fast_bf16=restoring and bf16_is_fast(), overrides=args.set)  # fmt: skip

@@ -1,12 +1,14 @@
 """Intervals by resampling images, and what they say about a claim."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 DRAWS = 10_000
 LEVEL = 0.95
-VERDICTS = ("appears", "opposite", "not resolved")
+ONE_SEED = " (one training seed)"
+"""Follows a verdict behind which one training of each model stands: it may be training noise."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,23 @@ def paired(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = DRAWS) -> D
     return Difference(interval(differences.mean(axis=0), seed, draws), seeds)
 
 
-def verdict(found: Difference, expected: str, within: float = 0.0) -> str:
+def verdict(found: Difference, expected: str, least: float, one_seed: bool = False) -> str:
     """'appears', 'opposite' or 'not resolved': does the interval lie where the claim has it?
 
-    expected: 'higher' or 'lower' (the interval lies on that side of 0, or on the other, or holds 0), or 'unchanged' (it
-    lies within +-`within`, or outside, or neither). Training seeds whose differences disagree in sign resolve nothing.
+    expected: 'higher' or 'lower' (the interval lies beyond `least` on that side of 0, or on the other, or neither), or
+    'unchanged' (it lies within +-`least`, or outside, or neither). `least` is the smallest difference that counts, in
+    the metric's unit. Training seeds whose differences disagree in sign resolve nothing, nor does a NaN.
+    one_seed: whether one training of each model is all there is, which the verdict then says.
     """
     low, high = found.overall.low, found.overall.high
-    if expected == "unchanged":
-        if -within <= low and high <= within:
-            return "appears"
-        return "opposite" if low > within or high < -within else "not resolved"
-    signs = {np.sign(estimate.mean) for estimate in found.seeds}
-    if len(signs) > 1 or low <= 0 <= high:
+    if math.isnan(low) or math.isnan(high):
         return "not resolved"
-    return "appears" if (low > 0) == (expected == "higher") else "opposite"
+    note = ONE_SEED if one_seed else ""
+    if expected == "unchanged":
+        if -least <= low and high <= least:
+            return "appears" + note
+        return "opposite" + note if low > least or high < -least else "not resolved"
+    signs = {np.sign(estimate.mean) for estimate in found.seeds}
+    if len(signs) > 1 or (low <= least and high >= -least):
+        return "not resolved"
+    return ("appears" if (low > 0) == (expected == "higher") else "opposite") + note

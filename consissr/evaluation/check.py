@@ -79,17 +79,22 @@ def bicubic_plus_grain(lr: torch.Tensor, scale: int = 4, sigma: float = GRAIN, s
 
 
 def write_baselines(lr: Path, output: Path, scale: int = 4) -> dict[str, Path]:
-    """Write both baselines of the LR folder as PNG; return their folders by name. Existing files are kept."""
+    """Write both baselines of the LR folder as PNG; return their folders by name.
+
+    What is there may be of other images of the same names: it is written anew, and PNG files of other names go.
+    """
     makers = {"bicubic": bicubic_baseline, "bicubic+grain": bicubic_plus_grain}
-    written = {}
+    written, files = {}, folders.list_images(lr)
     for name, maker in makers.items():
         written[name] = output / name.replace("+", "-plus-")
-        for seed, (stem, path) in enumerate(folders.list_images(lr).items()):
-            target = written[name] / f"{stem}.png"
-            if not target.is_file():
-                options = {"seed": seed} if maker is bicubic_plus_grain else {}
-                result = maker(folders.read_image(path), scale, **options)
-                images.write(target, images.Photo(result[0] * 2 - 1, None, images.read(path).form))
+        for seed, (stem, path) in enumerate(files.items()):
+            options = {"seed": seed} if maker is bicubic_plus_grain else {}
+            result = maker(folders.read_image(path), scale, **options)
+            picture = images.Photo(result[0] * 2 - 1, None, images.read(path).form)
+            images.write(written[name] / f"{stem}.png", picture)
+        for path in written[name].rglob("*.png"):
+            if path.relative_to(written[name]).with_suffix("").as_posix() not in files:
+                path.unlink()
     return written
 
 
@@ -109,8 +114,11 @@ def check(
     from consissr.evaluation.evaluate import evaluate
 
     wrong = wrong or {}
-    first = next(iter(folders.list_images(hr)))
-    scale = round(_width(folders.list_images(hr)[first]) / _width(folders.list_images(lr)[first]))
+    for name in wrong.keys() - results.keys():
+        raise UserError(f"--wrong-condition {name}: no --sr folder of that name; write NAME=DIR")
+    given = folders.pair({"HR": hr}, hr, lr)
+    first = given.images[0]
+    scale = round(given.sizes[first][0] / folders.image_sizes({first: given.lr[first]})[first][0])
     named = write_baselines(lr, output / "baselines", scale) | results
     pairs = folders.pair(named, hr, None)
     cache = output / "scores.jsonl"
@@ -139,11 +147,8 @@ def as_text(rows: list[Row]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|---" + "|--:" * (len(titles) - 1) + "|"]
     for row in rows:
         drop = f"{row.wrong_drop:.2f}" if row.wrong_drop == row.wrong_drop else "-"
-        figures = f"{row.psnr:.2f} | {row.ssim:.4f} | {row.niqe:.2f} | {row.flat_ratio:.2f} | {drop}"
+        niqe = f"{row.niqe:.2f}" if row.niqe == row.niqe else "-"
+        figures = f"{row.psnr:.2f} | {row.ssim:.4f} | {niqe} | {row.flat_ratio:.2f} | {drop}"
         lines.append(f"| {row.name} | {figures} |")
     grain = f"Grain: {GRAIN:g} levels, blurred by {GRAIN_BLUR:g} pixels. PSNR, SSIM: protocol ccsr."
     return "\n".join([*lines, "", __doc__.split("\n\n", 1)[1].strip(), grain])
-
-
-def _width(path: Path) -> int:
-    return folders.read_image(path).shape[-1]

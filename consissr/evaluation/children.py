@@ -11,6 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from consissr.errors import UserError
+from consissr.evaluation.workers import cores
+
 
 @dataclass(frozen=True)
 class Job:
@@ -21,16 +24,11 @@ class Job:
     log: Path
     after: tuple[str, ...] = ()
     before: Callable[[], None] = lambda: None
-    """Called just before the command starts."""
+    """Called just before the command starts; a UserError of it is the job's failure."""
     done: Callable[[float], None] = lambda seconds: None
     """Called with the command's seconds when it has succeeded."""
     ended: Callable[[float, float, bool], None] = lambda seconds, busy, succeeded: None
     """Called whenever it has ended: seconds, seconds of processor time, success."""
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_each(jobs: int) -> int:
@@ -66,7 +64,12 @@ def run_jobs(
                     tell("failed", job, failed[job.name])
                 elif len(running) < count and not open_names & set(job.after):
                     waiting.remove(job)
-                    job.before()
+                    try:
+                        job.before()
+                    except UserError as error:
+                        failed[job.name] = str(error)
+                        tell("failed", job, failed[job.name])
+                        continue
                     running[job.name] = (job, _start(job, environment), time.perf_counter())
                     tell("started", job, "")
             for name, (job, process, started) in list(running.items()):

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from consissr.evaluation.output import PICTURES
+
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,7 +33,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("--weights", type=Path, metavar="DIR", help="folder with weights of learned metrics (default: pyiqa's caches)")
     add("--device", default="cpu", help="device of learned metrics (cpu)")
     add("--jobs", type=int, metavar="N", help="processes (default: one per core)")
-    add("--report-images", type=int, default=24, metavar="N", help="images whose pictures the HTML report embeds (24)")
+    pictures = "images whose pictures the HTML report embeds (%(default)s)"
+    add("--report-images", type=int, default=PICTURES, metavar="N", help=pictures)
 
     group = made.add_argument_group("the papers' tables and figures")
     add = group.add_argument
@@ -52,8 +55,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--wrong-condition",
         nargs="+",
         default=[],
-        metavar="[NAME=]DIR",
-        help="with --check: results restored with another image's condition",
+        metavar="NAME=DIR",
+        help="with --check: the results of --sr's NAME, restored with another image's condition",
     )
     add("--check-dataset", metavar="NAME", help="check --hr and --lr against a test set of the papers")
     add("--list-weights", action="store_true", help="list the weights of learned metrics: found, missing, from where")

@@ -90,10 +90,10 @@ def work(parts: dict[str, nn.Module]) -> dict[str, int]:
     }
 
 
-def measured_rows(table: Table, seconds: Callable[[list[str]], float] | None = None) -> dict[str, dict[str, Cell]]:
+def measured_rows(table: Table, seconds: Callable[[str], float] | None = None) -> dict[str, dict[str, Cell]]:
     """The rows of ours: steps, MACs in T of all denoising (as the paper counts), parameters in G.
 
-    `seconds` measures the time per image under flags of infer.py, for tables that have it. Parameters are those of
+    `seconds` measures the time per image of a row, for tables that have it. Parameters are those of
     UNet, ControlNet, VAE, text encoder and, for ConsisSR, image encoder and adapter.
     """
     rows = {}
@@ -106,12 +106,12 @@ def measured_rows(table: Table, seconds: Callable[[list[str]], float] | None = N
             passes = evaluations * (2 if entry["guidance"] else 1)
             cells["macs"] = Cell(passes * work(parts)["denoiser"] / 1e12, digits=2)
         if "seconds" in table.metrics:
-            cells["seconds"] = Cell(seconds(entry["flags"]) if seconds else nan, digits=2)
+            cells["seconds"] = Cell(seconds(row) if seconds else nan, digits=2)
         rows[row] = cells
     return rows
 
 
-def comparison(table: Table, dataset: str, seconds: Callable[[list[str]], float] | None = None) -> str:
+def comparison(table: Table, dataset: str, seconds: Callable[[str], float] | None = None) -> str:
     """Markdown: the table with our measured rows, then the parts behind them."""
     kinds = dict.fromkeys(entry["model"] for entry in table.ours.values())
     return "\n".join([tables.comparison(table, dataset, measured_rows(table, seconds)), *map(parts_text, kinds)])

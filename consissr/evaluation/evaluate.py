@@ -6,7 +6,6 @@ evaluation.mean("OSEDiff", "psnr")
 """
 
 import hashlib
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from consissr.errors import UserError
-from consissr.evaluation import stability
+from consissr.evaluation import stability, workers
 from consissr.evaluation.folders import Method, Pairs
 from consissr.evaluation.protocols import MEASURES, Measure, Protocol
 from consissr.evaluation.scores import (
@@ -83,7 +82,7 @@ def evaluate(
 ) -> Evaluation:
     """Compute what `cache` does not hold yet, in `jobs` processes (default: one per core; one on an accelerator)."""
     result = Evaluation(pairs, measures, protocol)
-    jobs = jobs or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
+    jobs = workers.count(jobs, device)
     setting, scores = Setting(protocol, weights, device), ScoreCache(cache)
     _check_references(measures, pairs)
     result.unavailable = _unavailable(measures, weights, pairs)

@@ -1,5 +1,6 @@
 """From folders to pairs of images. Anything that does not pair is an error that names the files; nothing is skipped."""
 
+import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Pairs:
     def smaller_than(self, short: int, long: int) -> str:
         """The images whose sides are below `short` and `long` pixels, as text; "" when there are none."""
         names = [name for name in self.images if min(self.sizes[name]) < short or max(self.sizes[name]) < long]
-        return _some(names) if names else ""
+        return some(names) if names else ""
 
 
 def list_images(folder: Path) -> dict[str, Path]:
@@ -58,7 +59,7 @@ def list_images(folder: Path) -> dict[str, Path]:
     stems = [path.relative_to(folder).with_suffix("").as_posix() for path in files]
     twins = [stem for stem, count in Counter(stems).items() if count > 1]
     if twins:
-        raise UserError(f"{folder} holds {_some(twins)} in more than one format; keep one file per image")
+        raise UserError(f"{folder} holds {some(twins)} in more than one format; keep one file per image")
     return dict(zip(stems, files, strict=True))
 
 
@@ -87,6 +88,30 @@ def parse_methods(arguments: list[str]) -> dict[str, Path]:
             raise UserError(f"two result folders are called '{name}': write NAME=FOLDER")
         methods[name] = Path(folder)
     return methods
+
+
+def image_sizes(files: dict[str, Path]) -> dict[str, tuple[int, int]]:
+    """Width and height of image files by name, from their headers; UserError for those that cannot be read."""
+    problems: list[str] = []
+    sizes, _ = _headers(files, problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    return sizes
+
+
+def fingerprint(place: Path, endings: tuple[str, ...] = ()) -> str:
+    """Hash of the names and contents of a folder's files (or of one file), hidden ones left out: 16 hexadecimal digits.
+
+    endings: of the files that count, such as ".safetensors"; none means all.
+    """
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        name = path.relative_to(place).as_posix()
+        if name.lower().endswith(endings or "") and not any(part.startswith(".") for part in Path(name).parts):
+            with path.open("rb") as file:
+                digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def pair(folders: dict[str, Path], hr: Path | None, lr: Path | None) -> Pairs:
@@ -150,16 +175,16 @@ def _one_format(where: str, formats: dict[str, str], problems: list[str]) -> Non
         return
     common, odd = counts[0][0], [name for name, kind in formats.items() if kind != counts[0][0]]
     kinds = "/".join(kind for kind, _ in counts[1:])
-    problems.append(f"{where}: {_some(odd)} is {kinds} among {common} files; save all of them as PNG")
+    problems.append(f"{where}: {some(odd)} is {kinds} among {common} files; save all of them as PNG")
 
 
 def _name_problems(where: str, files: dict, label: str, reference: dict) -> list[str]:
     missing, surplus = sorted(reference.keys() - files.keys()), sorted(files.keys() - reference.keys())
     problems = []
     if missing:
-        problems.append(f"{where} lacks {len(missing)} of the {len(reference)} images of {label}: {_some(missing)}")
+        problems.append(f"{where} lacks {len(missing)} of the {len(reference)} images of {label}: {some(missing)}")
     if surplus:
-        problems.append(f"{where} has {len(surplus)} images without a partner in {label}: {_some(surplus)}")
+        problems.append(f"{where} has {len(surplus)} images without a partner in {label}: {some(surplus)}")
     return problems
 
 
@@ -168,8 +193,9 @@ def _size_problems(where: str, sizes: dict, label: str, reference: dict) -> list
     if not wrong:
         return []
     size, wanted = ("x".join(map(str, table[wrong[0]])) for table in (sizes, reference))
-    return [f"{where}: {_some(wrong)} has size {size}, but {wanted} in {label}; compare images of equal size"]
+    return [f"{where}: {some(wrong)} has size {size}, but {wanted} in {label}; compare images of equal size"]
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first of `names` and how many more there are, as text."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

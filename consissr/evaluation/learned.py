@@ -140,6 +140,7 @@ class ClipImageSimilarity:
     def __init__(self, weights: Path, device: str) -> None:
         import open_clip
 
+        check_device(device)
         with _readable(weights):
             self.model = open_clip.openai.load_openai_model(str(weights), precision="fp32", device=device)
         self.device = device
@@ -203,6 +204,7 @@ def _pyiqa_metric(pyiqa_name: str, wanted: tuple[WeightFile, ...], folder: Path 
     """pyiqa's metric, made from the files that `find` found and from no other place."""
     import torch
 
+    check_device(device)
     files = {file: find(file, folder) for file in wanted}
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         for file, path in files.items():
@@ -223,6 +225,17 @@ def _pyiqa_metric(pyiqa_name: str, wanted: tuple[WeightFile, ...], folder: Path 
             _readable(*files.values()),
         ):
             return pyiqa.create_metric(pyiqa_name, device=torch.device(device), **options)
+
+
+def check_device(device: str) -> None:
+    """Raises UserError where torch cannot use `device` on this machine."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--device {device} cannot be used here: {reason}; use another, such as cpu") from error
 
 
 @contextlib.contextmanager

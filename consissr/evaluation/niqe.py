@@ -26,7 +26,10 @@ HALVING_TAPS = (-0.01171875, -0.03515625, 0.11328125, 0.43359375)  # see `halve`
 
 
 def niqe(image: torch.Tensor) -> torch.Tensor:
-    """NIQE of RGB images: (N, 3, H, W) in [0, 1], at least 2 blocks of 96 x 96 -> (N,) float64."""
+    """NIQE of RGB images: (N, 3, H, W) in [0, 1], at least 2 blocks of 96 x 96 -> (N,) float64.
+
+    NaN for an image with fewer than two blocks that are not flat.
+    """
     rows, columns = image.shape[-2] // BLOCK, image.shape[-1] // BLOCK
     if rows * columns < 2:
         raise UserError(
@@ -41,11 +44,15 @@ def niqe(image: torch.Tensor) -> torch.Tensor:
 def distance(blocks: torch.Tensor) -> torch.Tensor:
     """Distance between the Gaussian of an image's blocks, (blocks, 36), and that of pristine photographs (Eq. 10).
 
-    A block with an undefined feature (it is flat) leaves the covariance, and that feature leaves the mean.
+    A block with an undefined feature (it is flat) leaves the covariance, and that feature leaves the mean. Two blocks
+    must remain for a covariance, else the distance is NaN.
     """
+    whole = blocks[~blocks.isnan().any(dim=1)]
+    if len(whole) < 2:
+        return blocks.new_tensor(float("nan"))
     pristine_mean, pristine_covariance = pristine()
     mean = blocks.nanmean(dim=0)
-    covariance = blocks[~blocks.isnan().any(dim=1)].T.cov()
+    covariance = whole.T.cov()
     difference = pristine_mean - mean
     return (difference @ torch.linalg.pinv((pristine_covariance + covariance) / 2) @ difference).sqrt()
 

@@ -6,14 +6,18 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
+
 from consissr.evaluation.evaluate import Evaluation
+from consissr.evaluation.folders import some
 from consissr.evaluation.protocols import describe
 from consissr.evaluation.rank import average_ranks, places
 
 RANK, LOCAL_STD = "Rank", "L-STD"
+PICTURES = 24  # images whose pictures the HTML report embeds
 
 
-def write_all(evaluation: Evaluation, folder: Path, pictures: int = 24) -> list[Path]:
+def write_all(evaluation: Evaluation, folder: Path, pictures: int = PICTURES) -> list[Path]:
     """Write per_image.csv, summary.json, table.md, table.tex and report.html (with `pictures` images) into `folder`."""
     from consissr.evaluation.report import html_report
 
@@ -88,7 +92,8 @@ def table_cells(evaluation: Evaluation) -> tuple[list[str], list[list[str]], lis
         texts = []
         for name, value in zip(names, values, strict=True):
             spread = evaluation.global_std(name, measure.name)
-            texts.append(f"{value:.{measure.digits}f}" + ("" if math.isnan(spread) else f"/{spread:.4f}"))
+            text = "-" if math.isnan(value) else f"{value:.{measure.digits}f}"
+            texts.append(text + ("" if math.isnan(spread) else f"/{spread:.4f}"))
         columns.append((f"{measure.label} {measure.arrow}", texts, places(values, measure.higher)))
     if evaluation.local_std:
         values = [evaluation.mean_local_std(name) for name in names]
@@ -135,9 +140,22 @@ def notes(evaluation: Evaluation) -> list[str]:
         lines.append(f"Averages over runs, value/G-STD; number of runs: {', '.join(repeated)}.")
     lines += [f"{m.name}: {m.note}." for m in evaluation.pairs.methods if m.note]
     lines += [f"{metric} is not computed: {reason}." for metric, reason in evaluation.unavailable.items()]
+    lines += [
+        f"{name}: no mean {metric}, which is undefined for {which}." for name, metric, which in undefined(evaluation)
+    ]
     lines += [f"{m.label}: {m.about}." for m in evaluation.measures if m.about and m.name not in evaluation.unavailable]
     lines.append("Versions: " + ", ".join(f"{name} {number}" for name, number in evaluation.versions.items()) + ".")
     return lines
+
+
+def undefined(evaluation: Evaluation) -> list[tuple[str, str, str]]:
+    """Method, metric and images of the values that do not exist: NIQE of images that are flat."""
+    found = []
+    for method, table in evaluation.values.items():
+        for metric, values in table.items():
+            if columns := np.flatnonzero(np.isnan(values).any(axis=0)).tolist():
+                found.append((method, metric, some([evaluation.pairs.images[column] for column in columns])))
+    return found
 
 
 def tex_escaped(text: str) -> str:

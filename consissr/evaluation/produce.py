@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,9 +13,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from consissr.checkpoint import BUNDLED, find_model
 from consissr.config import nearest
 from consissr.errors import UserError
+from consissr.evaluation.folders import EXTENSIONS, fingerprint
+from consissr.evaluation.output import write_text
 from consissr.evaluation.tables import Table
+
+MODEL_FILES = (".safetensors", ".yaml", ".json")
+"""Endings of the files of a model folder that results depend on."""
 
 
 def ours(table: Table, args: argparse.Namespace, script: Path) -> dict[str, Path]:
@@ -27,9 +34,14 @@ def ours(table: Table, args: argparse.Namespace, script: Path) -> dict[str, Path
     return produce(table, models, args.lr, args.output, script, args.repeat or table.runs, flags)
 
 
-def timer(run: list[str], script: Path) -> Callable[[list[str]], float] | None:
-    """A function from flags of infer.py to seconds per image of the model that --run names; None without --run."""
-    return (lambda flags: seconds_per_image(run[0], flags, script)) if run else None
+def timer(table: Table, run: list[str], script: Path) -> Callable[[str], float] | None:
+    """A function from a row of ours to seconds per image of the model that --run names for it (NaN where none)."""
+    models = plan(table, run)
+
+    def seconds(row: str) -> float:
+        return seconds_per_image(models[row], table.ours[row]["flags"], script) if row in models else math.nan
+
+    return seconds if run else None
 
 
 def seconds_per_image(model: str, flags: list[str], script: Path, repeats: int = 4) -> float:
@@ -61,13 +73,37 @@ def plan(table: Table, requests: list[str]) -> dict[str, str]:
 def produce(
     table: Table, models: dict[str, str], lr: Path, output: Path, script: Path, repeat: int, flags: list[str]
 ) -> dict[str, Path]:
-    """Restore the LR folder once per row, `repeat` times with different noise; existing files are kept."""
-    folders = {}
+    """Restore the LR folder once per row, `repeat` times with different noise; existing files are kept.
+
+    Beside each folder stands what it was restored from. Raises UserError where that is something else, or infer.py
+    fails.
+    """
+    results, images = {}, fingerprint(lr, tuple(EXTENSIONS))
     for row, model in models.items():
         folder = output / "results" / re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-")
+        own_flags = table.ours[row].get("flags", [])
+        keep_origin(folder, {"model": model_contents(model), "images": images, "flags": [*own_flags, *flags]})
         command = [sys.executable, str(script), "-i", str(lr), "-o", str(folder), "-m", model, "--skip-existing"]
-        command += [*table.ours[row].get("flags", []), "--repeat", str(repeat), *flags]
+        command += [*own_flags, "--repeat", str(repeat), *flags]
         if subprocess.run(command).returncode != 0:
             raise UserError(f"{row} could not be restored; the command was: {' '.join(command)}")
-        folders[row] = folder
-    return folders
+        results[row] = folder
+    return results
+
+
+def model_contents(model: str) -> str:
+    """Hash of the files of a model folder or a bundled model; the name of one that is not on this machine."""
+    folder = find_model(model) if model in BUNDLED else Path(model)
+    return fingerprint(folder, MODEL_FILES) if folder.is_dir() else model
+
+
+def keep_origin(folder: Path, origin: dict[str, str | list[str]]) -> None:
+    """Write down, beside `folder`, what its results come from; UserError if it holds results of another origin."""
+    record = folder.with_name(f"{folder.name}.json")
+    if not any(path.is_file() for path in folder.rglob("*")):
+        write_text(record, json.dumps(origin, indent=1) + "\n")
+    elif record.is_file():
+        known = json.loads(record.read_text())
+        if changed := [name for name in origin if origin[name] != known.get(name)]:
+            names = " and ".join(changed)
+            raise UserError(f"{folder} was restored otherwise (other {names}): remove it or use another -o")

@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import json
+import math
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,14 +20,13 @@ from consissr.evaluation.evaluate import Evaluation
 from consissr.evaluation.folders import read_image
 from consissr.evaluation.protocols import Measure
 
-PICTURES = 24  # images whose pictures are embedded, half of them worst, half best
 JPEG_QUALITY = 92
 COLOURS = ("#2470c8", "#d1603d", "#2a9d5c", "#8e5bd0", "#b8860b", "#0f8b8d", "#c23b75", "#6b705c")
 PLOT_WIDTH, ROW_HEIGHT, MARGIN = 340, 26, 8
 
 
-def html_report(evaluation: Evaluation, pictures: int = PICTURES) -> str:
-    """The report of `evaluation` with the pictures of its `pictures` most telling images."""
+def html_report(evaluation: Evaluation, pictures: int) -> str:
+    """The report of `evaluation` with the pictures of its `pictures` most telling images, half worst, half best."""
     from consissr.evaluation.output import notes, table_cells
 
     shown = [m for m in evaluation.measures if m.name not in evaluation.unavailable and m.needs != "set"]
@@ -41,22 +41,28 @@ def html_report(evaluation: Evaluation, pictures: int = PICTURES) -> str:
         "methods": [method.name for method in evaluation.pairs.methods],
         "images": evaluation.pairs.images,
         "sizes": evaluation.pairs.sizes,
-        "values": {name: {k: np.round(v, 6).tolist() for k, v in table.items()} for name, table in values.items()},
+        "values": {name: {k: json_values(v) for k, v in table.items()} for name, table in values.items()},
         "labels": picture_labels(evaluation),
         "pictures": {image: embedded_pictures(evaluation, image) for image in order},
     }  # fmt: skip
     plots = "".join(distribution_plot(m, {name: table[m.name] for name, table in values.items()}) for m in shown)
     template = files("consissr.evaluation").joinpath("report_template.html").read_text(encoding="utf-8")
-    text = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
     return template.replace("@PLOTS@", plots).replace("@DATA@", text)
 
 
+def json_values(values: np.ndarray) -> list[float | None]:
+    """Values for the page's script; JSON knows no NaN."""
+    return [None if math.isnan(value) else value for value in np.round(values, 6).tolist()]
+
+
 def telling_images(evaluation: Evaluation, shown: list[Measure], count: int) -> list[str]:
-    """The `count` worst and best images by the first metric of the first method, worst first."""
+    """The `count` worst and best images by the first metric of the first method, worst (or without value) first."""
     names = evaluation.pairs.images
     if shown:
         values = evaluation.values[evaluation.pairs.methods[0].name][shown[0].name].mean(axis=0)
-        order = np.argsort(values if shown[0].higher else -values, kind="stable")
+        merit = values if shown[0].higher else -values
+        order = np.argsort(np.where(np.isnan(merit), -np.inf, merit), kind="stable")
         names = [names[index] for index in order]
     return names if len(names) <= count else names[: count - count // 2] + names[len(names) - count // 2 :]
 
@@ -84,7 +90,10 @@ def data_uri(path: Path, kind: str) -> str:
 
 
 def distribution_plot(measure: Measure, values: dict[str, np.ndarray]) -> str:
-    """SVG of one metric: per method a dot for each image, the quartile box and the mean (a rhomb)."""
+    """SVG of one metric: per method a dot for each image that has a value, the quartile box and the mean (a rhomb)."""
+    values = {name: known for name, points in values.items() if len(known := points[~np.isnan(points)])}
+    if not values:
+        return ""
     low = min(float(v.min()) for v in values.values())
     high = max(float(v.max()) for v in values.values())
     spread = (high - low) or 1.0

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from consissr.errors import UserError
 from consissr.evaluation.protocols import MEASURES, Protocol
+from consissr.evaluation.workers import cores
 
 REVISION = "2"  # of our own metrics: raise it whenever a value may change
 PACKAGES = {"own": ("torch",), "pyiqa": ("torch", "pyiqa", "timm"), "clip": ("torch", "open_clip_torch")}
@@ -39,7 +40,10 @@ class Setting:
 
 
 class ScoreCache:
-    """Scores by key in a JSON-lines file. Each score is written as it arrives, so a killed run resumes where it was."""
+    """Scores by key in a JSON-lines file. Each score is written as it arrives, so a killed run resumes where it was.
+
+    A score that does not exist (NIQE of a flat image) is NaN here and null in the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,7 +58,7 @@ class ScoreCache:
                 key, value = json.loads(line)
             except ValueError:
                 raise UserError(f"{path} is not a score cache (line {number}): remove it") from None
-            self.scores[key] = value
+            self.scores[key] = math.nan if value is None else value
 
     def __contains__(self, key: str) -> bool:
         return key in self.scores
@@ -64,14 +68,15 @@ class ScoreCache:
 
     def put(self, scores: dict[str, float]) -> None:
         self.scores.update(scores)
+        lines = [json.dumps([key, None if math.isnan(value) else value]) for key, value in scores.items()]
         with self.path.open("a") as file:
-            file.write("".join(json.dumps([key, value]) + "\n" for key, value in scores.items()))
+            file.write("".join(f"{line}\n" for line in lines))
 
 
 def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
     """Content hash of every file (SHA-256, 32 hexadecimal digits)."""
     paths = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         digests = pool.map(lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:32], paths)
         return dict(zip(paths, digests, strict=True))
 
@@ -89,7 +94,11 @@ def package_versions(source: str) -> dict[str, str]:
 
 
 def score_key(metric: str, protocol: Protocol, contents: list[str], weights: str = "") -> str:
-    """Where a score is kept: it names everything that can change the value."""
+    """Where a score is kept: metric, our revision, the packages behind it, weights, conventions, the files' contents.
+
+    It leaves out what is not expected to change a value by more than rounding: Pillow (which decodes JPEG files), the
+    device, and the parameter file of NIQE, of which one version exists.
+    """
     source = "clip" if metric == LR_CLIP else MEASURES[metric].source
     measure = MEASURES.get(metric)
     choices = ""

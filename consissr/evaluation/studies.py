@@ -25,6 +25,9 @@ METRICS = ("psnr", "ssim", "niqe")
 COMPARED = (*METRICS, *(f"{name}-gstd" for name in METRICS), "l-std")
 """What comparisons may be about: means over runs, their standard deviations over runs (G-STD), and L-STD."""
 EXPECTED = ("higher", "lower", "unchanged")
+LEAST = {"psnr": 0.01, "ssim": 0.0005, "niqe": 0.02, "l-std": 0.0002}
+LEAST |= {f"{name}-gstd": LEAST[name] / 10 for name in METRICS}
+"""The smallest differences that count, in the metrics' units."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +62,6 @@ class Comparison:
     expect: dict[str, str]
     claim: str
     source: str
-    within: float = 0.01
-    """For 'unchanged': the difference that counts as none, in the metric's unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,12 @@ class Training:
     def key(self) -> str:
         return f"{self.study}/{self.variant}" + (f"-seed{self.seed}" if self.seeded else "")
 
+    @property
+    def source(self) -> Path | None:
+        """Folder of the training whose model it starts from."""
+        study, _, name = self.after.partition("/")
+        return self.folder.parents[2] / study / "models" / name if self.after else None
+
 
 @dataclass(frozen=True)
 class Results:
@@ -133,16 +140,19 @@ def load_study(name: str, folder: Path) -> Study:
     if not path.is_file():
         raise UserError(f"unknown study '{name}'{nearest(name, ['all', *available(folder)])}")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    rows = content.pop("rows", {})
-    comparisons = content.pop("comparisons", [])
+    if not isinstance(content, dict) or not isinstance(content.get("rows"), dict):
+        raise UserError(f"{path} is no study: it needs title and rows, and each row its keys (see the other studies)")
+    rows = content.pop("rows")
+    comparisons = content.pop("comparisons", None) or []
     study = _made(Study, path, content | {"name": name}, rows={k: _row(k, v, path) for k, v in rows.items()},
                   comparisons=[_comparison(entry, path) for entry in comparisons])  # fmt: skip
     if study.precision not in ("bf16", "fp32"):
         raise UserError(f"{path}: precision is '{study.precision}': use bf16 or fp32")
-    named = [row for c in study.comparisons for row in c.rows] + list(study.curves.get("rows", []))
-    for row in named:
-        if row not in study.rows:
-            raise UserError(f"{path}: there is no row '{row}'{nearest(row, list(study.rows))}")
+    if not isinstance(study.repeats, int) or study.repeats < 2:
+        raise UserError(f"{path}: repeats is {study.repeats}: stability needs at least 2 noise seeds")
+    if any(row.published for row in study.rows.values()) and set(study.published) != {"table", "dataset"}:
+        raise UserError(f"{path}: rows are published: name the papers' table and dataset under published")
+    _check_pairs(study, path)
     if study.curves and set(study.curves) != {"rows", "early", "title", "claim", "source"}:
         raise UserError(f"{path}: curves needs rows, early, title, claim and source, and nothing else")
     for row in study.rows.values():
@@ -156,11 +166,25 @@ def _made(kind: type, path: Path, given: dict, **more: Any) -> Any:
     for key in given:
         if key not in known:
             raise UserError(f"{path}: unknown key '{key}'{nearest(str(key), sorted(known))}")
+    for f in dataclasses.fields(kind):
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in {*given, *more}:
+            raise UserError(f"{path}: a {kind.__name__.lower()} lacks '{f.name}': add it")
     return kind(**given, **more)
 
 
-def _row(name: str, content: dict, path: Path) -> Row:
-    row = _made(Row, path, {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}, name=name)
+def _check_pairs(study: Study, path: Path) -> None:
+    """Two known rows in each comparison, and in the curves."""
+    for rows in [list(c.rows) for c in study.comparisons] + [list(study.curves.get("rows", []))] * bool(study.curves):
+        for row in rows:
+            if row not in study.rows:
+                raise UserError(f"{path}: there is no row '{row}'{nearest(str(row), list(study.rows))}")
+        if len(rows) != 2:
+            raise UserError(f"{path}: rows are [{', '.join(rows)}]: compare two")
+
+
+def _row(name: str, content: dict | None, path: Path) -> Row:
+    content = {k: tuple(v) if isinstance(v, list) else v for k, v in (content or {}).items()}
+    row = _made(Row, path, content, name=name)
     if sum(map(bool, (row.train, row.model, row.like))) != 1:
         raise UserError(f"{path}: row {name} needs exactly one of train, model and like")
     return row
@@ -168,6 +192,8 @@ def _row(name: str, content: dict, path: Path) -> Row:
 
 def _comparison(content: dict, path: Path) -> Comparison:
     made = _made(Comparison, path, content | {"rows": tuple(content.get("rows", ()))})
+    if not isinstance(made.expect, dict):
+        raise UserError(f"{path}: expect is '{made.expect}': name metrics, such as {{psnr: higher}}")
     for metric, expected in made.expect.items():
         if metric not in COMPARED or expected not in EXPECTED:
             known = f"metrics {', '.join(COMPARED)}; words {', '.join(EXPECTED)}"
@@ -237,6 +263,14 @@ class Plan:
         """The rows that `only` names: by 'row', its variant, or 'study/row'; all without."""
         rows = self.study(study).rows
         return [n for n, row in rows.items() if not only or {n, row.train, f"{study}/{n}"} & set(only)]
+
+    def check_only(self, studies: list[str], only: list[str]) -> None:
+        """Raises UserError for a word that chooses no row of any of the studies."""
+        for word in only:
+            if not any(self.chosen(name, [word]) for name in studies):
+                known = {text for name in studies for row in self.study(name).rows.values()
+                         for text in (row.name, row.train, f"{name}/{row.name}") if text}  # fmt: skip
+                raise UserError(f"--only {word}: no study that was asked for has a row {word}{nearest(word, [*known])}")
 
     def _collect(self, key: str, found: dict[str, Training]) -> None:
         study, name = self.split(key)

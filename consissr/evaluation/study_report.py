@@ -6,16 +6,18 @@ import csv
 import json
 import math
 import platform
+import shlex
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from consissr.evaluation.bootstrap import DRAWS, Estimate, interval
-from consissr.evaluation.children import cores
 from consissr.evaluation.output import write_text
 from consissr.evaluation.protocols import MEASURES
-from consissr.evaluation.studies import COMPARED, DATASETS, METRICS, Study
+from consissr.evaluation.studies import COMPARED, DATASETS, LEAST, METRICS, Study
 from consissr.evaluation.study_run import PHOTOS, REALSR, Setting, note, record_of
 from consissr.evaluation.study_scores import (
     PROTOCOL,
@@ -28,6 +30,7 @@ from consissr.evaluation.study_scores import (
     measure_steps,
     restored,
 )
+from consissr.evaluation.workers import cores
 
 LABELS = {
     "realsr": f"RealSR, centre crops of {{}} of the 100 pairs, {REALSR['crop'] * REALSR['scale']} pixels",
@@ -39,13 +42,34 @@ RULES = (
     f"Paired differences over images, first row minus second, with 95 % bootstrap intervals ({DRAWS} resamples of the "
     "images). Rows are compared at the training seeds that both have; with two the verdict is on the mean of both "
     "differences, and differences of opposite signs resolve nothing. "
-    "'appears': the interval lies on the claim's side of 0; 'opposite': on the other side; else 'not resolved'."
+    "'appears': the interval lies on the claim's side of 0, beyond the least difference that counts ("
+    + ", ".join(f"{metric.upper()} {least:g}" for metric, least in LEAST.items() if not metric.endswith("-gstd"))
+    + ", a tenth of it for a G-STD); 'opposite': the same on the other side; else 'not resolved'. 'unchanged' appears "
+    "where the interval lies within that least difference of 0. '(one training seed)': different models are compared "
+    "at a single training seed. The intervals are over images alone: two seeds of one pair (gamma10 and ddpm of "
+    "consissr_table4, RealSR) differed by 0.17 dB, so that a difference at one seed below 0.1 to 0.2 dB may be "
+    "training noise. And percentile intervals from so few images are narrower than 95 %: where differences are normal, "
+    "those from 12 images hold the mean in about 91 % of all cases, those from 6 in about 86 %."
 )
 FLAT = (
     "Flat blocks: roughness of the smoothest blocks relative to HR's. Well above 1 is grain, which NIQE takes for "
     "detail: read both together. The bicubic rows are for scale; the second has grain added."
 )
 LEVELS = "Published values are the papers', of far larger models on whole images: compare differences, not levels."
+
+
+@dataclass
+class Measured:
+    """What a study's page and table are written from."""
+
+    setting: Setting
+    study: Study
+    scored: list[Scores]
+    """One per data set."""
+    findings: list[Finding]
+    published: Published
+    missing: list[str]
+    """Rows that are not there, a line each."""
 
 
 def report(setting: Setting, name: str, papers: Path, data: Path | None = None) -> list[str]:
@@ -66,7 +90,8 @@ def report(setting: Setting, name: str, papers: Path, data: Path | None = None) 
             shown[dataset] = ready
     published = Published(study, papers)
     findings = [f for scores in scored for f in compare(study, scores, published)]
-    steps = measure_steps(setting, study, shown.get("realsr", []))
+    steps, lacking = measure_steps(setting, study, shown.get("realsr", []))
+    missing += lacking
     findings += compare_steps(study, steps) if steps else []
     if shown:
         note(setting, name, "evaluate", name, time.perf_counter() - began)
@@ -74,9 +99,10 @@ def report(setting: Setting, name: str, papers: Path, data: Path | None = None) 
     write_csv(out / "summary.csv", summary(study, scored, published))
     write_csv(out / "comparisons.csv", comparison_rows(study, findings))
     pictures = study_pictures.draw(setting, study, scored, shown, steps)
-    write_text(out / "summary.md", markdown(setting, study, scored, findings, published, missing, pictures))
+    measured = Measured(setting, study, scored, findings, published, missing)
+    write_text(out / "summary.md", markdown(measured, pictures))
     if data is not None and scored:
-        write_text(data / f"{name}.yaml", table_file(setting, study, scored, findings, published, missing))
+        write_text(data / f"{name}.yaml", table_file(measured))
     return [f"{name}: {line}" for line in missing]
 
 
@@ -113,13 +139,14 @@ def summary(study: Study, scored: list[Scores], published: Published) -> list[di
         for row, seeds in s.values.items():
             each = [("mean", {m: s.mean(row, m) for m in COMPARED})] if len(seeds) > 1 else []
             runs = len(next(iter(s.runs[row].values()))["psnr"])
+            flat = {"mean": s.flat_mean(row), **s.flat[row]}
             for seed, values in [*each, *seeds.items()]:
                 line = {"dataset": s.dataset, "row": row, "seed": seed, "images": len(s.images), "runs": runs}
                 for metric in COMPARED:
                     e = interval(values[metric])
                     parts = {metric: e.mean, f"{metric} low": e.low, f"{metric} high": e.high}
                     line |= {name: _plain(value) for name, value in parts.items()}
-                line["flat-block ratio"] = round(s.flat[row], 4)
+                line["flat-block ratio"] = round(flat[seed], 4)
                 lines.append(line | {f"{m} published": _plain(published.value(row, m)) for m in COMPARED})
     return lines
 
@@ -146,31 +173,28 @@ def _plain(value: float) -> float | str:
     return "" if math.isnan(value) else round(value, 6)
 
 
-def markdown(
-    setting: Setting,
-    study: Study,
-    scored: list[Scores],
-    findings: list[Finding],
-    published: Published,
-    missing: list[str],
-    pictures: list[Path],
-) -> str:
+def markdown(measured: Measured, pictures: list[Path]) -> str:
     """The study on one page."""
+    study = measured.study
     lines = [f"# {study.title}, at nano's scale", ""]
     lines += [f"Study `{study.name}` (configs/nano/studies/{study.name}.yaml); each number is in summary.csv or",
               "comparisons.csv beside this file, and each image's in per_image.csv.", ""]  # fmt: skip
-    for scores in scored:
+    for scores in measured.scored:
         lines += [
             f"## {LABELS[scores.dataset].format(len(scores.images))}",
             "",
-            *means_table(study, scores, published),
+            *means_table(study, scores, measured.published),
             "",
         ]
     lines += ["## What the papers say, and what appears", ""]
     lines += [RULES, ""]
-    lines += [*findings_table(findings), ""] if findings else ["No two rows of a comparison are there yet.", ""]
-    lines += ["## Missing", "", *[f"- {line}" for line in missing or ["nothing"]], ""]
-    lines += ["## Time and machine", "", *[f"- {line}" for line in spent(setting, study)], ""]
+    lines += (
+        [*findings_table(measured.findings), ""]
+        if measured.findings
+        else ["No two rows of a comparison are there yet.", ""]
+    )
+    lines += ["## Missing", "", *[f"- {line}" for line in measured.missing or ["nothing"]], ""]
+    lines += ["## Time and machine", "", *[f"- {line}" for line in spent(measured.setting, study)], ""]
     lines += ["## Pictures", "", *[f"![{path.stem}]({path.name})" for path in pictures], ""]
     return "\n".join(lines)
 
@@ -181,20 +205,26 @@ def means_table(study: Study, scores: Scores, published: Published) -> list[str]
     lines = ["| row | " + " | ".join([*titles, "L-STD ↓", "flat blocks"]) + " |"]
     lines += ["|---" + "|--:" * 5 + "|"]
     for row, seeds in scores.values.items():
-        texts = []
-        for name in METRICS:
-            e, spread = interval(scores.mean(row, name)), scores.mean(row, f"{name}-gstd").mean()
-            digits = MEASURES[name].digits
-            texts.append(f"{e.mean:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}] / {_dash(spread)}")
-        texts += [_dash(scores.mean(row, "l-std").mean()), f"{scores.flat[row]:.2f}"]
         words = [about(study, row)] * bool(about(study, row))
         words += [f"mean of {len(seeds)} training seeds"] * (len(seeds) > 1)
-        lines.append(f"| {row}" + f" ({'; '.join(words)})" * bool(words) + " | " + " | ".join(texts) + " |")
+        means = {metric: scores.mean(row, metric) for metric in COMPARED}
+        lines.append(_means_line(row + f" ({'; '.join(words)})" * bool(words), means, scores.flat_mean(row)))
+        for seed, values in seeds.items() if len(seeds) > 1 else ():
+            lines.append(_means_line(f"{row}, training seed {seed} alone", values, scores.flat[row][seed]))
         if scores.dataset == "realsr" and (cells := published.cells(row)):
             told = [str(cells.get(name, "-")) for name in (*METRICS, "l-std")] + ["-"]
             lines.append(f"| *published: {study.rows[row].published}* | " + " | ".join(told) + " |")
     lines += ["", FLAT]
     return [*lines, *(["", LEVELS] if scores.dataset == "realsr" and study.published else [])]
+
+
+def _means_line(label: str, values: dict[str, np.ndarray], flat: float) -> str:
+    texts = []
+    for name in METRICS:
+        e, digits = interval(values[name]), MEASURES[name].digits
+        interval_text = f"[{e.low:.{digits}f}, {e.high:.{digits}f}]"
+        texts.append(f"{e.mean:.{digits}f} {interval_text} / {_dash(values[f'{name}-gstd'].mean())}")
+    return f"| {label} | " + " | ".join([*texts, _dash(values["l-std"].mean()), f"{flat:.2f}"]) + " |"
 
 
 def about(study: Study, row: str) -> str:
@@ -261,25 +291,18 @@ def machine() -> str:
     return f"{names[0].split(': ')[-1] if names else platform.processor() or platform.machine()}, {cores()} core(s)"
 
 
-def table_file(
-    setting: Setting,
-    study: Study,
-    scored: list[Scores],
-    findings: list[Finding],
-    published: Published,
-    missing: list[str],
-) -> str:
+def table_file(measured: Measured) -> str:
     """The results as a table of configs/tables: kind 'study', each row above the papers' row, and the findings."""
-    columns = (*METRICS, "l-std")
+    study, columns = measured.study, (*METRICS, "l-std")
     datasets: dict[str, dict[str, str]] = {}
-    for scores in scored:
+    for scores in measured.scored:
         rows = datasets.setdefault(scores.dataset, {})
         for row in scores.values:
             means = [f"{scores.mean(row, m).mean():.{MEASURES[m].digits}f}" for m in METRICS]
             spreads = [_dash(scores.mean(row, f"{m}-gstd").mean()) for m in METRICS]
             cells = ["/".join(both) for both in zip(means, spreads, strict=True)]
             rows[row] = " ".join([*cells, _dash(scores.mean(row, "l-std").mean())])
-            if scores.dataset == "realsr" and (told := published.cells(row)):
+            if scores.dataset == "realsr" and (told := measured.published.cells(row)):
                 rows[f"{row}, published"] = " ".join(str(told.get(column, "-")) for column in columns)
     content = {
         "title": f"{study.title}, at nano's scale",
@@ -289,17 +312,31 @@ def table_file(
         "metrics": list(METRICS),
         "last": "l-std",
         "notes": [
-            *(f"{s.dataset}: {LABELS[s.dataset].format(len(s.images))}." for s in scored),
-            *(f"missing: {line}" for line in missing),
-            *spent(setting, study),
+            *(f"{s.dataset}: {LABELS[s.dataset].format(len(s.images))}." for s in measured.scored),
+            *several_seeds(measured.scored),
+            *(f"missing: {line}" for line in measured.missing),
+            *spent(measured.setting, study),
         ],  # fmt: skip
         "datasets": datasets,
-        "findings": comparison_rows(study, findings),
+        "findings": comparison_rows(study, measured.findings),
     }
-    call = f"python scripts/study.py {study.name} --photos PHOTOS --realsr REALSR"
     header = (
         f"# {study.title}, at nano's scale: what a run of the study wrote.\n"
-        f"# Command: {call} --tables configs/tables/nano\n"
+        f"# Command: {command(measured.setting, study)} --tables configs/tables/nano\n"
         f"# Shown by: python scripts/eval.py --table nano/{study.name} --dataset realsr\n"
     )
     return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def several_seeds(scored: list[Scores]) -> list[str]:
+    """Which rows are means over training seeds, in words."""
+    found = {row: sorted(seeds) for scores in scored for row, seeds in scores.values.items() if len(seeds) > 1}
+    return [f"{row}: mean of training seeds {', '.join(map(str, seeds))}; differences use common seeds"
+            for row, seeds in found.items()]  # fmt: skip
+
+
+def command(setting: Setting, study: Study) -> str:
+    """The call that makes such results, with what was not left as it is."""
+    words = ["--repeats", str(setting.plan.repeats)] if setting.plan.repeats else []
+    words += ["--set", *setting.overrides] if setting.overrides else []
+    return " ".join([f"python scripts/study.py {study.name} --photos PHOTOS --realsr REALSR", *map(shlex.quote, words)])

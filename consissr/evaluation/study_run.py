@@ -1,6 +1,6 @@
 """A study's work in child processes: test images, trainings, restorations. What is done is not done again.
 
-OUT/data/{realsr,photos}/{LR,HR}                the test images, shared by all studies
+OUT/data/{realsr,photos}/{LR,HR}                the test images, shared by all studies; source.txt: of which folder
 OUT/<study>/models/<variant>[-seed2]/           model folders, with study.json once they are complete
 OUT/<study>/results/<row>[-seed2]/<data set>/   sample0 ... ; beside them <data set>.json: how they were made
 OUT/<study>/logs/, times.jsonl                  each child's output, and its seconds
@@ -8,6 +8,7 @@ OUT/<study>/logs/, times.jsonl                  each child's output, and its sec
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -21,9 +22,10 @@ from PIL import Image
 
 from consissr.config import load_config
 from consissr.errors import UserError
-from consissr.evaluation.children import Job, cores, threads_each
-from consissr.evaluation.folders import list_images, list_runs
+from consissr.evaluation.children import Job, threads_each
+from consissr.evaluation.folders import list_images, list_runs, pair
 from consissr.evaluation.studies import DATASETS, Plan, Results, Training, changed_fields
+from consissr.evaluation.workers import cores
 from consissr.train_config import TrainConfig
 
 REALSR = {"count": 12, "crop": 72, "scale": 4}
@@ -31,6 +33,7 @@ REALSR = {"count": 12, "crop": 72, "scale": 4}
 PHOTOS = {"count": 6, "crop": 288, "preset": "ccsr", "seed": 0}
 """Degraded photographs: HR crops of 288 pixels."""
 DONE = "study.json"
+SOURCE = "source.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +64,15 @@ class Setting:
 
 
 def data_jobs(setting: Setting) -> list[Job]:
-    """Write what is missing of the test images; returns the jobs that are left to run."""
+    """Write what is missing of the test images; returns the jobs that are left to run.
+
+    Raises UserError if they are there, but of other folders than those given (where it was recorded).
+    """
     data = setting.plan.out / "data"
+    for folder, given in ((data / "realsr", setting.realsr), (data / "photos", setting.photos)):
+        told = folder / SOURCE
+        if given and told.is_file() and (source := told.read_text().strip()) != str(given.resolve()):
+            raise UserError(f"{folder} was made of {source}, not of {given}: give that folder, or use another -o")
     if not (data / "realsr").is_dir():
         if setting.realsr is None:
             raise UserError("the study restores real pairs: give their folder (LR/ and HR/) with --realsr")
@@ -73,7 +83,12 @@ def data_jobs(setting: Setting) -> list[Job]:
     shutil.rmtree(scratch, ignore_errors=True)
     words = [word for name, value in PHOTOS.items() for word in (f"--{name}", value)]
     command = setting.command("make_testset.py", "-i", source, "-o", scratch, *words)
-    return [Job("test photographs", command, data / "photos.log", done=lambda _: scratch.rename(data / "photos"))]
+
+    def keep(_: float) -> None:
+        (scratch / SOURCE).write_text(f"{setting.photos.resolve()}\n")
+        scratch.rename(data / "photos")
+
+    return [Job("test photographs", command, data / "photos.log", done=keep)]
 
 
 def part_of(photos: Path | None, name: str) -> Path:
@@ -86,19 +101,25 @@ def part_of(photos: Path | None, name: str) -> Path:
 
 
 def centre_crops(pairs: Path, output: Path) -> None:
-    """Centre crops of evenly chosen real pairs, LQ and HR alike, below `output`/LR and /HR."""
-    scratch = output.with_name(f".{output.name}")
+    """Centre crops of evenly chosen real pairs, LQ and HR alike, below `output`/LR and /HR; a/b.png becomes a-b.png."""
+    scratch, scale = output.with_name(f".{output.name}"), REALSR["scale"]
     shutil.rmtree(scratch, ignore_errors=True)
-    for part, side in (("LR", REALSR["crop"]), ("HR", REALSR["crop"] * REALSR["scale"])):
-        files = list_images(pairs / part)
-        names = sorted(files)[:: max(1, len(files) // REALSR["count"])][: REALSR["count"]]
-        (scratch / part).mkdir(parents=True)
-        for name in names:
-            with Image.open(files[name]) as image:
+    lr, hr = list_images(pairs / "LR"), list_images(pairs / "HR")
+    found = pair({"HR": pairs / "HR"}, pairs / "HR", pairs / "LR").images
+    for name in found[:: max(1, len(found) // REALSR["count"])][: REALSR["count"]]:
+        sizes = []
+        for part, path, side in (("LR", lr[name], REALSR["crop"]), ("HR", hr[name], REALSR["crop"] * scale)):
+            with Image.open(path) as image:
                 left, top = (image.width - side) // 2, (image.height - side) // 2
                 if min(left, top) < 0:
-                    raise UserError(f"{files[name]} is smaller than {side}x{side}: use RealSR's 128 -> 512 pairs")
-                image.convert("RGB").crop((left, top, left + side, top + side)).save(scratch / part / f"{name}.png")
+                    raise UserError(f"{path} is smaller than {side}x{side}: use RealSR's 128 -> 512 pairs")
+                (scratch / part).mkdir(parents=True, exist_ok=True)
+                target = scratch / part / f"{name.replace('/', '-')}.png"
+                image.convert("RGB").crop((left, top, left + side, top + side)).save(target)
+                sizes.append(image.size)
+        if sizes[1] != (sizes[0][0] * scale, sizes[0][1] * scale):
+            raise UserError(f"{hr[name]} is not {scale} times as large as {lr[name]}: use RealSR's 128 -> 512 pairs")
+    (scratch / SOURCE).write_text(f"{pairs.resolve()}\n")
     scratch.rename(output)
 
 
@@ -110,8 +131,18 @@ def planned(training: Training, overrides: Iterable[str]) -> TrainConfig:
     return load_config(TrainConfig, training.config, [*overrides, f"seed={training.seed}"])
 
 
+def done_record(model: Path | str) -> dict:
+    """What `mark` wrote beside a trained model; {} where it is not complete."""
+    path = Path(model) / DONE
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def is_trained(training: Training, overrides: Iterable[str] = ()) -> bool:
-    """Whether the model is complete. UserError if its folder holds a run of another configuration."""
+    """Whether the model is complete.
+
+    Raises UserError if its folder holds a run of another configuration, or one that started from another model than
+    its source's (which has been trained anew, or removed to be trained anew).
+    """
     told = training.folder / "train.yaml"
     if told.is_file():
         differ = changed_fields(load_config(TrainConfig, told), planned(training, overrides))
@@ -119,7 +150,13 @@ def is_trained(training: Training, overrides: Iterable[str] = ()) -> bool:
             raise UserError(
                 f"{training.folder} was trained with other values of {', '.join(differ)}: remove it, or use another -o"
             )
-    return (training.folder / DONE).is_file() and (training.folder / "config.yaml").is_file()
+    record = done_record(training.folder)
+    if training.source and "source" in record and record["source"] != done_record(training.source).get("finished", ""):
+        raise UserError(
+            f"{training.folder} was trained from another {training.after} than the one there: remove it, or use "
+            "another -o"
+        )
+    return bool(record) and (training.folder / "config.yaml").is_file()
 
 
 def training_jobs(setting: Setting, trainings: dict[str, Training]) -> list[Job]:
@@ -134,7 +171,7 @@ def training_jobs(setting: Setting, trainings: dict[str, Training]) -> list[Job]
         words += [f"init={after.folder}"] if after else []
         begun = any(training.folder.glob("checkpoint-*/state.json"))
         resume = ["--resume", "latest"] if begun else []
-        command = setting.command("train.py", "--config", training.config, *resume, *words, *setting.overrides)
+        command = setting.command("train.py", "--config", training.config, *resume, *setting.overrides, *words)
         log = training.folder.parent.parent / "logs" / f"train-{training.folder.name}.log"
         needs = (f"train {after.key}",) if after and not is_trained(after, setting.overrides) else ()
         jobs.append(Job(f"train {key}", command, log, needs, done=partial(mark, training, setting),
@@ -145,6 +182,8 @@ def training_jobs(setting: Setting, trainings: dict[str, Training]) -> list[Job]
 def mark(training: Training, setting: Setting, seconds: float) -> None:
     """Say that a model is complete."""
     record = {"finished": time.strftime("%Y-%m-%dT%H:%M:%S"), "seconds": round(seconds, 1), "cores": cores()}
+    if training.source:
+        record["source"] = done_record(training.source).get("finished", "")
     (training.folder / DONE).write_text(json.dumps(record | {"threads": threads_each(setting.jobs)}) + "\n")
 
 
@@ -169,12 +208,37 @@ def note(
 # --- restoring ---
 
 
-def recipe(results: Results, precision: str) -> dict:
+def recipe(results: Results, dataset: str, precision: str) -> dict:
     """How results are made: what must be the same for results that are kept (further repeats may join them)."""
-    done = Path(results.model) / DONE
-    finished = json.loads(done.read_text())["finished"] if results.training and done.is_file() else ""
-    return {"model": results.training or results.model, "trained": finished, "flags": list(results.flags),
-            "zero_tokens": results.zero_tokens, "precision": precision}  # fmt: skip
+    finished = done_record(results.model).get("finished", "") if results.training else ""
+    made = {"model": results.training or results.model, "trained": finished, "flags": list(results.flags),
+            "zero_tokens": results.zero_tokens, "precision": precision,
+            "save_steps": results.save_steps and dataset == "realsr"}  # fmt: skip
+    return made if results.training else made | {"weights": weights_digest(results.model)}
+
+
+def weights_digest(model: str) -> str:
+    """Digest of a model folder's weights and configuration, for models that another training may replace."""
+    from consissr.checkpoint import find_model
+
+    folder, found = find_model(model), hashlib.sha256()
+    for path in sorted([*folder.rglob("*.safetensors"), folder / "config.yaml"]):
+        found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def otherwise(results: Results, dataset: str, precision: str = "") -> list[str]:
+    """In which keys of `recipe` the record of results differs from what is wanted; [] without a record.
+
+    A key that the record lacks counts as equal (it may be older than the key), as do pictures of sampling steps that
+    nobody asks for. Without `precision` the record's own will do.
+    """
+    if not record_of(results, dataset).is_file():
+        return []
+    told = json.loads(record_of(results, dataset).read_text())
+    wanted = recipe(results, dataset, precision or told["precision"])
+    differ = [key for key in wanted if key in told and told[key] != wanted[key]]
+    return [key for key in differ if key != "save_steps" or wanted[key]]
 
 
 def is_restored(results: Results, dataset: str, images: set[str], repeats: int) -> bool:
@@ -203,14 +267,17 @@ def restoring_jobs(setting: Setting, study: str, rows: Iterable[str], training: 
             pending = f"train {results.training}" in training
             if results.training and not pending and not (Path(results.model) / DONE).is_file():
                 continue  # its training has failed or was not asked for: the report names it
-            wanted = None if pending else recipe(results, precision)
             record = record_of(results, dataset)
-            if record.is_file() and wanted and json.loads(record.read_text()) != wanted:
+            if pending and record.is_file():
+                differ = f"{results.training}, which is to be trained anew"
+            else:
+                differ = ", ".join(otherwise(results, dataset, precision))
+            if differ:
                 raise UserError(
-                    f"{folder} was restored otherwise ({record}): remove {results.folder}, or use another -o"
+                    f"{folder} was restored otherwise ({record}: {differ}): remove {results.folder}, or use another -o"
                 )
             names = {path.stem for path in lr.glob("*.png")}
-            if names and wanted and is_restored(results, dataset, names, repeats):
+            if names and not pending and is_restored(results, dataset, names, repeats):
                 continue
             place = Path(*results.folder.parts[-3:]) / dataset  # study/results/row/dataset
             owner = place.parts[0]
@@ -231,7 +298,7 @@ def begin(results: Results, dataset: str, precision: str) -> None:
     """Record how results are made; and make the model without image tokens where that is what restores."""
     record = record_of(results, dataset)
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(recipe(results, precision)) + "\n")
+    record.write_text(json.dumps(recipe(results, dataset, precision)) + "\n")
     if results.zero_tokens:
         from consissr.checkpoint import find_model
 

@@ -8,20 +8,34 @@ from pathlib import Path
 
 import numpy as np
 
+from consissr.config import nearest
 from consissr.errors import UserError
 from consissr.evaluation import tables
 from consissr.evaluation.bootstrap import Difference, paired, verdict
 from consissr.evaluation.check import flat_block_ratio, write_baselines
-from consissr.evaluation.curves import step_evaluation
-from consissr.evaluation.evaluate import evaluate
+from consissr.evaluation.curves import step_pictures, timesteps
+from consissr.evaluation.evaluate import Evaluation, evaluate
 from consissr.evaluation.folders import Method, Pairs, list_images, list_runs, pair, read_image
 from consissr.evaluation.protocols import get_measures, get_protocol
-from consissr.evaluation.studies import METRICS, Comparison, Results, Study
-from consissr.evaluation.study_run import DONE, REALSR, Setting, is_restored
+from consissr.evaluation.studies import LEAST, METRICS, Comparison, Results, Study
+from consissr.evaluation.study_run import REALSR, Setting, done_record, is_restored, otherwise
 
 PROTOCOL = "ccsr"
 STEP_METRICS = ("psnr", "ssim")
 """Of the pictures that sampling steps expect (Fig. 8, ConsisSR, has LPIPS, too)."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What results were restored with: the training's key or the bundled name."""
+
+    name: str
+    trained: bool
+    """Whether a study trained it, with a seed of its own."""
+
+    @classmethod
+    def of(cls, results: Results) -> Model:
+        return cls(results.training or results.model, bool(results.training))
 
 
 @dataclass
@@ -33,12 +47,18 @@ class Scores:
     values: dict[str, dict[int, dict[str, np.ndarray]]] = field(default_factory=dict)
     runs: dict[str, dict[int, dict[str, np.ndarray]]] = field(default_factory=dict)
     """The same before averaging: (runs, images), metrics as in METRICS."""
-    flat: dict[str, float] = field(default_factory=dict)
-    """Flat-block ratio (see check.py) of each row's first run: grain, which NIQE rewards, lifts it well above 1."""
+    flat: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Flat-block ratio (see check.py) of the first run: grain, which NIQE rewards, lifts it well above 1."""
+    models: dict[str, dict[int, Model]] = field(default_factory=dict)
+    """What restored; none for the rows for scale."""
 
     def mean(self, row: str, metric: str) -> np.ndarray:
         """(images,), averaged over training seeds."""
         return np.mean([values[metric] for values in self.values[row].values()], axis=0)
+
+    def flat_mean(self, row: str) -> float:
+        """The flat-block ratio, averaged over training seeds."""
+        return float(np.mean(list(self.flat[row].values())))
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,6 @@ class Finding:
     metric: str
     dataset: str
     found: Difference
-    seeds: list[int]
     verdict: str
     published: tuple[float, float]
     """The papers' values of both rows; NaN where there is none."""
@@ -70,7 +89,11 @@ class Published:
         name = one.table or self.study.published["table"]
         if name not in self.tables:
             self.tables[name] = tables.load_table(name, self.papers)
-        return self.tables[name].datasets[self.study.published["dataset"]][one.published]
+        told = self.tables[name].datasets[self.tables[name].dataset(self.study.published["dataset"])]
+        if one.published not in told:
+            raise UserError(f"study {self.study.name}: {name} has no row '{one.published}', beside which {row} is to "
+                            f"stand{nearest(one.published, list(told))}")  # fmt: skip
+        return told[one.published]
 
     def value(self, row: str, metric: str) -> float:
         """One published value, a mean, G-STD or L-STD; NaN where there is none."""
@@ -87,8 +110,10 @@ def restored(setting: Setting, study: Study, dataset: str) -> tuple[list[Results
     for row in study.rows:
         for results in setting.plan.results(study.name, row):
             label = row + (f", training seed {results.seed}" if "-seed" in results.folder.name else "")
-            if results.training and not (Path(results.model) / DONE).is_file():
+            if results.training and not done_record(results.model):
                 lacking.append(f"{label}: not trained ({results.training})")
+            elif differ := otherwise(results, dataset):
+                lacking.append(f"{label}: restored otherwise on {dataset} ({', '.join(differ)})")
             elif not images or not is_restored(results, dataset, images, study.repeats):
                 lacking.append(f"{label}: not restored on {dataset}")
             else:
@@ -102,19 +127,18 @@ def measure(setting: Setting, dataset: str, ready: list[Results], repeats: int) 
     Scores are cached in OUT/data/<dataset>.jsonl for all studies.
     """
     hr = setting.plan.out / "data" / dataset / "HR"
-    base = pair({"HR": hr}, hr, None)
     methods = []
     for results in ready:
         runs = [list_images(run) for run in list_runs(results.folder / dataset)[:repeats]]
         methods.append(Method(f"{results.row}\n{results.seed}", runs))
     baselines = write_baselines(hr.with_name("LR"), hr.with_name("baselines"), REALSR["scale"])
     methods += [Method(f"{name}\n0", [list_images(folder)]) for name, folder in baselines.items()]
-    pairs = Pairs(methods, base.images, base.hr, None, base.sizes)
-    cache = setting.plan.out / "data" / f"{dataset}.jsonl"
-    done = evaluate(pairs, get_measures(list(METRICS)), get_protocol(PROTOCOL), cache, jobs=setting.jobs)
-    if done.unavailable:
-        raise UserError("; ".join(f"{metric}: {reason}" for metric, reason in done.unavailable.items()))
+    done = evaluated(setting, dataset, methods, METRICS)
+    base = done.pairs
     scores = Scores(dataset, base.images)
+    for results in ready:
+        scores.models.setdefault(results.row, {})[results.seed] = Model.of(results)
+    photographs = [read_image(base.hr[image]) for image in base.images]
     for method in methods:
         row, seed = method.name.split("\n")
         table = done.values[method.name]
@@ -127,29 +151,55 @@ def measure(setting: Setting, dataset: str, ready: list[Results], repeats: int) 
         values["l-std"] = done.local_std.get(method.name, unknown)
         scores.values.setdefault(row, {})[int(seed)] = values
         scores.runs.setdefault(row, {})[int(seed)] = table
-        if row not in scores.flat:
-            first = (read_image(method.runs[0][image]) for image in base.images)
-            scores.flat[row] = flat_block_ratio(first, [read_image(base.hr[image]) for image in base.images])
+        first = (read_image(method.runs[0][image]) for image in base.images)
+        scores.flat.setdefault(row, {})[int(seed)] = flat_block_ratio(first, photographs)
     return scores
+
+
+def evaluated(setting: Setting, dataset: str, methods: list[Method], metrics: tuple[str, ...]) -> Evaluation:
+    """Metrics of a data set's images. Raises UserError where one cannot be computed."""
+    data = setting.plan.out / "data"
+    base = pair({"HR": data / dataset / "HR"}, data / dataset / "HR", None)
+    pairs = Pairs(methods, base.images, base.hr, None, base.sizes)
+    done = evaluate(pairs, get_measures(list(metrics)), get_protocol(PROTOCOL), data / f"{dataset}.jsonl",
+                    jobs=setting.jobs)  # fmt: skip
+    if done.unavailable:
+        raise UserError("; ".join(f"{metric}: {reason}" for metric, reason in done.unavailable.items()))
+    return done
+
+
+def paired_seeds(a: dict[int, Model], b: dict[int, Model]) -> list[tuple[int, int]]:
+    """The training seeds at which two rows are compared: those that both have.
+
+    A row without training stands beside each of the other's.
+    """
+    for one, other, swap in ((a, b, False), (b, a, True)):
+        if len(one) == 1 and not next(iter(one.values())).trained:
+            (own,) = one
+            return [(seed, own) if swap else (own, seed) for seed in sorted(other)]
+    return [(seed, seed) for seed in sorted(a.keys() & b.keys())]
+
+
+def one_training(models: list[tuple[Model, Model]]) -> bool:
+    """Whether a single training of each model stands behind a difference; False where one model restored both rows."""
+    return len(models) == 1 and models[0][0] != models[0][1]
 
 
 def compare(study: Study, scores: Scores, published: Published) -> list[Finding]:
     """The study's comparisons on one data set; rows with several training seeds are compared seed by seed."""
     findings = []
     for comparison in study.comparisons:
-        a, b = (scores.values.get(row, {}) for row in comparison.rows)
-        seeds = sorted(a.keys() & b.keys()) or [None] * bool(a and b)
+        models = [scores.models.get(row, {}) for row in comparison.rows]
+        seeds = paired_seeds(*models)
         if not seeds:
             continue
+        single = one_training([(models[0][i], models[1][k]) for i, k in seeds])
+        a, b = (scores.values[row] for row in comparison.rows)
         for metric, expected in comparison.expect.items():
-            first, second = (
-                np.stack([(table[s] if s is not None else next(iter(table.values())))[metric] for s in seeds])
-                for table in (a, b)
-            )
-            found = paired(first, second)
-            said = verdict(found, expected, comparison.within)
+            found = paired(np.stack([a[i][metric] for i, _ in seeds]), np.stack([b[k][metric] for _, k in seeds]))
+            said = verdict(found, expected, LEAST[metric], single)
             values = tuple(published.value(row, metric) for row in comparison.rows)
-            findings.append(Finding(comparison, metric, scores.dataset, found, seeds, said, values))
+            findings.append(Finding(comparison, metric, scores.dataset, found, said, values))
     return findings
 
 
@@ -162,6 +212,8 @@ class StepScores:
     """Noisiest first."""
     table: dict[tuple[str, int, str, int], np.ndarray]
     """By row, training seed, metric and timestep: (images,)."""
+    one_training: bool
+    """See the function."""
 
     def values(self, row: str, metric: str, t: int) -> np.ndarray:
         """(seeds, images), training seeds in order."""
@@ -169,38 +221,54 @@ class StepScores:
         return np.stack([self.table[row, seed, metric, t] for seed in seeds])
 
 
-def measure_steps(setting: Setting, study: Study, ready: list[Results]) -> StepScores | None:
-    """The steps of the study's curves on the real pairs; None until the curves' rows are all restored."""
+def measure_steps(setting: Setting, study: Study, ready: list[Results]) -> tuple[StepScores | None, list[str]]:
+    """The steps of the study's curves on the real pairs, and what is missing in words.
+
+    None until the curves' rows are restored, with pictures of steps, at a training seed that both have. Timesteps are
+    those that all have.
+    """
     rows = list(study.curves.get("rows", []))
     wanted = [r for r in ready if r.row in rows]
     if not rows or {r.row for r in wanted} != set(rows):
-        return None
-    seeds = set.intersection(*({r.seed for r in wanted if r.row == row} for row in rows))
-    places = {f"{r.row}\n{r.seed}": r.folder / "realsr" for r in wanted if r.seed in seeds}
-    data = setting.plan.out / "data"
-    done, methods = step_evaluation(places, data / "realsr" / "HR", get_measures(list(STEP_METRICS)),
-                                    get_protocol(PROTOCOL), data / "realsr.jsonl", jobs=setting.jobs)  # fmt: skip
-    found = StepScores(rows, sorted({t for _, t in methods}, reverse=True), {})
-    for method, (name, t) in zip(done.pairs.methods, methods, strict=True):
-        row, seed = name.split("\n")
+        return None, []
+    images = sorted(list_images(setting.plan.out / "data" / "realsr" / "HR"))
+    runs, missing = {}, []
+    for r in wanted:
+        try:
+            found = [step_pictures(run) for run in list_runs(r.folder / "realsr")[: study.repeats]]
+            runs[r.row, r.seed] = found, timesteps(found, images, r.folder)
+        except UserError:
+            missing.append(f"curves: {r.folder} lacks pictures of its sampling steps: remove it and restore again")
+    models = [{r.seed: Model.of(r) for r in wanted if r.row == row and (row, r.seed) in runs} for row in rows]
+    seeds = sorted(models[0].keys() & models[1].keys())
+    grids = [set(runs[row, seed][1]) for row in rows for seed in seeds]
+    shared = sorted(set.intersection(*grids), reverse=True) if grids else []
+    if not shared:
+        return None, missing or [f"curves: {' and '.join(rows)} share no training seed and timestep"]
+    methods = [Method(f"{row}\n{seed}\n{t}", [{i: run[i][t] for i in images} for run in runs[row, seed][0]])
+               for row in rows for seed in seeds for t in shared]  # fmt: skip
+    done = evaluated(setting, "realsr", methods, STEP_METRICS)
+    steps = StepScores(rows, shared, {}, one_training([(models[0][s], models[1][s]) for s in seeds]))
+    for method in methods:
+        row, seed, t = method.name.split("\n")
         for metric in STEP_METRICS:
-            found.table[row, int(seed), metric, t] = done.values[method.name][metric].mean(axis=0)
-    return found
+            steps.table[row, int(seed), metric, int(t)] = done.values[method.name][metric].mean(axis=0)
+    return steps, missing
 
 
 def compare_steps(study: Study, steps: StepScores) -> list[Finding]:
     """The curves' first row against the second: at each timestep, and over the early ones, which the claim is about."""
     first, second = steps.rows
     early = [t for t in steps.timesteps if t >= study.curves["early"]]
+    places = [(f"t >= {study.curves['early']}", early)] * bool(early) + [(f"t = {t}", [t]) for t in steps.timesteps]
     findings = []
     for metric in STEP_METRICS:
-        for label, times in [(f"t >= {study.curves['early']}", early), *((f"t = {t}", [t]) for t in steps.timesteps)]:
+        for label, times in places:
             a, b = (np.mean([steps.values(row, metric, t) for t in times], axis=0) for row in (first, second))
             name = f"{metric} at {label}"
             comparison = Comparison(rows=(first, second), expect={name: "higher"}, claim=study.curves["claim"],
                                     source=study.curves["source"])  # fmt: skip
-            found = paired(a, b)
-            seeds = list(range(len(found.seeds)))
-            none = (math.nan, math.nan)
-            findings.append(Finding(comparison, name, "realsr", found, seeds, verdict(found, "higher"), none))
+            found, none = paired(a, b), (math.nan, math.nan)
+            said = verdict(found, "higher", LEAST[metric], steps.one_training)
+            findings.append(Finding(comparison, name, "realsr", found, said, none))
     return findings

@@ -1,6 +1,7 @@
 """The papers' tables as data (configs/tables), and measured values printed beside the published ones."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,8 +123,23 @@ def measured_cells(evaluation: Evaluation, table: Table) -> dict[str, dict[str, 
     return rows
 
 
-def comparison(table: Table, dataset: str, measured: dict[str, dict[str, Cell]]) -> str:
-    """Markdown: each published row, below it what was measured under its name; then measured rows of other names."""
+def run_notes(evaluation: Evaluation, table: Table) -> list[str]:
+    """A note on each method with repeated runs that are not as many as the published values average."""
+    return [
+        f"{method.name}: {len(method.runs)} runs, the published values are of {table.runs}; G-STD and L-STD divide by "
+        "the number of runs and come out smaller for few."
+        for method in evaluation.pairs.methods
+        if len(method.runs) not in (1, table.runs)
+    ]
+
+
+def comparison(
+    table: Table, dataset: str, measured: dict[str, dict[str, Cell]], measured_notes: Sequence[str] = ()
+) -> str:
+    """Markdown: each published row, below it what was measured under its name; then measured rows of other names.
+
+    measured_notes: further lines below the table's own notes.
+    """
     published = table.datasets.get(dataset, {})
     rows, remarks = [], []
     given = "recorded" if table.kind == "study" else "published"
@@ -151,7 +167,7 @@ def comparison(table: Table, dataset: str, measured: dict[str, dict[str, Cell]])
     lines += ["| " + " | ".join(["Method", "", *map(_title, table.columns, [table] * len(table.columns))]) + " |"]
     lines += ["|---|---" + "|--:" * len(table.columns) + "|", *("| " + " | ".join(row) + " |" for row in rows), ""]
     lines += [f"[{number}] {note}" for number, note in enumerate(remarks, 1)]
-    lines += [f"- {note}" for note in table.notes]
+    lines += [f"- {note}" for note in (*table.notes, *measured_notes)]
     return "\n".join(lines + [finding_text(f) for f in table.findings if f["dataset"] == dataset]) + "\n"
 
 

@@ -42,8 +42,17 @@ def test_differences_are_paired_image_by_image_and_seed_by_seed() -> None:
         ([[0.0, 0.0, 0.0]], "higher", "not resolved"),
         ([[0.2, 0.3, 0.4]], "unchanged", "opposite"),
         ([[0.0, 0.0, 0.4]], "unchanged", "not resolved"),
+        ([[0.0001, 0.0002, 0.0003]], "higher", "not resolved"),  # too little to count
+        ([[0.02, 0.03, 0.04]], "higher", "appears"),
+        ([[-0.02, -0.03, -0.04]], "higher", "opposite"),
+        ([[0.005, 0.02, 0.06]], "higher", "not resolved"),  # the interval holds what does not count
+        ([[np.nan, 1.0, 2.0]], "higher", "not resolved"),
+        ([[np.nan, 1.0, 2.0]], "lower", "not resolved"),
+        ([[np.nan, 0.0, 0.0]], "unchanged", "not resolved"),
     ],
 )
 def test_verdicts(differences: list, expected: str, said: str) -> None:
     found = bootstrap.paired(np.array(differences), np.zeros_like(differences))
-    assert bootstrap.verdict(found, expected, within=0.01) == said
+    assert bootstrap.verdict(found, expected, least=0.01) == said
+    noted = bootstrap.verdict(found, expected, least=0.01, one_seed=True)
+    assert noted == (said if said == "not resolved" else f"{said} (one training seed)")

@@ -7,6 +7,7 @@ import torch
 
 from consissr.errors import UserError
 from consissr.evaluation import check
+from consissr.evaluation.folders import read_image
 
 
 def half_flat() -> torch.Tensor:
@@ -58,3 +59,24 @@ def test_rows(sets: dict[str, Path], tmp_path: Path) -> None:
     text = check.as_text(rows)
     assert f"{rows[2].wrong_drop:.2f}" in text and "| bicubic+grain |" in text
     assert {path.name for path in (tmp_path / "out" / "baselines").rglob("*.png")} == {"a.png", "b.png", "c.png"}
+
+
+def test_baselines_are_of_the_given_images(sets: dict[str, Path], tmp_path: Path) -> None:
+    """Under one folder: other images of the same names, another scale, fewer names."""
+    lr, out = sets["lr"], tmp_path / "out"
+    check.write_baselines(lr, out)
+    (lr / "a.png").write_bytes((lr / "b.png").read_bytes())
+    (lr / "c.png").unlink()
+    folder = check.write_baselines(lr, out)["bicubic"]
+    assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == ["a.png", "b.png"]
+    check.write_baselines(lr, out, scale=2)
+    assert read_image(folder / "a.png").shape == (1, 3, 48, 96)
+
+
+def test_folders_that_do_not_fit_are_named(sets: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--wrong-condition x: no --sr folder of that name; write NAME=DIR"):
+        check.check({"good": sets["good"]}, sets["hr"], sets["lr"], tmp_path / "out", {"x": sets["bad"]}, jobs=1)
+    (sets["lr"] / "a.png").rename(sets["lr"] / "z.png")
+    with pytest.raises(UserError, match="lacks 1 of the 3 images"):
+        check.check({"good": sets["good"]}, sets["hr"], sets["lr"], tmp_path / "out", jobs=1)

@@ -137,12 +137,31 @@ def test_the_report_is_self_contained(sets: dict[str, Path], tmp_path: Path) -> 
     assert list(data["pictures"]) == sorted(data["pictures"], key=psnr.get), "worst first"
 
 
+def test_a_flat_result_has_no_niqe(sets: dict[str, Path], tmp_path: Path, save) -> None:
+    """It is said, and the outputs stay readable: strict JSON, a cache that is read again, a plot of the others."""
+    save(sets["good"], {"b": np.zeros((96, 192, 3), np.uint8)})
+    for _ in range(2):
+        done = run(sets, tmp_path / "s.jsonl", metrics_=["niqe"])
+    assert np.isnan(done.values["good"]["niqe"][0]).tolist() == [False, True, False] and done.mean("bad", "niqe") > 0
+    assert '"niqe|' in (tmp_path / "s.jsonl").read_text() and "NaN" not in (tmp_path / "s.jsonl").read_text()
+    output.write_all(done, tmp_path / "out", pictures=1)
+    report = (tmp_path / "out" / "report.html").read_text()
+    plots, data = report.split('type="application/json">')
+    values = json.loads(data.split("</script>")[0], parse_constant=pytest.fail)
+    assert values["values"]["good"]["niqe"][1] is None and list(values["pictures"]) == ["b"]
+    assert plots.count("<circle") == 5 and "nan" not in plots.split("<svg")[1].split("</svg>")[0]
+    assert "| good | - |" in (tmp_path / "out" / "table.md").read_text()
+    assert "- good: no mean niqe, which is undefined for b." in (tmp_path / "out" / "table.md").read_text()
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_the_report_works_in_a_browser(sets: dict[str, Path], tmp_path: Path) -> None:
+def test_the_report_works_in_a_browser(sets: dict[str, Path], tmp_path: Path, save) -> None:
     """Its script runs without a network: rows are filled in, two pictures lie over each other, the slider moves."""
+    save(sets["bad"], {"c": np.zeros((96, 192, 3), np.uint8)})  # has no NIQE
     output.write_all(run(sets, tmp_path / "s.jsonl"), tmp_path)
     report = tmp_path / "report.html"
-    moves = 'by("slider").value = 25; by("slider").dispatchEvent(new Event("input")); by("best").click();'
+    moves = 'by("method").value = "bad"; by("method").onchange({target: by("method")}); by("slider").value = 25; '
+    moves += 'by("slider").dispatchEvent(new Event("input")); by("best").click();'
     report.write_text(report.read_text().replace("</body>", f"<script>{moves}</script></body>"))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", report.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -116,6 +116,13 @@ def test_damaged_weights_are_named(sets: dict[str, Path], tmp_path: Path, lpips_
         run(sets, tmp_path / "s.jsonl", ["lpips"], lpips_weights)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_here_is_not_the_weights_fault(lpips_weights: Path, device: str) -> None:
+    with pytest.raises(UserError, match=f"--device {device} cannot be used here") as caught:
+        learned.load("lpips", lpips_weights, device)
+    assert "download" not in str(caught.value)
+
+
 def test_a_wrong_weights_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a folder"):
         learned.missing("lpips", tmp_path / "nowhere")

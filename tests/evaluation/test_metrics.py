@@ -105,6 +105,17 @@ def test_wrong_input_is_named(change, message: str) -> None:
         metrics.psnr(change(hr), hr)
 
 
+@pytest.mark.parametrize("level", [0.0, 100 / 255, 1.0])
+def test_niqe_of_flat_images_does_not_exist(level: float) -> None:
+    """Fewer than two blocks with texture have no covariance; other images of the batch keep their values."""
+    textured = torch.rand(1, 3, 96, 288, generator=torch.Generator().manual_seed(0))
+    flat, nearly = torch.full_like(textured, level), textured.clone()
+    nearly[..., 80:] = level  # texture in the first of three blocks
+    values = niqe(torch.cat([flat, nearly, textured])).tolist()
+    assert math.isnan(values[0]) and math.isnan(values[1])
+    assert values[2] == pytest.approx(niqe(textured).item())
+
+
 def test_niqe_refuses_small_images() -> None:
     with pytest.raises(UserError, match="at least 96x192"):
         niqe(torch.rand(1, 3, 96, 96))

@@ -1,10 +1,10 @@
-"""Studies: their files, what is done once, reports. Stand-in scripts train and restore."""
+"""Studies at work: what is done once, what is not taken for something else, reports. Stand-in scripts."""
 
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
+import json
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -13,117 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from consissr import commandline
-from consissr.config import load_config
 from consissr.errors import UserError
-from consissr.evaluation import bootstrap, children, studies, study_run
-from consissr.evaluation.study_report import report
+from consissr.evaluation import children, studies, study_run
+from consissr.evaluation.study_report import command, report
+from consissr.evaluation.study_scores import restored
 from consissr.evaluation.tables import comparison, load_table
-from consissr.train_config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
-STUDIES, TABLES = ROOT / "configs" / "nano" / "studies", ROOT / "configs" / "tables"
-NAMES = studies.available(STUDIES)
-
-# --- the shipped studies ---
-
-
-def variants(study: str) -> dict[str, TrainConfig]:
-    return {path.stem: load_config(TrainConfig, path) for path in sorted((STUDIES / study).glob("*.yaml"))}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_variants_differ_only_where_the_study_says(name: str) -> None:
-    study = studies.load_study(name, STUDIES)
-    configs = variants(name)
-    assert set(configs) == {row.train for row in study.rows.values()} - {""}, "every file is trained by a row"
-    for variant, config in configs.items():
-        assert config.output_dir == f"runs/studies/{name}/models/{variant}"
-        assert f"study.py {name} --only {variant} " in (STUDIES / name / f"{variant}.yaml").read_text()
-    for stage in {config.stage for config in configs.values()}:
-        alike = [config for config in configs.values() if config.stage == stage]
-        differing = {field for config in alike for field in studies.changed_fields(alike[0], config)}
-        assert differing <= {*study.vary, "seed"}
-
-
-def test_all_studies_share_one_budget() -> None:
-    """What is trained from the bundled base: equal steps, batch, optimiser and data over all studies."""
-    configs = [config for name in NAMES for config in variants(name).values() if config.stage != "deft"]
-    fields = ("steps", "batch", "micro_batch", "ema", "optimizer", "data", "init", "seed")
-    for field in fields:
-        assert all(getattr(config, field) == getattr(configs[0], field) for config in configs), field
-    assert all(config.model.base == "nano" and config.model.residual == 0.5 for config in configs)
-    shared = {"consissr_table4/gamma10": "consissr_table3/hpa_pooled", "ccsr_table1/v2": "hybrids/nuts_hpa_tala"}
-    for one, other in shared.items():
-        a, b = (variants(name.split("/")[0])[name.split("/")[1]] for name in (one, other))
-        assert all(field.startswith(("model.", "tala.")) for field in studies.changed_fields(a, b))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_studies_name_published_rows_and_known_models(name: str) -> None:
-    from consissr.evaluation.study_scores import Published
-
-    plan = studies.Plan(STUDIES, Path("out"))
-    study = plan.study(name)
-    published = Published(study, TABLES)
-    for row in study.rows.values():
-        assert plan.results(name, row.name)
-        assert published.cells(row.name) or not row.published
-    assert {"consissr_table4/gamma10", "consissr_table4/gamma10-seed2"} <= set(plan.trainings("consissr_table4", []))
-    assert list(plan.trainings("ccsr_table1", ["full"])) == ["ccsr_table1/v2", "ccsr_table1/full"]
-
-
-def test_sampler_flags_are_those_of_infer_and_take_the_steps_they_claim() -> None:
-    from ccsr import nuts_plan
-
-    plan, checked = studies.Plan(STUDIES, Path("out")), 0
-    for row in [row for name in NAMES for row in plan.study(name).rows.values()]:
-        args = commandline.parser("").parse_args(["-i", "x", *row.flags])
-        if args.t_max is None:
-            continue
-        timesteps = [step.t for step in nuts_plan(args.steps, args.t_max, args.t_min)]
-        if row.about.startswith("S = "):
-            assert f"S = {len(timesteps)}" == row.about
-            checked += 1
-        if row.name in ("v1", "v1_truncated"):
-            assert timesteps == {"v1": [999, 499], "v1_truncated": [999, 832]}[row.name]
-    assert checked == 12
-
-
-def test_the_tower_alone_comes_from_a_bundled_model() -> None:
-    import torch
-
-    from consissr.checkpoint import find_model
-    from consissr.models.image_encoder import find_tower
-    from consissr.models.image_prompt import load_tower
-
-    config = variants("consissr_table4")["gamma10"].model
-    found, own = find_tower(config).state_dict(), load_tower(find_model("nano-consissr"))[0].state_dict()
-    base = find_tower(type(config)(base="nano")).state_dict()
-    assert all(torch.equal(value, own[name]) for name, value in found.items())
-    assert not all(torch.equal(value, base[name]) for name, value in found.items())
-
-
-def test_a_model_without_image_tokens(tmp_path: Path) -> None:
-    import torch
-
-    from consissr.checkpoint import find_model, read_weights
-    from consissr.models.image_prompt import Adapter
-
-    study_run.without_tokens(find_model("nano-consissr"), tmp_path / "blind")
-    before, after = (
-        read_weights(folder / "image_encoder" / "model.safetensors")
-        for folder in (find_model("nano-consissr"), tmp_path / "blind")
-    )
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"adapter.linear_3.weight", "adapter.linear_3.bias"}
-    state = {name.removeprefix("adapter."): value.float() for name, value in after.items() if "adapter." in name}
-    adapter = Adapter(state["linear_1.weight"].shape[1], state["linear_1.weight"].shape[0])
-    adapter.load_state_dict(state)
-    assert not adapter(torch.randn(2, 3, state["linear_1.weight"].shape[1])).any()
-    with pytest.raises(UserError, match="no image prompt"):
-        study_run.without_tokens(find_model("nano-ccsr"), tmp_path / "none")
-
+TABLES = Path(__file__).resolve().parents[2] / "configs" / "tables"
 
 # --- running ---
 
@@ -250,6 +146,9 @@ def test_a_stopped_training_goes_on_from_its_checkpoint(setting: study_run.Setti
     assert "--resume latest" in " ".join(jobs["train small/better"].command)
     assert "--resume" not in jobs["train small/plain"].command
     assert "seed=2" in jobs["train small/plain-seed2"].command
+    other = replace(setting, overrides=["seed=5"])
+    words = study_run.training_jobs(other, setting.plan.trainings("small", []))[0].command
+    assert words.index("seed=5") < words.index("seed=1"), "a row's seed is what --set cannot change"
 
 
 def test_another_configuration_is_not_taken_for_this_one(setting: study_run.Setting) -> None:
@@ -272,6 +171,88 @@ def test_results_of_other_flags_are_not_taken_for_these(setting: study_run.Setti
     setting.plan.studies.clear()
     with pytest.raises(UserError, match="again.* was restored otherwise"):
         study_run.restoring_jobs(setting, "small", ["again"], [])
+
+
+def test_results_of_a_model_that_is_trained_anew(setting: study_run.Setting) -> None:
+    training = setting.plan.training("small", "better")
+    training.folder.mkdir(parents=True)
+    study_run.mark(training, setting, 1.0)
+    (again,) = setting.plan.results("small", "again")
+    study_run.begin(again, "realsr", "fp32")
+    done = training.folder / study_run.DONE
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"finished": "later"}))
+    with pytest.raises(UserError, match=r"again.* was restored otherwise .*trained\)"):
+        study_run.restoring_jobs(setting, "small", ["again"], [])
+    lacking = restored(setting, setting.plan.study("small"), "realsr")[1]
+    assert "again: restored otherwise on realsr (trained)" in lacking
+    done.unlink()
+    with pytest.raises(UserError, match=r"small/better, which is to be trained anew\): remove .*again"):
+        study_run.restoring_jobs(setting, "small", ["again"], ["train small/better"])
+    shutil.rmtree(again.folder)
+    assert study_run.restoring_jobs(setting, "small", ["again"], ["train small/better"])
+
+
+def test_records_are_compared_where_they_say_something(tmp_path: Path) -> None:
+    results = studies.Results("x", 0, tmp_path / "x", "nano-ccsr", "", ("--steps", "6"), save_steps=True)
+    assert study_run.otherwise(results, "realsr", "bf16") == [], "no record"
+    study_run.begin(results, "realsr", "bf16")
+    path = study_run.record_of(results, "realsr")
+    told = json.loads(path.read_text())
+    assert study_run.otherwise(results, "realsr", "bf16") == study_run.otherwise(results, "realsr") == []
+    assert study_run.otherwise(results, "realsr", "fp32") == ["precision"]
+    assert study_run.otherwise(replace(results, save_steps=False), "realsr") == [], "more than is asked for"
+    for change, said in (({"weights": "0"}, ["weights"]), ({"save_steps": False}, ["save_steps"]),
+                         ({"flags": []}, ["flags"])):  # fmt: skip
+        path.write_text(json.dumps(told | change))
+        assert study_run.otherwise(results, "realsr") == said
+    path.write_text(json.dumps({key: told[key] for key in ("model", "trained", "flags", "zero_tokens", "precision")}))
+    assert study_run.otherwise(results, "realsr", "bf16") == [], "a record from before there were the other keys"
+
+
+def test_a_digest_tells_weights_apart(tmp_path: Path) -> None:
+    from consissr.checkpoint import find_model
+
+    shutil.copytree(find_model("nano-ccsr"), tmp_path / "copy")
+    same = study_run.weights_digest("nano-ccsr")
+    (tmp_path / "copy" / "README.md").write_text("another card")
+    assert study_run.weights_digest(str(tmp_path / "copy")) == same
+    weights = tmp_path / "copy" / "unet_adapter.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert study_run.weights_digest(str(tmp_path / "copy")) != same
+
+
+def test_a_model_whose_source_is_trained_anew_is_not_kept(setting: study_run.Setting) -> None:
+    plain, tuned = (setting.plan.training("small", name) for name in ("plain", "tuned"))
+    for training in (plain, tuned):
+        training.folder.mkdir(parents=True)
+        (training.folder / "config.yaml").write_text("{}")
+        study_run.mark(training, setting, 1.0)
+    assert tuned.source == plain.folder and study_run.is_trained(tuned)
+    done, own = plain.folder / study_run.DONE, tuned.folder / study_run.DONE
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"finished": "later"}))
+    with pytest.raises(UserError, match="tuned was trained from another small/plain than the one there: remove it"):
+        study_run.is_trained(tuned)
+    own.write_text(json.dumps({key: value for key, value in json.loads(own.read_text()).items() if key != "source"}))
+    assert study_run.is_trained(tuned), "an older record does not say of which it was trained"
+
+
+def test_one_job_that_cannot_begin_leaves_the_others(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise UserError("no image prompt")
+
+    jobs = [children.Job("slow", ["sleep", "0.5"], tmp_path / "a"),
+            children.Job("bad", ["true"], tmp_path / "b", before=fail),
+            children.Job("after", ["true"], tmp_path / "c", after=("bad",))]  # fmt: skip
+    failed = children.run_jobs(jobs, 2)
+    assert failed == {"bad": "no image prompt", "after": "needs bad, which failed"}
+
+
+def test_a_recorded_command_has_what_was_given(setting: study_run.Setting) -> None:
+    study = setting.plan.study("small")
+    assert command(setting, study) == "python scripts/study.py small --photos PHOTOS --realsr REALSR"
+    plan = studies.Plan(setting.plan.folder, setting.plan.out, repeats=3)
+    given = command(replace(setting, plan=plan, overrides=["steps=2", "data.crop=[1]"]), study)
+    assert given.endswith(" --repeats 3 --set steps=2 'data.crop=[1]'")
 
 
 def test_a_report_tells_all_and_lists_what_is_missing(setting: study_run.Setting, tmp_path: Path) -> None:
@@ -297,6 +278,7 @@ def test_a_report_tells_all_and_lists_what_is_missing(setting: study_run.Setting
     own = [float(r["psnr"]) for r in images if (r["dataset"], r["row"], r["seed"]) == ("realsr", "plain", "2")]
     assert float(summary["realsr", "plain", "2"]["psnr"]) == pytest.approx(np.mean(own), abs=1e-5)
     text = (out / "summary.md").read_text()
+    assert "| plain, training seed 2 alone |" in text
     for words in ("tuned: not trained", "better is better", "24.77", "training: ", "restoring: ", "core(s)"):
         assert words in text
     for name in ("noises_realsr.png", "crops_photos.png", "means.png", "curves.png"):
@@ -305,6 +287,7 @@ def test_a_report_tells_all_and_lists_what_is_missing(setting: study_run.Setting
     shown = comparison(table, table.dataset("realsr"), {})
     assert "| better | recorded |" in shown and "| better, published | recorded | 25.50 " in shown
     assert "better is better (nobody): better - plain, psnr higher" in shown
+    assert "- plain: mean of training seeds 1, 2; differences use common seeds" in shown
 
 
 def test_crops_are_of_the_same_place(tmp_path: Path) -> None:
@@ -324,12 +307,40 @@ def test_crops_are_of_the_same_place(tmp_path: Path) -> None:
     assert (lr == cropped[::4, ::4]).all()
 
 
+def test_pairs_that_are_none_are_named_and_folders_are_remembered(setting: study_run.Setting, tmp_path: Path) -> None:
+    pairs, data = tmp_path / "pairs", setting.plan.out / "data"
+    shutil.rmtree(data / "realsr")
+    for part, side in (("HR", 288), ("LR", 72)):
+        (pairs / part / "sub").mkdir(parents=True)
+        Image.new("RGB", (side, side)).save(pairs / part / "sub" / "a.png")
+    given = replace(setting, realsr=pairs)
+    assert study_run.data_jobs(given) == [] and (data / "realsr" / "LR" / "sub-a.png").is_file()
+    assert study_run.data_jobs(given) == study_run.data_jobs(setting) == []
+    with pytest.raises(UserError, match=r"realsr was made of .*pairs, not of .*: give that folder, or use another -o"):
+        study_run.data_jobs(replace(setting, realsr=tmp_path))
+    assert study_run.data_jobs(replace(given, photos=tmp_path)) == [], "photographs of an unknown folder"
+
+    (pairs / "LR" / "sub" / "a.png").rename(pairs / "LR" / "sub" / "b.png")
+    with pytest.raises(UserError, match="lacks 1 of the 1 images"):
+        study_run.centre_crops(pairs, tmp_path / "other")
+    Image.new("RGB", (100, 100)).save(pairs / "LR" / "sub" / "a.png")
+    (pairs / "LR" / "sub" / "b.png").unlink()
+    with pytest.raises(UserError, match="is not 4 times as large as"):
+        study_run.centre_crops(pairs, tmp_path / "other")
+
+
 # --- mistakes ---
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (("title: small\n", ""), "a study lacks 'title'"),
+        (("repeats: 2", "repeats: 1"), "repeats is 1: stability needs at least 2"),
+        (("published: {table: consissr/table4, dataset: RealSR}", ""), "name the papers' table and dataset"),
+        (('claim: "better is better", ', ""), "a comparison lacks 'claim'"),
+        (("{rows: [better, plain], exp", "{rows: [better], exp"), r"rows are \[better\]: compare two"),
+        (("{psnr: higher, l-std: lower}", "higher"), "expect is 'higher': name metrics"),
         (("repeats:", "repaets:"), "unknown key 'repaets'; did you mean 'repeats'"),
         (("rows: [better, plain]", "rows: [bettr, plain]"), "no row 'bettr'; did you mean 'better'"),
         (("psnr: higher, l-std", "psnr: more, l-std"), "'psnr: more' is no expectation"),
@@ -343,27 +354,3 @@ def test_mistakes_in_a_study_are_named(setting: study_run.Setting, change: tuple
     path.write_text(path.read_text().replace(*change))
     with pytest.raises(UserError, match=message):
         studies.load_study("small", setting.plan.folder)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["consissr_tabel4"], "unknown study 'consissr_tabel4'; did you mean 'consissr_table4'"),
-        (["hybrids", "--train-only"], "give --photos"),
-        (["hybrids", "--train-only", "--photos", "nowhere"], "--photos nowhere has no folder train/"),
-        (["hybrids", "--only", "nothing", "--train-only"], "no study has a row nothing"),
-    ],
-)
-def test_mistakes_in_a_call_are_one_line(words: list[str], message: str, tmp_path: Path) -> None:
-    call = [sys.executable, str(ROOT / "scripts" / "study.py"), *words, "-o", str(tmp_path)]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and message in done.stderr
-
-
-def test_recorded_studies_can_be_shown() -> None:
-    for path in sorted((TABLES / "nano").glob("*.yaml")):
-        table = load_table(f"nano/{path.stem}", TABLES)
-        for dataset in table.datasets:
-            assert "recorded" in comparison(table, dataset, {})
-        assert {f["verdict"] for f in table.findings} <= set(bootstrap.VERDICTS)

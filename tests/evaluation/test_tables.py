@@ -1,6 +1,7 @@
 """The papers' tables: complete, consistent, and printed beside measured values."""
 
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,48 @@ def test_rows_of_ours_are_restored_by_infer(tmp_path: Path) -> None:
     script.write_text("raise SystemExit(2)")
     with pytest.raises(UserError, match="CCSR-S1 could not be restored"):
         produce.produce(table, {"CCSR-S1": "x"}, tmp_path, tmp_path / "out", script, 1, [])
+
+
+def test_results_of_another_origin_are_refused(tmp_path: Path, save, make_picture) -> None:
+    """Another model, other weights of it, other images or flags under the same output folder; not other repeats."""
+    script, model = tmp_path / "infer.py", tmp_path / "model"
+    script.write_text(
+        "import sys, pathlib\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('-o') + 1])\n"
+        "folder.mkdir(parents=True, exist_ok=True)\n"
+        "(folder / 'a.png').touch()\n"
+    )
+    model.mkdir()
+    (model / "x.safetensors").write_bytes(b"1")
+    lr = save(tmp_path / "lr", {"a": make_picture(0, size=(8, 8))})
+    table = load_table("ccsr/table4", TABLES)
+
+    def produced(name: str = str(model), repeat: int = 10, flags: tuple[str, ...] = ()) -> dict[str, Path]:
+        return produce.produce(table, {"CCSR-S1": name}, lr, tmp_path / "out", script, repeat, list(flags))
+
+    folder = produced()["CCSR-S1"]
+    assert produced(repeat=3) == {"CCSR-S1": folder}
+    with pytest.raises(UserError, match=r"other flags\): remove it or use another -o"):
+        produced(flags=("--tile", "0"))
+    with pytest.raises(UserError, match="other model"):
+        produced("nano-ccsr")
+    (model / "x.safetensors").write_bytes(b"2")
+    save(lr, {"a": make_picture(1, size=(8, 8))})
+    with pytest.raises(UserError, match="other model and images"):
+        produced()
+    shutil.rmtree(folder)
+    assert produced("nano-ccsr", flags=("--tile", "0")) == {"CCSR-S1": folder}
+
+
+def test_rows_are_timed_with_the_model_named_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(produce, "seconds_per_image", lambda model, flags, script: calls.append((model, flags)) or 1.5)
+    table = load_table("ccsr/table7", TABLES)
+    seconds = produce.timer(table, ["CCSR-S1=runs/a"], Path("infer.py"))
+    assert seconds("CCSR-S1") == 1.5 and math.isnan(seconds("CCSR-S2"))
+    assert calls == [("runs/a", ["--plan", "nuts", "--steps", "1"])]
+    assert produce.timer(table, ["nano-ccsr"], Path("infer.py"))("CCSR-S2") == 1.5
+    assert produce.timer(table, [], Path("infer.py")) is None
 
 
 def test_seconds_come_from_infer_s_log(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""Restorations that scripts/check_model.py compares: each model's results of each set of images in their own folder."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from consissr import images
+from consissr.errors import UserError
+from consissr.evaluation import folders
+from consissr.evaluation.produce import MODEL_FILES
+
+
+def results_folder(output: Path, name: str, model: Path, base: str | None, lr: Path) -> Path:
+    """Below `output`, a folder for the results of these weights and these images: its name ends in their hashes.
+
+    name: what the user called the model; model: its folder; base: another place of the base model, where one is given.
+    """
+    weights = folders.fingerprint(model, MODEL_FILES)
+    place = f"-{Path(base).resolve().name}" if base else ""
+    photos = folders.fingerprint(lr, tuple(folders.EXTENSIONS))
+    return output / f"{Path(name).resolve().name}{place}-{weights[:8]}-{photos[:8]}"
+
+
+def testset_folder(output: Path, photos: str, write: Callable[[Path], object]) -> Path:
+    """The test set of these photographs below `output`, made by `write(folder)` unless it is there, and whole."""
+    place = output / f"testset-{folders.fingerprint(Path(photos))[:8]}"
+    if not (place / "testset.json").is_file():  # written last
+        shutil.rmtree(place, ignore_errors=True)  # what an interrupted attempt left
+        write(place)
+    return place
+
+
+def companions(lr: Path) -> list[list[str]]:
+    """Names of the images below `lr` in groups of equal size, of two or three: each has another to take from."""
+    by_size: dict[tuple[int, int], list[str]] = {}
+    for name, size in folders.image_sizes(folders.list_images(lr)).items():
+        by_size.setdefault(size, []).append(name)
+    if lone := [names[0] for names in by_size.values() if len(names) == 1]:
+        raise UserError(
+            f"{lr}: no other image has the size of {folders.some(lone)}, so none can lend its condition: "
+            "remove it, or add another"
+        )
+    groups = []
+    for names in by_size.values():
+        twos = [names[start : start + 2] for start in range(0, len(names), 2)]
+        if len(twos[-1]) == 1:
+            twos[-2:] = [twos[-2] + twos[-1]]
+        groups += twos
+    return groups
+
+
+def restore(
+    restorer: Callable, lr: Path, folder: Path, plan: Sequence | None, groups: Sequence[list[str]] = ()
+) -> Path:
+    """Every image of `lr` restored into `folder` by the given plan; what is there is kept.
+
+    groups: names of images to restore together, for instance `companions`; without, each is restored alone.
+    """
+    import torch
+
+    files = folders.list_images(lr)
+    missing = [
+        names for names in groups or [[name] for name in files]
+        if not all((folder / f"{name}.png").is_file() for name in names)
+    ]  # fmt: skip
+    for names in track(missing, folder.name, console=Console(stderr=True)):
+        photos = [images.read(files[name]) for name in names]
+        x = torch.stack([photo.pixels for photo in photos])
+        y = restorer(x, keys=names, plan=plan, batch_size=len(names))
+        for name, photo, result in zip(names, photos, y, strict=True):
+            images.write(folder / f"{name}.png", images.Photo(result, None, photo.form))
+    return folder
+
+
+def changed(part, change: Callable):
+    """A part of a model (autoencoder or image prompt) whose `encode` is changed by `change`."""
+    from torch import nn
+
+    class Changed(nn.Module):
+        def encode(self, x):
+            return change(part.encode(x))
+
+    return Changed()

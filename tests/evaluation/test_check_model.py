@@ -1,0 +1,126 @@
+"""scripts/check_model.py and the restorations behind it."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from consissr import images
+from consissr.checkpoint import read_weights, write_weights
+from consissr.errors import UserError
+from consissr.evaluation import restorations, workers
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, sets: dict[str, Path]) -> Path:
+    """A folder with LR/ and HR/ of three real pairs."""
+    for name in ("lr", "hr"):
+        shutil.copytree(sets[name], tmp_path / "pairs" / name.upper())
+    return tmp_path / "pairs"
+
+
+@pytest.fixture
+def call(script, capsys, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """call(arguments...) -> (exit status, stdout, stderr) of the script's main, which scores in this process."""
+    monkeypatch.setattr(workers, "cores", lambda: 1)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = script("check_model").main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The cells of each row of a Markdown table, by its first cell."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+def test_another_model_or_other_images_are_restored_anew(call, pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Under one -o: a model of the same name with other weights, then other images of the same names."""
+    other = tmp_path / "other" / tiny_model.name
+    shutil.copytree(tiny_model, other)
+    path = next(other.glob("controlnet/*.safetensors"))
+    write_weights(path, {name: value * 2 for name, value in read_weights(path).items()})
+    places = ("--realsr", pairs, "-o", tmp_path / "out")
+    status, text, errors = call(tiny_model, *places)
+    assert status == 0, errors
+    first = rows(text)
+    assert list(first)[1:] == ["bicubic", "bicubic+grain", f"{tiny_model} S=1", f"{tiny_model} S=2"]
+    assert math.isfinite(float(first[f"{tiny_model} S=2"][-1])) and first["bicubic"][-1] == "-"
+    (folder,) = (tmp_path / "out" / "realsr").glob("tiny-*")
+    assert {part.name for part in folder.iterdir()} == {"S1", "S1-wrong", "S2", "S2-wrong"}
+    assert (folder / "S1" / "a.png").read_bytes() != (folder / "S1-wrong" / "a.png").read_bytes()
+
+    (folder / "S2" / "b.png").unlink()
+    assert rows(call(tiny_model, *places)[1]) == first, "an interrupted check goes on"
+    second = rows(call(other, *places)[1])
+    assert second["bicubic"] == first["bicubic"] and second[f"{other} S=1"] != first[f"{tiny_model} S=1"]
+    shutil.copy(pairs / "LR" / "b.png", pairs / "LR" / "a.png")
+    third = rows(call(tiny_model, *places)[1])
+    assert third["bicubic"] != first["bicubic"] and third[f"{tiny_model} S=1"] != first[f"{tiny_model} S=1"]
+    assert len(list((tmp_path / "out" / "realsr").glob("tiny-*"))) == 3
+
+
+def test_photographs(call, make_picture, save, tiny_model: Path, tmp_path: Path) -> None:
+    photos = save(tmp_path / "photos", {name: make_picture(i, size=(260, 270)) for i, name in enumerate("ab")})
+    status, text, errors = call(tiny_model, "--photos", photos, "-o", tmp_path / "out")
+    assert status == 0, errors
+    assert list(rows(text))[3:] == [f"{tiny_model} S=1", "S=1, base's decoder"]
+    (testset,) = (tmp_path / "out" / "photos").glob("testset-*")
+    assert len(list((testset / "LR").iterdir())) == 2
+
+
+def test_a_test_set_is_whole_or_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"a")
+    made = []
+
+    def write(place: Path) -> None:
+        assert not place.exists(), "what an interrupted attempt left must go"
+        made.append(place)
+        (place / "LR").mkdir(parents=True)
+        if len(made) > 1:
+            (place / "testset.json").write_text("{}")
+
+    for _ in range(3):
+        place = restorations.testset_folder(tmp_path, str(tmp_path / "photos"), write)
+    assert made == [place, place], "made, interrupted, made anew, kept"
+    (tmp_path / "photos" / "a.png").write_bytes(b"b")
+    assert restorations.testset_folder(tmp_path, str(tmp_path / "photos"), write) != place
+
+
+def test_every_image_gets_another_s_condition(tmp_path: Path, make_picture, save) -> None:
+    """Images of unequal sizes, an odd number of one size, and a stand-in that returns its condition."""
+    sizes = {"a": (8, 8), "b": (8, 12), "c": (8, 8), "d": (8, 12), "e": (8, 8)}
+    lr = save(tmp_path / "lr", {name: make_picture(ord(name), size=size) for name, size in sizes.items()})
+    groups = restorations.companions(lr)
+    assert groups == [["a", "c", "e"], ["b", "d"]]
+    calls = []
+
+    def swapped(x: torch.Tensor, keys: list[str], plan: None, batch_size: int) -> torch.Tensor:
+        calls.append(keys)
+        assert batch_size == len(keys) == len(x)
+        return x.roll(1, 0)
+
+    restorations.restore(swapped, lr, tmp_path / "wrong", None, groups)
+    for name, lender in zip("aceb", "eacd", strict=True):
+        pixels = [images.read(folder / f"{n}.png").pixels for folder, n in ((tmp_path / "wrong", name), (lr, lender))]
+        assert torch.equal(*pixels), (name, lender)
+    (tmp_path / "wrong" / "d.png").unlink()
+    restorations.restore(swapped, lr, tmp_path / "wrong", None, groups)
+    assert calls == [["a", "c", "e"], ["b", "d"], ["b", "d"]], "an image without its companion would keep its own"
+
+
+def test_mistakes_come_before_the_work(call, pairs: Path, tiny_model: Path, tmp_path: Path, make_picture, save) -> None:
+    status, _, text = call("no-such-model")
+    assert status == 2 and text.startswith("error: nothing to check: give --realsr DIR")
+    save(pairs / "LR", {"d": make_picture(3, size=(24, 28))})
+    status, _, text = call(tiny_model, "--realsr", pairs, "-o", tmp_path / "out")
+    assert status == 2 and "1 images without a partner" in text
+    with pytest.raises(UserError, match="no other image has the size of d"):
+        restorations.companions(pairs / "LR")

@@ -1,0 +1,161 @@
+"""The shipped studies' files, their recorded results, and mistakes in calls of scripts/study.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from consissr import commandline
+from consissr.config import load_config
+from consissr.errors import UserError
+from consissr.evaluation import studies, study_run
+from consissr.evaluation.tables import comparison, load_table
+from consissr.train_config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES, TABLES = ROOT / "configs" / "nano" / "studies", ROOT / "configs" / "tables"
+NAMES = studies.available(STUDIES)
+
+
+def variants(study: str) -> dict[str, TrainConfig]:
+    return {path.stem: load_config(TrainConfig, path) for path in sorted((STUDIES / study).glob("*.yaml"))}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_variants_differ_only_where_the_study_says(name: str) -> None:
+    study = studies.load_study(name, STUDIES)
+    configs = variants(name)
+    assert set(configs) == {row.train for row in study.rows.values()} - {""}, "every file is trained by a row"
+    for variant, config in configs.items():
+        assert config.output_dir == f"runs/studies/{name}/models/{variant}"
+        assert f"study.py {name} --only {variant} " in (STUDIES / name / f"{variant}.yaml").read_text()
+    for stage in {config.stage for config in configs.values()}:
+        alike = [config for config in configs.values() if config.stage == stage]
+        differing = {field for config in alike for field in studies.changed_fields(alike[0], config)}
+        assert differing <= {*study.vary, "seed"}
+
+
+def test_all_studies_share_one_budget() -> None:
+    """What is trained from the bundled base: equal steps, batch, optimiser and data over all studies."""
+    configs = [config for name in NAMES for config in variants(name).values() if config.stage != "deft"]
+    fields = ("steps", "batch", "micro_batch", "ema", "optimizer", "data", "init", "seed")
+    for field in fields:
+        assert all(getattr(config, field) == getattr(configs[0], field) for config in configs), field
+    assert all(config.model.base == "nano" and config.model.residual == 0.5 for config in configs)
+    shared = {"consissr_table4/gamma10": "consissr_table3/hpa_pooled", "ccsr_table1/v2": "hybrids/nuts_hpa_tala"}
+    for one, other in shared.items():
+        a, b = (variants(name.split("/")[0])[name.split("/")[1]] for name in (one, other))
+        assert all(field.startswith(("model.", "tala.")) for field in studies.changed_fields(a, b))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_studies_name_published_rows_and_known_models(name: str) -> None:
+    from consissr.evaluation.study_scores import Published
+
+    plan = studies.Plan(STUDIES, Path("out"))
+    study = plan.study(name)
+    published = Published(study, TABLES)
+    for row in study.rows.values():
+        assert plan.results(name, row.name)
+        assert published.cells(row.name) or not row.published
+    assert {"consissr_table4/gamma10", "consissr_table4/gamma10-seed2"} <= set(plan.trainings("consissr_table4", []))
+    assert list(plan.trainings("ccsr_table1", ["full"])) == ["ccsr_table1/v2", "ccsr_table1/full"]
+
+
+def test_sampler_flags_are_those_of_infer_and_take_the_steps_they_claim() -> None:
+    from ccsr import nuts_plan
+
+    plan, checked = studies.Plan(STUDIES, Path("out")), 0
+    for row in [row for name in NAMES for row in plan.study(name).rows.values()]:
+        args = commandline.parser("").parse_args(["-i", "x", *row.flags])
+        if args.t_max is None:
+            continue
+        timesteps = [step.t for step in nuts_plan(args.steps, args.t_max, args.t_min)]
+        if row.about.startswith("S = "):
+            assert f"S = {len(timesteps)}" == row.about
+            checked += 1
+        if row.name in ("v1", "v1_truncated"):
+            assert timesteps == {"v1": [999, 499], "v1_truncated": [999, 832]}[row.name]
+    assert checked == 12
+
+
+def test_the_tower_alone_comes_from_a_bundled_model() -> None:
+    import torch
+
+    from consissr.checkpoint import find_model
+    from consissr.models.image_encoder import find_tower
+    from consissr.models.image_prompt import load_tower
+
+    config = variants("consissr_table4")["gamma10"].model
+    found, own = find_tower(config).state_dict(), load_tower(find_model("nano-consissr"))[0].state_dict()
+    base = find_tower(type(config)(base="nano")).state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in found.items())
+    assert not all(torch.equal(value, base[name]) for name, value in found.items())
+
+
+def test_a_model_without_image_tokens(tmp_path: Path) -> None:
+    import torch
+
+    from consissr.checkpoint import find_model, read_weights
+    from consissr.models.image_prompt import Adapter
+
+    study_run.without_tokens(find_model("nano-consissr"), tmp_path / "blind")
+    before, after = (
+        read_weights(folder / "image_encoder" / "model.safetensors")
+        for folder in (find_model("nano-consissr"), tmp_path / "blind")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"adapter.linear_3.weight", "adapter.linear_3.bias"}
+    state = {name.removeprefix("adapter."): value.float() for name, value in after.items() if "adapter." in name}
+    adapter = Adapter(state["linear_1.weight"].shape[1], state["linear_1.weight"].shape[0])
+    adapter.load_state_dict(state)
+    assert not adapter(torch.randn(2, 3, state["linear_1.weight"].shape[1])).any()
+    with pytest.raises(UserError, match="no image prompt"):
+        study_run.without_tokens(find_model("nano-ccsr"), tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["consissr_tabel4"], "unknown study 'consissr_tabel4'; did you mean 'consissr_table4'"),
+        (["hybrids", "--train-only"], "give --photos"),
+        (["hybrids", "--train-only", "--photos", "nowhere"], "--photos nowhere has no folder train/"),
+        (["hybrids", "--only", "nuts_hpa_tala", "deft_consisr", "--train-only"], "did you mean 'deft_consissr'"),
+        (["hybrids", "--only", "nothing", "--train-only"], "has a row nothing; known: ccsr_v2"),
+    ],
+)
+def test_mistakes_in_a_call_are_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+    call = [sys.executable, str(ROOT / "scripts" / "study.py"), *words, "-o", str(tmp_path)]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and message in done.stderr
+
+
+def test_every_study_is_recorded() -> None:
+    assert {path.stem for path in (TABLES / "nano").glob("*.yaml")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recorded_results_are_those_of_the_study(name: str) -> None:
+    """Fails where a study's file was changed without a new `study.py --tables configs/tables/nano`."""
+    study, table = studies.load_study(name, STUDIES), load_table(f"nano/{name}", TABLES)
+    assert set(table.datasets) == set(studies.DATASETS)
+    for dataset, rows in table.datasets.items():
+        assert "recorded" in comparison(table, dataset, {})
+        own = {row for row in rows if not row.endswith(", published")}
+        assert own == {*study.rows, "bicubic", "bicubic+grain"}
+        recorded = {
+            (f["first"], f["second"], f["metric"], f["expected"], f["claim"], f["source"])
+            for f in table.findings
+            if f["dataset"] == dataset and " at t" not in f["metric"]
+        }
+        assert recorded == {
+            (*c.rows, metric, expected, c.claim, c.source)
+            for c in study.comparisons
+            for metric, expected in c.expect.items()
+        }
+    words = {f["verdict"].removesuffix(" (one training seed)") for f in table.findings}
+    assert words <= {"appears", "opposite", "not resolved"}
