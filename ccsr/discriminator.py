@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from consissr.checkpoint import read_weights
 from consissr.errors import UserError
+from consissr.training.precision import without_autocast
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FEATURE_BLOCKS = (2, 5, 8, 11)
@@ -101,8 +101,7 @@ class SpectralConv1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, N) -> (B, out, N), circular at the ends."""
         matrix = self.weight_orig.flatten(1)
-        device = x.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with without_autocast(x.device):
             if self.training:
                 with torch.no_grad():
                     self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from consissr.config import ModelConfig, SamplerConfig, check_word
@@ -257,6 +258,8 @@ class DeftConfig:
         check_word(self.reconstruction, ("l1", "l2"), "deft.reconstruction")
         check_word(self.perceptual, ("lpips", "features", "none"), "deft.perceptual")
         check_word(self.discriminator, ("patchgan", "dino"), "deft.discriminator")
+        if self.discriminator_width < 4 or self.discriminator_width % 4:
+            raise UserError(f"deft.discriminator_width is {self.discriminator_width}: use a multiple of 4, such as 32")
 
 
 @dataclass(kw_only=True)
@@ -332,5 +335,11 @@ class TrainConfig:
         check_word(self.frozen_precision, ("auto", "bf16", "fp32"), "frozen_precision")
         check_word(self.export_precision, ("fp32", "fp16"), "export_precision")
         check_word(self.tracker, ("tensorboard", "wandb", "none"), "tracker")
+        homes = [(self, "output_dir"), (self, "init"), (self.model, "base"), (self.model, "image_encoder")]
+        homes += [(self.prior, "text"), *((self.deft, name) for name in ("weights", "dino", "dino_v2"))]
+        for part, name in homes:
+            setattr(part, name, os.path.expanduser(getattr(part, name)))  # only a leading ~ is a home folder
+        if self.micro_batch < 1:
+            raise UserError(f"micro_batch is {self.micro_batch}: use at least 1")
         if self.data.pair_pool % self.micro_batch:
             raise UserError(f"data.pair_pool is {self.data.pair_pool}: use 0 or a multiple of micro_batch")

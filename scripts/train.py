@@ -64,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         logging.error("error: %s", error)
         return 2
+    except KeyboardInterrupt:
+        logging.error("interrupted: --resume latest goes on from the last checkpoint")
+        return 130
     return 0
 
 

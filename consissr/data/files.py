@@ -6,25 +6,22 @@ import glob
 import io
 import logging
 import os
-import struct
 import tarfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from consissr import images
+from consissr import formats, images
 from consissr.errors import UserError
 
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
-# What Pillow raises for damaged data, by decoder
-DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
-DAMAGE += (Image.DecompressionBombError,)
+# What Pillow raises for damaged data and for sizes that are meant to harm
+DAMAGE = (*formats.DAMAGE, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from consissr.models.latents import Latents, save_latents
 from consissr.train_config import TrainConfig
-from consissr.training.stage import EXPORT, Batch, Phase, photographs
+from consissr.training.stage import EXPORT, Batch, Phase, check_crop, held_out, photographs
+from consissr.training.validation import VALIDATION_SEED
+
+MEASURED = 64
+"""Training crops on which the scaling factor is measured where there is no validation set."""
 
 
 def build_vae(config: TrainConfig) -> torch.nn.Module:
@@ -54,9 +58,11 @@ class Autoencoder:
 
     def __init__(self, config: TrainConfig, fit: bool = True) -> None:
         """fit=False leaves the linear path random, for which no photographs are needed."""
-        self.config = config.autoencoder
+        self.config, self.data = config.autoencoder, config.data
+        self.seed, self.micro_batch = config.seed, config.micro_batch
         self.export_dtype = EXPORT[config.export_precision]
         self.networks = Latents(build_vae(config))
+        check_crop(config.data.crop, self.networks.factor)
         if self.config.linear_path and fit:
             start_linear(self.networks, config)
         self.buffers: dict[str, Tensor] = {}
@@ -64,7 +70,6 @@ class Autoencoder:
             Phase("autoencoder", dict(self.networks.named_parameters()), self.loss, config.optimizer),
         ]
         self.hot = [self.networks.vae.encoder, self.networks.vae.decoder]
-        self.latent_variance = torch.ones(())
 
     def prepare(self, batch: Batch) -> None:
         """Nothing is shared: there is one phase."""
@@ -82,13 +87,25 @@ class Autoencoder:
         return {"loss": total, "l1": l1, "edges": edges, "kl": kl}
 
     def restore(self, batch: Batch) -> Tensor:
-        """Reconstruction from the mode; the latents' variance is kept for the scaling factor."""
-        z = self.networks.encode(batch.hq)
-        self.latent_variance = z.float().var()
-        return self.networks.decode(z)
+        """Reconstruction from the mode."""
+        return self.networks.decode(self.networks.encode(batch.hq))
+
+    @torch.no_grad()
+    def latent_variance(self) -> float:
+        """Of all elements of the modes of the validation set or, without one, of the first training crops."""
+        dataset, numbers = photographs(self.data, self.seed), range(MEASURED)
+        if self.data.validation:
+            dataset = held_out(self.data, VALIDATION_SEED)
+            numbers = range(min(self.data.validation_count, len(dataset)))
+        device = next(self.networks.parameters()).device
+        count, total, squares = 0, 0.0, 0.0
+        for first in range(0, len(numbers), self.micro_batch):
+            crops = torch.stack([dataset[n]["hq"] for n in numbers[first : first + self.micro_batch]])
+            z = self.networks.encode(crops.to(device)).cpu().double()
+            count, total, squares = count + z.numel(), total + float(z.sum()), squares + float(z.square().sum())
+        return squares / count - (total / count) ** 2
 
     def export(self, folder: Path) -> None:
-        """`folder/vae`, with the scaling factor that gives latents of the validation set unit variance."""
-        vae = self.networks.vae
-        vae.register_to_config(scaling_factor=round(float(self.latent_variance.rsqrt()), 5))
+        """`folder/vae`, with the scaling factor that gives latents unit variance."""
+        self.networks.vae.register_to_config(scaling_factor=round(self.latent_variance() ** -0.5, 5))
         save_latents(folder / "vae", self.networks, self.export_dtype)

@@ -17,6 +17,7 @@ from consissr.training.checkpoints import find_checkpoint, list_checkpoints, ste
 def check_run(config: TrainConfig, resume: str = "") -> None:
     """Raise UserError for a launch, batch, folder or package that cannot be as `config` and `resume` have it."""
     check_launch(config)
+    check_numbers(config)
     check_folders(config)
     check_packages(config)
     preset(config.data.degradation)
@@ -41,6 +42,25 @@ def check_launch(config: TrainConfig) -> None:
     if config.checkpoint_limit < 1:
         raise UserError(f"checkpoint_limit is {config.checkpoint_limit}: at least 1 checkpoint must be kept")
     accumulation(config, launched())
+
+
+def check_numbers(config: TrainConfig) -> None:
+    """Numbers that would train nonsense in silence, such as a negative clip, which turns gradients round."""
+    data = config.data
+    rules = [
+        ("ema", config.ema, 0 <= config.ema < 1, "a decay below 1, or 0 for no averaged weights"),
+        ("data.crop", data.crop, data.crop >= 1, "a side in pixels"),
+        ("data.validation_count", data.validation_count, data.validation_count >= 1, "at least 1 image"),
+    ]
+    for name, c in (("optimizer", config.optimizer), ("deft.optimizer", config.deft.optimizer)):
+        rules += [
+            (f"{name}.lr", c.lr, c.lr > 0, "a number above 0"),
+            (f"{name}.betas", c.betas, [0 <= b < 1 for b in c.betas] == [True] * 2, "two numbers from 0 to below 1"),
+            (f"{name}.clip", c.clip, c.clip >= 0, "a largest gradient norm, or 0 to turn clipping off"),
+        ]
+    for name, value, right, rule in rules:  # no comparison holds for NaN
+        if not right:
+            raise UserError(f"{name} is {value}: use {rule}")
 
 
 def launched() -> int:

@@ -10,7 +10,6 @@ import logging
 import math
 import tempfile
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from torch.nn import functional as F
 from consissr.data.captions import WORDS, caption
 from consissr.models.image_prompt import build_tower, clip_input, save_tower
 from consissr.train_config import ClipConfig, TrainConfig
-from consissr.training.stage import EXPORT, Batch, Phase, photographs, seed_of
+from consissr.training.precision import without_autocast
+from consissr.training.stage import EXPORT, Batch, Phase, held_out, seed_of
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +108,10 @@ class Contrast(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """Scaled cosines (N, M) of image features (N, E) and pooled text features (M, W)."""
-        text = self.projection(text).float()
-        scale = self.log_scale.clamp(max=math.log(100)).exp()
-        return scale * F.normalize(image.float(), dim=-1) @ F.normalize(text, dim=-1).T
+        text = self.projection(text)
+        with without_autocast(text.device):  # it would round cosines, times up to 100, to 3 digits
+            scale = self.log_scale.clamp(max=math.log(100)).exp()
+            return scale * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
 
 
 class Clip:
@@ -172,8 +173,7 @@ class Clip:
     @torch.no_grad()
     def retrieval(self) -> dict[str, float]:
         """Among the distinct captions of held-out crops: how often an image's own is the nearest, or in the first 5."""
-        data = replace(self.data, paths=[self.data.validation], probabilities=[], lq_paths=[], flips="none")
-        dataset = photographs(data, HELD_OUT_SEED)
+        dataset = held_out(self.data, HELD_OUT_SEED)
         device = self.contrast.log_scale.device
         images, captions = [], []
         for n in range(self.config.held_out):

@@ -9,9 +9,11 @@ freely and need no wrapper, and the result depends on the process count by round
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from consissr.errors import UserError
+from consissr.memory import is_out_of_memory
 from consissr.train_config import TrainConfig
 from consissr.training.checkpoints import find_checkpoint, last_good, load_checkpoint, save_checkpoint
 from consissr.training.checks import check_run, launched
@@ -28,6 +31,11 @@ from consissr.training.precision import Frozen, use_autocast
 from consissr.training.report import Report
 from consissr.training.stage import Batch, Stage, seed_of
 from consissr.training.validation import Validation
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""What asks a run to stop: a scheduler, and Ctrl-C."""
+AGAIN = 1.0
+"""Seconds within which a second Ctrl-C counts as the first, which launchers pass on to processes that had it."""
 
 
 class Loop:
@@ -50,54 +58,91 @@ class Loop:
         # 1. Data
         self.feed = Feed(config, self.device, self.rank, self.world, build.needs_lq)
         self.micro_batches = self.feed.micro_batches
+        self.validation = None
+        if config.data.validation and self.rank == 0:
+            self.validation = Validation(config, self.feed.make_batch)
+        self.files: list[str] = []
+        """This process's images of the step that is being computed."""
+        self.signalled: signal.Signals | None = None
+        self.stopping = False
+        self.step = 0
+        self.window: dict[str, float] = {}
+        """Sums of what is logged since the last line, at step `since`."""
+        self.since = 0
 
-        # 2. Networks: initial weights depend on the seed alone, and are the same in every process.
+        # 2. Networks
+        with self.memory_told("out of memory while the networks were built (--dry-run estimates what they need)"):
+            self.build(build)
+            if resume:
+                self.load(find_checkpoint(self.output_dir, resume))
+
+    def build(self, build: type[Stage]) -> None:
+        """Networks, optimisers, averages. Initial weights depend on the seed alone: they are equal in all processes."""
+        config = self.config
         torch.manual_seed(seed_of(config.seed, "init"))
         self.stage = build(config)
         trained = {id(p) for phase in self.stage.phases for p in phase.parameters.values()}
         low = config.frozen_precision == "bf16" or (config.frozen_precision == "auto" and self.device.type == "cuda")
         self.frozen = Frozen(self.stage.networks, trained, low and self.autocast, keep=self.rank == 0)
         self.stage.networks.to(self.device, memory_format=torch.channels_last)
-        for network in self.stage.hot if config.compile else ():
-            network.compile()
+        if config.compile:
+            from torch._functorch import config as functorch
+
+            functorch.donated_buffer = False  # deft's adaptive weight goes backward through one graph several times
+            for network in self.stage.hot:
+                network.compile()
         self.optimizers = {p.name: build_optimizer(p) for p in self.stage.phases}
         self.ema: dict[str, Tensor] = {k: v.detach().clone() for k, v in self.weights().items()} if config.ema else {}
-        self.step = 0
-        self.window: dict[str, float] = {}
-        """Sums of what is logged since the last line, at step `since`."""
-        self.since = 0
-        if resume:
-            self.load(find_checkpoint(self.output_dir, resume))
-        self.validation = None
-        if config.data.validation and self.rank == 0:
-            self.validation = Validation(config, self.feed.make_batch)
-        self.files: list[str] = []
-        """This process's images of the step that is being computed."""
-        self.signalled = self.stopping = False
 
     def batches(self) -> Iterator[Batch]:
         """Micro-batches of this process from the current step on."""
         return self.feed.batches(self.step)
+
+    def mixed(self) -> torch.autocast:
+        """Context of forward passes; backward ones take each operation's precision from there."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+
+    @contextmanager
+    def memory_told(self, message: str = "") -> Iterator[None]:
+        """Makes a UserError of running out of memory: `message`, or what was done and what needs less."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(message or self.memory_remedy()) from error
+
+    def memory_remedy(self) -> str:
+        """A line on a step that ran out of memory."""
+        c, ways = self.config, []
+        if c.micro_batch > 1:
+            shared = c.stage == "clip" or c.data.draws == "per_batch"  # else images of a micro-batch share nothing
+            ways.append("a smaller one" + ("" if shared else " (same result)"))
+        if c.stage in ("tala", "nuts") and not c.gradient_checkpointing:
+            ways.append("gradient_checkpointing=true")
+        remedy = " or ".join(ways) or "a smaller data.crop, or a device with more memory"
+        where = f"step {self.step}: out of memory with micro_batch={c.micro_batch}"
+        return f"{where}: use {remedy}; {last_good(self.output_dir)}"
 
     # --- one optimiser step -------------------------------------------------------------------------------------
 
     def accumulate(self, batch: Batch, totals: dict[str, Tensor]) -> None:
         """Backward of every phase's loss on one micro-batch; adds each part of the losses to `totals`."""
         self.files += batch.names
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            with torch.no_grad():
-                self.stage.prepare(batch)
-            for phase in self.stage.phases:
-                for other in self.stage.phases:
-                    for parameter in other.parameters.values():
-                        parameter.requires_grad_(other is phase)
+        with self.mixed(), torch.no_grad():
+            self.stage.prepare(batch)
+        for phase in self.stage.phases:
+            for other in self.stage.phases:
+                for parameter in other.parameters.values():
+                    parameter.requires_grad_(other is phase)
+            with self.mixed():
                 parts = phase.loss(batch, self.step)
-                if not torch.isfinite(parts["loss"]):
-                    self.stop_not_finite(f"loss of '{phase.name}'", {k: float(v.detach()) for k, v in parts.items()})
-                (parts["loss"] / self.micro_batches).backward()
-                for name, value in parts.items():
-                    key = f"{phase.name}/{name}"
-                    totals[key] = totals.get(key, 0) + value.detach() / self.micro_batches
+            if not torch.isfinite(parts["loss"]):
+                self.stop_not_finite(f"loss of '{phase.name}'", {k: float(v.detach()) for k, v in parts.items()})
+            (parts["loss"] / self.micro_batches).backward()
+            for name, value in parts.items():
+                key = f"{phase.name}/{name}"
+                totals[key] = totals.get(key, 0) + value.detach() / self.micro_batches
 
     def stop_not_finite(self, what: str, value: object) -> None:
         """Stop, before it gets into a checkpoint, naming all that is needed to find out why."""
@@ -108,9 +153,9 @@ class Loop:
 
     def update(self, totals: dict[str, Tensor]) -> None:
         """Average gradients (and what is logged) over processes, clip, and step every phase's optimiser in order."""
-        self.stopping = self.signalled
+        self.stopping = self.signalled is not None
         if self.world > 1:  # a signal may reach one process a step before another: they agree here
-            totals["signalled"] = torch.tensor(float(self.signalled), device=self.device)
+            totals["signalled"] = torch.tensor(float(self.stopping), device=self.device)
             means = self.accelerator.reduce(torch.stack([v.float() for v in totals.values()]), reduction="mean")
             totals.update(zip(totals, means, strict=True))
             self.stopping = bool(totals.pop("signalled") > 0)
@@ -141,20 +186,26 @@ class Loop:
     def run(self) -> Path:
         """Train to `config.steps`, checkpointing on the way; returns the output folder with the exported result.
 
-        Raises UserError for what the run cannot go on from: a loss that is not finite, a full disk, a signal to stop.
+        Raises UserError for what the run cannot go on from: a loss that is not finite, a full disk, too little memory,
+        a signal to stop. KeyboardInterrupt: Ctrl-C was pressed again.
         """
-        previous = signal.signal(signal.SIGTERM, self.on_sigterm)
+        previous = {number: signal.getsignal(number) for number in SIGNALS}
+        heard = [number for number in SIGNALS if previous[number] is not signal.SIG_IGN]  # as jobs in background do
+        for number in heard:
+            signal.signal(number, self.on_signal)
         self.report = None
         try:
             self.report = Report(self.config, self.step, self.describe()) if self.rank == 0 else None
-            self.train()
-            return self.finish()
+            with self.memory_told():
+                self.train()
+                return self.finish()
         except OSError as error:
             raise UserError(
                 f"step {self.step}: {error}; {last_good(self.output_dir)}; mend this and use --resume latest"
             ) from error
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number in heard:
+                signal.signal(number, previous[number])
             if self.report:
                 self.report.close()
 
@@ -162,6 +213,8 @@ class Loop:
         """Steps, lines, validations and checkpoints up to `config.steps`."""
         c = self.config
         batches = self.batches()
+        if self.report and not self.report.validated:  # the last run stopped between checkpoint and validation
+            self.validate_if_due()
         data_time, started, first = 0.0, time.perf_counter(), self.step
         while self.step < c.steps:
             totals: dict[str, Tensor] = {}
@@ -184,12 +237,12 @@ class Loop:
                     self.report.means(means, self.step, *times, len(self.feed.dataset.skipped))
                 self.window, self.since = {}, self.step
                 data_time, started, first = 0.0, time.perf_counter(), self.step
-            if self.validation and c.validate_every and self.step % c.validate_every == 0 and not last:
-                self.validate()
             if self.step % c.checkpoint_every == 0 or last or self.stopping:
                 self.save()
             if self.stopping:
-                raise UserError(f"stopped by SIGTERM after step {self.step}, which is saved: use --resume latest")
+                by = self.signalled.name if self.signalled else "a signal to another process"
+                raise UserError(f"stopped by {by} after step {self.step}, which is saved: use --resume latest")
+            self.validate_if_due()
 
     def describe(self) -> dict[str, Any]:
         """What the run is, for run.json."""
@@ -201,14 +254,24 @@ class Loop:
             "micro_batches": self.micro_batches,
         }
 
-    def on_sigterm(self, *_: object) -> None:
-        """Finish the current step, save, stop."""
-        self.signalled = True
+    def on_signal(self, number: int, _: object) -> None:
+        """Finish the current step, save, stop. Another Ctrl-C, after AGAIN seconds, stops at once."""
+        if self.signalled is None:
+            self.signalled, self.signalled_at = signal.Signals(number), time.monotonic()
+            os.write(2, f"\n{self.signalled.name}: finishing this step and saving it first\n".encode())
+        elif number == signal.SIGINT and time.monotonic() - self.signalled_at > AGAIN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+
+    def validate_if_due(self) -> None:
+        """After the checkpoint of the same step, which a validation that fails then costs nothing."""
+        every = self.config.validate_every
+        if self.validation and every and self.step % every == 0 and 0 < self.step < self.config.steps:
+            self.validate()
 
     def validate(self) -> None:
         """Images and PSNR/SSIM on the fixed set, with the averaged weights if there are any."""
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
-        with self.averaged(), autocast, torch.compiler.set_stance("force_eager"):
+        with self.averaged(), self.mixed(), torch.compiler.set_stance("force_eager"):
             metrics = self.validation.run(self.stage, self.step)
         self.report.line({"step": self.step, **metrics})
 
@@ -219,7 +282,7 @@ class Loop:
                 self.validate()
             self.optimizers.clear()  # their memory goes to the weights in full precision
             self.frozen.restore()
-            with self.averaged():
+            with self.averaged(), torch.compiler.set_stance("force_eager"):
                 self.export()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

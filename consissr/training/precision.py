@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,12 @@ def fast_bf16(device: torch.device) -> bool:
 def use_autocast(config: TrainConfig, device: torch.device) -> bool:
     """Whether the forward passes run under bfloat16 autocast."""
     return config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context that computes in the tensors' own precision. (The meta device has no autocast to turn off.)"""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 class Frozen:

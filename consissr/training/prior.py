@@ -24,7 +24,7 @@ from consissr.models.base import NullText, TextEncoder, idle_without_text, load_
 from consissr.models.folder import write_network
 from consissr.models.latents import load_latents, save_latents
 from consissr.train_config import TrainConfig
-from consissr.training.stage import EXPORT, Batch, Phase
+from consissr.training.stage import EXPORT, Batch, Phase, check_crop
 
 ENCODERS = ("text_encoder", "tokenizer", "image_encoder")
 """Folders of a clip run that become part of the base."""
@@ -76,6 +76,7 @@ class Prior:
         if not vae.is_dir():
             raise UserError(f"init='{config.init}': give the output_dir of an autoencoder run, which holds vae/")
         latents = load_latents(vae)
+        check_crop(config.data.crop, latents.factor)
         unet = build_unet(config, latents.channels)
         self.config = config.prior
         self.text = read_text(config)

@@ -34,6 +34,8 @@ class Report:
         (self.folder / "run.json").write_text(json.dumps(about, indent=1))
         self.lines = self.folder / "log.jsonl"
         kept = [line for line in read_log(self.lines) if line["step"] <= step]
+        self.validated = any(line["step"] == step and "images" not in line for line in kept)
+        """Whether the log tells of the validation of that `step`; only training's lines count images."""
         shortened = self.folder / ".log.jsonl"
         shortened.write_text("".join(json.dumps(line) + "\n" for line in kept))
         shortened.replace(self.lines)

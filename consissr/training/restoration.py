@@ -29,7 +29,7 @@ from consissr.models.image_encoder import find_tower, has_tower
 from consissr.models.image_prompt import Adapter, ImagePrompt, load_tower, prompt_config
 from consissr.models.latents import Latents, load_latents, save_latents
 from consissr.train_config import TrainConfig
-from consissr.training.stage import EXPORT, Batch, Phase
+from consissr.training.stage import EXPORT, Batch, Phase, check_crop
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +177,7 @@ class Restoration:
         encoder_gradients: bool = True,
     ) -> None:
         parts = parts or load_parts(config)
+        check_crop(config.data.crop, parts.latents.factor)
         self.config = config
         self.schedule = Schedule(parts.table)
         self.denoiser = Denoiser(

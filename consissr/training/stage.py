@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from consissr.data.datasets import PhotoDataset
+from consissr.errors import UserError
 from consissr.train_config import DataConfig, OptimizerConfig
 
 
@@ -38,6 +39,18 @@ def photographs(data: DataConfig, seed: int) -> PhotoDataset:
         lq_paths=data.lq_paths,
         cache_mb=data.cache_mb,
     )
+
+
+def held_out(data: DataConfig, seed: int) -> PhotoDataset:
+    """Crops of `data.validation`, whose degraded partners are made; upright, so that figures mean the same."""
+    return photographs(replace(data, paths=[data.validation], probabilities=[], lq_paths=[], flips="none"), seed)
+
+
+def check_crop(crop: int, factor: int) -> None:
+    """UserError unless crops of `crop` pixels are whole latents of an autoencoder that divides sides by `factor`."""
+    if crop % factor:
+        nearest = max(1, round(crop / factor)) * factor
+        raise UserError(f"data.crop is {crop}: the autoencoder needs a multiple of {factor}, such as {nearest}")
 
 
 @dataclass

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from consissr.errors import UserError
 from consissr.evaluation.metrics import psnr, ssim
 from consissr.images import to_uint8
 from consissr.train_config import TrainConfig
-from consissr.training.stage import Batch, Stage, photographs
+from consissr.training.stage import Batch, Stage, held_out
 
 VALIDATION_SEED = 2024
 
 
 class Validation:
-    """Runs a stage's `restore` on the fixed set and writes `output_dir/validation/step-N.png` (LQ, result, HQ)."""
+    """Runs a stage's `restore` on the fixed set and writes `output_dir/validation/step-N.png` (LQ, result, HQ).
+
+    Its first image is read at once: a folder of no use would otherwise show hours later.
+    """
 
     def __init__(self, config: TrainConfig, make_batch: Callable[[list[dict]], Batch]) -> None:
-        data = replace(config.data, paths=[config.data.validation], probabilities=[], lq_paths=[], flips="none")
-        self.dataset = photographs(data, VALIDATION_SEED)
+        self.dataset = held_out(config.data, VALIDATION_SEED)
+        try:
+            self.dataset[0]
+        except UserError as error:
+            raise UserError(str(error).replace("data.paths", "data.validation")) from error
         self.count = min(config.data.validation_count, len(self.dataset))
         self.micro_batch = config.micro_batch
         self.make_batch = make_batch

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from consissr.config import load_config
 from consissr.errors import UserError
 from consissr.train_config import TrainConfig
 from consissr.training.checks import check_run
-from tests.training.tiny import words
+from scripts.train import stage_builder
+from tests.training.tiny import SMALL, words
 
 
 def refuse(photos: Path, tmp_path: Path, *changes: str) -> str:
@@ -41,10 +43,50 @@ def refuse(photos: Path, tmp_path: Path, *changes: str) -> str:
         ("checkpoint_limit=0", "at least 1 checkpoint must be kept"),
         ("data.degradation=csr", "did you mean 'ccsr'"),
         ("data.enlarge=[cubic]", "data.enlarge names 'cubic'"),
+        ("optimizer.clip=-1", "optimizer.clip is -1.0: use a largest gradient norm, or 0"),
+        ("deft.optimizer.clip=nan", "deft.optimizer.clip is nan"),
+        ("optimizer.lr=0", "optimizer.lr is 0.0: use a number above 0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]: use two numbers from 0 to below 1"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas is [0.9, 1.0]"),
+        ("ema=1", "ema is 1.0: use a decay below 1, or 0"),
+        ("data.validation_count=0", "data.validation_count is 0: use at least 1 image"),
+        ("data.crop=0", "data.crop is 0: use a side in pixels"),
     ],
 )
 def test_what_cannot_be_is_named(photos: Path, tmp_path: Path, change: str, message: str) -> None:
     assert message in refuse(photos, tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["micro_batch=0", "data.pair_pool=8"], "micro_batch is 0: use at least 1"),
+        (["deft.discriminator_width=6"], "deft.discriminator_width is 6: use a multiple of 4"),
+        (["deft.discriminator_width=0"], "deft.discriminator_width is 0: use a multiple of 4"),
+    ],
+)
+def test_configs_that_cannot_be(change: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(TrainConfig, None, change)
+
+
+def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quoted in a file, `~` reaches us as it is; within a name it means nothing."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ["output_dir", "init", "model.base", "model.image_encoder", "prior.text"]
+    names += ["deft.weights", "deft.dino", "deft.dino_v2"]
+    config = load_config(TrainConfig, None, [f"{name}='~/a~b'" for name in names])
+    assert [attrgetter(name)(config) for name in names] == [f"{tmp_path}/a~b"] * len(names)
+    assert load_config(TrainConfig, None, ["model.base=me/base~1"]).model.base == "me/base~1"
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "prior", "nuts"])
+def test_crops_are_whole_latents(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
+    for earlier in list(SMALL)[: list(SMALL).index(stage)]:
+        (tmp_path / earlier).symlink_to(runs / earlier)
+    _, path, *overrides = words(stage, photos, tmp_path, "data.crop=62", "data.degradation=ccsr")
+    with pytest.raises(UserError, match="data.crop is 62: the autoencoder needs a multiple of 4, such as 64"):
+        stage_builder(stage)(load_config(TrainConfig, path, overrides))
 
 
 @pytest.mark.parametrize(

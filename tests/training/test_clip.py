@@ -12,9 +12,9 @@ from PIL import Image
 
 from consissr.data.captions import WORDS
 from consissr.errors import UserError
-from consissr.models.base import NullText, load_base, load_text
+from consissr.models.base import load_base, load_text
 from consissr.models.image_prompt import load_tower, save_tower, tower_features
-from consissr.training.clip import random_windows, write_tokenizer
+from consissr.training.clip import Contrast, random_windows, write_tokenizer
 from consissr.training.stage import Batch
 from scripts.train import main
 
@@ -60,6 +60,18 @@ def test_a_base_can_load_its_text_encoder(clip: Path) -> None:
     empty, one, other = text.encode(["", "dark photo, blue", "bright photo, red"])
     assert empty.shape == (24, 16) and text.encode(["word " * 99]).shape == (1, 24, 16)
     assert empty.isfinite().all() and not torch.allclose(one, other, atol=1e-2)
+
+
+def test_similarities_keep_their_digits_under_autocast() -> None:
+    """Only the projection, a layer of the network, is rounded."""
+    torch.manual_seed(0)
+    contrast, image, text = Contrast(16, 8), torch.randn(5, 8), torch.randn(3, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, projected = contrast(image, text), contrast.projection(text)
+    with torch.no_grad():
+        contrast.projection = torch.nn.Identity()
+        wanted = contrast(image, projected)
+    assert projected.dtype == torch.bfloat16 and found.dtype == torch.float32 and torch.equal(found, wanted)
 
 
 def test_every_caption_word_is_one_token_and_other_text_has_tokens(tmp_path: Path) -> None:
@@ -127,12 +139,14 @@ def test_a_prior_with_captions_is_a_base_with_text(photos: Path, autoencoder: Pa
     first, last = (load_checkpoint(tmp_path / f"checkpoint-{n}")["weights"] for n in (1, 2))
     read = [name for name in first if idle_without_text(name)]
     assert read and all(not torch.equal(first[name], last[name]) for name in read)
-    base = load_base(str(tmp_path))
-    assert not isinstance(base.text, NullText)
-    assert torch.equal(base.text.encode(["dim photo"]), load_text(str(clip), torch.float32).encode(["dim photo"]))
+    prompts = ["dark photo", "bright photo"]
+    base = load_base(str(tmp_path), prompts=prompts)
+    assert not base.text_free
+    text = load_text(str(clip), torch.float32)
+    assert all(torch.equal(base.prompts[prompt], text.encode([prompt])) for prompt in prompts)
     assert load_tower(tmp_path)[1] == load_tower(clip)[1]
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    dark, bright = (base.unet(z, 500, base.text.encode([p])).sample for p in ("dark photo", "bright photo"))
+    dark, bright = (base.unet(z, 500, base.prompts[p]).sample for p in prompts)
     assert (dark - bright).abs().max() > 1e-6
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import tarfile
 import time
@@ -22,9 +23,12 @@ from consissr.train_config import TrainConfig
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.loop import Loop
 from consissr.training.report import Report, read_log
+from consissr.training.validation import Validation
 from scripts.train import main, stage_builder
 from tests.training.children import finish, start
 from tests.training.tiny import words
+
+TIMING = {"steps_per_second", "data_seconds", "peak_mb"}
 
 
 @pytest.fixture
@@ -160,16 +164,99 @@ def test_a_gradient_that_is_not_finite_stays_out_of_the_weights(photos: Path, tm
     assert all(torch.equal(value, before[name]) for name, value in loop.weights().items())
 
 
-def test_sigterm_saves(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signals_to_stop_save(photos: Path, tmp_path: Path, name: str) -> None:
+    """A scheduler's and Ctrl-C's, also where a launcher repeats it."""
     arguments = words("autoencoder", photos, tmp_path, "steps=100000", "checkpoint_every=100000")
     process = start(arguments, tmp_path / "out.txt")
     while process.is_alive() and not read_log(tmp_path / "autoencoder/log.jsonl"):
         time.sleep(0.01)
-    process.terminate()
+    for _ in range(2):
+        os.kill(process.pid, getattr(signal, name))
     assert finish(process, seconds=60) == [2]
     (saved,) = list_checkpoints(tmp_path / "autoencoder")
     step = load_checkpoint(saved)["step"]
-    assert f"stopped by SIGTERM after step {step}, which is saved" in (tmp_path / "out.txt").read_text()
+    assert f"stopped by {name} after step {step}, which is saved" in (tmp_path / "out.txt").read_text()
+
+
+def test_another_ctrl_c_stops_at_once(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = Loop.update
+
+    def interrupted(loop: Loop, totals: dict) -> None:
+        loop.on_signal(signal.SIGINT, None)
+        loop.on_signal(signal.SIGINT, None)  # the launcher's repetition
+        loop.signalled_at -= 2
+        loop.on_signal(signal.SIGINT, None)
+        usual(loop, totals)
+
+    monkeypatch.setattr(Loop, "update", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    assert main(words("autoencoder", photos, tmp_path)) == 130
+    assert one_line(caplog).startswith("interrupted") and signal.getsignal(signal.SIGINT) is handler
+    assert not list_checkpoints(tmp_path / "autoencoder")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("loss", "step 0: out of memory with micro_batch=2: use a smaller one (same result); last good"),
+        ("__init__", "out of memory while the networks were built"),
+    ],
+)
+def test_too_little_memory_is_told(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+    message: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+
+    monkeypatch.setattr(stage_builder("autoencoder"), place, fail)
+    assert main(words("autoencoder", photos, tmp_path)) == 2
+    assert message in one_line(caplog)
+
+
+def test_other_errors_keep_their_traceback(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(stage_builder("autoencoder"), "loss", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(words("autoencoder", photos, tmp_path))
+
+
+def test_a_failing_validation_costs_no_step(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint of its step is there before it, and the resumed run makes up for it."""
+    own = (f"data.validation={photos}", "data.validation_count=2", "validate_every=1", "steps=3")
+    logs = []
+    for name in ("whole", "failed"):
+        arguments = words("autoencoder", photos, tmp_path / name, *own)
+        if name == "failed":
+            with monkeypatch.context() as patch:
+                patch.setattr(Validation, "run", lambda *_: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    main(arguments)
+            assert [path.name for path in list_checkpoints(tmp_path / name / "autoencoder")] == ["checkpoint-1"]
+            arguments = ["--resume", "latest", *arguments]
+        assert main(arguments) == 0
+        lines = read_log(tmp_path / name / "autoencoder/log.jsonl")
+        logs.append([{k: v for k, v in line.items() if k not in TIMING} for line in lines])
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 1, 2, 2, 3, 3]
+
+
+def test_bad_validation_photographs_show_at_once(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/a.png").write_bytes(b"no picture")
+    assert main(words("autoencoder", photos, tmp_path, f"data.validation={tmp_path / 'bad'}")) == 2
+    assert "a.png" in one_line(caplog) and "check data.validation" in caplog.text
+    assert not (tmp_path / "autoencoder").exists()
 
 
 def test_kill_while_checkpoints_are_written(tmp_path: Path) -> None:

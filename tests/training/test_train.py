@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from consissr.config import load_config
+from consissr.models.latents import load_latents
 from consissr.train_config import OptimizerConfig, TrainConfig
+from consissr.training.autoencoder import MEASURED
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.checks import accumulation
 from consissr.training.loop import Loop
 from consissr.training.optimisers import learning_rate
+from consissr.training.stage import held_out, photographs
+from consissr.training.validation import VALIDATION_SEED
 from scripts.train import main, stage_builder
 from tests.training.tiny import SMALL, words
 
@@ -37,6 +42,22 @@ def test_a_stage_leaves_its_result(runs: Path, stage: str, files: list[str]) -> 
     assert len(losses) >= 2 and np.isfinite(losses).all()
     for name in [*files, "train.yaml", "run.json"]:
         assert (runs / stage / name).is_file()
+
+
+@pytest.mark.parametrize("own", [[], ["data.validation={photos}", "data.validation_count=5"]])
+def test_exported_latents_have_unit_variance(photos: Path, tmp_path: Path, own: list[str]) -> None:
+    """Over all crops of the validation set, its uneven last micro-batch included; else over training's first."""
+    own = [word.format(photos=photos) for word in own]
+    _, path, *overrides = words("autoencoder", photos, tmp_path, *own)
+    config = load_config(TrainConfig, path, overrides)
+    Loop(config, stage_builder("autoencoder")).run()
+    numbers, dataset = range(MEASURED), photographs(config.data, config.seed)
+    if own:
+        numbers, dataset = range(5), held_out(config.data, VALIDATION_SEED)
+    latents = load_latents(tmp_path / "autoencoder/vae")
+    with torch.no_grad():
+        z = latents.encode(torch.stack([dataset[n]["hq"] for n in numbers]))
+    assert z.var().item() == pytest.approx(1, abs=2e-3) and latents.scale != 1  # stored in half precision
 
 
 def test_the_result_runs(runs: Path) -> None:
@@ -71,8 +92,6 @@ def test_trained_parameters_learn_and_frozen_ones_stay(runs: Path, photos: Path,
 
     (Where zero layers stand one behind the other, the inner one's gradient begins after the second step.)
     """
-    from consissr.config import load_config
-
     for earlier in list(SMALL)[: list(SMALL).index(stage)]:
         (tmp_path / earlier).symlink_to(runs / earlier)
     # A hinge loss cancels exactly in the discriminator's last bias until a logit leaves [-1, 1]: a large step makes it.
