@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,17 +71,13 @@ class Paths:
             if question.compile:
                 made["ours"].compile()
         self.made = made
-        self.unwritten: dict[str, list] = {path: [] for path in wanted}
-        """Of our path: what the next run is to write."""
 
     def run(self, path: str, clock: Clock) -> Tensor:
         """One batch, timed; the decoded images (B,3,H,W)."""
         lq, plan = pictures(self.question), self.question.method.plan
         if self.device.type == "cpu":  # a process's heap has one setting, and the releases leave it alone
             keep_freed(KEPT if path == "ours" and self.made[path].keeps_freed else GLIBC_KEPT)
-        with clock.part("total"), ThreadPoolExecutor(1) as writer:
-            # as infer.py does it: what came before is written while this is computed
-            written = [writer.submit(images.write, *result) for result in self.unwritten[path]]
+        with clock.part("total"):
             jobs = [prepare(one, 4, self.config.geometry, self.multiple) for one in lq.split(1)]
             x = torch.cat([job.x for job in jobs])
             if path == "ours":
@@ -95,19 +90,11 @@ class Paths:
                     for i, one in enumerate(x.split(1))
                 ]
                 y = torch.cat(rows)
-            results = []
             for i, (job, decoded) in enumerate(zip(jobs, y.split(1), strict=True)):
                 with clock.part("colour"):
                     done = finish(job, decoded.clone(), self.config.geometry, self.config.color_fix)
-                results.append((self.scratch / f"{path}{i}.png", images.Photo(done[0], None, images.Form())))
-            if path == "ours" and self.question.runs > 1:
-                self.unwritten[path] = results
-            else:
-                for result in results:
-                    with clock.part("write"):
-                        images.write(*result)
-            for one in written:
-                one.result()
+                with clock.part("write"):
+                    images.write(self.scratch / f"{path}{i}.png", images.Photo(done[0], None, images.Form()))
         return y
 
     def ours(self, x: Tensor, plan: list[Step], clock: Clock) -> Tensor:
