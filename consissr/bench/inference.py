@@ -26,7 +26,7 @@ from consissr.diffusion.plans import Step
 from consissr.diffusion.sampler import seeded_draw
 from consissr.footprint import MB, start_peak
 from consissr.footprint import peak as peak_bytes
-from consissr.geometry import finish, prepare
+from consissr.geometry import finish, prepare, to_pil
 from consissr.loading import PRECISIONS
 from consissr.memory import GLIBC_KEPT, KEPT, keep_freed
 
@@ -94,7 +94,11 @@ class Paths:
                 with clock.part("colour"):
                     done = finish(job, decoded.clone(), self.config.geometry, self.config.color_fix)
                 with clock.part("write"):
-                    images.write(self.scratch / f"{path}{i}.png", images.Photo(done[0], None, images.Form()))
+                    file = self.scratch / f"{path}{i}.png"
+                    if path == "ours":
+                        images.write(file, images.Photo(done[0], None, images.Form()))
+                    else:
+                        to_pil(done).save(file)  # both releases: Pillow's own settings for PNG
         return y
 
     def ours(self, x: Tensor, plan: list[Step], clock: Clock) -> Tensor:

@@ -1,8 +1,9 @@
 """The plain reference: the released pipelines' way of doing the same mathematics, from stock diffusers components.
 
 It runs on the weights of a `Restorer` and on the same noise, so that results can be compared. Each choice says which
-release behaves so (CCSR v2: its diffusers pipeline; ConsisSR: its LDM code). Sizes, colours and files are left to the
-caller, who treats both paths alike. Attention is diffusers' default, torch's scaled_dot_product_attention (CCSR v2).
+release behaves so (CCSR v2: its diffusers pipeline; ConsisSR: its LDM code). Sizes and colours are left to the caller,
+who treats both paths alike; files it writes with Pillow's own settings for PNG (both releases). Attention is diffusers'
+default, torch's scaled_dot_product_attention (CCSR v2).
 """
 
 from __future__ import annotations
