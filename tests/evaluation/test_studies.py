@@ -159,12 +159,18 @@ def test_another_configuration_is_not_taken_for_this_one(setting: study_run.Sett
         study_run.training_jobs(setting, setting.plan.trainings("small", []))
 
 
-def test_results_of_other_flags_are_not_taken_for_these(setting: study_run.Setting) -> None:
+def begun(setting: study_run.Setting) -> tuple[studies.Training, studies.Results]:
+    """The model of row `again`, as if trained, and its results, begun on the real pairs."""
     training = setting.plan.training("small", "better")
     training.folder.mkdir(parents=True)
     study_run.mark(training, setting, 1.0)
     (again,) = setting.plan.results("small", "again")
     study_run.begin(again, "realsr", "fp32")
+    return training, again
+
+
+def test_results_of_other_flags_are_not_taken_for_these(setting: study_run.Setting) -> None:
+    begun(setting)
     assert study_run.restoring_jobs(setting, "small", ["again"], [])
     path = setting.plan.folder / "small.yaml"
     path.write_text(path.read_text().replace('"2"]', '"3"]'))
@@ -174,11 +180,7 @@ def test_results_of_other_flags_are_not_taken_for_these(setting: study_run.Setti
 
 
 def test_results_of_a_model_that_is_trained_anew(setting: study_run.Setting) -> None:
-    training = setting.plan.training("small", "better")
-    training.folder.mkdir(parents=True)
-    study_run.mark(training, setting, 1.0)
-    (again,) = setting.plan.results("small", "again")
-    study_run.begin(again, "realsr", "fp32")
+    training, again = begun(setting)
     done = training.folder / study_run.DONE
     done.write_text(json.dumps(json.loads(done.read_text()) | {"finished": "later"}))
     with pytest.raises(UserError, match=r"again.* was restored otherwise .*trained\)"):
