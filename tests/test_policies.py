@@ -22,7 +22,7 @@ TEXTS = [
     and "__pycache__" not in path.parts
 ] + [ROOT / "README.md", ROOT / "pyproject.toml"]
 TOP_LEVEL = {"configs", "consissr", "ccsr", "scripts", "tests", "pyproject.toml", "README.md", "LICENSE"}
-MADE_BY_TOOLS = {"build", "results", "runs", "consissr.egg-info", "__pycache__"}  # ignored by git
+MADE_BY_TOOLS = {"build", "results", "evaluation", "runs", "consissr.egg-info", "__pycache__"}  # ignored by git
 
 LAYERS = (
     ("errors", "config", "train_config", "formats", "images", "png16", "color", "checkpoint", "memory"),
