@@ -228,7 +228,15 @@ class Plan:
         seeded = seed is not None and seed != config.seed
         name = f"{variant}-seed{seed}" if seeded else variant
         folder = self.out / study / "models" / name
-        return Training(study, variant, config.seed if seed is None else seed, path, folder, source_of(config), seeded)
+        after = self._with_seed(source_of(config), seed) if seeded else source_of(config)
+        return Training(study, variant, config.seed if seed is None else seed, path, folder, after, seeded)
+
+    def _with_seed(self, source: str, seed: int) -> str:
+        """Key of a variant's training with this seed where a row of its study has one, else of the variant's own."""
+        study, _, variant = source.partition("/")
+        rows = self.study(study).rows.values() if source else ()
+        has = any(row.train == variant and seed in row.seeds for row in rows)
+        return self.training(study, variant, seed).key if has else source
 
     def results(self, study: str, row: str) -> list[Results]:
         """A row's results, one for each training seed."""

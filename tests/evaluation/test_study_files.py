@@ -51,6 +51,16 @@ def test_all_studies_share_one_budget() -> None:
         assert all(field.startswith(("model.", "tala.")) for field in studies.changed_fields(a, b))
 
 
+def test_a_second_seed_starts_from_the_second_seed_of_what_it_builds_on() -> None:
+    plan = studies.Plan(STUDIES, Path("out"))
+    assert plan.training("ccsr_table1", "full", 2).after == "ccsr_table1/v2-seed2"
+    assert plan.training("ccsr_table1", "full").after == "ccsr_table1/v2"
+    assert plan.training("hybrids", "deft_consissr", 9).after == "consissr_table4/gamma10"  # which has no seed 9
+    assert list(plan.trainings("ccsr_table1", ["full"])) == [
+        f"ccsr_table1/{name}" for name in ("v2", "full", "v2-seed2", "full-seed2")
+    ]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_studies_name_published_rows_and_known_models(name: str) -> None:
     from consissr.evaluation.study_scores import Published
@@ -62,7 +72,6 @@ def test_studies_name_published_rows_and_known_models(name: str) -> None:
         assert plan.results(name, row.name)
         assert published.cells(row.name) or not row.published
     assert {"consissr_table4/gamma10", "consissr_table4/gamma10-seed2"} <= set(plan.trainings("consissr_table4", []))
-    assert list(plan.trainings("ccsr_table1", ["full"])) == ["ccsr_table1/v2", "ccsr_table1/full"]
 
 
 def test_sampler_flags_are_those_of_infer_and_take_the_steps_they_claim() -> None:
