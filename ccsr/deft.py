@@ -1,7 +1,7 @@
 """Stage 'deft': the VAE decoder tuned adversarially on stage-1 outputs (Sec. III-C, CCSR).
 
 Everything but the decoder is frozen. The decoder's input is x0_from_T, the one-step result, which serves any number
-of steps: later steps' latents are of the same kind.
+of steps: later steps' latents are of the same kind. (`deft.latents: sampled` takes what the whole plan makes.)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ccsr.adversary import ADVERSARIES
 from ccsr.losses import adaptive_weight, adversarial_weight, discriminator_hinge, generator_adversarial
 from ccsr.nuts import Nuts
+from ccsr.timesteps import sampler_plan
 from consissr.checkpoint import find_model
 from consissr.errors import UserError
 from consissr.evaluation.learned import lpips_network
@@ -43,6 +44,7 @@ class Deft:
             raise UserError("stage 'deft' tunes the decoder of a trained model: give init=MODEL_FOLDER (stage 'nuts')")
         self.config = config.deft
         self.first = Nuts(config, parts)
+        self.plan = sampler_plan(config.sampler, len(self.first.schedule)) if config.deft.latents == "sampled" else None
         self.latents, self.decoder_only = self.first.latents, True
         if parts is None:
             self.go_on(find_model(config.init) / "vae")
@@ -96,15 +98,15 @@ class Deft:
         return dict(self.adversary.learned.named_buffers())
 
     def prepare(self, batch: Batch) -> None:
-        """x0_from_T of the frozen first stage."""
+        """The frozen first stage's latents: x0_from_T, or what its sampler makes."""
         self.first.prepare(batch)
-        batch.cache["x0_T"] = self.first.one_step(batch)
+        batch.cache["x0"] = self.first.one_step(batch) if self.plan is None else self.first.sampled(batch, self.plan)
         self.adversary.prepare(batch)
 
     def decoder_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Pixel loss + perceptual loss + adversarial loss, the last scaled to the others' gradient if `adaptive`."""
         c = self.config
-        image = self.latents.decode(batch.cache["x0_T"]).float()  # (B, 3, S, S)
+        image = self.latents.decode(batch.cache["x0"]).float()  # (B, 3, S, S)
         image = image.clamp(-1, 1) if c.clamp else image
         batch.cache["image"] = image.detach()
         view = self.adversary.view(batch)
@@ -142,8 +144,8 @@ class Deft:
         return parts | {"loss": parts["loss"] * (step >= self.config.discriminator_start)}
 
     def restore(self, batch: Batch) -> Tensor:
-        """One-step result with the tuned decoder."""
-        return self.latents.decode(batch.cache["x0_T"])
+        """Result of one step, or of all, with the tuned decoder."""
+        return self.latents.decode(batch.cache["x0"])
 
     def export(self, folder: Path) -> None:
         """The first stage's model folder, and the tuned decoder."""

@@ -11,7 +11,7 @@ from consissr.config import FolderConfig, load_config, save_config
 from consissr.errors import UserError
 from consissr.train_config import TrainConfig
 
-OWNERS = ("config.py", "train_config.py")
+OWNERS = ("config.py", "train_config.py", "stage_config.py")
 SOURCES = ("consissr", "ccsr", "scripts")
 
 

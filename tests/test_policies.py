@@ -25,7 +25,7 @@ TOP_LEVEL = {"configs", "consissr", "ccsr", "scripts", "tests", "pyproject.toml"
 MADE_BY_TOOLS = {"build", "results", "evaluation", "runs", "consissr.egg-info", "__pycache__"}  # ignored by git
 
 LAYERS = (
-    ("errors", "config", "train_config", "formats", "images", "png16", "color", "checkpoint", "memory"),
+    ("errors", "config", "stage_config", "train_config", "formats", "images", "png16", "color", "checkpoint", "memory"),
     ("data",),
     ("models", "ldm"),
     ("diffusion",),

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from consissr.data.captions import WORDS, caption
 from consissr.models.image_prompt import build_tower, clip_input, save_tower
-from consissr.train_config import ClipConfig, TrainConfig
+from consissr.stage_config import ClipConfig
+from consissr.train_config import TrainConfig
 from consissr.training.precision import without_autocast
 from consissr.training.stage import EXPORT, Batch, Phase, held_out, seed_of
 

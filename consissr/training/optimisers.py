@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from consissr.train_config import OptimizerConfig
+from consissr.stage_config import OptimizerConfig
 from consissr.training.stage import Phase
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from consissr.checkpoint import UNET_ADAPTER, WEIGHTS, find_model, load_strict, read_config, read_weights
 from consissr.config import FolderConfig, ModelConfig
+from consissr.diffusion.plans import Step
+from consissr.diffusion.sampler import sample, start_latent
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.diffusion.tala import probability, tala_inputs
 from consissr.errors import UserError
@@ -229,6 +231,17 @@ class Restoration:
         r = batch.rand() if form != "off" else torch.ones_like(p)
         r = r[:1] if c.shared_draw else r
         return tala_inputs(batch.cache["z_hq"], batch.cache["z_lq"], eps, t, r, p, self.schedule)[:2]
+
+    @torch.no_grad()
+    def sampled(self, batch: Batch, plan: list[Step]) -> Tensor:
+        """What the sampler makes of a batch without guidance, (B, C, h, w), at noise of each image's own."""
+        condition = self.condition(batch)
+
+        def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+            return batch.randn(*shape[1:])
+
+        start = start_latent(self.config.sampler.start, batch.cache["z_lq"], self.schedule, draw)
+        return sample(lambda z_t, t: self.denoiser(z_t, t, condition), plan, start, self.schedule, draw)
 
     def export(self, folder: Path) -> None:
         """A model folder, which scripts/infer.py restores with as it is."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from consissr.data.datasets import PhotoDataset
 from consissr.errors import UserError
-from consissr.train_config import DataConfig, OptimizerConfig
+from consissr.stage_config import OptimizerConfig
+from consissr.train_config import DataConfig
 
 
 def seed_of(*parts: object) -> int:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from consissr.diffusion.plans import check_plan, ddpm_plan
-from consissr.diffusion.sampler import sample, start_latent
 from consissr.errors import UserError
-from consissr.models.denoiser import SoftPrompt
+from consissr.models.denoiser import Condition, SoftPrompt
 from consissr.train_config import TrainConfig
 from consissr.training.restoration import Parts, Restoration, pixel_weights
 from consissr.training.stage import Batch
@@ -43,6 +43,10 @@ class Tala(Restoration):
         super().__init__(config, parts, soft_prompt, config.tala.encoder_gradients)
         self.posterior = config.tala.posterior
         self.weights = pixel_weights(self.latents) if config.tala.metric == "pixels" else None
+        if config.tala.hint_dropout and self.image_prompt is None:
+            raise UserError(
+                "tala.hint_dropout needs image tokens to do without the hint: choose model.image_prompt=hpa"
+            )
         s = config.sampler
         self.plan = check_plan(s.timesteps or ddpm_plan(s.steps, len(self.schedule)), len(self.schedule))
 
@@ -50,31 +54,36 @@ class Tala(Restoration):
         """Lines 3 to 9 of Algorithm 1."""
         t = batch.randint(len(self.schedule))
         eps = batch.randn(*batch.cache["z_hq"].shape[1:])
+        if share := self.config.tala.plan_share:
+            times = t.new_tensor([step.t for step in self.plan])
+            t = torch.where(batch.rand() < share, times[batch.randint(len(times))], t)
         z_t, target = self.augmented(batch, t, eps)
-        return Prediction(z_t, t, target, self.denoiser(z_t, t, self.condition(batch)))
+        condition = self.condition(batch)
+        if self.config.tala.hint_dropout:
+            condition = self.some_blind(condition, batch.rand() < self.config.tala.hint_dropout)
+        return Prediction(z_t, t, target, self.denoiser(z_t, t, condition))
+
+    def some_blind(self, condition: Condition, blind: Tensor) -> Condition:
+        """The condition with the ControlNet's view of z_lq taken from the images (B,) that `blind` says."""
+        features = self.denoiser.controlnet.controlnet_cond_embedding(condition.hint)
+        return replace(condition, kept=condition.kept | {"hint": features * ~blind.view(-1, 1, 1, 1)})
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Line 10 of Algorithm 1."""
         return {"loss": self.error(self.predict(batch))}
 
     def error(self, found: Prediction) -> Tensor:
-        """Squared error of a prediction, a mean over elements; weighted where the config says so."""
-        # |eps_hat - (z_t - sqrt(a) z_hq) / sqrt(1 - a)|^2  (Eq. 4, ConsisSR)
-        error = (found.eps - found.target).square()
-        if self.weights is not None:
-            error = error * self.weights.to(error).view(1, -1, 1, 1)
+        """Squared (or absolute) error of a prediction, a mean over elements; weighted where the config says so."""
+        # eps_hat - (z_t - sqrt(a) z_hq) / sqrt(1 - a)  (Eq. 4, ConsisSR)
+        error = found.eps - found.target
         if self.config.tala.weighting == "v":  # at given z_t, an error of v is one of the noise over sqrt(a)
-            error = error / self.schedule.alpha_bar.to(error.device)[found.t].view(-1, 1, 1, 1).to(error)
-        return error.mean()
+            error = error / self.schedule.alpha_bar.to(error.device)[found.t].view(-1, 1, 1, 1).to(error).sqrt()
+        if self.config.tala.error == "absolute":
+            return (error if self.weights is None else self.latents.linear.decode(error)).abs().mean()
+        error = error.square()
+        return (error if self.weights is None else error * self.weights.to(error).view(1, -1, 1, 1)).mean()
 
     @torch.no_grad()
     def restore(self, batch: Batch) -> Tensor:
         """The sampler's result without guidance, at noise that depends on the image alone."""
-        condition = self.condition(batch)
-
-        def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-            return batch.randn(*shape[1:])
-
-        start = start_latent(self.config.sampler.start, batch.cache["z_lq"], self.schedule, draw)
-        z = sample(lambda z_t, t: self.denoiser(z_t, t, condition), self.plan, start, self.schedule, draw)
-        return self.latents.decode(z)
+        return self.latents.decode(self.sampled(batch, self.plan))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from consissr import ldm, released
 from consissr.models import from_ldm
 from consissr.models.image_prompt import build_tower, tower_features
-from consissr.train_config import TalaConfig, TrainConfig
+from consissr.stage_config import TalaConfig
+from consissr.train_config import TrainConfig
 from consissr.training.rclip import Rclip
 from consissr.training.restoration import Parts
 from consissr.training.stage import Batch

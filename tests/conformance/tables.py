@@ -16,7 +16,7 @@ from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.diffusion.tala import probability, tala_inputs
 from consissr.geometry import ccsr_input, finish, prepare, raise_short_side, to_pil, to_tensor, transfer, truncated
 from consissr.images import to_uint8
-from consissr.train_config import OptimizerConfig
+from consissr.stage_config import OptimizerConfig
 
 STEPS = 100_001
 """Optimiser steps of ConsisSR's first stage."""

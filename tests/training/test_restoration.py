@@ -12,9 +12,11 @@ from consissr import Restorer
 from consissr.config import load_config
 from consissr.errors import UserError
 from consissr.models.image_prompt import build_tower, load_tower, save_tower
-from consissr.train_config import ClipConfig, TrainConfig
+from consissr.models.latents import LinearPath
+from consissr.stage_config import ClipConfig
+from consissr.train_config import TrainConfig
 from consissr.training.loop import Loop
-from consissr.training.restoration import load_parts
+from consissr.training.restoration import load_parts, pixel_weights
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala
 from scripts.train import stage_builder
@@ -30,6 +32,11 @@ VARIANTS = {
         *("stage=tala", "model.image_prompt=hpa", "model.image_kv=separate", *SHAPE, *DDPM),
         *("tala.probability=as_released", "tala.shared_draw=true", "tala.encoder_gradients=false"),
         "tala.posterior=sample",
+    ],
+    "few steps": [
+        *("stage=tala", "model.image_prompt=hpa", PATCHES, *SHAPE, "sampler.plan=ddpm", "sampler.start=noise"),
+        *("sampler.timesteps=[[999,666,step],[666,-1,x0]]", "tala.error=absolute", "tala.plan_share=0.5"),
+        "tala.hint_dropout=0.2",
     ],
     "without image": ["stage=tala", "model.image_prompt=none", *DDPM, "tala.probability=off"],
     "ip_adapter": ["stage=tala", "model.image_prompt=ip_adapter", PATCHES, *DDPM, "tala.probability=linear"],
@@ -242,8 +249,58 @@ def test_soft_prompt_tokens_reach_the_networks(base: Path, photos: Path, tmp_pat
         (["model.image_prompt=hpa", "model.image_encoder=open_clip:ViT-H-99/x"], "not of the form"),
         (["model.image_prompt=hpa", "model.image_encoder=open_clip:ViT-B-32-quickgelu/openai"], "QuickGELU"),
         (["tala.metric=pixels"], "linear path"),
+        (["tala.error=cubed"], "tala.error is 'cubed'"),
+        (["tala.plan_share=1.5"], "tala.plan_share is 1.5: use a share from 0 to 1"),
+        (["tala.hint_dropout=0.1"], "tala.hint_dropout needs image tokens"),
     ],
 )
 def test_mistakes_are_named(base: Path, words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Tala(load_config(TrainConfig, None, ["stage=tala", f"model.base={base}", *DDPM, *words]))
+
+
+def few_steps(base: Path, photos: Path, folder: Path, *words: str) -> tuple[Tala, Batch]:
+    """A stage for two timesteps and a prepared batch."""
+    run = loop(base, photos, folder, *VARIANTS["few steps"], *words)
+    batch = next(iter(run.batches()))
+    with torch.no_grad():
+        run.stage.prepare(batch)
+    return run.stage, batch
+
+
+def test_training_at_the_sampled_timesteps(base: Path, photos: Path, tmp_path: Path) -> None:
+    for share, wanted in ((1, True), (0, False)):
+        stage, batch = few_steps(base, photos, tmp_path, f"tala.plan_share={share}")
+        with torch.no_grad():
+            times = torch.cat([stage.predict(batch).t for _ in range(4)])
+        assert (set(times.tolist()) <= {999, 666}) == wanted
+
+
+def test_without_the_hint_only_the_image_tokens_tell(base: Path, photos: Path, tmp_path: Path) -> None:
+    for dropout, blind in ((1, True), (0, False)):
+        stage, batch = few_steps(base, photos, tmp_path, f"tala.hint_dropout={dropout}", "model.hint=conv")
+        guess = {}
+        for name, change in (("as it is", {}), ("hint", {"hint": 2}), ("image", {"features": -1})):
+            batch.generators[:] = [torch.Generator().manual_seed(i) for i in range(2)]
+            cache, batch.cache = batch.cache, batch.cache | {k: v * batch.cache[k] for k, v in change.items()}
+            for layer in (m for m in stage.denoiser.modules() if getattr(m, "bias", None) is not None):
+                if not layer.weight.any():
+                    torch.nn.init.normal_(layer.weight, std=0.1, generator=torch.Generator().manual_seed(3))
+            with torch.no_grad():
+                guess[name] = stage.predict(batch).eps
+            batch.cache = cache
+        assert torch.equal(guess["as it is"], guess["hint"]) == blind
+        assert not torch.equal(guess["as it is"], guess["image"])
+
+
+def test_absolute_errors_are_of_v_and_pixels(base: Path, photos: Path, tmp_path: Path) -> None:
+    stage, batch = few_steps(base, photos, tmp_path, "tala.weighting=v")
+    with torch.no_grad():
+        found = stage.predict(batch)
+        signal = stage.schedule.alpha_bar[found.t].sqrt().view(-1, 1, 1, 1)
+        wanted = ((found.eps - found.target) / signal).abs().mean()
+        torch.testing.assert_close(stage.error(found), wanted.float())
+        stage.latents.linear = LinearPath(found.eps.shape[1], 8)
+        stage.weights = pixel_weights(stage.latents)
+        pixels = stage.latents.linear.decode((found.eps - found.target) / signal.float())
+        torch.testing.assert_close(stage.error(found), pixels.abs().mean())

@@ -12,7 +12,8 @@ import torch
 
 from consissr.config import load_config
 from consissr.models.latents import load_latents
-from consissr.train_config import OptimizerConfig, TrainConfig
+from consissr.stage_config import OptimizerConfig
+from consissr.train_config import TrainConfig
 from consissr.training.autoencoder import MEASURED
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.checks import accumulation
