@@ -63,7 +63,8 @@ class ModelConfig:
     'open_clip:NAME/TAG' or '/FILE' (open_clip's weights by tag or as a file; SD2.1's tower is
     open_clip:ViT-H-14/laion2b_s32b_b79k)."""
     adapter_init: str = "default"
-    """Initial last layer of the image adapter: 'default' or 'as_released' (zero, which blocks all gradients)."""
+    """How a new image adapter starts: 'default' (PyTorch's), 'unit' (tokens of unit deviation, as a text's; a run whose
+    `init` has another one begins it anew) or 'as_released' (last layer zero, which blocks all gradients)."""
 
     def __post_init__(self) -> None:
         check_word(self.hint, ("conv", "stack"), "model.hint")
@@ -72,7 +73,7 @@ class ModelConfig:
         check_word(self.image_prompt, ("none", "hpa", "hpa_separate", "ip_adapter"), "model.image_prompt")
         check_word(self.image_kv, ("shared", "separate"), "model.image_kv")
         check_word(self.image_tokens, ("pooled", "patches"), "model.image_tokens")
-        check_word(self.adapter_init, ("default", "as_released"), "model.adapter_init")
+        check_word(self.adapter_init, ("default", "unit", "as_released"), "model.adapter_init")
 
 
 @dataclass(kw_only=True)

@@ -23,6 +23,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Channel standard deviations of CLIP's training images."""
 
+GELU_GAIN = 1.534
+"""1 / sqrt(E[GELU(x)^2]) for x of unit variance."""
+
 IMAGE_WEIGHTS = "model.safetensors"
 """Weights in an image_encoder/ folder; the tower's names begin with "tower."."""
 
@@ -62,7 +65,9 @@ class Adapter(nn.Module):
     """Features (B, N, E) -> image tokens (B, N, D): LayerNorm and three linear layers with GELU between them.
 
     `init` 'as_released' sets the last layer to zero. With the zero output layer of the image branch behind it, neither
-    then ever receives a gradient that depends on the image; 'default' keeps PyTorch's initialisation.
+    then ever receives a gradient that depends on the image; 'default' keeps PyTorch's initialisation, whose tokens have
+    a tenth of the deviation of a text's; 'unit' starts with tokens of unit deviation, so that attention to them, by
+    the text's keys, tells them apart from the first step.
     """
 
     def __init__(self, features: int, width: int, init: str = "default") -> None:
@@ -73,6 +78,10 @@ class Adapter(nn.Module):
         self.linear_3 = nn.Linear(width, width)
         if init == "as_released":
             zeroed(self.linear_3)
+        if init == "unit":
+            for layer, gain in ((self.linear_1, 1.0), (self.linear_2, GELU_GAIN), (self.linear_3, GELU_GAIN)):
+                nn.init.normal_(layer.weight, std=gain / layer.in_features**0.5)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, N, E) -> (B, N, D), every token on its own."""

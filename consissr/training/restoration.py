@@ -124,12 +124,19 @@ def grown(folder: Path, base: Base, model: ModelConfig) -> nn.Module:
 
 
 def start_image_prompt(config: TrainConfig, folder: Path | None, width: int) -> ImagePrompt | None:
-    """The image branch of `folder`'s model, or a new one on the tower that `init` or the model's config names."""
+    """The image branch of `folder`'s model, or a new one on the tower that `init` or the model's config names.
+
+    `model.adapter_init` unit begins the adapter anew, on the folder's tower, unless the folder's began so.
+    """
     model = config.model
     if model.image_prompt == "none":
         return None
-    if folder is not None and read_config(folder).model.image_prompt != "none":
-        return load_image_prompt(folder, FolderConfig(model=model))
+    if folder is not None and (before := read_config(folder).model).image_prompt != "none":
+        found = load_image_prompt(folder, FolderConfig(model=model))
+        if model.adapter_init == "unit" != before.adapter_init:
+            log.info("%s: its image adapter begins anew (model.adapter_init=unit)", folder.name)
+            found.adapter = Adapter(found.tower.output_dim, width, "unit")
+        return found
     tower = load_tower(Path(config.init))[0] if config.init and folder is None else find_tower(model)
     return ImagePrompt(tower, Adapter(tower.output_dim, width, model.adapter_init), model.image_tokens)
 

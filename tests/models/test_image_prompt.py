@@ -75,6 +75,14 @@ def test_the_released_initialisation_gives_a_zero_token(tower):
 
 
 @torch.no_grad()
+def test_unit_initialisation_gives_tokens_of_unit_deviation():
+    torch.manual_seed(0)
+    tokens = Adapter(256, 192, "unit")(3 + 5 * torch.randn(8, 16, 256))
+    assert 0.9 < tokens.std() < 1.1 and tokens.std(dim=1).mean() > 0.7
+    assert Adapter(256, 192)(torch.randn(8, 16, 256)).std() < 0.3
+
+
+@torch.no_grad()
 def test_sizes_are_enough_to_build_it_again(tower):
     prompt = ImagePrompt(tower, Adapter(20, 24), "patches")
     sizes = json.loads(json.dumps(prompt_config(prompt)))

@@ -181,6 +181,19 @@ def test_an_image_branch_can_be_added_to_a_model(base: Path, photos: Path, tmp_p
         loop(base, photos, tmp_path / "c", "model.position_embedding=16", kept, f"init={tmp_path}/grown")
 
 
+def test_an_adapter_begins_anew_only_where_it_is_asked_to(base: Path, photos: Path, tmp_path: Path) -> None:
+    """Neither the settings of an earlier run nor of a converted release may cost a trained adapter."""
+    first = loop(base, photos, tmp_path / "a", *VARIANTS["consissr"])
+    two_steps(first)
+    first.stage.export(tmp_path / "model")
+    for inits, kept in (("default", True), ("as_released", True), ("unit", False)):
+        words = [*VARIANTS["consissr"], f"init={tmp_path}/model", f"model.adapter_init={inits}"]
+        found = loop(base, photos, tmp_path / inits, *words).stage.image_prompt.state_dict()
+        same = {n for n, value in first.stage.image_prompt.state_dict().items() if torch.equal(value, found[n])}
+        assert all(name in same for name in found if name.startswith("tower."))
+        assert ("adapter.linear_3.weight" in same) == kept, inits
+
+
 def test_the_decoder_of_a_consissr_model_can_be_tuned(base: Path, photos: Path, tmp_path: Path) -> None:
     first = loop(base, photos, tmp_path / "a", *VARIANTS["consissr"])
     first.stage.export(tmp_path / "model")
