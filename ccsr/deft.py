@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from ccsr.adversary import ADVERSARIES
 from ccsr.losses import adaptive_weight, adversarial_weight, discriminator_hinge, generator_adversarial
 from ccsr.nuts import Nuts
-from ccsr.timesteps import sampler_plan
 from consissr.checkpoint import find_model
 from consissr.errors import UserError
 from consissr.evaluation.learned import lpips_network
@@ -44,7 +43,7 @@ class Deft:
             raise UserError("stage 'deft' tunes the decoder of a trained model: give init=MODEL_FOLDER (stage 'nuts')")
         self.config = config.deft
         self.first = Nuts(config, parts)
-        self.plan = sampler_plan(config.sampler, len(self.first.schedule)) if config.deft.latents == "sampled" else None
+        self.plan = self.first.plan if config.deft.latents == "sampled" else None
         self.latents, self.decoder_only = self.first.latents, True
         if parts is None:
             self.go_on(find_model(config.init) / "vae")

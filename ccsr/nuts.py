@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ccsr.losses import nuts_losses
-from ccsr.timesteps import t_max_step, with_plan
+from ccsr.timesteps import sampler_plan, t_max_step, with_plan
 from consissr.config import FolderConfig
 from consissr.errors import UserError
 from consissr.models.denoiser import SoftPrompt
@@ -29,9 +29,16 @@ class Nuts(Restoration):
         self.weights = pixel_weights(self.latents) if config.nuts.metric == "pixels" else None
         s = config.sampler
         T = len(self.schedule)
+        self.plan = sampler_plan(s, T)
         self.t_max = config.nuts.t_max_step or t_max_step(s.steps, config.nuts.t_max, s.grid, T)
         if not 0 < self.t_max < T:
             raise UserError(f"nuts.t_max_step is {self.t_max}: use a timestep from 1 to {T - 1}, or 0")
+        trained = "l_tmax" in config.nuts.losses and not config.nuts.t_max_step
+        if trained and s.plan == "nuts" and not s.timesteps and self.t_max != t_max_step(s.steps, s.t_max, s.grid, T):
+            raise UserError(
+                f"nuts.t_max is {config.nuts.t_max:g}, sampler.t_max {s.t_max:g}: the sampler would use a timestep "
+                "that is not trained; make them equal, or set nuts.t_max_step"
+            )
 
     def prepare(self, batch: Batch) -> None:
         """Latents of both images; the hint is z_lq, a sample where that is one."""
@@ -62,8 +69,9 @@ class Nuts(Restoration):
         return self.schedule.x0_from_eps(z_T, self.denoiser(z_T, last, condition), last)
 
     def restore(self, batch: Batch) -> Tensor:
-        """One-step result at noise that depends on the image alone."""
-        return self.latents.decode(self.one_step(batch))
+        """One-step result, or the sampler's where one step is not trained, at noise that depends on the image alone."""
+        sampled = self.one_step(batch) if "l_T" in self.config.nuts.losses else self.sampled(batch, self.plan)
+        return self.latents.decode(sampled)
 
     def folder_config(self) -> FolderConfig:
         """The model's configuration, its default plan spelled out so that sampling needs no knowledge of NUTS."""

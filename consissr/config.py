@@ -1,14 +1,15 @@
 """Typed, documented configuration: dataclasses, YAML files and key=value overrides, strictly checked.
 
-Here stand the configurations of models and samplers, and how any is read; `train_config.py` has those of training.
-Every field is documented by the string below it (meaning, unit, source) and read by code; `tests/test_config.py`
-holds both to that. Defaults stand in these two files and nowhere else.
+Here stand the configurations of models and samplers, and how any is read; `train_config.py` has that of a training run,
+`stage_config.py` what its stages add. Every field is documented by the string below it (meaning, unit, source) and read
+by code; `tests/test_config.py` holds all to that. Defaults stand in these three files and nowhere else.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -197,6 +198,22 @@ def changed(config: ConfigT, settings: dict[str, Any]) -> ConfigT:
     """`config` with some fields replaced, checked; UserError for a field it lacks, naming the nearest."""
     check_keys(type(config), settings, "settings")
     return dataclasses.replace(config, **settings)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All fields of a configuration by dotted name."""
+    found = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        inner = flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+        found |= inner
+    return found
+
+
+def changed_fields(a: Any, b: Any, besides: Collection[str] = ()) -> list[str]:
+    """Dotted names of the fields in which two configurations of one kind differ, `besides` aside."""
+    one, two = flat(a), flat(b)
+    return sorted(name for name in one if name not in besides and one[name] != two[name])
 
 
 def save_config(config: Any, path: str | Path) -> None:

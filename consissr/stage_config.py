@@ -105,6 +105,11 @@ class PriorConfig:
     caption_dropout: float = 0.15
     """Share of the captions that are replaced by the empty prompt."""
 
+    def __post_init__(self) -> None:
+        if len(self.widths) != len(self.attention):
+            counts = f"{len(self.widths)} resolutions, prior.attention {len(self.attention)}"
+            raise UserError(f"prior.widths has {counts}: give one of each for every resolution")
+
 
 @dataclass(kw_only=True)
 class RclipConfig:
@@ -174,7 +179,7 @@ class NutsConfig:
     losses: list[str] = field(default_factory=lambda: ["l_diff", "l_T", "l_tmax"])
     """Losses summed with weight 1 (Eq. 2 and 3, CCSR); l_diff alone is ControlNet pre-training."""
     posterior: str = "mode"
-    """z_lq: 'mode' or 'sample' of the VAE posterior (sample as released)."""
+    """z_hq and z_lq, the hint included: 'mode' or 'sample' of the VAE posterior (sample as released)."""
     metric: str = "latents"
     """Squared errors weigh all latent channels alike ('latents', the paper) or by what they change in 'pixels', for
     autoencoders with a linear path, whose channels were brought to similar variances (`nano`)."""
@@ -183,6 +188,8 @@ class NutsConfig:
         check_word(self.start, ("lq", "hq"), "nuts.start")
         check_word(self.posterior, ("mode", "sample"), "nuts.posterior")
         check_word(self.metric, ("latents", "pixels"), "nuts.metric")
+        if not self.losses:
+            raise UserError("nuts.losses is empty: name at least one of l_diff, l_T, l_tmax")
         for name in self.losses:
             check_word(name, ("l_diff", "l_T", "l_tmax"), "nuts.losses")
 

@@ -109,7 +109,8 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """What is trained, and on which base."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """Default sampler of the resulting model; validation runs it."""
+    """Default sampler of the resulting model. Validation runs it, without guidance and colour transfer, in stage 'tala'
+    and, where l_T is not trained, in 'nuts'; else 'nuts' and 'deft' show their one-step results."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation images."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -136,6 +137,8 @@ class TrainConfig:
         homes += [(self.prior, "text"), *((self.deft, name) for name in ("weights", "dino", "dino_v2"))]
         for part, name in homes:
             setattr(part, name, os.path.expanduser(getattr(part, name)))  # only a leading ~ is a home folder
+        if self.model.base.startswith("./"):  # in a model folder this means a base beside its other files
+            self.model.base = os.path.abspath(self.model.base)
         if self.micro_batch < 1:
             raise UserError(f"micro_batch is {self.micro_batch}: use at least 1")
         if self.data.pair_pool % self.micro_batch:

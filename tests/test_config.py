@@ -59,11 +59,20 @@ def test_training_configs_load(root: Path) -> None:
         (["steps"], "not of the form key=value"),
         (["steps=ten"], "steps"),
         (["deft.reconstruction=l3"], "deft.reconstruction is 'l3'"),
+        (["nuts.losses=[]"], "nuts.losses is empty: name at least one"),
+        (["prior.widths=[8,16]"], "prior.widths has 2 resolutions, prior.attention 3"),
     ],
 )
 def test_mistakes_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(TrainConfig, None, overrides)
+
+
+def test_a_base_named_from_here_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a model folder './x' would be a base beside its other files."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config(TrainConfig, None, ["model.base=./runs/prior"]).model.base == str(tmp_path / "runs" / "prior")
+    assert load_config(FolderConfig, None, ["model.base=./base"]).model.base == "./base"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

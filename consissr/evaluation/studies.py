@@ -297,24 +297,11 @@ class Plan:
         return study, row
 
 
+PLACES = ("output_dir", "init", "data.paths", "data.validation")
+"""Fields of a training run that say where things are, in which variants and machines may differ."""
+
+
 def source_of(config: TrainConfig) -> str:
     """Key of the variant whose output_dir the configuration's `init` is; "" where it starts from the base."""
     parts = Path(config.init).parts
     return f"{parts[-3]}/{parts[-1]}" if len(parts) > 3 and parts[-2] == "models" else ""
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """All fields of a configuration by dotted name."""
-    found = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        inner = flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
-        found |= inner
-    return found
-
-
-def changed_fields(a: TrainConfig, b: TrainConfig) -> list[str]:
-    """Dotted names of the fields in which two configurations differ, those aside that say where things are."""
-    one, two = flat(a), flat(b)
-    places = {"output_dir", "init", "data.paths", "data.validation"}
-    return sorted(name for name in one if name not in places and one[name] != two[name])

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from consissr.config import load_config
+from consissr.config import changed_fields, load_config
 from consissr.errors import UserError
 from consissr.evaluation.children import Job, threads_each
 from consissr.evaluation.folders import list_images, list_runs, pair
-from consissr.evaluation.studies import DATASETS, Plan, Results, Training, changed_fields
+from consissr.evaluation.studies import DATASETS, PLACES, Plan, Results, Training
 from consissr.evaluation.workers import cores
 from consissr.train_config import TrainConfig
 
@@ -145,7 +145,7 @@ def is_trained(training: Training, overrides: Iterable[str] = ()) -> bool:
     """
     told = training.folder / "train.yaml"
     if told.is_file():
-        differ = changed_fields(load_config(TrainConfig, told), planned(training, overrides))
+        differ = changed_fields(load_config(TrainConfig, told), planned(training, overrides), PLACES)
         if differ:
             raise UserError(
                 f"{training.folder} was trained with other values of {', '.join(differ)}: remove it, or use another -o"

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -317,6 +318,22 @@ def trainable_parameters(model: nn.Module) -> list[str]:
         for layer in ("to_k_ip", "to_v_ip")
     }
     return [name for name in added_parameters(model) if name not in frozen]
+
+
+COPIES = {"attn2.to_k_ip": "attn2.to_k", "attn2.to_v_ip": "attn2.to_v", "attnI.to_q": "attn2.to_q",
+          "attnI.to_k": "attn2.to_k", "attnI.to_v": "attn2.to_v"}  # fmt: skip
+"""Layers of a block that start as copies of the text's. (IP-Adapter's values start at zero.)"""
+
+
+@torch.no_grad()
+def renew_copies(model: nn.Module, fresh: set[str]) -> None:
+    """Those of `added_parameters` in `fresh` that start as copies take what the text's layers hold now, in place."""
+    for name, block in model.named_modules():
+        if isinstance(block, TransformerBlock):
+            zero = "attn2.to_v_ip" if block.attn2.image_prompt == "ip_adapter" else ""
+            for copy, source in COPIES.items():
+                if f"{name}.{copy}.weight" in fresh and copy != zero:
+                    block.get_submodule(copy).load_state_dict(block.get_submodule(source).state_dict())
 
 
 def has_blocks(model: nn.Module) -> bool:

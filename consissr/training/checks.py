@@ -48,6 +48,7 @@ def check_numbers(config: TrainConfig) -> None:
     """Numbers that would train nonsense in silence, such as a negative clip, which turns gradients round."""
     data = config.data
     rules = [
+        ("seed", config.seed, config.seed >= 0, "a whole number from 0 up"),
         ("ema", config.ema, 0 <= config.ema < 1, "a decay below 1, or 0 for no averaged weights"),
         ("data.crop", data.crop, data.crop >= 1, "a side in pixels"),
         ("data.validation_count", data.validation_count, data.validation_count >= 1, "at least 1 image"),

@@ -48,7 +48,7 @@ class Loop:
         self.output_dir = Path(config.output_dir)
         check_run(config, resume)
         # Without `cpu`, several processes on CPUs would each train alone.
-        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if launched() != self.world:

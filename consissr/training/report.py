@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from consissr.batch import peak_memory_mb
-from consissr.config import save_config
+from consissr.config import changed_fields, load_config, save_config
 from consissr.train_config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,12 @@ class Report:
         self.folder = Path(config.output_dir)
         self.batch = config.batch
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, self.folder / "train.yaml")
+        before = self.folder / "train.yaml"
+        if step and before.is_file():
+            differ = changed_fields(load_config(TrainConfig, before), config, ("output_dir", "data.validation"))
+            if differ:
+                log.warning("step %d goes on with other settings than before: %s", step, ", ".join(differ))
+        save_config(config, before)
         about = {"torch": torch.__version__, "commit": commit(), **about}
         (self.folder / "run.json").write_text(json.dumps(about, indent=1))
         self.lines = self.folder / "log.jsonl"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,11 @@ from consissr.diffusion.sampler import sample, start_latent
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.diffusion.tala import probability, tala_inputs
 from consissr.errors import UserError
-from consissr.models.attention import added_parameters, replace_blocks, trainable_parameters
+from consissr.models.attention import added_parameters, renew_copies, replace_blocks, trainable_parameters
 from consissr.models.base import Base, idle_without_text, load_base
 from consissr.models.controlnet import build_controlnet, empty_controlnet
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt
-from consissr.models.folder import load_image_prompt, load_prompts, own_parameters, save_model
+from consissr.models.folder import PROMPTS, load_image_prompt, load_prompts, own_parameters, save_model
 from consissr.models.image_encoder import find_tower, has_tower
 from consissr.models.image_prompt import Adapter, ImagePrompt, load_tower, prompt_config
 from consissr.models.latents import Latents, load_latents, save_latents
@@ -74,6 +75,9 @@ def load_parts(config: TrainConfig) -> Parts:
     if prompts is not None and "" not in prompts:
         raise UserError(f"{config.init} holds no embedding of the empty prompt, which training needs: convert it again")
     hint = None if folder is None else folder / "hint_vae"
+    if config.stage != "deft" and folder is not None and (folder / "vae").is_dir():
+        log.warning("%s: its decoder was tuned on its results; this run's result has the base's: tune it again (stage "
+                    "deft)", config.init)  # fmt: skip
     return Parts(
         controlnet=new_controlnet(base, config.model) if folder is None else grown(folder, base, config.model),
         image_prompt=start_image_prompt(config, folder, base.unet.config.cross_attention_dim),
@@ -97,29 +101,35 @@ def new_controlnet(base: Base, model: ModelConfig) -> nn.Module:
 def grown(folder: Path, base: Base, model: ModelConfig) -> nn.Module:
     """The ControlNet of a model folder with the additions of `model`; the base's UNet gets both, in place.
 
-    Additions that the folder's model lacks start as no-ops. UserError where it has some that `model` leaves out.
+    Additions that the folder's model lacks start as no-ops. UserError where it has some that `model` leaves out, or
+    reads the network's output in another way.
     """
+    before = read_config(folder).model
+    if before.residual != model.residual:
+        raise UserError(f"{folder} predicts with model.residual={before.residual:g}, this run with {model.residual:g}: "
+                        f"use model.residual={before.residual:g}")  # fmt: skip
     controlnet = empty_controlnet(json.loads((folder / "controlnet" / "config.json").read_text()), model)
     replace_blocks(base.unet, model)
     stored = {controlnet: read_weights(folder / "controlnet" / WEIGHTS), base.unet: {}}
     if (folder / UNET_ADAPTER).is_file():
         stored[base.unet] = read_weights(folder / UNET_ADAPTER)
-    before = tuple(read_config(folder).model.unet_trained)
+    trained = tuple(before.unet_trained)
     kept = own_parameters(base.unet, model)
-    if lost := {n for n in base.unet.state_dict() if n.startswith(before)} - kept:
+    if lost := {n for n in base.unet.state_dict() if n.startswith(trained)} - kept:
         raise UserError(
             f"{folder} holds a trained {min(lost)} of the UNet, which this run would lose: use "
-            f"model.unet_trained=[{','.join(before)}]"
+            f"model.unet_trained=[{','.join(trained)}]"
         )
     for network, state in stored.items():
         added = set(added_parameters(network))
         names = set(network.state_dict())
-        wanted = names if network is controlnet else {n for n in names if n.startswith(before)} | added
+        wanted = names if network is controlnet else {n for n in names if n.startswith(trained)} | added
         fresh = wanted & (added - state.keys())
         if fresh:
             log.info("%s: %d parameters are new in %s", folder.name, len(fresh), type(network).__name__)
         if wanted - fresh or state:
             load_strict(network, state, f"{folder.name} (as the run's model describes it)", subset=wanted - fresh)
+        renew_copies(network, fresh)
     return controlnet
 
 
@@ -262,12 +272,20 @@ class Restoration:
             image_settings=None if prompt is None else prompt_config(prompt),
             dtype=dtype,
         )
+        if self.config.init and (prompts := find_prompts(self.config.init)):
+            shutil.copyfile(prompts, folder / prompts.name)  # the base has no text encoder for them
         if self.hint_latents is not None:
             save_latents(folder / "hint_vae", self.hint_latents, dtype)
 
     def folder_config(self) -> FolderConfig:
         """The model's configuration, its plan included."""
         return FolderConfig(model=self.config.model, sampler=self.config.sampler)
+
+
+def find_prompts(init: str) -> Path | None:
+    """The file of embedded prompts in the model folder that a run starts from, if it has one."""
+    folder = Path(init) if has_tower(init) and not (Path(init) / "config.yaml").is_file() else find_model(init)
+    return folder / PROMPTS if (folder / PROMPTS).is_file() else None
 
 
 def pixel_weights(latents: Latents) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from consissr import commandline
-from consissr.config import load_config
+from consissr.config import changed_fields, load_config
 from consissr.errors import UserError
 from consissr.evaluation import studies, study_run
 from consissr.evaluation.tables import comparison, load_table
@@ -34,7 +34,7 @@ def test_variants_differ_only_where_the_study_says(name: str) -> None:
         assert f"study.py {name} --only {variant} " in (STUDIES / name / f"{variant}.yaml").read_text()
     for stage in {config.stage for config in configs.values()}:
         alike = [config for config in configs.values() if config.stage == stage]
-        differing = {field for config in alike for field in studies.changed_fields(alike[0], config)}
+        differing = {field for config in alike for field in changed_fields(alike[0], config, studies.PLACES)}
         assert differing <= {*study.vary, "seed"}
 
 
@@ -48,7 +48,7 @@ def test_all_studies_share_one_budget() -> None:
     shared = {"consissr_table4/gamma10": "consissr_table3/hpa_pooled", "ccsr_table1/v2": "hybrids/nuts_hpa_tala"}
     for one, other in shared.items():
         a, b = (variants(name.split("/")[0])[name.split("/")[1]] for name in (one, other))
-        assert all(field.startswith(("model.", "tala.")) for field in studies.changed_fields(a, b))
+        assert all(field.startswith(("model.", "tala.")) for field in changed_fields(a, b, studies.PLACES))
 
 
 def test_a_second_seed_starts_from_the_second_seed_of_what_it_builds_on() -> None:

@@ -36,7 +36,7 @@ def refuse(photos: Path, tmp_path: Path, *changes: str) -> str:
         ("data.lq_paths=[gone]", "data.lq_paths: gone does not exist"),
         ("data.validation=gone", "data.validation: gone does not exist"),
         ("init=runs/gone/nuts", "init: runs/gone/nuts does not exist"),
-        ("model.base=./gone", "model.base: ./gone does not exist"),
+        ("model.base=./gone", "/gone does not exist"),
         ("batch=9", "batch 9 is not a multiple of micro_batch 4 x 1 process(es): use batch=8"),
         ("processes=2", "1 process(es) run but processes=2 was asked for"),
         ("steps=0", "must be at least 1"),
@@ -50,6 +50,7 @@ def refuse(photos: Path, tmp_path: Path, *changes: str) -> str:
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas is [0.9, 1.0]"),
         ("ema=1", "ema is 1.0: use a decay below 1, or 0"),
         ("data.validation_count=0", "data.validation_count is 0: use at least 1 image"),
+        ("seed=-1", "seed is -1: use a whole number from 0 up"),
         ("data.crop=0", "data.crop is 0: use a side in pixels"),
     ],
 )

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ccsr.nuts import Nuts
 from consissr import Restorer
 from consissr.config import load_config
 from consissr.errors import UserError
+from consissr.models.attention import TransformerBlock
+from consissr.models.folder import load_prompts, save_prompts
 from consissr.models.image_prompt import build_tower, load_tower, save_tower
-from consissr.models.latents import LinearPath
+from consissr.models.latents import LinearPath, save_decoder
 from consissr.stage_config import ClipConfig
 from consissr.train_config import TrainConfig
 from consissr.training.loop import Loop
@@ -159,7 +162,8 @@ def test_the_released_adapter_learns_nothing_of_the_image(base: Path, photos: Pa
     assert len(dead) > 8 and not seen & dead
 
 
-def test_an_image_branch_can_be_added_to_a_model(base: Path, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv", ["shared", "separate"])
+def test_an_image_branch_can_be_added_to_a_model(base: Path, photos: Path, tmp_path: Path, kv: str) -> None:
     """What the first model lacks starts as a no-op; what it has and the run leaves out is an error."""
     first = loop(base, photos, tmp_path / "a", *VARIANTS["pre-training"])
     two_steps(first)
@@ -167,7 +171,7 @@ def test_an_image_branch_can_be_added_to_a_model(base: Path, photos: Path, tmp_p
     init, kept = f"init={tmp_path}/model", "model.unet_trained=[conv_out]"
     with pytest.raises(UserError, match="would lose"):
         loop(base, photos, tmp_path / "b", *VARIANTS["nuts"], init)
-    run = loop(base, photos, tmp_path / "b", *VARIANTS["nuts"], "model.hint=conv", init, kept)
+    run = loop(base, photos, tmp_path / "b", *VARIANTS["nuts"], "model.hint=conv", init, kept, f"model.image_kv={kv}")
     batch = next(iter(run.batches()))
     t = torch.tensor([700, 300])
     with torch.no_grad():
@@ -176,9 +180,42 @@ def test_an_image_branch_can_be_added_to_a_model(base: Path, photos: Path, tmp_p
         old = first.stage.denoiser(z, t, first.stage.condition(batch))
         new = run.stage.denoiser(z, t, run.stage.condition(batch))
     assert torch.equal(old, new) and old.abs().sum() > 0
+    for network in (run.stage.denoiser.controlnet, run.stage.denoiser.unet):
+        for block in (m for m in network.modules() if isinstance(m, TransformerBlock) and kv == "separate"):
+            assert torch.equal(block.attn2.to_k_ip.weight, block.attn2.to_k.weight), "copies of what was trained"
+            assert torch.equal(block.attn2.to_v_ip.weight, block.attn2.to_v.weight)
     run.stage.export(tmp_path / "grown")
     with pytest.raises(UserError, match="unplanned"):
         loop(base, photos, tmp_path / "c", "model.position_embedding=16", kept, f"init={tmp_path}/grown")
+
+
+def test_what_a_run_would_lose_or_misread_is_said(
+    base: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tuned decoder, prompts that the base cannot embed, and another reading of the network's output."""
+    first = loop(base, photos, tmp_path / "a", *VARIANTS["pre-training"])
+    first.stage.export(tmp_path / "model")
+    words = [*VARIANTS["pre-training"], f"init={tmp_path}/model", "model.hint=conv"]
+    with pytest.raises(UserError, match=r"predicts with model.residual=0, this run with 0.5: use model.residual=0"):
+        loop(base, photos, tmp_path / "b", *words, "model.residual=0.5")
+    save_decoder(tmp_path / "model" / "vae", first.stage.latents)
+    text = first.stage.text.clone() + 1
+    save_prompts(tmp_path / "model", Known(text), [""])
+    run = loop(base, photos, tmp_path / "b", *words)
+    assert "its decoder was tuned" in caplog.text and torch.equal(run.stage.text, text)
+    run.stage.export(tmp_path / "again")
+    assert torch.equal(load_prompts(tmp_path / "again")[""], text)
+
+
+class Known:
+    """A text encoder that knows one embedding."""
+
+    def __init__(self, text: Tensor) -> None:
+        self.text = text
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """(1, L, D)"""
+        return self.text
 
 
 def test_an_adapter_begins_anew_only_where_it_is_asked_to(base: Path, photos: Path, tmp_path: Path) -> None:
@@ -264,7 +301,7 @@ def test_soft_prompt_tokens_reach_the_networks(base: Path, photos: Path, tmp_pat
         (["tala.metric=pixels"], "linear path"),
         (["tala.error=cubed"], "tala.error is 'cubed'"),
         (["tala.plan_share=1.5"], "tala.plan_share is 1.5: use a share from 0 to 1"),
-        (["tala.hint_dropout=0.1"], "tala.hint_dropout needs image tokens"),
+        (["tala.hint_dropout=0.1", "model.image_prompt=none"], "tala.hint_dropout needs image tokens"),
     ],
 )
 def test_mistakes_are_named(base: Path, words: list[str], message: str) -> None:
@@ -317,3 +354,11 @@ def test_absolute_errors_are_of_v_and_pixels(base: Path, photos: Path, tmp_path:
         stage.weights = pixel_weights(stage.latents)
         pixels = stage.latents.linear.decode((found.eps - found.target) / signal.float())
         torch.testing.assert_close(stage.error(found), pixels.abs().mean())
+
+
+def test_a_timestep_that_is_sampled_and_not_trained_is_named(base: Path) -> None:
+    words = ["stage=nuts", f"model.base={base}", "sampler.plan=nuts", "sampler.t_max=0.8333"]
+    with pytest.raises(UserError, match=r"nuts.t_max is 0.666667, sampler.t_max 0.8333: the sampler would use"):
+        Nuts(load_config(TrainConfig, None, words))
+    for more in ("nuts.t_max=0.8333", "nuts.t_max_step=667", "nuts.losses=[l_T]"):
+        assert Nuts(load_config(TrainConfig, None, [*words, more])).plan

@@ -87,6 +87,16 @@ def test_resuming_is_bit_exact(runs: Path, photos: Path, tmp_path: Path, stage: 
         assert torch.equal(through["ema"][name], resumed["ema"][name]), name
 
 
+def test_other_settings_of_a_resumed_run_are_said(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = words("autoencoder", photos, tmp_path)
+    assert main([*arguments, "checkpoint_limit=9"]) == 0
+    shutil.rmtree(tmp_path / "autoencoder" / "checkpoint-2")
+    assert main(["--resume", "latest", *arguments, "checkpoint_limit=9", "optimizer.lr=1e-5", "seed=8"]) == 0
+    assert "step 1 goes on with other settings than before: optimizer.lr, seed" in caplog.text
+
+
 @pytest.mark.parametrize("stage", list(SMALL))
 def test_trained_parameters_learn_and_frozen_ones_stay(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
     """Two steps, and the gradient after them, reach every trainable tensor; everything else stays bit-identical.
