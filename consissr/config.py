@@ -55,7 +55,8 @@ class ModelConfig:
     image_prompt: str = "none"
     """Image branch of the cross-attention: 'none', 'hpa', 'hpa_separate' or 'ip_adapter' (Table 3, ConsisSR)."""
     image_kv: str = "shared"
-    """Keys and values of the HPA image branch: 'shared' with the text's (paper) or 'separate' (as released)."""
+    """Keys and values of the HPA image branch: 'shared' with the text's (paper) or 'separate', copies of them
+    that are not trained (as released). IP-Adapter's are always its own."""
     image_tokens: str = "pooled"
     """Image tokens: 'pooled' (one, as released) or 'patches' (one per CLIP patch)."""
     image_encoder: str = "base"
