@@ -55,7 +55,8 @@ def write(kind: str, found: Any, target: Path, name: str, base: str, half: bool)
         if found.unet is None or found.latents is None:
             raise UserError("--base own: the source has no UNet or autoencoder of its own; name a base instead")
         base = "./base"
-        save_base(target / "base", found.unet, found.latents, dtype)
+        said = (found.betas, found.prediction_type) if kind.startswith("CCSR") else ()
+        save_base(target / "base", found.unet, found.latents, dtype, *said)
     prompt = getattr(found, "image_prompt", None)
     sampler = runnable(found, base)
     config = FolderConfig(model=replace(found.model, base=base), sampler=with_plan(sampler))

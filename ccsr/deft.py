@@ -1,7 +1,7 @@
 """Stage 'deft': the VAE decoder tuned adversarially on stage-1 outputs (Sec. III-C, CCSR).
 
 Everything but the decoder is frozen. The decoder's input is x0_from_T, the one-step result, which serves any number
-of steps: later steps' latents are of the same kind. (`deft.latents: sampled` takes what the whole plan makes.)
+of steps: later steps' latents are of the same kind.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class Deft:
             raise UserError("stage 'deft' tunes the decoder of a trained model: give init=MODEL_FOLDER (stage 'nuts')")
         self.config = config.deft
         self.first = Nuts(config, parts)
-        self.plan = self.first.plan if config.deft.latents == "sampled" else None
         self.latents, self.decoder_only = self.first.latents, True
         if parts is None:
             self.go_on(find_model(config.init) / "vae")
@@ -97,15 +96,15 @@ class Deft:
         return dict(self.adversary.learned.named_buffers())
 
     def prepare(self, batch: Batch) -> None:
-        """The frozen first stage's latents: x0_from_T, or what its sampler makes."""
+        """x0_from_T of the frozen first stage."""
         self.first.prepare(batch)
-        batch.cache["x0"] = self.first.one_step(batch) if self.plan is None else self.first.sampled(batch, self.plan)
+        batch.cache["x0_T"] = self.first.one_step(batch)
         self.adversary.prepare(batch)
 
     def decoder_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Pixel loss + perceptual loss + adversarial loss, the last scaled to the others' gradient if `adaptive`."""
         c = self.config
-        image = self.latents.decode(batch.cache["x0"]).float()  # (B, 3, S, S)
+        image = self.latents.decode(batch.cache["x0_T"]).float()  # (B, 3, S, S)
         image = image.clamp(-1, 1) if c.clamp else image
         batch.cache["image"] = image.detach()
         view = self.adversary.view(batch)
@@ -143,8 +142,8 @@ class Deft:
         return parts | {"loss": parts["loss"] * (step >= self.config.discriminator_start)}
 
     def restore(self, batch: Batch) -> Tensor:
-        """Result of one step, or of all, with the tuned decoder."""
-        return self.latents.decode(batch.cache["x0"])
+        """One-step result with the tuned decoder."""
+        return self.latents.decode(batch.cache["x0_T"])
 
     def export(self, folder: Path) -> None:
         """The first stage's model folder, and the tuned decoder."""

@@ -17,8 +17,9 @@ from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
 from consissr.ldm import Report, State
 from consissr.models.attention import replace_blocks
+from consissr.models.base import schedule_of
 from consissr.models.controlnet import empty_controlnet
-from consissr.models.from_ldm import read_latents, read_text, read_unet
+from consissr.models.from_ldm import BETAS, read_latents, read_text, read_unet
 from consissr.models.latents import Latents
 from consissr.models.text import OpenClipText
 from consissr.released import read_controlnet, read_hint_encoder, read_schedule
@@ -71,7 +72,12 @@ class Released:
     text: OpenClipText | None = None
     """v1's text encoder; v2 uses the base's."""
     alpha_bar: Tensor = field(default_factory=alpha_bar)
+    betas: tuple[int, float, float] = BETAS
+    """Steps, first and last beta of `alpha_bar`."""
     prediction_type: str = "epsilon"
+    """What the UNet predicts, as v2's scheduler says. The release trains and takes its first step as if it were
+    noise, whatever is said there; only a model of someone else's may mean more by it.
+    """
     model: ModelConfig = field(default_factory=lambda: MODEL)
     sampler: SamplerConfig = field(default_factory=lambda: AS_RELEASED_V2)
     report: Report = field(default_factory=Report)
@@ -93,7 +99,7 @@ def is_v1(state: State) -> bool:
 def read_v2(source: str | Path) -> Released:
     """A folder with controlnet/, and vae/, unet/ and scheduler/ where they are there, in diffusers 0.21's layout.
 
-    UserError for a folder that is not CCSR v2's, a damaged file or keys that don't fit.
+    UserError for a folder that is not CCSR v2's, a damaged file, keys that don't fit or another kind of schedule.
     """
     source = Path(source)
     if not is_v2(source):
@@ -105,9 +111,8 @@ def read_v2(source: str | Path) -> Released:
         found.unet = read_v2_unet(source / "unet", report)
     scheduler = source / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        config = json.loads(scheduler.read_text())
-        found.alpha_bar = alpha_bar(config["num_train_timesteps"], config["beta_start"], config["beta_end"])
-        found.prediction_type = config.get("prediction_type", "epsilon")
+        found.betas, found.prediction_type = schedule_of(json.loads(scheduler.read_text()))
+        found.alpha_bar = alpha_bar(*found.betas)
     return found
 
 

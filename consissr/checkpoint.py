@@ -12,8 +12,10 @@ The base model is named in config.yaml, never copied. All weights are safetensor
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"weights {path} cannot be read ({error}): copy or download the model again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A network's config.json. Raises UserError if it is missing or damaged."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy or download the model again") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no settings of a network: copy or download the model again")
+    return settings
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:

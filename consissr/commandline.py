@@ -6,9 +6,14 @@ them.
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+from consissr.config import SamplerConfig, load_config
 
 SAMPLER_FLAGS = ("guidance", "positive", "negative", "start", "color_fix", "tile", "tile_overlap", "vae_tile")
 PLAN_FLAGS = ("plan", "steps", "t_max", "t_min")
+PLAN_FIELDS = {*PLAN_FLAGS, "grid"}
+"""Settings that make a plan, in place of the one that a model's `timesteps` write out."""
 
 
 def tile_size(text: str) -> int:
@@ -34,7 +39,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="folder, or a file for one input (%(default)s)",
     )
     add("--recursive", action="store_true", help="search sub-folders, and keep them")
-    add("--skip-existing", "--skip_if_exist", action="store_true", help="keep results that exist")
+    add("--skip-existing", "--skip_if_exist", action="store_true", help="keep results, also those beside inputs")
     add("--overwrite", action="store_true", help="replace results that exist (inputs never)")
     add("--suffix", help="added to names (default: none, or _x4 and the like beside the inputs)")
     add(
@@ -73,7 +78,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--save-steps", action="store_true", help="also write the picture that each sampling step expects")
     sampler = p.add_argument_group("sampling (default: as the model says)")
     add = sampler.add_argument
-    add("--config", type=Path, metavar="YAML", help="sampler settings (configs/*/infer*.yaml); flags go before them")
+    add("--config", type=Path, metavar="YAML", help="settings in place of the model's (configs/*/infer*.yaml)")
     add("--plan", choices=("nuts", "ddpm"), help="CCSR's non-uniform timesteps, or evenly spaced ones")
     add("--steps", "--num_inference_steps", type=int, metavar="T", help="steps of the grid")
     add("--t-max", "--t_max", type=float, help="nuts: where uniform steps begin, 0 to 1")
@@ -104,3 +109,20 @@ def parser(description: str) -> argparse.ArgumentParser:
 def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
     """The flags among `names` that were set."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def sampler_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampler's fields that stand in the file of --config, and over them the flags; the rest is the model's.
+
+    Where the file has other timesteps than the model, those of the model's configuration do not count. Raises UserError
+    for a file that is no sampler's.
+    """
+    settings = {}
+    if args.config:
+        from omegaconf import OmegaConf
+
+        config = load_config(SamplerConfig, args.config)
+        settings = {name: getattr(config, name) for name in OmegaConf.load(args.config)}
+        if settings.keys() & PLAN_FIELDS:
+            settings = {"timesteps": []} | settings
+    return settings | given(args, SAMPLER_FLAGS)

@@ -104,8 +104,9 @@ class SamplerConfig:
     negative: str = ""
     """Negative prompt, used when guidance is not 1."""
     first_prompt: str = "positive"
-    """First step under guidance: 'guided' like the others, or unguided with the 'positive' or the 'negative' prompt
-    (CCSR v2 as released: negative)."""
+    """First step under guidance, in plans whose first step is no DDPM step (NUTS; one single step of either kind):
+    'guided' like the others (ConsisSR), or unguided with the 'positive' or the 'negative' prompt (CCSR v2 as released:
+    negative). A DDPM step is always guided."""
     posterior: str = "mode"
     """z_lq: 'mode' or 'sample' of the VAE posterior (CCSR v2 samples)."""
     posterior_rows: int = 1

@@ -1,12 +1,14 @@
 """From a low-quality image to the network's input, and from its output to the restored image: sizes, padding, colours.
 
-`pad`       ours: bicubic to exactly floor(scale side + 0.5), reflection up to the networks' multiple, cropped back.
+`pad`       ours: bicubic to the result's size, reflection up to the networks' multiple, cropped back.
 `ccsr`      CCSR v2's test script: short side raised to 512, sides floored to multiples of 8 (slightly distorted),
             colours transferred in 8 bits, bicubic to the final size.
 `ccsr_v1`   CCSR v1's: as ConsisSR's, but instead of padding a Lanczos resize down to multiples of 64.
 `consissr`  ConsisSR's: upscaled, short side raised to 512, zeros up to multiples of 64, Lanczos to the final size.
 
-The released rules work on 8-bit images as the authors' code does, with Pillow. All tensors are (B,3,H,W) in [-1, 1].
+`formats.output_size` is the result's size under every rule: the releases' at whole scales (at others those of ConsisSR
+and CCSR v1 round up). The released rules work on 8-bit images as the authors' code does, with Pillow. All tensors are
+(B,3,H,W) in [-1, 1].
 """
 
 from __future__ import annotations
@@ -80,15 +82,15 @@ def prepare(
         x = to_tensor(ccsr_input(to_pil(image), scale, short_side))
         return Prepared.of(x, size, tuple(x.shape[2:]))
     lq = to_pil(image)
-    lq = lq.resize((ceil(lq.width * scale), ceil(lq.height * scale)), Image.Resampling.BICUBIC) if scale != 1 else lq
+    lq = lq.resize(size[::-1], Image.Resampling.BICUBIC)
     raised = raise_short_side(lq, short_side)
     if rule == "ccsr_v1":
         x = to_tensor(raised.resize((raised.width // 64 * 64, raised.height // 64 * 64), Image.Resampling.LANCZOS))
-        return Prepared.of(x, (lq.height, lq.width), tuple(x.shape[2:]))
+        return Prepared.of(x, size, tuple(x.shape[2:]))
     x = to_tensor(raised)
     bottom, right = -x.shape[2] % 64, -x.shape[3] % 64
     x = torch.nn.functional.pad(x, (0, right, 0, bottom), value=-1.0)
-    return Prepared.of(x, (lq.height, lq.width), (raised.height, raised.width))
+    return Prepared.of(x, size, (raised.height, raised.width))
 
 
 def finish(prepared: Prepared, y: Tensor, rule: str, color_fix: str) -> Tensor:

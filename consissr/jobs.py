@@ -68,8 +68,11 @@ class Naming:
         return f"_{self.longest}px" if self.longest else f"_x{self.scale:g}"
 
 
-def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False) -> list[Job]:
+def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_results: bool = False) -> list[Job]:
     """Every job of a run, in a fixed order; jobs whose file cannot be read carry the reason.
+
+    skip_results: what would be another input's result is taken for it, and is no input (beside its input, a result of
+    an earlier run is found with the inputs).
 
     Raises:
         UserError: no images; an input that does not exist; an output that would replace an input, or another output.
@@ -98,12 +101,15 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False) -> list
         jobs = [_to_file(job, naming.output) for job in jobs]
     else:
         jobs = _named(jobs, naming)
-    _check_targets(jobs, found)
-    return [
+    jobs = [
         replace(job, repeat=r, target=job.target and _in_sample(job.target, naming, r))
         for r in range(naming.repeat)
         for job in jobs
     ]
+    if skip_results:
+        jobs = _without_results(jobs)
+    _check_targets(jobs)
+    return jobs
 
 
 def share(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
@@ -254,15 +260,23 @@ def _in_sample(target: Path, naming: Naming, repeat: int) -> Path:
     return naming.output / f"sample{repeat}" / target.relative_to(naming.output)
 
 
-def _check_targets(jobs: list[Job], inputs: Iterable[str]) -> None:
+def _without_results(jobs: list[Job]) -> list[Job]:
+    """`jobs` less those whose image is what another one writes."""
+    makers = {os.path.realpath(job.target): job.source for job in jobs if job.target is not None}
+    return [job for job in jobs if makers.get(os.path.realpath(job.source), job.source) == job.source]
+
+
+def _check_targets(jobs: list[Job]) -> None:
     """Refuse results that would replace an input, or each other."""
-    sources = {os.path.realpath(path) for path in inputs}
+    sources = {os.path.realpath(job.source) for job in jobs}
     seen: dict[Path, Job] = {}
     for job in jobs:
         if job.target is None:
             continue
         if os.path.realpath(job.target) in sources:
-            raise UserError(f"{job.target} would replace an input: use another --output or --suffix")
+            own = os.path.realpath(job.target) == os.path.realpath(job.source)
+            kept = "" if own else ", or --skip-existing if it is the result of an earlier run"
+            raise UserError(f"{job.target} would replace an input: use another --output or --suffix{kept}")
         if job.target in seen:
             other = seen[job.target].source
             raise UserError(f"{other} and {job.source} would both become {job.target}: restore them separately")

@@ -38,6 +38,7 @@ AS_RELEASED = SamplerConfig(
     guidance=5.0,
     positive="clean, high-resolution, 8k",
     negative="dotted, noise, blur, lowres, smooth",
+    first_prompt="guided",
     geometry="consissr",
 )
 """How the authors sample."""

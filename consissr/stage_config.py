@@ -230,9 +230,6 @@ class DeftConfig:
     """Optimiser step from which the discriminator learns; before it, its gradients are zero."""
     discriminator_width: int = 32
     """Channels of the first layer of the PatchGAN (the paper's kind of discriminator)."""
-    latents: str = "one_step"
-    """What the decoder learns to decode: 'one_step' (x0_from_T, for any number of steps: Sec. III-C, CCSR) or 'sampled'
-    (the results of the sampler's whole plan, our own)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The discriminator's optimiser."""
 
@@ -240,6 +237,5 @@ class DeftConfig:
         check_word(self.reconstruction, ("l1", "l2"), "deft.reconstruction")
         check_word(self.perceptual, ("lpips", "features", "none"), "deft.perceptual")
         check_word(self.discriminator, ("patchgan", "dino"), "deft.discriminator")
-        check_word(self.latents, ("one_step", "sampled"), "deft.latents")
         if self.discriminator_width < 4 or self.discriminator_width % 4:
             raise UserError(f"deft.discriminator_width is {self.discriminator_width}: use a multiple of 4, such as 32")

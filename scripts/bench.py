@@ -40,8 +40,9 @@ def tiles(args: argparse.Namespace) -> tuple[Any, Iterable]:
 
     found = grow(args.model, args.sides, args.tile, args.runs, args.device)
     fits = "exponents over area: " + ", ".join(f"{kind} {p:.3f}" for kind, p in found["exponents"].items())
-    grown = found["rows"][-1]["peak_mb"] / found["untiled_peak_mb"]
-    memory = f"{max(args.sides)} px in tiles: {grown:.2f} times the memory of {min(args.sides)} px in one piece"
+    largest = max(found["rows"], key=lambda row: row["side"])
+    grown = largest["peak_mb"] / found["untiled_peak_mb"]
+    memory = f"{largest['side']} px in tiles: {grown:.2f} times the memory of {min(args.sides)} px in one piece"
     return found, [report.plain(found["rows"], f"{args.model} in tiles of {args.tile} px"), fits, memory]
 
 
@@ -85,6 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
     commands = {function.__name__.replace("_", "-"): function for function in measurements}
     args = parser(__doc__, commands).parse_args(arguments)
     try:
+        for name in ("runs", "steps", "pixels", "batch", "images"):
+            if vars(args).get(name, 1) < 1:
+                raise UserError(f"--{name} {vars(args)[name]} is out of range: use at least 1")
+        if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+            raise UserError(f"--json {args.json} is no file in a folder that exists: name one, or make the folder")
         found, shown = args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

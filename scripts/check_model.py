@@ -16,16 +16,23 @@ NUTS = {"S=1": (6, 2 / 3, 2 / 3), "S=2": (6, 2 / 3, 1 / 2)}  # (T, t_max, t_min)
 
 
 def plans_of(config) -> dict:
-    """The plans to check a model with, by name: one and two steps of NUTS, or its own where that is another."""
-    from ccsr import nuts_plan
+    """The plans to check a model with, by name: one and two steps of NUTS on its grid, and its own if that is another.
 
-    return {s: nuts_plan(*f) for s, f in NUTS.items()} if config.plan == "nuts" else {f"{config.steps} steps": None}
+    None stands for its own.
+    """
+    from ccsr import nuts_plan, sampler_plan
+
+    own, plans = sampler_plan(config), {}
+    if config.plan == "nuts":
+        grid = "" if config.grid == "trailing" else f" {config.grid}"
+        plans = {f"{s}{grid}": nuts_plan(*fractions, config.grid) for s, fractions in NUTS.items()}
+    return plans if own in plans.values() else plans | {f"{len(own)} steps": None}
 
 
 def check_pairs(args: argparse.Namespace, model: Path, plans: dict) -> str:
     """The table of real pairs: by every plan, under another image's condition, and without image tokens."""
     from consissr.evaluation import folders
-    from consissr.evaluation.check import as_text, check
+    from consissr.evaluation.check import as_text, check, mean_change
     from consissr.evaluation.restorations import changed, companions, restore, results_folder
     from consissr.restorer import Restorer
 
@@ -33,18 +40,20 @@ def check_pairs(args: argparse.Namespace, model: Path, plans: dict) -> str:
     folders.pair({"HR": hr}, hr, lr)  # what does not pair is said before anything is restored
     groups, place = companions(lr), results_folder(out, args.model, model, args.base, lr)
     restorer, swapped, blind = (Restorer.load(args.model, base=args.base) for _ in range(3))
-    swapped.hint_latents = changed(swapped.latents, lambda z: z.roll(1, 0))  # the next image's condition
+    swapped.hint_latents = changed(swapped.hint_latents, lambda z: z.roll(1, 0))  # the next image's condition
     if restorer.image_prompt is not None:
         swapped.image_prompt = changed(swapped.image_prompt, lambda tokens: tokens.roll(1, 0))
         blind.image_prompt = changed(blind.image_prompt, lambda tokens: 0 * tokens)
-    results, wrong = {}, {}
+    results, wrong, without = {}, {}, ""
     for s, plan in plans.items():
         name = s.replace("=", "").replace(" ", "-")
         results[f"{args.model} {s}"] = restore(restorer, lr, place / name, plan)
         wrong[f"{args.model} {s}"] = restore(swapped, lr, place / f"{name}-wrong", plan, groups)
         if restorer.image_prompt is not None:
-            results[f"{s}, image tokens zeroed"] = restore(blind, lr, place / f"{name}-blind", plan)
-    return f"\n## Real pairs ({args.realsr.name})\n\n{as_text(check(results, hr, lr, out, wrong))}"
+            zeroed = results[f"{s}, image tokens zeroed"] = restore(blind, lr, place / f"{name}-blind", plan)
+            change = mean_change(place / name, zeroed)
+            without += f"\n{s}: zeroing the image tokens changes results by {change:.3f} of 255 levels on average.\n"
+    return f"\n## Real pairs ({args.realsr.name})\n\n{as_text(check(results, hr, lr, out, wrong))}\n{without}"
 
 
 def check_photos(args: argparse.Namespace, model: Path, plans: dict, base: str) -> str:
@@ -60,7 +69,8 @@ def check_photos(args: argparse.Namespace, model: Path, plans: dict, base: str) 
     lr, (name, plan) = testset / "LR", next(iter(plans.items()))
     place = results_folder(out, args.model, model, args.base, lr)
     restorer, plain = (Restorer.load(args.model, base=args.base) for _ in range(2))
-    plain.latents = plain.hint_latents = load_base(base).latents.eval()
+    shared, bare = plain.hint_latents is plain.latents, load_base(base).latents.eval().to(plain.device, plain.dtype)
+    plain.latents, plain.hint_latents = bare, bare if shared else plain.hint_latents
     results = {f"{args.model} {name}": restore(restorer, lr, place / "restored", plan)}
     results[f"{name}, base's decoder"] = restore(plain, lr, place / "base-decoder", plan)
     table = as_text(check(results, testset / "HR", lr, out))
@@ -79,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not args.realsr and not args.photos:
             raise UserError("nothing to check: give --realsr DIR (with LR/ and HR/), --photos DIR, or both")
-        from consissr.checkpoint import find_model, read_config
+        from consissr.checkpoint import base_of, find_model, read_config
 
         model = find_model(args.model)
         config = read_config(model)
@@ -87,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.realsr:
             print(check_pairs(args, model, plans))
         if args.photos:
-            print(check_photos(args, model, plans, args.base or config.model.base))
+            print(check_photos(args, model, plans, args.base or base_of(model, config)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -34,9 +34,7 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
-def measure(
-    args: argparse.Namespace, results: dict[str, Path], metrics: list[str], protocol: str
-) -> evaluate.Evaluation:
+def measure(args: argparse.Namespace, results: dict, metrics: list[str], protocol: str) -> evaluate.Evaluation:
     """Pair, score, write every output file."""
     choice = protocols.get_measures(metrics), protocols.get_protocol(protocol)
     pairs, cache = folders.pair(results, args.hr, args.lr), args.output / "scores.jsonl"
@@ -92,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, do what was asked; one line per mistake and exit status 2."""
     args = parser(__doc__).parse_args(arguments)
     try:
+        if args.output.is_file():
+            raise UserError(f"--output {args.output} is a file: name a folder")
         if args.list_tables or args.list_weights or args.check_dataset:
             from consissr.evaluation import listings
 
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_table(args)
         else:
             (check if args.check else evaluate_folders)(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

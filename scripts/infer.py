@@ -19,7 +19,7 @@ from rich.console import Console
 
 import consissr
 from consissr import jobs
-from consissr.commandline import PLAN_FLAGS, SAMPLER_FLAGS, given, parser
+from consissr.commandline import PLAN_FLAGS, given, parser, sampler_settings
 from consissr.errors import UserError
 
 
@@ -29,7 +29,7 @@ def restore(args: argparse.Namespace) -> int:
     rank, local_rank, world = jobs.processes()
     sizes = {"scale": args.scale, "longest": args.longest_side}
     naming = jobs.Naming(output=args.output, suffix=args.suffix, ext=args.ext, repeat=args.repeat, **sizes)
-    mine = jobs.share(jobs.plan(args.input, naming, args.recursive), rank, world)
+    mine = jobs.share(jobs.plan(args.input, naming, args.recursive, args.skip_existing), rank, world)
     missing, existing = jobs.drop_existing(mine, args.skip_existing, args.overwrite)
     out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
     if args.dry_run:
@@ -59,18 +59,17 @@ def restore(args: argparse.Namespace) -> int:
     process = f"process {rank + 1} of {world}: " if world > 1 else ""
     if not args.quiet:
         out.print(process + terminal.summary(report.counts), markup=False)
-    return 1 if report.counts["failed"] else 0
+    failed = report.counts["failed"] > 0
+    batch.leave(failed, world)
+    return 1 if failed else 0
 
 
 def load(args: argparse.Namespace, local_rank: int) -> "consissr.Restorer":
     """The model on its device, with the sampler's flags applied."""
     from consissr.batch import choose_device
-    from consissr.config import SamplerConfig, load_config
 
     device = choose_device(args.device, local_rank)
-    settings = vars(load_config(SamplerConfig, args.config)) if args.config else {}
-    settings |= given(args, SAMPLER_FLAGS)
-    restorer = consissr.Restorer.load(args.model, device, args.precision, args.base, **settings)
+    restorer = consissr.Restorer.load(args.model, device, args.precision, args.base, **sampler_settings(args))
     if args.compile:
         restorer.compile()
     return restorer

@@ -36,6 +36,8 @@ def main() -> None:
         return track(numbers, "crops", console=console)
 
     try:
+        if args.count < 0 or args.seed < 0:
+            raise UserError(f"--count {args.count}, --seed {args.seed}: use whole numbers from 0")
         record = write_testset(args.input, args.output, args.count, args.crop, args.preset, args.seed, progress)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -173,3 +173,31 @@ def test_full_size_is_asked_for_in_full(script, capsys):
     with pytest.raises(SystemExit):
         script("bench").main(["inference", "--size", "sd21"])
     assert "--random-weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inference", "--runs", "0"], "--runs 0"),
+        (["tiles", "--runs", "-1"], "--runs -1"),
+        (["degradation", "--images", "0"], "--images 0"),
+        (["sizes", "--json", "{folder}/none/x.json"], "x.json is no file"),
+        (["sizes", "--json", "{folder}"], "is no file"),
+    ],
+)
+def test_mistakes_come_before_the_measurement(script, capsys, tmp_path, words, message):
+    with pytest.raises(SystemExit) as caught:
+        script("bench").main([word.replace("{folder}", str(tmp_path)) for word in words])
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and said.out == "" and message in said.err and said.err.count("\n") == 1
+
+
+def test_memory_in_tiles_is_that_of_the_largest_side(script, capsys, monkeypatch):
+    from consissr.bench import tiles
+
+    sizes = {1024: 300.0, 512: 200.0}
+    rows = [{"side": side, "wall": 1.0, "cpu": 1.0, "peak_mb": mb} for side, mb in sizes.items()]
+    found = {"rows": rows, "exponents": {"wall": 1.0}, "untiled_peak_mb": 100.0}
+    monkeypatch.setattr(tiles, "grow", lambda *_: found)
+    script("bench").main(["tiles", "--sides", "1024", "512"])
+    assert "1024 px in tiles: 3.00 times the memory of 512 px in one piece" in " ".join(capsys.readouterr().out.split())

@@ -1,14 +1,16 @@
 """scripts/convert.py: the authors' checkpoints become folders that restore as recorded; other files get one line."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from consissr.config import SamplerConfig, load_config
-from consissr.diffusion.plans import ddpm_plan
+from consissr.diffusion.plans import Step, ddpm_plan
 from consissr.diffusion.sampler import recorded_draw
+from consissr.diffusion.schedule import CLEAN, alpha_bar
 from consissr.restorer import Restorer
 
 
@@ -50,6 +52,53 @@ def test_ccsr_becomes_a_folder(convert, shared, caplog):
     assert [step[0] for step in restorer.sampler.timesteps] == [999, 499]
     restored = restorer(torch.zeros(1, 3, 16, 16), 2)
     assert restored.shape == (1, 3, 32, 32) and restored.isfinite().all()
+
+
+def test_the_schedule_of_a_ccsr_folder_is_kept(convert, shared, tmp_path):
+    """A model trained on SD2.1-768 instead of -base predicts v."""
+    for part in ("controlnet", "unet", "vae"):
+        (tmp_path / "given" / part).parent.mkdir(exist_ok=True)
+        (tmp_path / "given" / part).symlink_to(shared / "conformance" / "ccsr_A" / part)
+    path = tmp_path / "given" / "scheduler" / "scheduler_config.json"
+    path.parent.mkdir()
+    said = {"num_train_timesteps": 1000, "beta_start": 0.001, "beta_end": 0.02, "prediction_type": "v_prediction"}
+    path.write_text(json.dumps(said | {"beta_schedule": "linear"}))
+    status, _, error, folder = convert(tmp_path / "given", "--base", "own")
+    assert status == 2 and "beta_schedule is 'linear'" in error and not folder.exists()
+    path.write_text(json.dumps(said | {"beta_schedule": "scaled_linear"}))
+    assert convert(tmp_path / "given", "--base", "own")[0] == 0
+    restorer = Restorer.load(str(folder), device="cpu")
+    assert restorer.denoiser.prediction_type == "v_prediction"
+    assert torch.equal(restorer.schedule.alpha_bar, alpha_bar(1000, 0.001, 0.02))
+
+
+def test_ccsr_v1_becomes_a_folder(convert, shared, tmp_path, monkeypatch):
+    """With a hint encoder and a text encoder of its own: parts and prompts are what the reader finds."""
+    from open_clip.transformer import TextTransformer
+
+    from ccsr import released
+    from tests.models.conftest import autoencoder_to_ldm, unet_to_ldm
+    from tests.models.test_released import v1_state
+
+    state = v1_state(released.read_v2(shared / "conformance" / "ccsr_A"), unet_to_ldm, autoencoder_to_ldm)
+    state["cond_encoder.encoder.conv_in.bias"] = state["cond_encoder.encoder.conv_in.bias"] + 1
+    tower = TextTransformer(77, 49408, 32, heads=1, layers=2, output_dim=8)
+    state |= {f"cond_stage_model.model.{name}": value for name, value in tower.state_dict().items()}
+    save_file({name: value.clone().contiguous() for name, value in state.items()}, tmp_path / "v1.safetensors")
+    read = partial(released.read_v1, heads=(2, 4, 4, 4))  # the release's are 64 wide, these are not
+    monkeypatch.setattr(released, "read_v1", read)
+    status, told, _, folder = convert(tmp_path / "v1.safetensors", "--base", "own")
+    assert status == 0 and "is CCSR v1\n" in told
+    assert {path.name for path in folder.iterdir()} >= {"base", "controlnet", "vae", "hint_vae", "prompts.safetensors"}
+    found, restorer = read(tmp_path / "v1.safetensors"), Restorer.load(str(folder), device="cpu")
+    assert restorer.sampler.geometry == "ccsr_v1" and len(restorer.sampler.timesteps) == 16
+    assert torch.equal(restorer.prompts[""], found.text.encode([""]))
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    for ours, theirs in ((restorer.latents, found.latents), (restorer.hint_latents, found.hint_latents)):
+        assert torch.allclose(ours.encode(x), theirs.encode(x), atol=1e-5)
+    assert not torch.allclose(restorer.hint_latents.encode(x), restorer.latents.encode(x), atol=1e-2)
+    restored = restorer(x, 1, plan=[Step(999, CLEAN, "x0")], geometry="pad")
+    assert restored.shape == x.shape and restored.isfinite().all()
 
 
 def test_foreign_damaged_and_missing_files_get_one_line(convert, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from consissr import formats
 from consissr.geometry import finish, prepare, to_pil, to_tensor
 
 SIZES = [(1, 1), (37, 53), (127, 640), (200, 3000)]
@@ -32,6 +33,19 @@ def test_sizes_of_ccsr_v1(size, resized):
     assert found.x.shape[2:] == resized == found.shape
     assert found.size == tuple(scale * side for side in size)
     assert finish(found, found.x.clone(), "ccsr_v1", "adain").shape[2:] == found.size
+
+
+@pytest.mark.parametrize("rule", ["pad", "ccsr", "ccsr_v1", "consissr"])
+@pytest.mark.parametrize(
+    ("size", "scale", "longest"),
+    [((37, 53), 2.5, None), ((41, 66), 0.7, None), ((10, 24), 4, 100), ((60, 96), 1, 100), ((3, 49), 2.3, None)],
+)
+def test_every_rule_gives_the_planned_size(rule, size, scale, longest):
+    """Rounding up would give another size than a run's plan and log say; and 96 (100 / 96) is more than 100."""
+    found = prepare(image(*size), scale, rule, 8, longest, short_side=64)
+    assert found.size == formats.output_size(*size, scale, longest)
+    assert longest is None or max(found.size) == longest
+    assert tuple(finish(found, found.x.clone(), rule, "adain").shape[2:]) == found.size
 
 
 def test_padding_reflects_and_the_image_stays():

@@ -1,6 +1,7 @@
 """What loading a model leaves in memory: every weight once, in the type asked for, and no text encoder."""
 
 import gc
+import re
 import weakref
 from types import SimpleNamespace
 
@@ -9,8 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consissr import restorer as restorer_module
+from consissr.errors import UserError
 from consissr.loading import load_parts
 from consissr.models import base
+from consissr.models.folder import load_prompts
 from consissr.restorer import Restorer
 
 LARGE = 4096
@@ -59,6 +62,34 @@ def test_loaded_weights_survive_their_file(tiny_model, tmp_path):
     file = folder / "controlnet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(bytes(file.stat().st_size))
     assert all(torch.equal(value, before[name]) for name, value in controlnet.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["controlnet/config.json", "image_encoder/config.json", "vae/config.json"])
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_an_incomplete_folder_is_told(name, text, tmp_path):
+    """A file that an interrupted copy left out, or cut off."""
+    from consissr.checkpoint import find_model, read_config
+    from consissr.models.folder import load_controlnet, load_image_prompt
+    from consissr.models.latents import load_latents
+
+    file = tmp_path / name
+    file.parent.mkdir()
+    if text is not None:
+        file.write_text(text)
+    config = read_config(find_model("nano-consissr"))
+    with pytest.raises(UserError, match=re.escape(str(file))):
+        if name.startswith("controlnet"):
+            load_controlnet(tmp_path, config)
+        elif name.startswith("image_encoder"):
+            load_image_prompt(tmp_path, config)
+        else:
+            load_latents(tmp_path / "vae")
+
+
+def test_damaged_prompts_are_told(tmp_path):
+    (tmp_path / "prompts.safetensors").write_bytes(b"{")
+    with pytest.raises(UserError, match="prompts.safetensors"):
+        load_prompts(tmp_path)
 
 
 @pytest.mark.parametrize(("little", "times"), [(restorer_module.LITTLE, 0), (0, 2)])

@@ -60,6 +60,13 @@ def flat_block_ratio(sr: Iterable[torch.Tensor], hr: Iterable[torch.Tensor]) -> 
     return float(result[flat].mean() / photograph[flat].mean())
 
 
+def mean_change(one: Path, other: Path) -> float:
+    """Mean absolute difference of two folders' images of the same names, in 8-bit levels over pixels and channels."""
+    files, others = folders.list_images(one), folders.list_images(other)
+    pairs = ((folders.read_image(path), folders.read_image(others[name])) for name, path in files.items())
+    return float(np.mean([(a - b).abs().mean().item() * 255 for a, b in pairs]))
+
+
 def bicubic_baseline(lr: torch.Tensor, scale: int = 4) -> torch.Tensor:
     """Bicubic upscaling rounded to 8 bits: (N, 3, h, w) in [0, 1] -> (N, 3, scale h, scale w) in [0, 1]."""
     size = (lr.shape[-2] * scale, lr.shape[-1] * scale)

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,11 @@ def ours(table: Table, args: argparse.Namespace, script: Path) -> dict[str, Path
         return {}
     if args.lr is None:
         raise UserError("--run restores the images of --lr: give that folder")
-    models, flags = plan(table, args.run), args.infer_flags.split()
+    try:
+        flags = shlex.split(args.infer_flags)
+    except ValueError as error:
+        raise UserError(f"--infer-flags {args.infer_flags} cannot be split into words ({error})") from error
+    models = plan(table, args.run)
     return produce(table, models, args.lr, args.output, script, args.repeat or table.runs, flags)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from consissr.checkpoint import UNET_ADAPTER, WEIGHTS, load_strict, read_weights, write_weights
+from consissr.checkpoint import UNET_ADAPTER, WEIGHTS, load_strict, read_json, read_weights, write_weights
 from consissr.config import FolderConfig, ModelConfig, save_config
 from consissr.errors import UserError
 from consissr.models.attention import added_parameters, replace_blocks
@@ -58,8 +58,18 @@ def write_network(folder: Path, network: Any, dtype: torch.dtype | None = None) 
     write_weights(folder / WEIGHTS, network.state_dict(), dtype)
 
 
-def save_base(folder: Path, unet: nn.Module, latents: Latents, dtype: torch.dtype | None = None) -> None:
-    """A base model in diffusers' layout from parts of a checkpoint (text-free: see `save_prompts`)."""
+def save_base(
+    folder: Path,
+    unet: nn.Module,
+    latents: Latents,
+    dtype: torch.dtype | None = None,
+    betas: tuple[int, float, float] = (1000, 0.00085, 0.012),
+    prediction_type: str = "epsilon",
+) -> None:
+    """A base model in diffusers' layout from parts of a checkpoint (text-free: see `save_prompts`).
+
+    `betas`: steps, first and last beta; both defaults are SD2.1-base's.
+    """
     added = set(added_parameters(unet))
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     unet.save_config(folder / "unet")
@@ -67,8 +77,9 @@ def save_base(folder: Path, unet: nn.Module, latents: Latents, dtype: torch.dtyp
     write_weights(folder / "unet" / WEIGHTS, plain, dtype)
     save_latents(folder / "vae", latents, dtype)
     (folder / "scheduler").mkdir(exist_ok=True)
-    schedule = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule | {"prediction_type": "epsilon"}))
+    schedule = dict(zip(("num_train_timesteps", "beta_start", "beta_end"), betas, strict=True))
+    schedule |= {"beta_schedule": "scaled_linear", "prediction_type": prediction_type}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
 
 
 def save_prompts(folder: Path, encoder: Any, prompts: list[str]) -> None:
@@ -82,17 +93,20 @@ def save_prompts(folder: Path, encoder: Any, prompts: list[str]) -> None:
 
 def load_prompts(folder: Path) -> dict[str, torch.Tensor] | None:
     """Prompt -> embedding (1, L, D), or None where the base's text encoder makes them."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not (folder / PROMPTS).is_file():
         return None
-    with safe_open(folder / PROMPTS, "pt") as file:
-        return {prompt: file.get_tensor(str(i)) for i, prompt in enumerate(json.loads(file.metadata()["prompts"]))}
+    try:
+        with safe_open(folder / PROMPTS, "pt") as file:
+            return {prompt: file.get_tensor(str(i)) for i, prompt in enumerate(json.loads(file.metadata()["prompts"]))}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / PROMPTS} cannot be read ({error}): copy or download the model again") from error
 
 
 def load_controlnet(folder: Path, config: FolderConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The ControlNet of a model folder, as `dtype` on the CPU."""
-    sizes = json.loads((folder / "controlnet" / "config.json").read_text())
+    sizes = read_json(folder / "controlnet" / "config.json")
     with torch.device("meta"):
         controlnet = empty_controlnet(sizes, config.model)
     weights = read_weights(folder / "controlnet" / WEIGHTS)
@@ -129,6 +143,6 @@ def load_image_prompt(folder: Path, config: FolderConfig, dtype: torch.dtype = t
         return None
     encoder = folder / "image_encoder"
     with torch.device("meta"):
-        prompt = build_image_prompt(json.loads((encoder / "config.json").read_text()), config.model)
+        prompt = build_image_prompt(read_json(encoder / "config.json"), config.model)
     load_strict(prompt, read_weights(encoder / IMAGE_WEIGHTS), str(encoder), dtype=dtype)
     return prompt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.checkpoint import WEIGHTS, load_strict, read_weights, write_weights
+from consissr.checkpoint import WEIGHTS, load_strict, read_json, read_weights, write_weights
 from consissr.errors import UserError
 from consissr.models.narrow import WIDTH, with_decoder
 
@@ -139,7 +138,7 @@ def load_latents(folder: Path, base: Latents | None = None, dtype: torch.dtype =
         load_strict(base, read_weights(folder / TUNED), str(folder / TUNED), subset=decoder_names(base))
         return base
     with torch.device("meta"):
-        latents = empty_latents(json.loads((folder / "config.json").read_text()))
+        latents = empty_latents(read_json(folder / "config.json"))
     load_strict(latents.vae, read_weights(folder / WEIGHTS), str(folder), dtype=dtype)
     if latents.linear is not None:
         load_strict(latents.linear, read_weights(folder / LINEAR_PATH), str(folder / LINEAR_PATH), dtype=dtype)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 import torch
-from fixtures import GRADIENT, IMAGE, Check, Fixture, Lack, compare
+from fixtures import GRADIENT, IMAGE, Check, Fixture, Lack, compare, lacking
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,13 +26,12 @@ OURS = {"condition_conv_in": "controlnet_cond_embedding.0"}
 
 def cases(fixture: Fixture) -> Iterator[Check | Lack]:
     """Every recorded quantity of both steps."""
-    if fixture.kind != "ccsr":
+    if "ccsr" not in fixture.kinds:
         return
-    for name, check in (("stage1_inputs.safetensors", stage_1), ("stage2_inputs.safetensors", stage_2)):
-        if fixture.has(name):
-            yield from check(fixture, fixture.tensors(name))
-        else:
-            yield Lack(name)
+    for stage, outputs, check in (("stage1", STAGE_1, stage_1), ("stage2", STAGE_2, stage_2)):
+        given = f"{stage}_inputs.safetensors"
+        absent = [Lack(name) for name in (given, outputs) if not fixture.has(name)]
+        yield from absent or check(fixture, fixture.tensors(given))
 
 
 def pixels(image: Tensor) -> Tensor:
@@ -40,18 +39,19 @@ def pixels(image: Tensor) -> Tensor:
     return image.float() / 255 * 2 - 1
 
 
+@lacking
 def stage_1(fixture: Fixture, given: dict[str, Tensor]) -> Iterator[Check | Lack]:
     """Both starts: losses and x0; gradients of the ControlNet where they are recorded."""
-    outputs, model, schedule = fixture.tensors(STAGE_1), fixture.model, Schedule(fixture.model.alpha_bar)
+    outputs, latents, schedule = fixture.tensors(STAGE_1), fixture.latents, Schedule(fixture.model.alpha_bar)
     with torch.no_grad():
-        z_hq = model.latents.encode(pixels(given["hq_uint8"]), "sample", given["post_noise_hq"])
-        z_lq = model.latents.encode(pixels(given["lq_uint8"]), "sample", given["post_noise_lq"])
+        z_hq = latents.encode(pixels(given["hq_uint8"]), "sample", given["post_noise_hq"])
+        z_lq = latents.encode(pixels(given["lq_uint8"]), "sample", given["post_noise_lq"])
     condition = Condition(given["prompt_embeds"], z_lq)
     noises = [given[f"noise{i}"] for i in (1, 2, 3)]
-    controlnet = model.controlnet.requires_grad_(True)
+    denoiser, controlnet = fixture.denoiser, fixture.model.controlnet.requires_grad_(True)
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
-        return fixture.denoiser(z, t, condition)
+        return denoiser(z, t, condition)
 
     for prefix, start in (("hqstart", "hq"), ("lrstart", "lq")):
         controlnet.zero_grad(set_to_none=True)
@@ -95,14 +95,12 @@ def gradients(
             yield Check(f"{file}:{key} (tiny)", norms[tiny], stored[tiny], limit, "absolute")
 
 
+@lacking
 def stage_2(fixture: Fixture, given: dict[str, Tensor]) -> Iterator[Check | Lack]:
     """Every recorded variant of the step: one evaluation, two, and one before the adversarial loss begins."""
-    if not fixture.has(DISCRIMINATOR):
-        yield Lack(DISCRIMINATOR)
-        return
     outputs, hq = fixture.tensors(STAGE_2), pixels(given["hq_uint8"])
     discriminator = discriminator_of(fixture).train()
-    decoder = fixture.model.latents.vae.decoder.requires_grad_(True)
+    decoder = fixture.latents.vae.decoder.requires_grad_(True)
     for prefix in sorted({key.removesuffix("_loss_l2") for key in outputs if key.endswith("_loss_l2")}):
         yield from stage_2_step(fixture, given, outputs, prefix, hq)
     decoder.requires_grad_(False)
@@ -114,11 +112,12 @@ def stage_2(fixture: Fixture, given: dict[str, Tensor]) -> Iterator[Check | Lack
         yield Check(f"{STAGE_2}:augment0_of_hq", got[:, :, ::step, ::step], want, IMAGE, "absolute")
 
 
+@lacking
 def stage_2_step(
     fixture: Fixture, given: dict[str, Tensor], outputs: dict[str, Tensor], prefix: str, hq: Tensor
 ) -> Iterator[Check | Lack]:
     """One decoder step, then one discriminator step."""
-    latents, discriminator = fixture.model.latents, discriminator_of(fixture).train()
+    latents, discriminator = fixture.latents, discriminator_of(fixture).train()
     z, c = stage_2_latent(fixture, given, prefix), given["cls_lr"]
     decoder = latents.vae.decoder
     decoder.zero_grad(set_to_none=True)
@@ -129,9 +128,11 @@ def stage_2_step(
     loss = pixel + adversarial_weight(100 if prefix.endswith("warm") else 101) * adversarial
     loss.backward()
     yield from compare(STAGE_2, outputs, f"{prefix}_latents_in", z)
-    key = f"{prefix}_image_sub8"
-    factor = image.shape[2] // outputs[key].shape[2]
-    yield Check(f"{STAGE_2}:{key}", image[..., ::factor, ::factor], outputs[key], IMAGE, "absolute")
+    if (key := f"{prefix}_image_sub8") in outputs:
+        factor = image.shape[2] // outputs[key].shape[2]
+        yield Check(f"{STAGE_2}:{key}", image[..., ::factor, ::factor], outputs[key], IMAGE, "absolute")
+    else:
+        yield Lack(f"{STAGE_2}:{key}")
     for name, got in {"loss_l2": pixel, "gan_loss": adversarial, "loss": loss}.items():
         yield from compare(STAGE_2, outputs, f"{prefix}_{name}", got[None])
     yield from compare(STAGE_2, outputs, f"{prefix}_logits_fake_G", fake)
@@ -156,13 +157,14 @@ def stage_2_step(
 def stage_2_latent(fixture: Fixture, given: dict[str, Tensor], prefix: str) -> Tensor:
     """What the decoder is given: x0 of the last evaluation, started from the low-quality latent."""
     schedule = Schedule(fixture.model.alpha_bar)
-    z_lq = fixture.model.latents.encode(pixels(given["lq_uint8"]), "sample", given["post_noise_lq"])
+    z_lq = fixture.latents.encode(pixels(given["lq_uint8"]), "sample", given["post_noise_lq"])
     condition = Condition(given["prompt_embeds"], z_lq)
     plan = nuts_plan(1, 2 / 3, 0.0, "leading") if prefix.startswith("S1") else nuts_plan(6, 0.6667, 0.5, "leading")
     steps = {f"step[{i + 1}]": noise for i, noise in enumerate(given["step_noise"])}
     draw = recorded_draw({"init": given["noise_T"], "tmax": given["noise_tmax"]} | steps)
     start = start_latent("lq", z_lq, schedule, draw)
-    return sample(lambda z, t: fixture.denoiser(z, t, condition), plan, start, schedule, draw)
+    denoiser = fixture.denoiser
+    return sample(lambda z, t: denoiser(z, t, condition), plan, start, schedule, draw)
 
 
 def judged(
@@ -179,7 +181,7 @@ def discriminator_of(fixture: Fixture) -> ProjectedDiscriminator:
     """The recorded discriminator in its first state; sizes that the weights don't show stand in the file's metadata."""
     said = fixture.metadata(DISCRIMINATOR)
     heads = int(re.search(r"heads (\d+)", said["vit"])[1])
-    return read_discriminator(fixture.tensors(DISCRIMINATOR), int(said["c_dim"]), heads)
+    return read_discriminator(dict(fixture.tensors(DISCRIMINATOR)), int(said["c_dim"]), heads)
 
 
 def augmentation(given: dict[str, Tensor], number: int) -> Augmentation:

@@ -8,6 +8,7 @@ recorded quantities that nothing here checks. Exit status 1 if any quantity fail
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ import consissr_training  # noqa: E402
 import degradation_cases  # noqa: E402
 import sampler_cases  # noqa: E402
 import tables  # noqa: E402
-from fixtures import Check, Fixture, Lack  # noqa: E402
+from fixtures import Check, Fixture, Lack, lacking  # noqa: E402
 
 Cases = Callable[[Fixture], Iterator[Check | Lack]]
 
@@ -44,10 +45,24 @@ CASES: tuple[Cases, ...] = (
 )
 """Every group of quantities; each yields nothing for a folder that is not of its kind."""
 
-RECORDED = ("outputs.safetensors", "networks.safetensors", "run_*.safetensors", "*_outputs.safetensors")
+RECORDED = (
+    "outputs.safetensors",
+    "networks.safetensors",
+    "run_*.safetensors",
+    "*_outputs.safetensors",
+    "rclip_distill.safetensors",
+    "tiled_vae.safetensors",
+    "*.npz",
+    "schedule50.json",
+    "stability_outputs.json",
+)
 """Files of recorded results."""
 
-GIVEN = ("networks.safetensors:x", "networks.safetensors:cond_latent")
+GIVEN = re.compile(
+    r"networks\.safetensors:(x|cond_latent)|rclip_distill\.safetensors:(hq|lq|student\..*|teacher\..*)"
+    r"|tiled_vae\.safetensors:.*latent.*|.*_inputs\.npz:.*|colorfix\.npz:(content|style)|color_fix\.npz:(target|source)"
+    r"|image_ops\.npz:(cc_)?src|geometry\.npz:lq\d+|degradation_seeded\.npz:gt_uint8"
+)
 """Inputs that stand in such files."""
 
 
@@ -61,13 +76,14 @@ def line(check: Check) -> str:
 def run(folder: str, write: Callable[[str], None] = print) -> tuple[int, int]:
     """Check one folder; (quantities compared, quantities failed)."""
     fixture = Fixture(folder)
-    write(f"# {folder} ({fixture.kind or 'of no known kind'})")
-    compared, failed, lacks, seen = 0, 0, [], set()
+    write(f"# {folder} ({', '.join(sorted(fixture.kinds)) or 'of no known kind'})")
+    compared, failed, seen = 0, 0, set()
+    lacks: dict[str, None] = {}
     for cases in CASES:
         try:
-            for found in cases(fixture):
+            for found in lacking(cases)(fixture):
                 if isinstance(found, Lack):
-                    lacks.append(found.name)
+                    lacks[found.name] = None
                     continue
                 compared, failed = compared + 1, failed + (not found.passed())
                 seen.add(found.name)
@@ -78,17 +94,20 @@ def run(folder: str, write: Callable[[str], None] = print) -> tuple[int, int]:
             write(f"{cases.__module__}: {type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno}) FAIL")
     for name in lacks:
         write(f"lacks    {name}")
-    for name in unchecked(fixture, seen):
+    rest = unchecked(fixture, seen)
+    for name in rest:
         write(f"unchecked {name}")
-    write(f"# {compared} compared, {failed} failed, {len(lacks)} lacking")
+    write(f"# {compared} compared, {failed} failed, {len(lacks)} lacking, {len(rest)} unchecked")
     return compared, failed
 
 
 def unchecked(fixture: Fixture, seen: set[str]) -> list[str]:
     """Recorded results that no check has compared."""
     files = sorted({path for pattern in RECORDED for path in fixture.folder.glob(pattern)})
-    names = [f"{path.name}:{key}" for path in files for key in fixture.tensors(path.name)]
-    return [name for name in names if name not in seen and name not in GIVEN]
+    readers = {".npz": fixture.arrays, ".json": fixture.json, ".safetensors": fixture.tensors}
+    names = [f"{path.name}:{key}" for path in files for key in readers[path.suffix](path.name)]
+    known = seen | {name.split(" ")[0] for name in seen}  # one key may hold several quantities: "file:key part"
+    return [name for name in names if name not in known and not GIVEN.fullmatch(name)]
 
 
 def main(folders: list[str]) -> int:

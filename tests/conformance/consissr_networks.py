@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 import torch
-from fixtures import IMAGE, Check, Fixture, Lack, compare, to_image
+from fixtures import IMAGE, Check, Fixture, Lack, compare, lacking, to_image
 from torch import Tensor
 
 from consissr.models.denoiser import Condition
@@ -19,7 +19,7 @@ OUTPUTS = "outputs.safetensors"
 @torch.no_grad()
 def cases(fixture: Fixture) -> Iterator[Check | Lack]:
     """Every network quantity of the folder."""
-    if fixture.kind != "consissr":
+    if "consissr" not in fixture.kinds:
         return
     inputs, outputs = fixture.tensors("inputs.safetensors"), fixture.tensors(OUTPUTS)
     text = {}
@@ -41,6 +41,7 @@ def cases(fixture: Fixture) -> Iterator[Check | Lack]:
     yield from networks(fixture, inputs, outputs, conditions)
 
 
+@lacking
 def prompts(fixture: Fixture, text: dict[str, Tensor]) -> Iterator[Check]:
     """Prompt words through the tokenizer give the same embeddings as the stored tokens."""
     config = fixture.json("config.json")

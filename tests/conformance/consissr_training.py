@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from fixtures import GRADIENT, NETWORK, Check, Fixture, Lack, compare, to_image
+from fixtures import GRADIENT, NETWORK, Check, Fixture, Lack, Stored, compare, lacking, to_image
 from torch import Tensor, nn
 
 from consissr import ldm, released
@@ -28,9 +28,9 @@ RCLIP = "rclip_distill.safetensors"
 
 def cases(fixture: Fixture) -> Iterator[Check | Lack]:
     """Every recorded quantity of the steps."""
-    if fixture.kind == "consissr_common":
+    if "consissr_common" in fixture.kinds:
         yield from rclip(fixture)
-    if fixture.kind == "consissr_train":
+    if "consissr_train" in fixture.kinds:
         yield from stage_2(fixture)
 
 
@@ -83,15 +83,17 @@ def started(stage: Tala | Rclip) -> Tala | Rclip:
     return stage
 
 
+def recorded(inputs: Stored) -> Recorded:
+    """The recorded batch; Missing if it lacks an image or a draw."""
+    images = {name: to_image(inputs[f"{name}_u8"]) for name in ("hq", "lq")}
+    return Recorded(**images, names=[], generators=[], cache={name: inputs[name] for name in (*NOISES, "r", "t")})
+
+
+@lacking
 def stage_2(fixture: Fixture) -> Iterator[Check | Lack]:
     """Inputs, prediction, loss and gradients."""
     inputs, outputs = fixture.tensors("train_inputs.safetensors"), fixture.tensors(OUTPUTS)
-    if not inputs or not (fixture.weights_folder / "weights.safetensors").is_file():
-        yield Lack("train_inputs.safetensors" if not inputs else "weights.safetensors of the sibling fixture")
-        return
-    stage = tala_stage(fixture)
-    images = {name: to_image(inputs[f"{name}_u8"]) for name in ("hq", "lq")}
-    batch = Recorded(**images, names=[], generators=[], cache=inputs)
+    batch, stage = recorded(inputs), tala_stage(fixture)
     with torch.no_grad():
         stage.prepare(batch)
     condition, step = stage.condition(batch), stage.predict(batch)
@@ -108,19 +110,17 @@ def stage_2(fixture: Fixture) -> Iterator[Check | Lack]:
     yield from norms(fixture, parameters, stage)
 
 
+@lacking
 def rclip(fixture: Fixture) -> Iterator[Check | Lack]:
     """Features of the teacher on HQ and of the student on LQ images, the loss between them and its gradients."""
     stored = fixture.tensors(RCLIP)
-    if not stored:
-        yield Lack(RCLIP)
-        return
+    batch = Batch(hq=stored["hq"], lq=stored["lq"], names=[], generators=[])
     clip, towers = fixture.json("rclip_distill.json")["clip"], {}
     for role in ("teacher", "student"):
-        towers[role] = build_tower(clip["embed_dim"], clip["vision_cfg"]).eval()
+        towers[role] = build_tower(clip["embed_dim"], dict(clip["vision_cfg"])).eval()
         prefix = f"{role}."
         towers[role].load_state_dict({k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
     stage = started(Rclip(TrainConfig(stage="rclip"), **towers))
-    batch = Batch(hq=stored["hq"], lq=stored["lq"], names=[], generators=[])
     with torch.no_grad():
         stage.prepare(batch)
         student = tower_features(stage.student, batch.lq)[0]
@@ -133,15 +133,13 @@ def rclip(fixture: Fixture) -> Iterator[Check | Lack]:
             yield Check(f"{RCLIP}:grad.{name}", parameter.grad, stored[f"grad.{name}"], GRADIENT)
 
 
+@lacking
 def norms(fixture: Fixture, parameters: dict[str, nn.Parameter], stage: Tala) -> Iterator[Check | Lack]:
     """Gradient norms of everything trained, and that the stage trains just what has a gradient in the release.
 
     The release's optimiser also holds tensors that never get one (the UNet's encoder and middle): the stage leaves
     them out.
     """
-    if not fixture.has(STEP):
-        yield Lack(STEP)
-        return
     step = fixture.json(STEP)
     wanted = step["grad_norm_of_optimised_params"]
     total = torch.tensor(list(wanted.values())).norm().item()

@@ -1,15 +1,16 @@
-"""Conformance folders: what kind one is, its files, its model through our readers, and what is compared how."""
+"""Conformance folders: of which kinds one is, its files, its model through our readers, and what is compared how."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -25,6 +26,32 @@ GRADIENT = 1e-3
 
 IMAGE = 1e-3
 """Largest absolute difference of float images."""
+
+KINDS = {
+    "consissr": ("outputs.safetensors",),
+    "consissr_train": ("train_outputs.safetensors",),
+    "consissr_common": (
+        "schedule.npz",
+        "schedule50.json",
+        "colorfix.npz",
+        "image_ops.npz",
+        "resize_cases.json",
+        "stage1_lr_multiplier.json",
+        "rclip_distill.*",
+    ),
+    "ccsr": (
+        "controlnet/config.json",
+        "networks.safetensors",
+        "run_*.safetensors",
+        "stage[12]_outputs.safetensors",
+        "tiled_vae.safetensors",
+        "color_fix.npz",
+        "geometry.*",
+        "stability_*",
+        "degradation_seeded.npz",
+    ),
+}
+"""Files that make a folder one of a kind; it may be of several."""
 
 
 @dataclass
@@ -69,54 +96,108 @@ class Lack:
     name: str
 
 
+class Missing(Exception):  # noqa: N818 - no error: a fixture need not be complete
+    """Says the file, or "file:key", that a check asked for and the fixture does not have."""
+
+
+class Stored(dict):
+    """What the fixture's file `file` holds; asking for a name that it does not hold raises Missing."""
+
+    def __init__(self, file: str, found: dict[str, Any]) -> None:
+        super().__init__(found)
+        self.file = file
+
+    def __missing__(self, name: str) -> Any:
+        raise Missing(f"{self.file}:{name}" if self else self.file)
+
+
+def lacking(cases: Callable[..., Iterator[Check | Lack]]) -> Callable[..., Iterator[Check | Lack]]:
+    """The same checks, ended by a Lack where they ask for something that the fixture does not have.
+
+    Only what the fixture's own files lack ends them so: a name that our code lacks stays an error.
+    """
+
+    @wraps(cases)
+    def guarded(*args: Any) -> Iterator[Check | Lack]:
+        try:
+            yield from cases(*args)
+        except Missing as missing:
+            yield Lack(str(missing))
+
+    return guarded
+
+
 class Fixture:
-    """One conformance folder. `kind`: 'consissr', 'consissr_train', 'consissr_common', 'ccsr' or '' (none of them)."""
+    """One conformance folder. `kinds`: of KINDS, those whose files it has any of."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.kind = self._kind()
-
-    def _kind(self) -> str:
-        has = {
-            "ccsr": "controlnet/config.json",
-            "consissr_train": "train_outputs.safetensors",
-            "consissr": "weights.safetensors",
-        }
-        if any((self.folder / name).is_file() for name in ("rclip_distill.json", "schedule50.json", "colorfix.npz")):
-            return "consissr_common"
-        return next((kind for kind, name in has.items() if (self.folder / name).is_file()), "")
+        self.folder = Path(folder).resolve()
+        self.kinds = {kind for kind, names in KINDS.items() if any(any(self.folder.glob(name)) for name in names)}
+        if self.has("weights.safetensors") and "consissr_train" not in self.kinds:
+            self.kinds.add("consissr")
 
     def has(self, name: str) -> bool:
         """Whether the folder has this file."""
         return (self.folder / name).is_file()
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
+    def tensors(self, name: str) -> Stored:
         """All tensors of a safetensors file, floating-point ones as float32; empty if it is not there."""
         if not self.has(name):
-            return {}
+            return Stored(name, {})
         with safe_open(self.folder / name, "pt") as file:
             found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return {key: value.float() if value.is_floating_point() else value for key, value in found.items()}
+        floats = {key: value.float() if value.is_floating_point() else value for key, value in found.items()}
+        return Stored(name, floats)
 
-    def metadata(self, name: str) -> dict[str, str]:
-        """The metadata of a safetensors file."""
+    def arrays(self, name: str) -> Stored:
+        """All arrays of an .npz file; empty if it is not there."""
+        if not self.has(name):
+            return Stored(name, {})
+        with np.load(self.folder / name) as file:
+            return Stored(name, {key: file[key] for key in file})
+
+    def metadata(self, name: str) -> Stored:
+        """The metadata of a safetensors file; Missing if it is not there."""
+        if not self.has(name):
+            raise Missing(name)
         with safe_open(self.folder / name, "pt") as file:
-            return file.metadata() or {}
+            return Stored(f"metadata of {name}", file.metadata() or {})
 
     def json(self, name: str) -> Any:
-        """A JSON file."""
-        return json.loads((self.folder / name).read_text())
+        """A JSON file, its objects as Stored; Missing if it is not there."""
+        if not self.has(name):
+            raise Missing(name)
+        return json.loads((self.folder / name).read_text(), object_hook=lambda found: Stored(name, found))
 
     @cached_property
     def model(self) -> Any:
-        """The fixture's model through the reader that users run (ConsisSR's, or CCSR v2's)."""
-        if self.kind == "ccsr":
+        """The fixture's model through the reader that users run (CCSR v2's, or ConsisSR's); Missing without weights."""
+        if self.has("controlnet/config.json"):
             from ccsr.released import read_v2
 
             return read_v2(self.folder)
+        weights = self.weights_folder / "weights.safetensors"
+        if not weights.is_file():
+            raise Missing("controlnet/config.json" if "ccsr" in self.kinds else "weights.safetensors")
         from consissr.released import read
 
-        return read(self.weights_folder / "weights.safetensors", self.json("config.json")["clip"])
+        described = self if self.has("config.json") else Fixture(self.weights_folder)
+        return read(weights, dict(described.json("config.json")["clip"]))
+
+    @property
+    def latents(self) -> Any:
+        """The model's autoencoder; Missing if the folder has none."""
+        return self._part("latents", "vae/")
+
+    @property
+    def unet(self) -> Any:
+        """The model's UNet; Missing if the folder has none."""
+        return self._part("unet", "unet/")
+
+    def _part(self, name: str, folder: str) -> Any:
+        if (part := getattr(self.model, name)) is None:
+            raise Missing(folder)
+        return part
 
     @property
     def weights_folder(self) -> Path:
@@ -127,10 +208,12 @@ class Fixture:
 
     @cached_property
     def denoiser(self) -> Any:
-        """The model's noise prediction, as users run it."""
+        """The model's noise prediction, as users run it. The releases' networks predict noise, whatever is said of the
+        schedule: only the step of CCSR's loop would read the scheduler's `prediction_type`.
+        """
         from consissr.models.denoiser import Denoiser
 
-        return Denoiser(self.model.unet, self.model.controlnet, self.model.alpha_bar).eval()
+        return Denoiser(self.unet, self.model.controlnet, self.model.alpha_bar).eval()
 
 
 def to_image(pixels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from fixtures import GUIDED_LATENT, IMAGE, Check, Fixture, Lack, compare, to_image
+from fixtures import GUIDED_LATENT, IMAGE, Check, Fixture, Lack, Missing, Stored, compare, lacking, to_image
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -51,22 +51,20 @@ class Recording(Schedule):
 @torch.no_grad()
 def cases(fixture: Fixture) -> Iterator[Check | Lack]:
     """Every sampling that the folder records."""
-    if fixture.kind == "ccsr":
+    if "ccsr" in fixture.kinds:
         for run in sorted(path.name for path in fixture.folder.glob("run_*.safetensors")):
             yield from ccsr_run(fixture, run)
         yield from tiled_decoder(fixture)
-    if fixture.kind == "consissr":
+    if "consissr" in fixture.kinds:
         yield from consissr_run(fixture)
 
 
+@lacking
 def ccsr_run(fixture: Fixture, run: str) -> Iterator[Check | Lack]:
     """One recorded call of CCSR v2's pipeline."""
     stored, said = fixture.tensors(run), fixture.metadata(run)
     prompts = fixture.tensors("inputs.safetensors")
     inputs = fixture.tensors("tile_inputs.safetensors") if "tile_size_px" in said else prompts
-    if "prompt_embeds" not in prompts or "lq_image_uint8" not in inputs:
-        yield Lack(f"inputs of {run}")
-        return
     steps, guidance = int(said["num_inference_steps"]), float(said["guidance_scale"])
     plan = nuts_plan(steps, float(said["t_max"]), float(said["t_min"]), "leading")
     tile, stride = int(said.get("tile_size_px", 0)), int(said.get("tile_stride_px", 0))
@@ -85,13 +83,13 @@ def ccsr_run(fixture: Fixture, run: str) -> Iterator[Check | Lack]:
     )
     schedule, model = Recording(fixture.model.alpha_bar), fixture.model
     texts = {"positive": prompts["prompt_embeds"], "negative": prompts["negative_prompt_embeds"]}
-    restorer = Restorer(model.latents, fixture.denoiser, schedule, texts, sampler=config)
+    restorer = Restorer(fixture.latents, fixture.denoiser, schedule, texts, sampler=config)
     lq = to_image(inputs["lq_image_uint8"])
     tiles = restorer.tiles(config, tuple(lq.shape[2:]), 1)
     noises = ccsr_noises(inputs, plan)
     with predictions(TiledDenoiser if tile else Denoiser) as predicted:
         z = restorer.restore_latent(lq, recorded_draw(noises), config, plan, tiles, model.latents)
-    yield Check(f"{run}:final_latent", z, stored["final_latent"])
+    yield from compare(run, stored, "final_latent", z)
     for i, (step, eps) in enumerate(zip(plan, predicted, strict=True)):
         yield from compare_like(run, stored, f"net_eps_{i}_t{step.t}", eps)
     if "image" in stored:
@@ -109,7 +107,7 @@ def ccsr_run(fixture: Fixture, run: str) -> Iterator[Check | Lack]:
             yield Check(f"{run}:{key}", got[int(m[3])] if m[2] == "row" else got[:, int(m[3])], stored[key])
 
 
-def ccsr_noises(inputs: dict[str, Tensor], plan: list[Step]) -> dict[str, Tensor]:
+def ccsr_noises(inputs: Stored, plan: list[Step]) -> dict[str, Tensor]:
     """The recorded noises under the sampler's names. The release counts DDPM steps, the plan evaluations."""
     posterior, jumps = inputs["posterior_noise"], sum(step.kind == "renoise" for step in plan)
     named = {"init": inputs["init_noise"], "tmax": inputs["noise_tmax"], "posterior": posterior[:1]}
@@ -153,6 +151,7 @@ def compare_like(run: str, stored: dict[str, Tensor], pattern: str, got: Tensor)
             yield Check(f"{run}:{key}", got, stored[key])
 
 
+@lacking
 def tiled_decoder(fixture: Fixture) -> Iterator[Check | Lack]:
     """CCSR's tiled decoder: `latent`, the tiled output, the tiles' boxes, and how far tiled and untiled differ.
 
@@ -161,9 +160,8 @@ def tiled_decoder(fixture: Fixture) -> Iterator[Check | Lack]:
     """
     stored, said = fixture.tensors(TILED_VAE), tiled_words(fixture)
     if not stored:
-        yield Lack(TILED_VAE)
-        return
-    latents = fixture.model.latents
+        raise Missing(TILED_VAE)
+    latents = fixture.latents
     maps = {key: value for key, value in stored.items() if value.ndim == 4 and "minus" not in key}
     latent = maps.pop(next((key for key in maps if "latent" in key), min(maps, key=lambda key: maps[key].numel())))
     full_key = next((key for key in maps if re.search("full|untiled|plain", key)), None)
@@ -217,13 +215,13 @@ def tile_boxes(name: str, want: Tensor, tile: int, z: Tensor, factor: int) -> Ch
     return Check(name, best, want, 0.0, "exact")
 
 
+@lacking
 def consissr_run(fixture: Fixture) -> Iterator[Check | Lack]:
     """ConsisSR's guided spaced DDPM from recorded noise, and the two colour transfers of its result."""
     file = "outputs.safetensors"
     stored, inputs = fixture.tensors(file), fixture.tensors("inputs.safetensors")
-    if "step_noises" not in inputs or "x_T" not in inputs:
-        yield Lack("inputs.safetensors:step_noises")
-        return
+    lq = to_image(inputs["lq_u8"])
+    noises = {"init": inputs["x_T"]} | {f"step[{i}]": noise for i, noise in enumerate(inputs["step_noises"])}
     said, model = fixture.json("config.json"), fixture.model
     encode = model.text.encode_tokens
     texts = {word: encode(inputs[f"tokens_{word}"]) for word in ("positive", "negative")}
@@ -248,8 +246,6 @@ def consissr_run(fixture: Fixture) -> Iterator[Check | Lack]:
         config,
         hint_latents=model.hint_latents,
     )
-    lq = to_image(inputs["lq_u8"])
-    noises = {"init": inputs["x_T"]} | {f"step[{i}]": noise for i, noise in enumerate(inputs["step_noises"])}
     plan, tiles = ddpm_plan(config.steps), restorer.tiles(config, tuple(lq.shape[2:]), 1)
     yield Check("timesteps", [step.t for step in plan], said["sampler_timesteps_desc"], 0.0, "exact")
     z = restorer.restore_latent(lq, recorded_draw(noises), config, plan, tiles, model.latents)

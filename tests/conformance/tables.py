@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from fixtures import IMAGE, Check, Fixture, Lack
+from fixtures import IMAGE, Check, Fixture, Lack, lacking
 from PIL import Image
 from torch import Tensor
 
 from consissr import color
+from consissr.data.datasets import center_crop
 from consissr.diffusion.plans import ddpm_plan
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.diffusion.tala import probability, tala_inputs
@@ -24,35 +25,14 @@ STEPS = 100_001
 
 def cases(fixture: Fixture) -> Iterator[Check | Lack]:
     """Every table of the folder."""
-    if fixture.kind == "consissr":
-        yield from tala(fixture)
-    files = {
-        "consissr_common": {
-            "schedule.npz": schedule,
-            "schedule50.json": schedule_50,
-            "colorfix.npz": color_fix,
-            "image_ops.npz": image_operations,
-            "resize_cases.json": sizes,
-            "stage1_lr_multiplier.json": learning_rates,
-        },
-        "ccsr": {
-            "color_fix.npz": color_fix_8bit,
-            "geometry.json": geometry,
-            "geometry.npz": geometry_images,
-            "stability_inputs.npz": stability,
-        },
+    checks = {
+        "consissr": (tala,),
+        "consissr_common": (schedule, schedule_50, color_fix, crops, enlarged, sizes, learning_rates),
+        "ccsr": (color_fix_8bit, geometry, geometry_images, global_stability, local_stability),
     }
-    for name, check in files.get(fixture.kind, {}).items():
-        if fixture.has(name):
-            yield from check(fixture)
-        else:
-            yield Lack(name)
-
-
-def arrays(fixture: Fixture, name: str) -> dict[str, np.ndarray]:
-    """An .npz file."""
-    with np.load(fixture.folder / name) as file:
-        return {key: file[key] for key in file}
+    for kind, found in checks.items():
+        for check in found if kind in fixture.kinds else ():
+            yield from lacking(check)(fixture)
 
 
 def pixels(image: Tensor) -> Tensor:
@@ -95,12 +75,20 @@ def spaced(steps: int) -> dict[str, Tensor]:
         "sqrt_recipm1_alphas_cumprod": [-table.x0_from_eps(zero, one, i) for i in t],
     }
     tensors = {name: torch.stack([value.reshape(()) for value in values]) for name, values in found.items()}
-    return tensors | {"timesteps": torch.tensor(t), "alphas_cumprod": table.alpha_bar[t]}
+    a = table.alpha_bar[t]
+    previous = torch.cat([a.new_ones(1), a[:-1]])
+    betas, variance = 1 - a / previous, tensors["posterior_variance"]
+    tensors |= {"timesteps": torch.tensor(t), "alphas_cumprod": a, "alphas_cumprod_prev": previous, "betas": betas}
+    # the release's other two variances begin with the second one, as the first is zero
+    clipped = torch.cat([variance[1:2], variance[1:]]).log()
+    return tensors | {"posterior_log_variance_clipped": clipped, "fixed_large": torch.cat([variance[1:2], betas[1:]])}
 
 
 def schedule(fixture: Fixture) -> Iterator[Check | Lack]:
     """Spaced coefficients for every recorded number of steps."""
-    stored = arrays(fixture, "schedule.npz")
+    stored = fixture.arrays("schedule.npz")
+    if not stored:
+        yield Lack("schedule.npz")
     for count in sorted({int(key.split("_")[0][1:]) for key in stored}):
         for name, got in spaced(count).items():
             key = f"n{count}_{name}"
@@ -125,24 +113,38 @@ def schedule_50(fixture: Fixture) -> Iterator[Check | Lack]:
 
 def color_fix(fixture: Fixture) -> Iterator[Check | Lack]:
     """Both transfers on float images."""
-    stored = {name: torch.from_numpy(value).float() for name, value in arrays(fixture, "colorfix.npz").items()}
+    stored = fixture.arrays("colorfix.npz")
+    content, style = (torch.from_numpy(stored[name]).float() for name in ("content", "style"))
     for name, fix in (("adain", color.adain), ("wavelet", color.wavelet)):
-        got = fix(stored["content"], stored["style"])
-        yield Check(f"colorfix.npz:{name}", got, stored[name], IMAGE, "absolute")
+        if name in stored:
+            got = fix(content, style)
+            yield Check(f"colorfix.npz:{name}", got, torch.from_numpy(stored[name]).float(), IMAGE, "absolute")
+        else:
+            yield Lack(f"colorfix.npz:{name}")
 
 
 def color_fix_8bit(fixture: Fixture) -> Iterator[Check | Lack]:
     """CCSR's transfers on 8-bit images, as `geometry: ccsr` applies them."""
-    stored = arrays(fixture, "color_fix.npz")
+    stored = fixture.arrays("color_fix.npz")
     target, source = (torch.from_numpy(stored[name]).permute(2, 0, 1)[None] / 255 for name in ("target", "source"))
     for name in ("adain", "wavelet"):
         got = pixels(truncated(transfer(target.clone(), (source * 2 - 1).split(1, dim=1), name)))
         yield Check(f"color_fix.npz:{name}", got, torch.from_numpy(stored[name]), 1.0, "uint8")
 
 
-def image_operations(fixture: Fixture) -> Iterator[Check | Lack]:
+def crops(fixture: Fixture) -> Iterator[Check | Lack]:
+    """The crop of ConsisSR's training images."""
+    stored = fixture.arrays("image_ops.npz")
+    for key in stored:
+        if key.startswith("center_crop_"):
+            got = center_crop(stored["cc_src"], int(key.split("_")[-1]))
+            want = torch.from_numpy(stored[key])
+            yield Check(f"image_ops.npz:{key}", torch.from_numpy(got.copy()), want, 0.0, "exact")
+
+
+def enlarged(fixture: Fixture) -> Iterator[Check | Lack]:
     """ConsisSR's enlargement to a short side, and its padding."""
-    stored = arrays(fixture, "image_ops.npz")
+    stored = fixture.arrays("image_ops.npz")
     source = Image.fromarray(stored["src"])
     for key in stored:
         if key.startswith("auto_resize_"):
@@ -188,9 +190,9 @@ def geometry(fixture: Fixture) -> Iterator[Check | Lack]:
 
 def geometry_images(fixture: Fixture) -> Iterator[Check | Lack]:
     """CCSR's resizing of two images, and of one back to the final size."""
-    stored = arrays(fixture, "geometry.npz")
+    stored = fixture.arrays("geometry.npz")
     said = fixture.json("geometry.json")["npz"]
-    for number in (1, 2):
+    for number in sorted(int(key.removeprefix("lq")) for key in stored if key.startswith("lq")):
         lq, want = Image.fromarray(stored[f"lq{number}"]), torch.from_numpy(stored[f"processed{number}"])
         got = torch.from_numpy(np.asarray(ccsr_input(lq, said["upscale"], said["process_size"])).copy())
         yield Check(f"geometry.npz:processed{number}", got, want, 1.0, "uint8")
@@ -201,14 +203,21 @@ def geometry_images(fixture: Fixture) -> Iterator[Check | Lack]:
             yield Check(f"geometry.npz:{back}", torch.from_numpy(result), torch.from_numpy(stored[back]), 1.0, "uint8")
 
 
-def stability(fixture: Fixture) -> Iterator[Check | Lack]:
-    """CCSR's G-STD and L-STD, cropped by 4 as its script does, and not cropped."""
-    from consissr.evaluation.stability import global_std, local_std
+def global_stability(fixture: Fixture) -> Iterator[Check | Lack]:
+    """CCSR's G-STD."""
+    from consissr.evaluation.stability import global_std
 
-    stored, want = arrays(fixture, "stability_inputs.npz"), fixture.json("stability_outputs.json")
+    stored, want = fixture.arrays("stability_inputs.npz"), fixture.json("stability_outputs.json")
     for metric, value in want["G_STD"].items():
         got = global_std(stored[f"{metric}_MN"].T)
         yield Check(f"stability_outputs.json:G_STD {metric}", torch.tensor(got), torch.tensor(value), 1e-6)
+
+
+def local_stability(fixture: Fixture) -> Iterator[Check | Lack]:
+    """CCSR's L-STD, cropped by 4 as its script does, and not cropped."""
+    from consissr.evaluation.stability import local_std
+
+    stored, want = fixture.arrays("stability_inputs.npz"), fixture.json("stability_outputs.json")
     for crop, key in ((4, "L_STD_official_crop4"), (0, "L_STD_nocrop")):
         images = stored["images_MNHWC"] / np.float32(255)
         inner = images[:, :, crop : images.shape[2] - crop, crop : images.shape[3] - crop]

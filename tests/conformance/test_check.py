@@ -1,4 +1,4 @@
-"""The conformance command: its rules for passing, and its verdict on the fixtures beside the repository."""
+"""The conformance command: its rules for passing, what it compares of incomplete folders, and what it says of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,17 +54,96 @@ def test_stored_forms_are_parts_of_the_whole():
     assert [c.name for c in compare("file", stored, "absent", whole)] == ["file:absent"]
 
 
-@pytest.mark.parametrize("name", ["consissr_A", "consissr_train_A", "consissr_common", "ccsr_A"])
-def test_networks_and_training_steps_equal_the_authors(shared, name):
-    fixture = Fixture(shared / "conformance" / name)
-    found = [
-        c
-        for cases in (check.consissr_networks.cases, check.ccsr_networks.cases, check.consissr_training.cases)
-        for c in cases(fixture)
+@pytest.mark.parametrize(
+    ("files", "kinds"),
+    [
+        (["weights.safetensors", "colorfix.npz"], {"consissr", "consissr_common"}),
+        (["weights.safetensors", "outputs.safetensors", "train_outputs.safetensors"], {"consissr", "consissr_train"}),
+        (["weights.safetensors", "train_outputs.safetensors"], {"consissr_train"}),
+        (["degradation_seeded.npz"], {"ccsr"}),
+        (["geometry.json"], {"ccsr"}),
+        (["schedule.npz"], {"consissr_common"}),
+        (["resize_cases.json"], {"consissr_common"}),
+        (["notes.txt"], set()),
+    ],
+)
+def test_files_make_the_kinds(tmp_path, files, kinds):
+    for name in files:
+        (tmp_path / name).touch()
+    assert Fixture(tmp_path).kinds == kinds
+
+
+def test_the_working_folder_is_a_folder_like_any_other(tmp_path, monkeypatch):
+    (tmp_path / "consissr_train_B").mkdir()
+    monkeypatch.chdir(tmp_path / "consissr_train_B")
+    assert Fixture(".").weights_folder == tmp_path.resolve() / "consissr_B"
+
+
+def test_only_what_the_fixture_lacks_is_called_lacking(tmp_path, monkeypatch):
+    (tmp_path / "stability_outputs.json").write_text('{"G_STD": {}}')
+
+    def asks_the_fixture(fixture):
+        yield Check("one", torch.ones(1), torch.ones(1))
+        yield Check("two", fixture.json("stability_outputs.json")["L_STD_nocrop"], 0)
+
+    def asks_our_code(fixture):
+        yield Check("three", {}["weight"], 0)
+
+    monkeypatch.setattr(check, "CASES", (asks_the_fixture, asks_our_code))
+    lines: list[str] = []
+    assert check.run(str(tmp_path), lines.append) == (1, 1)
+    assert "lacks    stability_outputs.json:L_STD_nocrop" in lines
+    assert any(line.startswith(f"{__name__}: KeyError: 'weight'") and line.endswith("FAIL") for line in lines)
+
+
+def test_what_nothing_checks_is_listed_and_counted(tmp_path):
+    source = np.zeros((8, 6, 3), np.uint8)
+    np.savez(tmp_path / "image_ops.npz", src=source, auto_resize_6=source, mystery=source)
+    (tmp_path / "schedule50.json").write_text('{"timesteps4": [999, 666, 333, 0], "other50": [1]}')
+    lines: list[str] = []
+    assert check.run(str(tmp_path), lines.append) == (2, 1), "steps are written in ascending order"
+    assert [line for line in lines if line.startswith("unchecked")] == [
+        "unchecked image_ops.npz:mystery",
+        "unchecked schedule50.json:other50",
     ]
-    assert all(isinstance(c, Check) for c in found), "these fixtures are complete"
-    assert len(found) > 5
-    assert not [check.line(c) for c in found if not c.passed()]
+    assert lines[-1].endswith(", 2 unchecked")
+
+
+@pytest.fixture
+def small(shared, tmp_path):
+    """A part of CCSR's fixture that takes seconds: networks, a run of one step, tables."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    names = ("unet", "vae", "controlnet", "networks.safetensors", "inputs.safetensors", "run_S1_g1.safetensors")
+    tables = ("geometry.json", "geometry.npz", "stability_inputs.npz", "stability_outputs.json", "color_fix.npz")
+    for name in (*names, *tables):
+        (folder / name).symlink_to(shared / "conformance" / "ccsr_A" / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("absent", "seen", "unseen"),
+    [
+        (
+            {"inputs.safetensors": "", "geometry.json": "", "stability_outputs.json": ""},
+            ["run_S1_g1.safetensors:decoded_raw", "color_fix.npz:adain"],
+            ["networks.safetensors:t999_eps", "geometry.npz:"],
+        ),
+        ({"vae": "vae/", "unet": "unet/"}, ["networks.safetensors:t999_down0"], ["networks.safetensors:t999_eps"]),
+        ({"controlnet": "controlnet/config.json"}, ["stability_outputs.json:L_STD_nocrop"], ["networks.safetensors:t"]),
+    ],
+    ids=["inputs", "vae", "controlnet"],
+)
+def test_what_is_absent_is_named_and_the_rest_is_compared(small, absent, seen, unseen):
+    for name in absent:
+        (small / name).unlink()
+    lines: list[str] = []
+    compared, failed = check.run(str(small), lines.append)
+    assert compared and not failed, [line for line in lines if line.endswith("FAIL")]
+    assert {f"lacks    {said or name}" for name, said in absent.items()} <= set(lines)
+    passed = [line for line in lines if line.endswith("pass")]
+    assert all(any(line.startswith(name) for line in passed) for name in seen)
+    assert not any(line.startswith(name) for line in passed for name in unseen)
 
 
 def test_a_change_of_one_weight_fails_and_missing_files_are_named(shared, tmp_path):

@@ -73,6 +73,8 @@ def test_mistakes_are_named(photos, tmp_path, make):
         (("-i", tmp_path / "gone", "-o", tmp_path / "x"), "gone does not exist"),
         (("-i", photos, "-o", tmp_path / "x", "--crop", 98), "do not divide by the scale"),
         (("-i", photos, "-o", tmp_path / "x", "--preset", "csr"), "ccsr"),
+        (("-i", photos, "-o", tmp_path / "x", "--count", -1), "--count -1"),
+        (("-i", photos, "-o", tmp_path / "x", "--seed", -1), "--seed -1"),
     ):
         status, _, err = make(*words)
         assert status == 2 and message in err and err.count("\n") == 1, err

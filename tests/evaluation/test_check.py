@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from consissr.errors import UserError
 from consissr.evaluation import check
@@ -80,3 +81,12 @@ def test_folders_that_do_not_fit_are_named(sets: dict[str, Path], tmp_path: Path
     (sets["lr"] / "a.png").rename(sets["lr"] / "z.png")
     with pytest.raises(UserError, match="lacks 1 of the 3 images"):
         check.check({"good": sets["good"]}, sets["hr"], sets["lr"], tmp_path / "out", jobs=1)
+
+
+def test_mean_change(tmp_path: Path) -> None:
+    for name, level in (("one", 100), ("other", 103)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4), (level, 100, 100)).save(tmp_path / name / "a.png")
+        Image.new("RGB", (8, 2), (7, 7, 7)).save(tmp_path / name / "b.png")
+    assert check.mean_change(tmp_path / "one", tmp_path / "other") == pytest.approx(0.5)
+    assert check.mean_change(tmp_path / "one", tmp_path / "one") == 0

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ccsr.released import AS_RELEASED_V1, AS_RELEASED_V2
 from consissr import images
 from consissr.checkpoint import read_weights, write_weights
+from consissr.config import SamplerConfig
 from consissr.errors import UserError
 from consissr.evaluation import restorations, workers
 
@@ -124,3 +126,18 @@ def test_mistakes_come_before_the_work(call, pairs: Path, tiny_model: Path, tmp_
     assert status == 2 and "1 images without a partner" in text
     with pytest.raises(UserError, match="no other image has the size of d"):
         restorations.companions(pairs / "LR")
+
+
+def test_plans_are_on_the_models_grid(script) -> None:
+    """What is checked is what the model samples, and the label says how many steps that are."""
+    plans_of = script("check_model").plans_of
+
+    def times(config: SamplerConfig) -> dict[str, list[int] | None]:
+        return {name: plan and [step.t for step in plan] for name, plan in plans_of(config).items()}
+
+    assert times(SamplerConfig()) == {"S=1": [999], "S=2": [999, 666]}
+    assert times(AS_RELEASED_V2) == {"S=1 leading": [999], "S=2 leading": [999, 499]}
+    assert times(AS_RELEASED_V1) == {"S=1 linspace": [999], "S=2 linspace": [999, 599], "16 steps": None}
+    two = [[999, 666, "step"], [666, -1, "x0"]]
+    assert times(SamplerConfig(plan="ddpm", timesteps=two)) == {"2 steps": None}
+    assert times(SamplerConfig(plan="ddpm", steps=50)) == {"50 steps": None}

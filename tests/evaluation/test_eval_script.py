@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from consissr.errors import UserError
 from consissr.evaluation.datasets import check_test_set
 
 OUTPUTS = {"per_image.csv", "summary.json", "table.md", "table.tex", "report.html", "scores.jsonl"}
@@ -56,6 +58,20 @@ def test_our_rows_are_restored_and_measured(call, sets: dict[str, Path], tiny_mo
     assert "- CCSR-S1: 3 runs, the published values are of 10;" in text
 
 
+def test_flags_for_infer_are_split_as_a_shell_does(monkeypatch: pytest.MonkeyPatch, root: Path, tmp_path: Path) -> None:
+    from consissr.evaluation import produce
+    from consissr.evaluation.tables import load_table
+
+    table = load_table("ccsr/table4", root / "configs" / "tables")
+    args = Namespace(run=["CCSR-S1=nano-ccsr"], lr=tmp_path, output=tmp_path, repeat=1)
+    monkeypatch.setattr(produce, "produce", lambda *words: words[-1])
+    args.infer_flags = '--positive "clean, 8k" --steps 2'
+    assert produce.ours(table, args, Path("infer.py")) == ["--positive", "clean, 8k", "--steps", "2"]
+    args.infer_flags = '--positive "clean'
+    with pytest.raises(UserError, match="--infer-flags.*quotation"):
+        produce.ours(table, args, Path("infer.py"))
+
+
 def test_tables_without_results_print_what_is_published(call, tmp_path: Path) -> None:
     status, text, _ = call("--table", "consissr/table4", "-o", tmp_path)
     assert status == 0 and "TALA(gamma=10)" in text and "time axis reversed" in text
@@ -95,6 +111,13 @@ def test_mistakes_are_one_line(call, sets: dict[str, Path], tmp_path: Path, argu
     status, _, text = call(*(places.get(word, word) for word in arguments), "-o", tmp_path / "out")
     assert status == 2
     assert text.startswith("error: ") and message in text and "Traceback" not in text
+
+
+def test_an_output_that_is_no_folder_is_one_line(call, sets: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output, message in ((tmp_path / "file", "is a file: name a folder"), (tmp_path / "file" / "sub", "directory")):
+        status, _, text = call("--sr", sets["good"], "--hr", sets["hr"], "--metrics", "psnr", "-o", output)
+        assert status == 2 and text.startswith("error: ") and message in text and text.count("\n") == 1
 
 
 def test_the_papers_realsr_is_complete(shared: Path) -> None:

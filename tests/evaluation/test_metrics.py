@@ -25,7 +25,7 @@ def test_published_values_are_reproduced(shared: Path, name: str) -> None:
     sr, hr = (read_image(data / folder / row["image"]) for folder in ("osediff", "HR"))
     assert metrics.psnr(sr, hr).item() == pytest.approx(float(row["PSNR"]), abs=1e-4)
     assert metrics.ssim(sr, hr).item() == pytest.approx(float(row["SSIM"]), abs=1e-5)
-    assert niqe(sr).item() == pytest.approx(float(row["NIQE"]), abs=0.05)
+    assert niqe(sr).item() == pytest.approx(float(row["NIQE"]), abs=0.011)  # twice the largest difference found
 
 
 def images(count: int = 1, noise: float = 0.05, size: tuple[int, int] = (40, 48)) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -138,7 +140,7 @@ def test_a_model_without_image_tokens(tmp_path: Path) -> None:
 )
 def test_mistakes_in_a_call_are_one_line(words: list[str], message: str, tmp_path: Path) -> None:
     call = [sys.executable, str(ROOT / "scripts" / "study.py"), *words, "-o", str(tmp_path)]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and message in done.stderr
 
@@ -168,3 +170,43 @@ def test_recorded_results_are_those_of_the_study(name: str) -> None:
         }
     words = {f["verdict"].removesuffix(" (one training seed)") for f in table.findings}
     assert words <= {"appears", "opposite", "not resolved"}
+
+
+def test_every_job_is_a_call_that_its_script_understands(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the scripts' own parsers: the jobs of a study whose variants build on others', with nothing done yet, and
+    the flags of every study's rows.
+    """
+    for part in ("train", "val"):
+        (tmp_path / "photos" / part).mkdir(parents=True)
+    (tmp_path / "out" / "data" / "realsr").mkdir(parents=True)
+    plan = studies.Plan(STUDIES, tmp_path / "out")
+    setting = study_run.Setting(plan=plan, scripts=ROOT / "scripts", photos=tmp_path / "photos", overrides=["steps=2"])
+    train, infer, testset = script("train"), script("infer"), script("make_testset")
+    told: list[TrainConfig] = []
+
+    def note(kind: type, path: str, words: list[str]) -> None:
+        told.append(load_config(kind, path, words))
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(train, "load_config", note)
+    parser, repeats = commandline.parser(""), plan.study("hybrids").repeats
+    jobs = study_run.data_jobs(setting) + study_run.training_jobs(setting, plan.trainings("hybrids", []))
+    jobs += study_run.restoring_jobs(setting, "hybrids", plan.chosen("hybrids", []), [job.name for job in jobs])
+    found = set()
+    for job in jobs:
+        name, words = Path(job.command[1]).name, job.command[2:]
+        found.add(name)
+        if name == "train.py":
+            assert train.main(words) == 2 and told[-1].steps == 2, job.name
+            assert told[-1].data.paths == [str(tmp_path / "photos" / "train")]
+        elif name == "infer.py":
+            parsed = parser.parse_args(words)
+            infer.sampler_settings(parsed)
+            assert parsed.repeat == repeats, job.name
+        else:
+            assert testset.parser().parse_args(words).count == study_run.PHOTOS["count"]
+    assert found == {"train.py", "infer.py", "make_testset.py"}
+    for row in (row for name in NAMES for row in plan.study(name).rows.values()):
+        infer.sampler_settings(parser.parse_args(["-i", "in", "-o", "out", *row.flags]))

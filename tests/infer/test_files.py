@@ -101,6 +101,33 @@ def test_inputs_are_never_replaced(infer, folder):
     assert (folder / "a.png").read_bytes() == before
 
 
+def test_no_repeat_replaces_an_input(infer, folder, tmp_path):
+    out = tmp_path / "out"
+    assert infer("-i", folder / "a.png", "-o", out, "--repeat", 2)[0] == 0
+    before = (out / "sample0" / "a.png").read_bytes()
+    status, _, err = infer("-i", out / "sample0", "-o", out, "--repeat", 2, "--overwrite")
+    assert status == 2 and "would replace an input" in err
+    assert (out / "sample0" / "a.png").read_bytes() == before
+
+
+def test_results_beside_the_inputs_are_skipped(infer, folder, files):
+    """An interrupted run goes on; nothing is restored twice, and without the flag nothing is replaced."""
+    assert infer("-i", folder / "a.png", folder / "b.jpg", "-o", folder)[0] == 0
+    before = (folder / "a_x4.png").read_bytes()
+    for flags in ([], ["--overwrite"]):
+        status, _, err = infer("-i", folder, "-o", folder, *flags)
+        assert status == 2 and "_x4" in err and "--skip-existing" in err
+    status, text, _ = infer("-i", folder, "-o", folder, "--skip-existing")
+    assert status == 0 and "done 1, skipped 2, failed 0" in text
+    status, text, _ = infer("-i", *sorted(folder.glob("*_x4.*")), folder, "-o", folder, "--skip-existing")
+    assert status == 0 and "done 0, skipped 3, failed 0" in text
+    assert {name for name in files(folder) if "_x4" in name} == {"a_x4.png", "b_x4.jpg", "c_x4.webp"}
+    assert (folder / "a_x4.png").read_bytes() == before
+    own = ("-i", folder / "a.png", "-o", folder, "--suffix", "", "--skip-existing")
+    status, _, err = infer(*own)
+    assert status == 2 and "would replace an input" in err
+
+
 def test_forms_are_kept(infer, tmp_path, rng):
     base = tmp_path / "in"
     base.mkdir()

@@ -72,6 +72,17 @@ def test_flags_reach_the_model(infer, folder):
         assert (infer(name, *flags, source=source)["a.png"] != base).any(), name
 
 
+def test_a_file_leaves_the_rest_to_the_model(infer, folder, tmp_path):
+    """The model's plan is explicit: a file without one keeps it, a file with a part of one goes before it."""
+    source, file = folder / "a.png", tmp_path / "sampler.yaml"
+    base = infer("base", source=source)["a.png"]
+    file.write_text("color_fix: adain\n")
+    assert (infer("same", "--config", file, source=source)["a.png"] == base).all()
+    file.write_text("t_min: 0.3333333\n")
+    longer = infer("longer", "--config", file, source=source)["a.png"]
+    assert (longer == infer("flag", "--t-min", "0.3333333", source=source)["a.png"]).all() and (longer != base).any()
+
+
 def test_save_steps(infer, folder):
     files = infer("out", "--save-steps", source=folder / "a.png")
     assert files.keys() == {"a.png", "a.png_steps/00_t999.png", "a.png_steps/01_t666.png"}

@@ -58,6 +58,54 @@ def test_processes_share_the_work(infer, folder, tmp_path, monkeypatch, files):
     assert infer("-i", folder, "-o", tmp_path / "shared")[0] == 2
 
 
+def test_a_bad_file_does_not_end_the_other_processes(root, tmp_path, rng):
+    """torchrun ends all processes when one fails: the first, whose only file is no image, has to wait for the second.
+
+    Waiting is short: the second one still imports its networks when the first has nothing left to do.
+    """
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_text("not an image")
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(tmp_path / "in" / "b.png")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    call = ["scripts/infer.py", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *call], cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0
+    assert "a.png: not an image" in done.stderr and "process 2 of 2: done 1, skipped 0, failed 0" in done.stdout
+    assert (tmp_path / "out" / "b.png").is_file()
+
+
+def test_without_an_agent_nobody_waits(monkeypatch):
+    from consissr import batch
+
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    batch.leave(failed=True, world=2)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    batch.leave(failed=True, world=1)
+
+
+@pytest.mark.parametrize(("failed", "arrived"), [(True, 2), (True, 1), (False, 1)])
+def test_a_failed_process_waits_for_the_others_and_not_for_ever(monkeypatch, failed, arrived):
+    """`arrived` of two processes come to the end, this one included."""
+    from torch.distributed import TCPStore
+
+    from consissr import batch
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"ADDR": "localhost", "PORT": str(store.port)}.items():
+        monkeypatch.setenv(f"MASTER_{name}", value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setattr(batch, "PATIENCE", 1.2)
+    naps = []
+    monkeypatch.setattr(batch.time, "sleep", lambda seconds, nap=batch.time.sleep: naps.append(seconds) or nap(seconds))
+    if arrived == 2:
+        batch.leave(failed=False, world=2)
+    assert not naps
+    batch.leave(failed, world=2)
+    assert bool(naps) == (failed and arrived == 1)
+
+
 def test_log(infer, folder, tmp_path):
     (folder / "bad.png").write_text("not an image")
     assert infer("-i", folder, "-o", tmp_path / "out", "--json", tmp_path / "logs" / "l.jsonl", "--seed", 7)[0] == 1
@@ -103,6 +151,24 @@ def test_plan_flags(infer, model, folder, tmp_path):
     assert [step.t for step in model.calls[-1].plan] == [999]
     infer("-i", folder / "a.png", "-o", tmp_path / "4", "--plan", "ddpm", "--steps", 4)
     assert [step.t for step in model.calls[-1].plan] == [999, 666, 333, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "wanted"),
+    [
+        ("guidance: 2.0", [], {"guidance": 2.0}),
+        ("guidance: 2.0\ncolor_fix: none", ["--guidance", "3"], {"guidance": 3.0, "color_fix": "none"}),
+        ("t_min: 0.3", [], {"timesteps": [], "t_min": 0.3}),
+        ("plan: ddpm\ntimesteps: [[9, -1, x0]]", [], {"plan": "ddpm", "timesteps": [[9, -1, "x0"]]}),
+        ("", ["--positive", "sharp"], {"positive": "sharp"}),
+    ],
+)
+def test_a_file_changes_only_what_stands_in_it(tmp_path, text, flags, wanted):
+    from consissr.commandline import parser, sampler_settings
+
+    (tmp_path / "sampler.yaml").write_text(text)
+    args = parser("").parse_args(["-i", "a.png", "--config", str(tmp_path / "sampler.yaml"), *flags])
+    assert sampler_settings(args) == wanted
 
 
 def test_bad_flags_exit_with_2(infer, folder):

@@ -6,7 +6,10 @@ import multiprocessing
 import os
 import socket
 import sys
+from itertools import count
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import accelerate  # noqa: F401 - here and below: imported before the fork, not after each
@@ -16,6 +19,7 @@ import tqdm  # noqa: F401
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel  # noqa: F401
 
 import consissr.training.loop  # noqa: F401
+from consissr.training.checkpoints import list_checkpoints, save_checkpoint
 from scripts.train import STAGES, main, stage_builder
 
 for stage in STAGES:
@@ -32,13 +36,36 @@ def train(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     sys.exit(main(arguments))
 
 
-def start(arguments: list[str], log: Path, **environment: str) -> BaseProcess:
-    """A process that trains; its exit code is the script's."""
+def save(folder: Path, saved: Event) -> None:
+    """Checkpoints until it is killed; steps repeat, so that they are replaced, too. `saved`: set after the first."""
+    torch.set_num_threads(1)
+    for number in count(len(list_checkpoints(folder))):
+        step = number % 5
+        save_checkpoint(folder, step, {"step": step, "a": torch.full((50_000,), step)}, limit=2)
+        saved.set()
+
+
+def forkserver() -> BaseContext:
+    """Where processes come from."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=train, args=(arguments, log, environment))
+    return context
+
+
+def start(arguments: list[str], log: Path, **environment: str) -> BaseProcess:
+    """A process that trains; its exit code is the script's."""
+    process = forkserver().Process(target=train, args=(arguments, log, environment))
     process.start()
     return process
+
+
+def start_saving(folder: Path) -> tuple[BaseProcess, Event]:
+    """A process that writes checkpoints without end, and what it sets after the first."""
+    context = forkserver()
+    saved = context.Event()
+    process = context.Process(target=save, args=(folder, saved))
+    process.start()
+    return process, saved
 
 
 def start_several(arguments: list[str], log: Path, count: int) -> list[BaseProcess]:

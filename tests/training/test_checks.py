@@ -128,7 +128,8 @@ def test_nothing_is_imported_before(photos: Path, tmp_path: Path, root: Path) ->
         "assert not {'torch', 'numpy', 'accelerate'} & set(sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    call = [sys.executable, "-c", code]
+    done = subprocess.run(call, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("error: batch 3 is not a multiple") and done.stderr.count("\n") == 1
 

@@ -50,7 +50,7 @@ def clip(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_pair_learns_and_says_how_much(clip: Path) -> None:
     found = json.loads((clip / "retrieval.json").read_text())
-    assert found["crops"] == 24 and 8 < found["captions"] <= 24
+    assert found["crops"] == 24 and 12 < found["captions"] <= 24  # else nothing could pass the last line
     assert found["top1"] <= found["top5"] <= 1
     assert found["top5"] > 2 * 5 / found["captions"]  # twice what guessing finds
 

@@ -22,16 +22,16 @@ KILLS = int(os.environ.get("CONSISSR_TEST_KILLS", "2"))
 """How often a run of each stage is killed; CONSISSR_TEST_KILLS=10 takes minutes."""
 LAST = 3 * KILLS + 2
 """Step after which no kill is asked for."""
-STEPS = LAST + 12  # so many remain that no run ends before its kill arrives
+STEPS = LAST + 12  # a kill arrives within a step's time: so many remain that no run ends before it
 EVERY = 2
 """Steps between checkpoints: most kills lose a step."""
 
 
-def kill_after(process: BaseProcess, log: Path, step: int, delay: float) -> None:
-    """kill -9 `delay` seconds after `log` tells of `step`."""
+def kill_after(process: BaseProcess, log: Path, step: int, share: float) -> None:
+    """kill -9 after `log` tells of `step` and this share of its fastest step's time."""
     while process.is_alive() and not any(line["step"] >= step for line in read_log(log)):
         time.sleep(0.002)
-    time.sleep(delay)
+    time.sleep(share / max((line["steps_per_second"] for line in read_log(log)), default=1000))
     process.kill()
     process.join()
 
@@ -52,7 +52,7 @@ def test_killed_runs_end_like_one_that_ran_through(runs: Path, photos: Path, tmp
             resume = ["--resume", "latest"] if found else []
             done = json.loads((found[-1] / "state.json").read_text())["step"] if found else 0
             process = start([*resume, *arguments], folder / "out.txt")
-            kill_after(process, output / "log.jsonl", max(step, done + 1), draw.uniform(0, 0.1))
+            kill_after(process, output / "log.jsonl", max(step, done + 1), draw.uniform(0, 1))
             assert process.exitcode == -9, (folder / "out.txt").read_text()[-2000:]
         resume = ["--resume", "latest"] if list_checkpoints(output) else []  # early kills leave none
         assert finish(start([*resume, *arguments], folder / "out.txt")) == [0], (folder / "out.txt").read_text()[-2000:]

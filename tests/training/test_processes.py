@@ -68,6 +68,6 @@ def test_torchrun_starts_two(runs: Path, photos: Path, tmp_path: Path, root: Pat
     assert finish(start(words("nuts", photos, one, *MORE), tmp_path / "out.txt")) == [0]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "scripts/train.py"]
     arguments = words("nuts", photos, two, *MORE, "processes=2")
-    done = subprocess.run([*launch, *arguments], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([*launch, *arguments], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_figures(one, two, "nuts")

@@ -1,0 +1,34 @@
+"""The tracker that runs have by default, which other tests leave out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from consissr.training.report import read_log
+from scripts.train import main
+from tests.training.tiny import words
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of everything that TensorBoard shows of a run, by its name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_every_step_once(photos: Path, tmp_path: Path) -> None:
+    """Also of a run that goes on from an earlier step than it had told of."""
+    arguments = words("autoencoder", photos, tmp_path, "tracker=tensorboard", "steps=3")
+    assert main(arguments) == 0
+    shutil.rmtree(tmp_path / "autoencoder/checkpoint-3")
+    assert main(["--resume", "latest", *arguments]) == 0
+    (folder,) = {path.parent for path in tmp_path.rglob("*tfevents*")}
+    log, shown = read_log(tmp_path / "autoencoder/log.jsonl"), scalars(folder)
+    losses = [tag for tag in shown if tag.endswith("/loss")]
+    assert losses
+    for tag in losses:
+        assert [step for step, _ in shown[tag]] == [1, 2, 3]
+        told = [line[tag] for line in log]
+        assert all(abs(a - b) <= 1e-6 * abs(b) for (_, a), b in zip(shown[tag], told, strict=True))
