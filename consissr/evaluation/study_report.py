@@ -46,9 +46,9 @@ RULES = (
     + ", ".join(f"{metric.upper()} {least:g}" for metric, least in LEAST.items() if not metric.endswith("-gstd"))
     + ", a tenth of it for a G-STD); 'opposite': the same on the other side; else 'not resolved'. 'unchanged' appears "
     "where the interval lies within that least difference of 0. '(one training seed)': different models are compared "
-    "at a single training seed. The intervals are over images alone: training consissr_table4 again with arithmetic "
-    "that rounds otherwise moved its rows by up to 0.06 dB and a difference by 0.12 (RealSR), so that one below 0.1 to "
-    "0.2 dB at one seed may be training noise. And percentile intervals from so few images are narrower than 95 %: "
+    "at a single training seed. The intervals are over images alone: training ConsisSR's rows again with arithmetic "
+    "that rounds otherwise moved them by up to 0.08 dB and differences by up to 0.12 (RealSR), so that one below 0.1 "
+    "to 0.2 dB may be training noise. And percentile intervals from so few images are narrower than 95 %: "
     "of normal differences, those from 12 images hold the mean in about 91 % of all cases, those from 6 in about 86 %."
 )
 FLAT = (
