@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, before torch counts th
 # Tests compare bits and dtypes with what a processor computes in float32, whatever machine they run on. Before torch
 # looks, and for children, too; CUDA_VISIBLE_DEVICES=0 shows the GPU again.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for jobs in background, whose trainings ignore Ctrl-C, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
