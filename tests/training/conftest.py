@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from consissr.models.image_prompt import build_tower, save_tower
+from consissr.stage_config import ClipConfig
+from consissr.train_config import TrainConfig
 from scripts.train import main
 from tests.training.tiny import SMALL, words
 
@@ -29,4 +33,35 @@ def runs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for stage in SMALL:
         assert main(words(stage, photos, folder, f"data.validation={photos}", "data.validation_count=2")) == 0, stage
+    return folder
+
+
+VISION = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of random weights with a text encoder and an image tower."""
+    from diffusers import AutoencoderKL, DDPMScheduler
+    from transformers import CLIPTokenizer
+
+    from consissr.training.clip import build_text, write_tokenizer
+    from consissr.training.prior import build_unet
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    config = TrainConfig()
+    config.prior.widths, config.prior.attention = [16, 32], [False, True]
+    config.prior.heads, config.prior.context_dim = 2, 8
+    blocks = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    write_tokenizer(folder / "tokenizer", 8)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text = build_text(ClipConfig(text_width=8, text_layers=1, text_heads=2, text_length=8, embed_dim=8), tokenizer)
+    vae = AutoencoderKL(**blocks, **kinds)
+    parts = {"unet": build_unet(config, 4), "vae": vae, "scheduler": scheduler, "text_encoder": text}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    save_tower(folder, build_tower(12, VISION))
     return folder

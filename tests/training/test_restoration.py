@@ -14,17 +14,15 @@ from consissr.config import load_config
 from consissr.errors import UserError
 from consissr.models.attention import TransformerBlock
 from consissr.models.folder import load_prompts, save_prompts
-from consissr.models.image_prompt import build_tower, load_tower, save_tower
-from consissr.models.latents import LinearPath, save_decoder
-from consissr.stage_config import ClipConfig
+from consissr.models.image_prompt import load_tower
+from consissr.models.latents import save_decoder
 from consissr.train_config import TrainConfig
 from consissr.training.loop import Loop
-from consissr.training.restoration import load_parts, pixel_weights
+from consissr.training.restoration import load_parts
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala
 from scripts.train import stage_builder
 
-VISION = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8}
 RUN = ["batch=2", "micro_batch=2", "tracker=none", "data.crop=64", "precision=fp32", "steps=3", "optimizer.lr=1e-3"]
 PATCHES = "model.image_tokens=patches"
 SHAPE = ["model.hint=stack", "model.position_embedding=16", "model.transposed_attention=true"]
@@ -55,34 +53,6 @@ VARIANTS = {
     ],
     "pre-training": ["stage=nuts", "nuts.losses=[l_diff]", "model.unet_trained=[conv_out]"],
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of random weights with a text encoder and an image tower."""
-    from diffusers import AutoencoderKL, DDPMScheduler
-    from transformers import CLIPTokenizer
-
-    from consissr.training.clip import build_text, write_tokenizer
-    from consissr.training.prior import build_unet
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base")
-    config = TrainConfig()
-    config.prior.widths, config.prior.attention = [16, 32], [False, True]
-    config.prior.heads, config.prior.context_dim = 2, 8
-    blocks = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    write_tokenizer(folder / "tokenizer", 8)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    text = build_text(ClipConfig(text_width=8, text_layers=1, text_heads=2, text_length=8, embed_dim=8), tokenizer)
-    vae = AutoencoderKL(**blocks, **kinds)
-    parts = {"unet": build_unet(config, 4), "vae": vae, "scheduler": scheduler, "text_encoder": text}
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    save_tower(folder, build_tower(12, VISION))
-    return folder
 
 
 def loop(base: Path, photos: Path, folder: Path, *more: str) -> Loop:
@@ -307,53 +277,6 @@ def test_soft_prompt_tokens_reach_the_networks(base: Path, photos: Path, tmp_pat
 def test_mistakes_are_named(base: Path, words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Tala(load_config(TrainConfig, None, ["stage=tala", f"model.base={base}", *DDPM, *words]))
-
-
-def few_steps(base: Path, photos: Path, folder: Path, *words: str) -> tuple[Tala, Batch]:
-    """A stage for two timesteps and a prepared batch."""
-    run = loop(base, photos, folder, *VARIANTS["few steps"], *words)
-    batch = next(iter(run.batches()))
-    with torch.no_grad():
-        run.stage.prepare(batch)
-    return run.stage, batch
-
-
-def test_training_at_the_sampled_timesteps(base: Path, photos: Path, tmp_path: Path) -> None:
-    for share, wanted in ((1, True), (0, False)):
-        stage, batch = few_steps(base, photos, tmp_path, f"tala.plan_share={share}")
-        with torch.no_grad():
-            times = torch.cat([stage.predict(batch).t for _ in range(4)])
-        assert (set(times.tolist()) <= {999, 666}) == wanted
-
-
-def test_without_the_hint_only_the_image_tokens_tell(base: Path, photos: Path, tmp_path: Path) -> None:
-    for dropout, blind in ((1, True), (0, False)):
-        stage, batch = few_steps(base, photos, tmp_path, f"tala.hint_dropout={dropout}", "model.hint=conv")
-        guess = {}
-        for name, change in (("as it is", {}), ("hint", {"hint": 2}), ("image", {"features": -1})):
-            batch.generators[:] = [torch.Generator().manual_seed(i) for i in range(2)]
-            cache, batch.cache = batch.cache, batch.cache | {k: v * batch.cache[k] for k, v in change.items()}
-            for layer in (m for m in stage.denoiser.modules() if getattr(m, "bias", None) is not None):
-                if not layer.weight.any():
-                    torch.nn.init.normal_(layer.weight, std=0.1, generator=torch.Generator().manual_seed(3))
-            with torch.no_grad():
-                guess[name] = stage.predict(batch).eps
-            batch.cache = cache
-        assert torch.equal(guess["as it is"], guess["hint"]) == blind
-        assert not torch.equal(guess["as it is"], guess["image"])
-
-
-def test_absolute_errors_are_of_v_and_pixels(base: Path, photos: Path, tmp_path: Path) -> None:
-    stage, batch = few_steps(base, photos, tmp_path, "tala.weighting=v")
-    with torch.no_grad():
-        found = stage.predict(batch)
-        signal = stage.schedule.alpha_bar[found.t].sqrt().view(-1, 1, 1, 1)
-        wanted = ((found.eps - found.target) / signal).abs().mean()
-        torch.testing.assert_close(stage.error(found), wanted.float())
-        stage.latents.linear = LinearPath(found.eps.shape[1], 8)
-        stage.weights = pixel_weights(stage.latents)
-        pixels = stage.latents.linear.decode((found.eps - found.target) / signal.float())
-        torch.testing.assert_close(stage.error(found), pixels.abs().mean())
 
 
 def test_a_timestep_that_is_sampled_and_not_trained_is_named(base: Path) -> None:
