@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from itertools import count
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -20,15 +21,30 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 
 import consissr.training.loop  # noqa: F401
 from consissr.training.checkpoints import list_checkpoints, save_checkpoint
+from consissr.training.report import Report
 from scripts.train import STAGES, main, stage_builder
 
 for stage in STAGES:
     stage_builder(stage)
 
 
-def train(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
-    """scripts/train.py as this process, its output added to `log`."""
+def hold_after(step: int) -> None:
+    """Let this process train up to the log's line of `step` and no further, for who kills it may be late."""
+    tell = Report.means
+
+    def tell_and_hold(self: Report, values: dict[str, float], at: int, *rest: float) -> None:
+        tell(self, values, at, *rest)
+        if at >= step:
+            time.sleep(600)
+
+    Report.means = tell_and_hold
+
+
+def train(arguments: list[str], log: Path, environment: dict[str, str], last: int | None) -> None:
+    """scripts/train.py as this process, its output added to `log`. `last`: step that it waits after."""
     os.environ.update(environment)
+    if last is not None:
+        hold_after(last)
     torch.set_num_threads(1)
     with open(log, "a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
@@ -52,9 +68,9 @@ def forkserver() -> BaseContext:
     return context
 
 
-def start(arguments: list[str], log: Path, **environment: str) -> BaseProcess:
-    """A process that trains; its exit code is the script's."""
-    process = forkserver().Process(target=train, args=(arguments, log, environment))
+def start(arguments: list[str], log: Path, last: int | None = None, **environment: str) -> BaseProcess:
+    """A process that trains, to the end or until it waits after step `last`; its exit code is the script's."""
+    process = forkserver().Process(target=train, args=(arguments, log, environment, last))
     process.start()
     return process
 
