@@ -17,9 +17,9 @@ from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
 from consissr.ldm import Report, State
 from consissr.models.attention import replace_blocks
-from consissr.models.base import schedule_of
+from consissr.models.base import SD_BETAS, schedule_of
 from consissr.models.controlnet import empty_controlnet
-from consissr.models.from_ldm import BETAS, read_latents, read_text, read_unet
+from consissr.models.from_ldm import read_latents, read_text, read_unet
 from consissr.models.latents import Latents
 from consissr.models.text import OpenClipText
 from consissr.released import read_controlnet, read_hint_encoder, read_schedule
@@ -72,7 +72,7 @@ class Released:
     text: OpenClipText | None = None
     """v1's text encoder; v2 uses the base's."""
     alpha_bar: Tensor = field(default_factory=alpha_bar)
-    betas: tuple[int, float, float] = BETAS
+    betas: tuple[int, float, float] = SD_BETAS
     """Steps, first and last beta of `alpha_bar`."""
     prediction_type: str = "epsilon"
     """What the UNet predicts, as v2's scheduler says. The release trains and takes its first step as if it were

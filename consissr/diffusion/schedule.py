@@ -10,11 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from consissr.models.base import SD_BETAS
+
 CLEAN = -1
 """The timestep after the last one: `alpha_bar[CLEAN]` is 1, nothing but signal."""
 
 
-def alpha_bar(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
+def alpha_bar(T: int = SD_BETAS[0], beta_start: float = SD_BETAS[1], beta_end: float = SD_BETAS[2]) -> Tensor:
     """Stable Diffusion's "scaled linear" schedule -> float64 [T]: cumulative products of 1 - beta."""
     beta = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2
     return torch.cumprod(1 - beta, 0)

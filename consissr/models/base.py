@@ -36,6 +36,8 @@ SD21_MIRRORS = (
     "stabilityai/stable-diffusion-2-1-base",
 )
 SINGLE_FILES = (".ckpt", ".safetensors")
+SD_BETAS = (1000, 0.00085, 0.012)
+"""Stable Diffusion's noise schedule: timesteps, first and last beta of the "scaled linear" form."""
 
 
 class TextEncoder(Protocol):
@@ -124,7 +126,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, sha256: str = "", p
     places, reasons = find_base(name), []
     for place in places:
         try:
-            load = load_file if place.endswith(SINGLE_FILES) else load_parts
+            load = load_file if place.endswith(SINGLE_FILES) else load_folder
             base = load(place, dtype, prompts)
         except (OSError, ValueError) as error:
             reasons.append(f"{place}: {str(error).strip().splitlines()[0]}")
@@ -145,7 +147,7 @@ def embeddings(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Tensor
     return {prompt: encoder.encode([prompt]).float().cpu() for prompt in dict.fromkeys(prompts)}
 
 
-def load_parts(place: str, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
+def load_folder(place: str, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
     """A base from a diffusers folder or hub id."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -183,12 +185,12 @@ def load_text(place: str, dtype: torch.dtype) -> ClipText:
 
 def load_file(place: str, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
     """A base from one file in LDM naming, read as SD2.1-base's: predicting noise, sizes from the weights."""
-    from consissr.models.from_ldm import BETAS, read_base
+    from consissr.models.from_ldm import read_base
 
     unet, latents, tower, report = read_base(Path(place), dtype)
     log.info("%s: %s", place, "; ".join(report.lines()))
     known = embeddings(tower or NullText(unet.config.cross_attention_dim), prompts)
-    return Base(unet, latents, known, tower is None, BETAS, "epsilon", place)
+    return Base(unet, latents, known, tower is None, SD_BETAS, "epsilon", place)
 
 
 def read_scheduler(place: str) -> dict[str, Any]:

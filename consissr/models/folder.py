@@ -13,6 +13,7 @@ from consissr.checkpoint import UNET_ADAPTER, WEIGHTS, load_strict, read_json, r
 from consissr.config import FolderConfig, ModelConfig, save_config
 from consissr.errors import UserError
 from consissr.models.attention import added_parameters, replace_blocks
+from consissr.models.base import SD_BETAS
 from consissr.models.controlnet import empty_controlnet
 from consissr.models.image_prompt import IMAGE_WEIGHTS, Adapter, ImagePrompt, build_tower
 from consissr.models.latents import Latents, save_latents
@@ -63,7 +64,7 @@ def save_base(
     unet: nn.Module,
     latents: Latents,
     dtype: torch.dtype | None = None,
-    betas: tuple[int, float, float] = (1000, 0.00085, 0.012),
+    betas: tuple[int, float, float] = SD_BETAS,
     prediction_type: str = "epsilon",
 ) -> None:
     """A base model in diffusers' layout from parts of a checkpoint (text-free: see `save_prompts`).
@@ -76,10 +77,15 @@ def save_base(
     plain = {name: value for name, value in unet.state_dict().items() if name not in added}
     write_weights(folder / "unet" / WEIGHTS, plain, dtype)
     save_latents(folder / "vae", latents, dtype)
+    write_scheduler(folder, betas, prediction_type)
+
+
+def write_scheduler(folder: Path, betas: tuple[int, float, float], prediction_type: str) -> None:
+    """scheduler/ of a base folder, in diffusers' words."""
     (folder / "scheduler").mkdir(exist_ok=True)
     schedule = dict(zip(("num_train_timesteps", "beta_start", "beta_end"), betas, strict=True))
-    schedule |= {"beta_schedule": "scaled_linear", "prediction_type": prediction_type}
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
+    schedule |= {"_class_name": "DDPMScheduler", "beta_schedule": "scaled_linear", "prediction_type": prediction_type}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=1))
 
 
 def save_prompts(folder: Path, encoder: Any, prompts: list[str]) -> None:

@@ -15,14 +15,12 @@ from consissr.config import ModelConfig
 from consissr.errors import UserError
 from consissr.ldm import Report, State
 from consissr.models.attention import replace_blocks
+from consissr.models.base import SD_BETAS
 from consissr.models.latents import Latents
 from consissr.models.text import OpenClipText
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-
-BETAS = (1000, 0.00085, 0.012)
-"""Stable Diffusion's noise schedule: timesteps, first and last beta of the "scaled linear" form."""
 
 SCHEDULE = (
     "betas",
@@ -57,7 +55,7 @@ def read_base(
     if "model.diffusion_model.input_blocks.0.0.weight" not in state:
         raise UserError(f"{path} is no Stable Diffusion base: it lacks model.diffusion_model.input_blocks.0.0.weight")
     table = take_schedule(state, report)
-    if table is not None and (len(table) != BETAS[0] or abs(1 - table[0].item() - BETAS[1]) > 1e-6):
+    if table is not None and (len(table) != SD_BETAS[0] or abs(1 - table[0].item() - SD_BETAS[1]) > 1e-6):
         raise UserError(f"{path} was trained with another noise schedule than Stable Diffusion's")
     for prefix in UNUSED:
         report.ignored[f"training's own ({prefix}*)"] = list(ldm.take(state, prefix))

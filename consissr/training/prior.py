@@ -9,7 +9,6 @@ live, x0 then is the network's output itself, while noise prediction multiplies 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -20,16 +19,14 @@ from torch.nn import functional as F
 from consissr.data.captions import caption
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.errors import UserError
-from consissr.models.base import NullText, TextEncoder, idle_without_text, load_text
-from consissr.models.folder import write_network
+from consissr.models.base import SD_BETAS, NullText, TextEncoder, idle_without_text, load_text
+from consissr.models.folder import write_network, write_scheduler
 from consissr.models.latents import load_latents, save_latents
 from consissr.train_config import TrainConfig
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop
 
 ENCODERS = ("text_encoder", "tokenizer", "image_encoder")
 """Folders of a clip run that become part of the base."""
-
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
 def build_unet(config: TrainConfig, latent_channels: int) -> nn.Module:
@@ -116,8 +113,6 @@ class Prior:
         """A base folder in diffusers' layout: unet/, vae/, scheduler/, and the encoders of a prior with captions."""
         write_network(folder / "unet", self.networks["unet"], self.export_dtype)
         save_latents(folder / "vae", self.networks["latents"], self.export_dtype)
-        (folder / "scheduler").mkdir(exist_ok=True)
-        scheduler = {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction", **BETAS}
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1))
+        write_scheduler(folder, SD_BETAS, "v_prediction")
         for name in ENCODERS if self.config.text else ():
             shutil.copytree(Path(self.config.text) / name, folder / name, dirs_exist_ok=True)

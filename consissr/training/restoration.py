@@ -1,7 +1,7 @@
 """What the stages 'tala', 'nuts' and 'deft' share: the networks that restore, which of them learn, and the result.
 
-`load_parts` finds them (a base, and a ControlNet, additions and image branch, new or from `init`); `Restoration` holds
-them, makes a batch's latents and condition, and writes a model folder.
+`starting_parts` finds them (a base, and a ControlNet, additions and image branch, new or from `init`); `Restoration`
+holds them, makes a batch's latents and condition, and writes a model folder.
 """
 
 from __future__ import annotations
@@ -62,14 +62,13 @@ class Parts:
     """Whether the base was trained without text."""
 
 
-def load_parts(config: TrainConfig) -> Parts:
+def starting_parts(config: TrainConfig) -> Parts:
     """The parts that a run starts from.
 
     `init` may be a model folder, whose weights go on (what `model` adds to it starts as a no-op), or a folder with
     nothing but image_encoder/ (stage 'rclip'), whose tower the image branch of a new model takes.
     """
-    tower_only = bool(config.init) and has_tower(config.init) and not (Path(config.init) / "config.yaml").is_file()
-    folder = find_model(config.init) if config.init and not tower_only else None
+    folder = initial_model(config.init)
     prompts = None if folder is None else load_prompts(folder)
     base = load_base(config.model.base, sha256=config.model.base_sha256, prompts=[""] if prompts is None else ())
     if prompts is not None and "" not in prompts:
@@ -89,6 +88,12 @@ def load_parts(config: TrainConfig) -> Parts:
         hint_latents=load_latents(hint) if hint is not None and hint.is_dir() else None,
         text_free=prompts is None and base.text_free,
     )
+
+
+def initial_model(init: str) -> Path | None:
+    """The model folder that `init` names; None for '' and for a folder with nothing but a tower."""
+    tower_only = bool(init) and has_tower(init) and not (Path(init) / "config.yaml").is_file()
+    return find_model(init) if init and not tower_only else None
 
 
 def new_controlnet(base: Base, model: ModelConfig) -> nn.Module:
@@ -195,7 +200,7 @@ class Restoration:
         soft_prompt: SoftPrompt | None = None,
         encoder_gradients: bool = True,
     ) -> None:
-        parts = parts or load_parts(config)
+        parts = parts or starting_parts(config)
         check_crop(config.data.crop, parts.latents.factor)
         self.config = config
         self.schedule = Schedule(parts.table)
@@ -272,20 +277,15 @@ class Restoration:
             image_settings=None if prompt is None else prompt_config(prompt),
             dtype=dtype,
         )
-        if self.config.init and (prompts := find_prompts(self.config.init)):
-            shutil.copyfile(prompts, folder / prompts.name)  # the base has no text encoder for them
+        start = initial_model(self.config.init)
+        if start is not None and (start / PROMPTS).is_file():
+            shutil.copyfile(start / PROMPTS, folder / PROMPTS)  # the base has no text encoder for them
         if self.hint_latents is not None:
             save_latents(folder / "hint_vae", self.hint_latents, dtype)
 
     def folder_config(self) -> FolderConfig:
         """The model's configuration, its plan included."""
         return FolderConfig(model=self.config.model, sampler=self.config.sampler)
-
-
-def find_prompts(init: str) -> Path | None:
-    """The file of embedded prompts in the model folder that a run starts from, if it has one."""
-    folder = Path(init) if has_tower(init) and not (Path(init) / "config.yaml").is_file() else find_model(init)
-    return folder / PROMPTS if (folder / PROMPTS).is_file() else None
 
 
 def pixel_weights(latents: Latents) -> Tensor:

@@ -84,22 +84,22 @@ def test_other_files_are_refused_by_name(state, tmp_path):
 def test_mirrors_are_tried_in_order(monkeypatch):
     asked = []
 
-    def load_parts(place, dtype, prompts):
+    def load_folder(place, dtype, prompts):
         asked.append(place)
         if len(asked) < 3:
             raise OSError(f"{place} is not a local folder\nand more")
         return Base(None, None, {}, True, (1000, 0.00085, 0.012), "epsilon", place)
 
-    monkeypatch.setattr(base, "load_parts", load_parts)
+    monkeypatch.setattr(base, "load_folder", load_folder)
     assert load_base("sd21-base").source == SD21_MIRRORS[2]
     assert asked == list(SD21_MIRRORS)
 
 
 def test_without_a_network_one_message_says_what_to_do(monkeypatch):
-    def load_parts(place, dtype, prompts):
+    def load_folder(place, dtype, prompts):
         raise OSError("no connection")
 
-    monkeypatch.setattr(base, "load_parts", load_parts)
+    monkeypatch.setattr(base, "load_folder", load_folder)
     with pytest.raises(UserError) as error:
         load_base("sd21-base")
     said = str(error.value)
@@ -124,7 +124,7 @@ def test_a_pinned_digest_is_checked_of_what_a_mirror_gave(monkeypatch, tmp_path)
     known = {(SD21_MIRRORS[0], "unet/diffusion_pytorch_model.safetensors"): str(file)}
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda place, name: known.get((place, name)))
     loaded = Base(None, None, {}, True, (1000, 0.00085, 0.012), "epsilon", SD21_MIRRORS[0])
-    monkeypatch.setattr(base, "load_parts", lambda place, dtype, prompts: loaded)
+    monkeypatch.setattr(base, "load_folder", lambda place, dtype, prompts: loaded)
     assert load_base("sd21-base", sha256=hashlib.sha256(b"a UNet").hexdigest()) is loaded
     with pytest.raises(UserError, match="it is another file"):
         load_base("sd21-base", sha256="0" * 64)

@@ -18,7 +18,7 @@ from consissr.models.image_prompt import load_tower
 from consissr.models.latents import save_decoder
 from consissr.train_config import TrainConfig
 from consissr.training.loop import Loop
-from consissr.training.restoration import load_parts
+from consissr.training.restoration import starting_parts
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala
 from scripts.train import stage_builder
@@ -107,7 +107,7 @@ def test_a_variant_learns_is_stored_goes_on_and_restores(base: Path, photos: Pat
     assert all(torch.equal(value, frozen(run)[key]) for key, value in before.items())
     run.stage.export(tmp_path / "model")
 
-    again = load_parts(
+    again = starting_parts(
         load_config(TrainConfig, None, [f"model.base={base}", f"init={tmp_path}/model", *VARIANTS[name]])
     )
     stage = run.stage
