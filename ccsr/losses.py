@@ -27,7 +27,7 @@ def nuts_losses(
     weights: Tensor | None = None,
     ordinary: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The three losses of one batch (Eq. 3, CCSR): `l_diff`, `l_T`, `l_tmax`, each a mean over all elements.
+    """The three losses of one batch (Eq. 2 and 3, CCSR): `l_diff`, `l_T`, `l_tmax`, each a mean over all elements.
 
     denoise(z_t, t) -> eps; z_hq, z_lq (B,C,h,w) latents; t (B,) timesteps of the ordinary loss; noises three tensors
     like z_hq (for t, for the noisiest timestep, for t_max); t_max the timestep that x0_from_T is re-noised to.

@@ -7,6 +7,8 @@ branch, position embedding, transposed attention), and the parts of the UNet tha
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,11 @@ from consissr.train_config import TrainConfig
 from consissr.training.restoration import Parts, Restoration, pixel_weights
 from consissr.training.stage import Batch
 
+log = logging.getLogger(__name__)
+
 
 class Nuts(Restoration):
-    """l_diff at uniform t < t_max, l_T and l_tmax at the noisiest timestep (Eq. 2 and 3, CCSR)."""
+    """l_diff at uniform t (Eq. 2, CCSR), l_T and l_tmax from the noisiest timestep (Eq. 3)."""
 
     def __init__(self, config: TrainConfig, parts: Parts | None = None, soft_prompt: SoftPrompt | None = None) -> None:
         super().__init__(config, parts, soft_prompt)
@@ -40,6 +44,18 @@ class Nuts(Restoration):
                 "that is not trained; make them equal, or set nuts.t_max_step"
             )
 
+        self.t_first, self.t_end = self.diff_range()
+        if self.augmentation != "off" and self.t_end <= self.t_max + 1:
+            log.warning("latent augmentation is rare at t < %d: nuts.l_diff_t=all draws every timestep", self.t_end)
+
+    def diff_range(self) -> tuple[int, int]:
+        """First timestep that l_diff is trained at, and the one after the last."""
+        c, s, T = self.config.nuts, self.config.sampler, len(self.schedule)
+        if c.l_diff_t == "interval":  # "when t = T and t falls into the range of [t_max, t_min]" (Sec. III-B, CCSR)
+            first = t_max_step(s.steps, s.t_min, s.grid, T) if round(s.steps * s.t_min) else 0
+            return min(first, self.t_max), self.t_max + 1
+        return 0, self.t_max if c.l_diff_t == "released" and "l_T" in c.losses else T
+
     def prepare(self, batch: Batch) -> None:
         """Latents of both images; the hint is z_lq, a sample where that is one."""
         super().prepare(batch)
@@ -52,7 +68,7 @@ class Nuts(Restoration):
         z_hq, z_lq = batch.cache["z_hq"], batch.cache["z_lq"]
         condition = self.condition(batch)
         noises = [batch.randn(*z_hq.shape[1:]) for _ in range(3)]
-        t = batch.randint(self.t_max if "l_T" in c.losses else len(self.schedule))
+        t = self.t_first + batch.randint(self.t_end - self.t_first)
         parts = nuts_losses(
             lambda z_t, t: self.denoiser(z_t, t, condition), z_hq, z_lq, t, noises, self.schedule, self.t_max, c.start,
             c.losses, self.weights, self.augmented(batch, t, noises[0]),

@@ -1,4 +1,4 @@
-"""Non-uniform timestep sampling (Section IV-B, CCSR): the plan for (T, t_max, t_min).
+"""Non-uniform timestep sampling (Sec. III-B, CCSR): the plan for (T, t_max, t_min).
 
 One evaluation at the noisiest timestep (999) gives x0_from_T; it is re-noised to t_max; uniform steps follow towards
 t_min; x0 of the last evaluated step is the result. This is the one place where the paper's fractions become timesteps:

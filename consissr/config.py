@@ -72,6 +72,8 @@ class ModelConfig:
         check_word(self.hint, ("conv", "stack"), "model.hint")
         if self.residual < 0:
             raise UserError(f"model.residual is {self.residual}: use a standard deviation, or 0 to turn it off")
+        if self.position_embedding < 0:
+            raise UserError(f"model.position_embedding is {self.position_embedding}: use a side, or 0 to turn it off")
         check_word(self.image_prompt, ("none", "hpa", "hpa_separate", "ip_adapter"), "model.image_prompt")
         check_word(self.image_kv, ("shared", "separate"), "model.image_kv")
         check_word(self.image_tokens, ("pooled", "patches"), "model.image_tokens")
@@ -180,7 +182,10 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: l
         return OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         where = getattr(error, "full_key", None) or "file"
-        raise UserError(f"bad configuration: {where}: {str(error).strip().splitlines()[0]}") from error
+        what = str(error).strip().splitlines()[0]
+        if "is not a ListConfig" in what:
+            what = "a list is needed: write it in brackets, such as [one,two]"
+        raise UserError(f"bad configuration: {where}: {what}") from error
 
 
 def check_keys(cls: type, given: Any, source: str, prefix: str = "") -> None:

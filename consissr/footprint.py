@@ -72,7 +72,7 @@ def start_peak(device: str) -> int:
     What the program has freed goes back to the system first: a peak that fits into it would otherwise not be seen.
     """
     gc.collect()
-    if device == "cuda":
+    if device.startswith("cuda"):
         import torch
 
         torch.cuda.empty_cache()
@@ -90,7 +90,7 @@ def start_peak(device: str) -> int:
 
 def peak(device: str) -> int:
     """Most bytes in use since `start_peak`, or since the process began where the system cannot start anew."""
-    if device != "cuda" and STATUS.exists():
+    if not device.startswith("cuda") and STATUS.exists():
         return int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())[1]) * 1024
     from consissr.batch import peak_memory_mb
 

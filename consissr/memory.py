@@ -25,6 +25,9 @@ SMALLEST_TILE = 16
 """Latent pixels; smaller tiles are not tried when memory runs out."""
 LARGEST_TILE = 128
 """Latent pixels; larger autoencoder tiles save no time."""
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED")
+"""What plain RuntimeErrors say of it: the CPU's allocator, CUDA's driver, cuBLAS and cuDNN, which allocate by
+themselves."""
 UNTILED_AREA = 4
 """Latents up to this many times the area that the UNet was trained at are denoised in one piece, memory permitting."""
 
@@ -83,7 +86,7 @@ def give_back() -> None:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch could not allocate memory, on an accelerator or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def choose_tiles(

@@ -180,6 +180,9 @@ class NutsConfig:
     """Losses summed with weight 1 (Eq. 2 and 3, CCSR); l_diff alone is ControlNet pre-training."""
     posterior: str = "mode"
     """z_hq and z_lq, the hint included: 'mode' or 'sample' of the VAE posterior (sample as released)."""
+    l_diff_t: str = "released"
+    """Timesteps of l_diff: 'released' (below t_max_step where l_T is trained, otherwise all: both releases), 'interval'
+    (from the sampler's t_min to t_max: the paper) or 'all' (with l_T, too: latent augmentation is rare below t_max)."""
     metric: str = "latents"
     """Squared errors weigh all latent channels alike ('latents', the paper) or by what they change in 'pixels', for
     autoencoders with a linear path, whose channels were brought to similar variances (`nano`)."""
@@ -188,6 +191,7 @@ class NutsConfig:
         check_word(self.start, ("lq", "hq"), "nuts.start")
         check_word(self.posterior, ("mode", "sample"), "nuts.posterior")
         check_word(self.metric, ("latents", "pixels"), "nuts.metric")
+        check_word(self.l_diff_t, ("released", "interval", "all"), "nuts.l_diff_t")
         if not self.losses:
             raise UserError("nuts.losses is empty: name at least one of l_diff, l_T, l_tmax")
         for name in self.losses:
@@ -230,6 +234,8 @@ class DeftConfig:
     """Optimiser step from which the discriminator learns; before it, its gradients are zero."""
     discriminator_width: int = 32
     """Channels of the first layer of the PatchGAN (the paper's kind of discriminator)."""
+    discriminator_growth: int = 4
+    """Its last layer's channels in multiples of the first's: 8 in LDM's VAE training, 4 for `nano`."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The discriminator's optimiser."""
 
@@ -239,3 +245,4 @@ class DeftConfig:
         check_word(self.discriminator, ("patchgan", "dino"), "deft.discriminator")
         if self.discriminator_width < 4 or self.discriminator_width % 4:
             raise UserError(f"deft.discriminator_width is {self.discriminator_width}: use a multiple of 4, such as 32")
+        check_word(str(self.discriminator_growth), ("4", "8"), "deft.discriminator_growth")

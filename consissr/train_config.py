@@ -56,6 +56,8 @@ class DataConfig:
     """Images of the fixed validation set."""
 
     def __post_init__(self) -> None:
+        check_word(self.crop_rule, ("random", "center"), "data.crop_rule")
+        check_word(self.flips, ("none", "horizontal", "both"), "data.flips")
         check_word(self.draws, ("per_image", "per_batch"), "data.draws")
 
 

@@ -60,6 +60,12 @@ def test_training_configs_load(root: Path) -> None:
         (["steps=ten"], "steps"),
         (["deft.reconstruction=l3"], "deft.reconstruction is 'l3'"),
         (["nuts.losses=[]"], "nuts.losses is empty: name at least one"),
+        (["nuts.losses=l_T"], r"nuts.losses: a list is needed: write it in brackets, such as \[one,two\]"),
+        (["data.crop_rule=centre"], "data.crop_rule is 'centre'"),
+        (["data.flips=vertical"], "data.flips is 'vertical'"),
+        (["nuts.l_diff_t=paper"], "nuts.l_diff_t is 'paper'"),
+        (["deft.discriminator_growth=3"], "deft.discriminator_growth is '3'"),
+        (["model.position_embedding=-3"], "model.position_embedding is -3: use a side, or 0"),
         (["prior.widths=[8,16]"], "prior.widths has 2 resolutions, prior.attention 3"),
     ],
 )

@@ -17,8 +17,6 @@ from consissr.images import resize
 
 log = logging.getLogger(__name__)
 
-CROP_RULES = ("random", "center")
-FLIPS = ("none", "horizontal", "both")
 MAX_RETRIES = 20
 
 
@@ -78,7 +76,7 @@ class PhotoDataset:
         scale: int = 4,
         cache_mb: int = 1024,
     ):
-        self._check(paths, crop, crop_rule, flips, shrink, probabilities, lq_paths, scale)
+        self._check(paths, crop, crop_rule, shrink, probabilities, lq_paths, scale)
         self.crop, self.seed, self.crop_rule, self.flips, self.scale = crop, seed, crop_rule, flips, scale
         self.shrink = shrink
         groups = [list_photos(path) for path in paths]
@@ -96,13 +94,9 @@ class PhotoDataset:
         self._lock = threading.Lock()
 
     @staticmethod
-    def _check(paths, crop, crop_rule, flips, shrink, probabilities, lq_paths, scale) -> None:
+    def _check(paths, crop, crop_rule, shrink, probabilities, lq_paths, scale) -> None:
         if not paths:
             raise UserError("no training images: name at least one folder, list or shard in data.paths")
-        if crop_rule not in CROP_RULES:
-            raise UserError(f"data.crop_rule is '{crop_rule}': use one of {', '.join(CROP_RULES)}")
-        if flips not in FLIPS:
-            raise UserError(f"data.flips is '{flips}': use one of {', '.join(FLIPS)}")
         if not 0 < shrink <= 1:
             raise UserError(f"data.shrink is {shrink}: use a factor above 0 and at most 1")
         if shrink < 1 and (lq_paths or crop_rule != "random"):

@@ -56,7 +56,7 @@ class Schedule:
         return (a.sqrt().to(z0.dtype) * z0).add_((1 - a).sqrt().to(z0.dtype) * eps)
 
     def x0_from_eps(self, z_t: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """z_0 = (z_t - sqrt(1 - a) eps) / sqrt(a)  (Eq. 2, CCSR). Not clipped."""
+        """z_0 = (z_t - sqrt(1 - a) eps) / sqrt(a)  (Sec. III-B, CCSR). Not clipped."""
         a = self._at(t, z_t.device)
         return ((1 / a).sqrt().to(z_t.dtype) * z_t).sub_((1 / a - 1).sqrt().to(z_t.dtype) * eps)
 

@@ -44,7 +44,7 @@ def windows(height: int, width: int, tile: int, stride: int) -> list[Window]:
 
 
 def gaussian_weights(height: int, width: int, form: str = "symmetric") -> Tensor:
-    """Weights (height, width), float64, highest in the middle (Section IV-E, CCSR): what each window says there.
+    """Weights (height, width), float64, highest in the middle (CCSR's release): what each window says there.
 
     `as_released` reproduces CCSR's rows, whose centre lies half a pixel low.
     """

@@ -6,6 +6,8 @@ import glob
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from consissr.data.settings import MODES, preset
@@ -16,17 +18,20 @@ from consissr.training.checkpoints import find_checkpoint, list_checkpoints, ste
 
 def check_run(config: TrainConfig, resume: str = "") -> None:
     """Raise UserError for a launch, batch, folder or package that cannot be as `config` and `resume` have it."""
-    check_launch(config)
-    check_numbers(config)
-    check_folders(config)
-    check_packages(config)
-    preset(config.data.degradation)
-    for mode in config.data.enlarge:
-        if mode not in MODES:
-            raise UserError(f"data.enlarge names '{mode}': use {', '.join(MODES)}")
+    for error in problems(config, resume):
+        raise error
+
+
+def problems(config: TrainConfig, resume: str = "") -> Iterator[UserError]:
+    """Everything that would stop the run, at most one mistake of each kind."""
+    checks = (check_launch, check_numbers, check_images, check_models, check_packages, check_degradation)
+    for check in (*checks, partial(check_output, resume=resume)):
+        try:
+            check(config)
+        except UserError as error:
+            yield error
     if resume and config.data.pair_pool:
-        raise UserError("data.pair_pool: the pool of pairs is not in checkpoints: resume with data.pair_pool=0")
-    check_output(config, resume)
+        yield UserError("data.pair_pool: the pool of pairs is not in checkpoints: resume with data.pair_pool=0")
 
 
 def check_launch(config: TrainConfig) -> None:
@@ -51,12 +56,17 @@ def check_numbers(config: TrainConfig) -> None:
         ("seed", config.seed, config.seed >= 0, "a whole number from 0 up"),
         ("ema", config.ema, 0 <= config.ema < 1, "a decay below 1, or 0 for no averaged weights"),
         ("data.crop", data.crop, data.crop >= 1, "a side in pixels"),
+        ("deft.perceptual_weight", config.deft.perceptual_weight, config.deft.perceptual_weight >= 0, "0 or more"),
+        ("deft.adversarial_weight", config.deft.adversarial_weight, config.deft.adversarial_weight >= 0, "0 or more"),
         ("data.validation_count", data.validation_count, data.validation_count >= 1, "at least 1 image"),
     ]
     for name, c in (("optimizer", config.optimizer), ("deft.optimizer", config.deft.optimizer)):
         rules += [
             (f"{name}.lr", c.lr, c.lr > 0, "a number above 0"),
             (f"{name}.betas", c.betas, [0 <= b < 1 for b in c.betas] == [True] * 2, "two numbers from 0 to below 1"),
+            (f"{name}.weight_decay", c.weight_decay, c.weight_decay >= 0, "0 or more"),
+            (f"{name}.warmup", c.warmup, c.warmup >= 0, "a number of steps, or 0"),
+            (f"{name}.final", c.final, 0 <= c.final <= 1, "a share of lr from 0 to 1"),
             (f"{name}.clip", c.clip, c.clip >= 0, "a largest gradient norm, or 0 to turn clipping off"),
         ]
     for name, value, right, rule in rules:  # no comparison holds for NaN
@@ -85,8 +95,16 @@ def accumulation(config: TrainConfig, processes: int) -> int:
     return config.batch // share
 
 
-def check_folders(config: TrainConfig) -> None:
-    """Whether what is read exists; what is in it is looked at later."""
+def check_degradation(config: TrainConfig) -> None:
+    """Words of the data pipeline."""
+    preset(config.data.degradation)
+    for mode in config.data.enlarge:
+        if mode not in MODES:
+            raise UserError(f"data.enlarge names '{mode}': use {', '.join(MODES)}")
+
+
+def check_images(config: TrainConfig) -> None:
+    """Whether the photographs named exist; what is in them is looked at later."""
     data = config.data
     if not data.paths:
         raise UserError("no training images: name at least one folder, list or shard in data.paths")
@@ -96,6 +114,10 @@ def check_folders(config: TrainConfig) -> None:
         place = os.path.expanduser(text)
         if not os.path.exists(place) and not (glob.has_magic(place) and glob.glob(place, recursive=True)):
             raise UserError(f"{key}: {text} does not exist: give a folder, a text list, a tar shard or a pattern")
+
+
+def check_models(config: TrainConfig) -> None:
+    """Whether local folders of weights exist."""
     for key, text in (("init", config.init), ("model.base", config.model.base)):
         local = text.startswith((".", "/", "~")) or text.count("/") > 1  # else a known name or a hub id
         if local and not os.path.exists(os.path.expanduser(text)):

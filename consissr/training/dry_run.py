@@ -30,7 +30,7 @@ from consissr.models.image_encoder import OPEN_CLIP, has_tower
 from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
 from consissr.models.latents import empty_latents
 from consissr.train_config import TrainConfig
-from consissr.training.checks import check_run, launched
+from consissr.training.checks import launched, problems
 from consissr.training.estimate import memory
 from consissr.training.restoration import Parts
 from consissr.training.stage import Stage
@@ -47,9 +47,7 @@ def describe(config: TrainConfig, builder: Any) -> Iterator[str]:
     yield from memory(config, stage)
     yield ""
     yield from places(config)
-    try:
-        check_run(config)
-    except UserError as error:
+    for error in problems(config):
         yield f"\nthe run itself would stop here: {error}"
 
 
@@ -192,7 +190,8 @@ def needs(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     if config.stage in ("tala", "nuts", "deft"):
         yield "base model", config.model.base, base_state(config.model)
     uses_tower = config.stage == "rclip" or config.model.image_prompt != "none"
-    given = bool(config.init) and has_tower(model_folder(config.init))
+    init = model_folder(config.init)
+    given = init is not None and (has_tower(init) or not init.exists() and config.stage != "rclip")
     if config.stage in ("rclip", "tala", "nuts", "deft") and uses_tower and not given:
         name = config.model.image_encoder
         if name.startswith(OPEN_CLIP):

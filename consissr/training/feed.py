@@ -14,6 +14,7 @@ from consissr.data.degradation import check_size, degrade, preset
 from consissr.data.draws import ReleasedDraws
 from consissr.train_config import TrainConfig
 from consissr.training.checks import accumulation
+from consissr.training.precision import without_autocast
 from consissr.training.stage import Batch, photographs, seed_of
 
 
@@ -34,7 +35,15 @@ class Feed:
             self.pool = PairPool(config.data.pair_pool, seed_of(config.seed, "pool", rank))
 
     def make_batch(self, samples: list[dict[str, Any]]) -> Batch:
-        """Samples of the dataset on the device, degraded there if the stage needs low-quality partners."""
+        """Samples of the dataset on the device, degraded there if the stage needs low-quality partners.
+
+        In float32, as in threads, also where autocast is on (validation): JPEG's coefficients need all their digits.
+        """
+        with without_autocast(self.device):
+            return self.made(samples)
+
+    def made(self, samples: list[dict[str, Any]]) -> Batch:
+        """What `make_batch` gives, under the caller's autocast."""
         batch = Batch(
             hq=torch.stack([s["hq"] for s in samples]).to(self.device, non_blocking=True),
             names=[s["name"] for s in samples],

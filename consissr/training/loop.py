@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What asks a run to stop: a scheduler, and Ctrl-C."""
 AGAIN = 1.0
 """Seconds within which a second Ctrl-C counts as the first, which launchers pass on to processes that had it."""
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for the first one, which alone validates, saves and exports; NCCL's own limit, 10 minutes,
+would end a run whose validation takes longer."""
 
 
 class Loop:
@@ -43,12 +47,14 @@ class Loop:
 
     def __init__(self, config: TrainConfig, build: type[Stage], resume: str = "") -> None:
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
 
         self.config = config
         self.output_dir = Path(config.output_dir)
         check_run(config, resume)
         # Without `cpu`, several processes on CPUs would each train alone.
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        patience = InitProcessGroupKwargs(timeout=PATIENCE)
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if launched() != self.world:

@@ -110,9 +110,7 @@ def grown(folder: Path, base: Base, model: ModelConfig) -> nn.Module:
     reads the network's output in another way.
     """
     before = read_config(folder).model
-    if before.residual != model.residual:
-        raise UserError(f"{folder} predicts with model.residual={before.residual:g}, this run with {model.residual:g}: "
-                        f"use model.residual={before.residual:g}")  # fmt: skip
+    check_additions(folder, before, model)
     controlnet = empty_controlnet(json.loads((folder / "controlnet" / "config.json").read_text()), model)
     replace_blocks(base.unet, model)
     stored = {controlnet: read_weights(folder / "controlnet" / WEIGHTS), base.unet: {}}
@@ -136,6 +134,16 @@ def grown(folder: Path, base: Base, model: ModelConfig) -> nn.Module:
             load_strict(network, state, f"{folder.name} (as the run's model describes it)", subset=wanted - fresh)
         renew_copies(network, fresh)
     return controlnet
+
+
+def check_additions(folder: Path, before: ModelConfig, model: ModelConfig) -> None:
+    """UserError where `model` leaves out what the folder's model has, or reads its output in another way."""
+    words = ["hint", "position_embedding", "transposed_attention", "residual"]
+    words += ["image_prompt"] if model.image_prompt == "none" else []
+    differ = {name: getattr(before, name) for name in words if getattr(before, name) != getattr(model, name)}
+    lost = [f"model.{name}={value}" for name, value in differ.items() if value or name == "residual"]
+    if lost:
+        raise UserError(f"{folder} was trained with what this run leaves out or does otherwise: use {' '.join(lost)}")
 
 
 def start_image_prompt(config: TrainConfig, folder: Path | None, width: int) -> ImagePrompt | None:
@@ -245,12 +253,17 @@ class Restoration:
         condition = Condition(self.text.to(hint.device).expand(len(hint), -1, -1), hint, image)
         return condition.with_soft(batch.cache.get("soft"))
 
+    @property
+    def augmentation(self) -> str:
+        """The form of p(t) that this run uses, or 'off'."""
+        form = self.config.tala.probability
+        return self.probability if form == "default" else form
+
     def augmented(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """z_t and the noise to predict, both (B, C, h, w), under time-aware latent augmentation (Algorithm 1)."""
         c = self.config.tala
-        form = self.probability if c.probability == "default" else c.probability
-        p = probability(t, form, c.gamma, len(self.schedule))
-        r = batch.rand() if form != "off" else torch.ones_like(p)
+        p = probability(t, self.augmentation, c.gamma, len(self.schedule))
+        r = batch.rand() if self.augmentation != "off" else torch.ones_like(p)
         r = r[:1] if c.shared_draw else r
         return tala_inputs(batch.cache["z_hq"], batch.cache["z_lq"], eps, t, r, p, self.schedule)[:2]
 

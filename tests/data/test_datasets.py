@@ -221,8 +221,6 @@ def test_text_list(folder, tmp_path):
     [
         ({"paths": ["/nowhere"]}, "/nowhere does not exist"),
         ({"paths": []}, "data.paths"),
-        ({"crop_rule": "middle"}, "data.crop_rule is 'middle'"),
-        ({"flips": "some"}, "data.flips is 'some'"),
         ({"probabilities": [0.5, 0.5]}, "2 entries for 1"),
         ({"probabilities": [0.0]}, "not all 0"),
         ({"lq_paths": ["x"], "crop_rule": "center"}, "must be 'random'"),

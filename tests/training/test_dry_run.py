@@ -105,3 +105,13 @@ def test_the_front_door(tiny_model: Path, tmp_path: Path, capsys: pytest.Capture
     assert f"{'DINO':18s} none.pth: missing" in said and "DINOv2" in said
     assert "the run itself would stop here: " in said
     assert not (tmp_path / "run").exists()
+
+
+def test_all_that_is_missing_is_said(tiny_model: Path, capsys: pytest.CaptureFixture, root: Path) -> None:
+    """Not the first mistake alone; and what a missing `init` would bring is not called a download."""
+    words = [f"model.base={tiny_model.parent / 'base'}", "data.crop=64", "init=runs/gone/rclip", "optimizer.clip=-1"]
+    assert main(["--config", str(root / "configs/consissr/tala.yaml"), "--dry-run", *words]) == 0
+    said = capsys.readouterr().out
+    stops = [line.partition(": ")[2] for line in said.splitlines() if line.startswith("the run itself would stop here")]
+    assert [stop.split()[0] for stop in stops] == ["optimizer.clip", "no", "init:"]
+    assert "runs/gone/rclip: missing" in said and "open_clip" not in said

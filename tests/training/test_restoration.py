@@ -140,7 +140,7 @@ def test_an_image_branch_can_be_added_to_a_model(base: Path, photos: Path, tmp_p
     first.stage.export(tmp_path / "model")
     init, kept = f"init={tmp_path}/model", "model.unet_trained=[conv_out]"
     with pytest.raises(UserError, match="would lose"):
-        loop(base, photos, tmp_path / "b", *VARIANTS["nuts"], init)
+        loop(base, photos, tmp_path / "b", *VARIANTS["nuts"], "model.hint=conv", init)
     run = loop(base, photos, tmp_path / "b", *VARIANTS["nuts"], "model.hint=conv", init, kept, f"model.image_kv={kv}")
     batch = next(iter(run.batches()))
     t = torch.tensor([700, 300])
@@ -155,7 +155,7 @@ def test_an_image_branch_can_be_added_to_a_model(base: Path, photos: Path, tmp_p
             assert torch.equal(block.attn2.to_k_ip.weight, block.attn2.to_k.weight), "copies of what was trained"
             assert torch.equal(block.attn2.to_v_ip.weight, block.attn2.to_v.weight)
     run.stage.export(tmp_path / "grown")
-    with pytest.raises(UserError, match="unplanned"):
+    with pytest.raises(UserError, match="leaves out or does otherwise: use model.transposed_attention=True"):
         loop(base, photos, tmp_path / "c", "model.position_embedding=16", kept, f"init={tmp_path}/grown")
 
 
@@ -166,7 +166,7 @@ def test_what_a_run_would_lose_or_misread_is_said(
     first = loop(base, photos, tmp_path / "a", *VARIANTS["pre-training"])
     first.stage.export(tmp_path / "model")
     words = [*VARIANTS["pre-training"], f"init={tmp_path}/model", "model.hint=conv"]
-    with pytest.raises(UserError, match=r"predicts with model.residual=0, this run with 0.5: use model.residual=0"):
+    with pytest.raises(UserError, match=r"leaves out or does otherwise: use model\.residual=0"):
         loop(base, photos, tmp_path / "b", *words, "model.residual=0.5")
     save_decoder(tmp_path / "model" / "vae", first.stage.latents)
     text = first.stage.text.clone() + 1
@@ -285,3 +285,52 @@ def test_a_timestep_that_is_sampled_and_not_trained_is_named(base: Path) -> None
         Nuts(load_config(TrainConfig, None, words))
     for more in ("nuts.t_max=0.8333", "nuts.t_max_step=667", "nuts.losses=[l_T]"):
         assert Nuts(load_config(TrainConfig, None, [*words, more])).plan
+
+
+@pytest.mark.parametrize(
+    ("words", "first", "last"),
+    [
+        ([], 0, 665),
+        (["nuts.t_max_step=667"], 0, 666),
+        (["nuts.losses=[l_diff]"], 0, 999),
+        (["nuts.l_diff_t=interval"], 499, 666),
+        (["nuts.l_diff_t=interval", "sampler.t_min=0"], 0, 666),
+        (["nuts.l_diff_t=interval", "sampler.grid=leading", "nuts.t_max_step=499"], 333, 499),
+        (["nuts.l_diff_t=all"], 0, 999),
+    ],
+)
+def test_timesteps_of_l_diff(base: Path, photos: Path, tmp_path: Path, words: list[str], first: int, last: int) -> None:
+    """Those of the release and of the paper, and all; drawn ones reach both ends."""
+    run = loop(base, photos, tmp_path, "stage=nuts", "sampler.plan=nuts", *words)
+    assert run.stage.diff_range() == (first, last + 1)
+    batch = next(run.batches())
+    run.stage.prepare(batch)
+    drawn = []
+    batch.randint = lambda high: drawn.append(high) or torch.full((len(batch.names),), high - 1)
+    seen = []
+    usual = run.stage.denoiser.forward
+    run.stage.denoiser.forward = lambda z, t, *rest: seen.append(t.tolist()) or usual(z, t, *rest)
+    run.stage.loss(batch, 0)
+    assert drawn == [last + 1 - first] and set(seen[0]) == {last}
+
+
+def test_augmentation_under_nuts_asks_for_every_timestep(
+    base: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["stage=nuts", "sampler.plan=nuts", "tala.probability=power"]
+    loop(base, photos, tmp_path / "rare", *words)
+    assert "rare at t < 666: nuts.l_diff_t=all" in caplog.text
+    caplog.clear()
+    loop(base, photos, tmp_path / "all", *words, "nuts.l_diff_t=all")
+    assert "rare" not in caplog.text
+
+
+def test_a_plainer_model_than_init_is_named(base: Path, photos: Path, tmp_path: Path) -> None:
+    words = ["stage=tala", *DDPM]
+    loop(base, photos, tmp_path / "a", *words, "model.position_embedding=8", "model.hint=stack").stage.export(
+        tmp_path / "m"
+    )
+    with pytest.raises(
+        UserError, match=r"leaves out or does otherwise: use model.hint=stack model.position_embedding=8"
+    ):
+        loop(base, photos, tmp_path / "b", *words, f"init={tmp_path}/m")

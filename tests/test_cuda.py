@@ -1,0 +1,212 @@
+"""Restoring and training on a GPU that need not be there: shapes, types and devices of every operation, no values.
+
+Fake tensors say that they are on a GPU, and an operation on two devices raises, as it would there. What the program
+asks a value for (to choose a branch) has no answer; such draws are replaced below. The mode has no public name: torch's
+documentation of fake tensors imports it from `torch._subclasses`, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ccsr.adversary
+import consissr.data.draws
+import consissr.data.jpeg
+import consissr.data.noise
+import consissr.restorer
+import consissr.training.clip
+from ccsr import nuts_plan
+from consissr.config import changed, load_config
+from consissr.data.degradation import degrade, preset
+from consissr.diffusion.plans import ddpm_plan
+from consissr.diffusion.sampler import seeded_draw
+from consissr.diffusion.schedule import Schedule
+from consissr.models.denoiser import Denoiser
+from consissr.restorer import Restorer
+from consissr.train_config import TrainConfig
+from consissr.training import dry_run
+from consissr.training.feed import Feed
+from consissr.training.optimisers import Averaged, build_optimizer
+from consissr.training.precision import Frozen
+from consissr.training.stage import Batch
+from scripts.train import STAGES, stage_builder
+from tests.training.tiny import SMALL
+
+SIDE = 64
+FEATURES = ["model.image_prompt=hpa", "model.image_tokens=patches", "model.transposed_attention=true"]
+FEATURES += ["model.position_embedding=16", "model.hint=stack", "sampler.plan=ddpm", "sampler.timesteps=[]"]
+
+
+def moved(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
+    """`module.to(...)`, which cannot exchange a real parameter for a fake one in place. Parameters become others."""
+    device, dtype, _, order = torch._C._nn._parse_to(*arguments, **keywords)
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, value in ((n, v) for n, v in held.items() if v is not None):
+                kind = dtype if dtype and value.is_floating_point() else value.dtype
+                new = torch.empty(value.shape, dtype=kind, device=device or value.device)
+                if order is not None and value.ndim == 4:
+                    new = new.contiguous(memory_format=order)
+                held[name] = nn.Parameter(new, value.requires_grad) if held is part._parameters else new
+    return module
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
+    """A mode in which tensors may be on "cuda", and have no values. What checks its values is built before."""
+    monkeypatch.setattr(nn.Module, "to", moved)
+    monkeypatch.setattr(consissr.restorer, "total_memory", lambda device: 2**34)
+    monkeypatch.setattr(consissr.data.draws.SeededDraws, "_generator", lambda draws, device: None)
+    monkeypatch.setattr(consissr.data.noise, "distinct", lambda levels: 200)
+    monkeypatch.setattr(consissr.data.jpeg, "_constants", consissr.data.jpeg._constants.__wrapped__)
+    monkeypatch.setattr(ccsr.adversary, "draw_windows", lambda *_: [None, (1, 2)])
+    constant = torch.tensor
+    monkeypatch.setattr(Tensor, "new_tensor", lambda x, data: constant(data, dtype=x.dtype).to(x.device))
+    small = consissr.training.clip.F.interpolate
+    monkeypatch.setattr(consissr.training.clip, "random_windows", lambda batch, _, size: small(batch.hq, (size, size)))
+    monkeypatch.setattr(consissr.training.clip, "caption", lambda image: f"bright {image.device.type} photo")
+    monkeypatch.setattr(torch, "lazy", torch.cpu, raising=False)  # where checkpointing asks for a device's generator
+    return FakeTensorMode(allow_non_fake_inputs=True)  # real ones, such as the noise schedule, are on the CPU
+
+
+@contextmanager
+def mixed() -> Iterator[None]:
+    """`torch.autocast("cuda", torch.bfloat16)`, which turns itself off where there is no GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if not torch.autocast_decrement_nesting():
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", False)
+
+
+def configuration(stage: str, tiny_model: Path, *more: str) -> TrainConfig:
+    """Of a tiny run of a stage on the base of `tiny_model`."""
+    path = Path(f"configs/nano/{stage}.yaml")
+    path = path if path.is_file() else Path("configs/nano/nuts.yaml")
+    inputs = [f"model.base={tiny_model.parent}/base", "nuts.metric=latents", f"data.crop={SIDE}"]
+    inputs += {"autoencoder": [], "clip": [], "prior": [], "deft": [f"init={tiny_model}"]}.get(stage, ["init="])
+    return load_config(TrainConfig, path, [*SMALL[stage], *inputs, *more])
+
+
+RELEASED = {"guidance": 2.0, "first_prompt": "negative", "posterior": "sample", "posterior_rows": 2}
+RESTORING = [
+    ("fp32", [], nuts_plan(6, 2 / 3, 0.5), {"start": "lq", "vae_tile": 32, "vae_tiling": "windowed"}),
+    ("fp16", [], nuts_plan(6, 2 / 3, 0.5), RELEASED | {"vae_tile": 16, "vae_tiling": "as_released"}),
+    ("bf16", FEATURES, ddpm_plan(2, 1000), {"guidance": 2.0, "start": "noise", "tile": 32, "vae_tile": 32}),
+]
+
+
+@pytest.mark.parametrize(("precision", "features", "plan", "settings"), RESTORING)
+def test_restoring(
+    gpu: FakeTensorMode, tiny_model: Path, precision: str, features: list[str], plan: list, settings: dict[str, Any]
+) -> None:
+    """From the prepared image to the decoded one."""
+    config = configuration("nuts", tiny_model, *features)
+    parts = dry_run.untrained_parts(config)
+    denoiser = Denoiser(parts.unet, parts.controlnet, parts.table, "v_prediction", residual=0.5)
+    prompts, place = {"": torch.zeros(parts.text.shape)}, {"device": "cuda", "precision": precision}
+    schedule, seen = Schedule(parts.table), []
+    with gpu:
+        x = torch.zeros(2, 3, SIDE, SIDE)
+        restorer = Restorer(parts.latents, denoiser, schedule, prompts, parts.image_prompt, **place)
+        sampler = changed(restorer.sampler, {"positive": "", "negative": ""} | settings)
+        rest = {"config": sampler, "plan": plan, "on_step": lambda i, step, eps, x0: seen.append(x0.device.type)}
+        y = restorer.attempt(x, seeded_draw(0, [0, 1]), restorer.tiles(sampler, (SIDE, SIDE), 2), **rest)
+    assert (y.shape, y.device.type, y.dtype) == (x.shape, "cpu", torch.float32)
+    assert set(seen) == {"cuda"} and {p.device.type for n in restorer.networks() for p in n.parameters()} == {"cuda"}
+
+
+MORE = ["tala.metric=latents", "tala.hint_dropout=0.5", "tala.plan_share=0.5", "tala.weighting=v"]
+STAGE_CASES = {stage: (stage, []) for stage in STAGES} | {
+    "tala": ("tala", [*FEATURES, *MORE, "tala.posterior=sample", "gradient_checkpointing=true"]),
+    "nuts": ("nuts", ["model.residual=0.5", "tala.probability=power"]),
+    "deft, dino": ("deft", ["deft.discriminator=dino", "deft.adaptive=true", "deft.perceptual=features"]),
+}
+
+
+@pytest.mark.parametrize("case", STAGE_CASES)
+def test_a_training_step(gpu: FakeTensorMode, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """What the loop does with a micro-batch: losses, gradients, optimisers, averages, validation."""
+    stage_name, more = STAGE_CASES[case]
+    vit = ccsr.adversary.ViT
+    monkeypatch.setattr(ccsr.adversary, "ViT", lambda *_, **scaled: vit(32, 8, 16, 12, 2, **scaled))
+    config = configuration(stage_name, tiny_model, *more)
+    stage = dry_run.build(config, stage_builder(config.stage))
+    Frozen(stage.networks, {id(p) for q in stage.phases for p in q.parameters.values()}, low=True, keep=False)
+    with gpu:
+        put(stage, "cuda", None)
+        batch = prepared(stage, "cuda")
+        for phase in stage.phases:
+            with mixed():
+                parts = phase.loss(batch, -1)  # before the adaptive weight begins, which asks for gradients
+            assert {part.device.type for part in parts.values()} == {"cuda"}
+            for parameter in phase.parameters.values():
+                parameter.grad = torch.empty_like(parameter)
+            torch.nn.utils.clip_grad_norm_(phase.parameters.values(), 1.0)
+            build_optimizer(phase).step()
+        weights = {f"{phase.name}/{n}": p for phase in stage.phases for n, p in phase.parameters.items()}
+        with Averaged(weights, {n: p.detach().clone() for n, p in weights.items()}), mixed(), torch.no_grad():
+            restored = stage.restore(batch)
+        assert restored is None or restored.device.type == "cuda"
+
+        put(stage, "lazy", torch.float32)  # a device that autograd takes without its driver, and without autocast
+        batch = prepared(stage, "lazy")
+        for phase in stage.phases:
+            phase.loss(batch, 10**6)["loss"].backward()
+            assert {p.grad.device.type for p in phase.parameters.values() if p.grad is not None} == {"lazy"}
+
+
+def put(stage: Any, device: str, dtype: torch.dtype | None) -> None:
+    """The stage's networks on a device, as the loop has them."""
+    names = {id(p): name for name, p in stage.networks.named_parameters()}
+    there = dict(stage.networks.to(device, dtype, memory_format=torch.channels_last).named_parameters())
+    for phase in stage.phases:
+        phase.parameters = {name: there[names[id(p)]] for name, p in phase.parameters.items()}
+
+
+def prepared(stage: Any, device: str) -> Batch:
+    """A micro-batch of two images."""
+    images = [torch.zeros(2, 3, SIDE, SIDE, device=device) for _ in range(2)]
+    batch = Batch(images[0], ["", ""], [torch.Generator().manual_seed(i) for i in range(2)], lq=images[1])
+    with mixed() if device == "cuda" else nullcontext(), torch.no_grad():
+        stage.prepare(batch)
+    return batch
+
+
+def test_degrading(gpu: FakeTensorMode) -> None:
+    with gpu:
+        for seed in range(4):
+            hq = torch.zeros(1, 3, 2 * SIDE, 2 * SIDE, device="cuda")
+            lq, enlarged = degrade(hq, preset("ccsr"), [seed])
+            assert lq.device.type == enlarged.device.type == "cuda" and enlarged.dtype == torch.float32
+
+
+@pytest.mark.parametrize("broken", [lambda x: x + torch.ones(2), lambda x: x[None] @ torch.ones(2, 2)])
+def test_two_devices_raise(gpu: FakeTensorMode, broken: Callable[[Tensor], Tensor]) -> None:
+    """What all tests here rely on."""
+    with gpu, pytest.raises(RuntimeError, match="two different devices|same device"):
+        broken(torch.zeros(2, device="cuda"))
+
+
+def test_validation_degrades_in_float32(tiny_model: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Validation runs under autocast, which GPUs have on by default; training's degradation, in threads, does not."""
+    Image.fromarray(rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    config = configuration("nuts", tiny_model, f"data.paths=[{tmp_path}]", "micro_batch=1")
+    feed = Feed(config, torch.device("cpu"), 0, 1, needs_lq=True)
+    usual = feed.make_batch([feed.dataset[0]]).lq
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(feed.make_batch([feed.dataset[0]]).lq, usual)
