@@ -230,14 +230,15 @@ def weights_digest(model: str) -> str:
 def otherwise(results: Results, dataset: str, precision: str = "") -> list[str]:
     """In which keys of `recipe` the record of results differs from what is wanted; [] without a record.
 
-    A key that the record lacks counts as equal (it may be older than the key), as do pictures of sampling steps that
-    nobody asks for. Without `precision` the record's own will do.
+    A key that the record lacks counts as equal (it may be older than the key), but for `weights`: nobody knows whether
+    a bundled model is still that one. So do pictures of sampling steps that nobody asks for. Without `precision` the
+    record's own will do.
     """
     if not record_of(results, dataset).is_file():
         return []
     told = json.loads(record_of(results, dataset).read_text())
     wanted = recipe(results, dataset, precision or told["precision"])
-    differ = [key for key in wanted if key in told and told[key] != wanted[key]]
+    differ = [key for key in wanted if told.get(key, "" if key == "weights" else wanted[key]) != wanted[key]]
     return [key for key in differ if key != "save_steps" or wanted[key]]
 
 

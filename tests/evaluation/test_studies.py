@@ -208,6 +208,8 @@ def test_records_are_compared_where_they_say_something(tmp_path: Path) -> None:
         path.write_text(json.dumps(told | change))
         assert study_run.otherwise(results, "realsr") == said
     path.write_text(json.dumps({key: told[key] for key in ("model", "trained", "flags", "zero_tokens", "precision")}))
+    assert study_run.otherwise(results, "realsr", "bf16") == ["weights"], "older than the keys: whose weights?"
+    path.write_text(json.dumps({key: told[key] for key in ("model", "trained", "flags", "precision", "weights")}))
     assert study_run.otherwise(results, "realsr", "bf16") == [], "a record from before there were the other keys"
 
 
