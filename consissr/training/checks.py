@@ -25,13 +25,11 @@ def check_run(config: TrainConfig, resume: str = "") -> None:
 def problems(config: TrainConfig, resume: str = "") -> Iterator[UserError]:
     """Everything that would stop the run, at most one mistake of each kind."""
     checks = (check_launch, check_numbers, check_images, check_models, check_packages, check_degradation)
-    for check in (*checks, partial(check_output, resume=resume)):
+    for check in (*checks, partial(check_resuming, resume=resume)):
         try:
             check(config)
         except UserError as error:
             yield error
-    if resume and config.data.pair_pool:
-        yield UserError("data.pair_pool: the pool of pairs is not in checkpoints: resume with data.pair_pool=0")
 
 
 def check_launch(config: TrainConfig) -> None:
@@ -133,6 +131,13 @@ def check_packages(config: TrainConfig) -> None:
     for package, (needed, instead) in wanted.items():
         if needed and importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed: `pip install {package}`, or set {instead}")
+
+
+def check_resuming(config: TrainConfig, resume: str) -> None:
+    """What `resume` cannot go on with, and the output folder."""
+    if resume and config.data.pair_pool:
+        raise UserError("data.pair_pool: the pool of pairs is not in checkpoints: resume with data.pair_pool=0")
+    check_output(config, resume)
 
 
 def check_output(config: TrainConfig, resume: str) -> None:
