@@ -230,9 +230,9 @@ def weights_digest(model: str) -> str:
 def otherwise(results: Results, dataset: str, precision: str = "") -> list[str]:
     """In which keys of `recipe` the record of results differs from what is wanted; [] without a record.
 
-    A key that the record lacks counts as equal (it may be older than the key), but for `weights`: nobody knows whether
-    a bundled model is still that one. So do pictures of sampling steps that nobody asks for. Without `precision` the
-    record's own will do.
+    A key that the record lacks counts as equal (it may be older than the key), and so do pictures of sampling steps
+    that nobody asks for; not so lacking `weights`: the bundled model may have been another then. Without `precision`
+    the record's own will do.
     """
     if not record_of(results, dataset).is_file():
         return []
