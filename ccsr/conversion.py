@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 def read(source: Path, clip: Path | None) -> tuple[str, Any]:
     """What the source is, and its parts through the reader that knows it. `clip`: open_clip's model config."""
     from ccsr import released as ccsr
-    from consissr import ldm
-    from consissr import released as consissr
+    from consissr.weights import ldm
+    from consissr.weights import released as consissr
 
     if source.is_dir():
         return "CCSR v2", ccsr.read_v2(source)
@@ -45,10 +45,10 @@ def write(kind: str, found: Any, target: Path, name: str, base: str, half: bool)
     import torch
 
     from ccsr.timesteps import with_plan
-    from consissr.config import FolderConfig
-    from consissr.models.folder import save_base, save_model, save_prompts
+    from consissr.config.folder import FolderConfig
     from consissr.models.image_prompt import prompt_config
-    from consissr.models.latents import save_latents
+    from consissr.models.vae.latents import save_latents
+    from consissr.weights.folder import save_base, save_model, save_prompts
 
     dtype = torch.float16 if half else None
     if base == "own":

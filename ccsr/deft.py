@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from ccsr.adversary import ADVERSARIES
 from ccsr.losses import adaptive_weight, adversarial_weight, discriminator_hinge, generator_adversarial
 from ccsr.nuts import Nuts
-from consissr.checkpoint import find_model
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.learned import lpips_network
-from consissr.models.latents import Latents, load_latents, same_encoder, save_decoder, save_latents
-from consissr.models.narrow import narrow_decoder
-from consissr.train_config import TrainConfig
+from consissr.models.vae.latents import Latents, load_latents, same_encoder, save_decoder, save_latents
+from consissr.models.vae.narrow import narrow_decoder
 from consissr.training.restoration import Parts
 from consissr.training.stage import EXPORT, Batch, Phase
+from consissr.weights.files import find_model
 
 
 class Deft:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.checkpoint import read_weights
 from consissr.errors import UserError
 from consissr.training.precision import without_autocast
+from consissr.weights.files import read_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FEATURE_BLOCKS = (2, 5, 8, 11)

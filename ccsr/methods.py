@@ -10,9 +10,9 @@ from typing import Any
 from ccsr.released import AS_RELEASED_V2
 from ccsr.timesteps import nuts_plan
 from consissr.bench.models import Method
-from consissr.config import SamplerConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import ddpm_plan
-from consissr.released import AS_RELEASED
+from consissr.weights.released import AS_RELEASED
 
 
 def guidance(sampler: SamplerConfig) -> dict[str, Any]:

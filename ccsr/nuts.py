@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ccsr.losses import nuts_losses
 from ccsr.timesteps import sampler_plan, t_max_step, with_plan
-from consissr.config import FolderConfig
+from consissr.config.folder import FolderConfig
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.models.denoiser import SoftPrompt
-from consissr.train_config import TrainConfig
 from consissr.training.restoration import Parts, Restoration, pixel_weights
 from consissr.training.stage import Batch
 

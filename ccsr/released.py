@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from consissr import ldm
-from consissr.config import ModelConfig, SamplerConfig
+from consissr.config.model import ModelConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
-from consissr.ldm import Report, State
 from consissr.models.attention import replace_blocks
-from consissr.models.base import SD_BETAS, schedule_of
 from consissr.models.controlnet import empty_controlnet
-from consissr.models.from_ldm import read_latents, read_text, read_unet
-from consissr.models.latents import Latents
 from consissr.models.text import OpenClipText
-from consissr.released import read_controlnet, read_hint_encoder, read_schedule
+from consissr.models.vae.latents import Latents
+from consissr.weights import ldm
+from consissr.weights.base import SD_BETAS, schedule_of
+from consissr.weights.from_ldm import read_latents, read_text, read_unet
+from consissr.weights.ldm import Report, State
+from consissr.weights.released import read_controlnet, read_hint_encoder, read_schedule
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from consissr.config import SamplerConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import Step, check_plan, ddpm_plan, descend, grid
 from consissr.diffusion.schedule import CLEAN
 from consissr.errors import UserError

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consissr.config import SamplerConfig, changed
+from consissr.config.loading import changed
+from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import Step, check_plan, ddpm_plan
 from consissr.diffusion.sampler import Draw, sample, seeded_draw, start_latent
 from consissr.diffusion.schedule import Schedule
 from consissr.diffusion.tiling import TiledDenoiser
 from consissr.errors import UserError
-from consissr.geometry import Prepared, finish, prepare
-from consissr.inputs import Images, equal_sizes, packed, stacked, unpacked
-from consissr.loading import PRECISIONS, choose_precision, load_parts
-from consissr.memory import (
+from consissr.images.geometry import Prepared, finish, prepare
+from consissr.images.inputs import Images, equal_sizes, packed, stacked, unpacked
+from consissr.inference.memory import (
     KEPT,
     LITTLE,
     Tiles,
@@ -34,9 +34,10 @@ from consissr.memory import (
     weight_bytes,
 )
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
-from consissr.models.inference import compile_forward, for_inference
-from consissr.models.latents import Latents
-from consissr.models.vae_tiling import TiledLatents
+from consissr.models.vae.fast import compile_forward, for_inference
+from consissr.models.vae.latents import Latents
+from consissr.models.vae.tiling import TiledLatents
+from consissr.weights.loading import PRECISIONS, choose_precision, load_parts
 
 log = logging.getLogger(__name__)
 

@@ -72,7 +72,7 @@ def sizes(args: argparse.Namespace) -> tuple[Any, Iterable]:
 
 def degradation(args: argparse.Namespace) -> tuple[Any, Iterable]:
     """Training's data path beside basicsr's own"""
-    from consissr.data.bench import compare
+    from consissr.bench.data import compare
     from consissr.data.settings import preset
 
     theirs, ours = compare(preset(args.preset), args.images, args.input)

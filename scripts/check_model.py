@@ -61,8 +61,8 @@ def check_photos(args: argparse.Namespace, model: Path, plans: dict, base: str) 
     from consissr.data.testset import write_testset
     from consissr.evaluation.check import as_text, check
     from consissr.evaluation.restorations import restore, results_folder, testset_folder
-    from consissr.models.base import load_base
     from consissr.restorer import Restorer
+    from consissr.weights.base import load_base
 
     out = args.output / "photos"
     testset = testset_folder(out, args.photos, lambda place: write_testset([args.photos], place, 0, 256, "ccsr", 0))
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not args.realsr and not args.photos:
             raise UserError("nothing to check: give --realsr DIR (with LR/ and HR/), --photos DIR, or both")
-        from consissr.checkpoint import base_of, find_model, read_config
+        from consissr.weights.files import base_of, find_model, read_config
 
         model = find_model(args.model)
         config = read_config(model)

@@ -18,9 +18,9 @@ from dataclasses import replace
 from rich.console import Console
 
 import consissr
-from consissr import jobs
-from consissr.commandline import PLAN_FLAGS, given, parser, sampler_settings
 from consissr.errors import UserError
+from consissr.inference import jobs
+from consissr.inference.flags import PLAN_FLAGS, given, parser, sampler_settings
 
 
 def restore(args: argparse.Namespace) -> int:
@@ -41,7 +41,7 @@ def restore(args: argparse.Namespace) -> int:
         return 0
 
     # 2. the model
-    from consissr import batch, reporting
+    from consissr.inference import batch, progress
 
     settings = batch.Settings(**sizes, **given(args, ("seed", "batch_size", "quality", "save_steps")))
     log = batch.open_log(args.json, vars(args)) if args.json else None
@@ -51,7 +51,7 @@ def restore(args: argparse.Namespace) -> int:
         settings = replace(settings, plan=sampling_plan(args, restorer))
 
     # 3. the files
-    with reporting.Terminal(err, len(missing), quiet=args.quiet or rank > 0) as terminal:
+    with progress.Terminal(err, len(missing), quiet=args.quiet or rank > 0) as terminal:
         report = batch.Report(tell=terminal.tell, log=log, seed=args.seed)
         for job in existing:
             report.add(batch.Outcome(job, "skipped"))
@@ -66,7 +66,7 @@ def restore(args: argparse.Namespace) -> int:
 
 def load(args: argparse.Namespace, local_rank: int) -> "consissr.Restorer":
     """The model on its device, with the sampler's flags applied."""
-    from consissr.batch import choose_device
+    from consissr.inference.batch import choose_device
 
     device = choose_device(args.device, local_rank)
     restorer = consissr.Restorer.load(args.model, device, args.precision, args.base, **sampler_settings(args))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from consissr.errors import UserError
 from consissr.evaluation.children import run_with_progress
-from consissr.evaluation.studies import Plan, available
-from consissr.evaluation.study_run import Setting, data_jobs, restoring_jobs, training_jobs
+from consissr.studies.run import Setting, data_jobs, restoring_jobs, training_jobs
+from consissr.studies.spec import Plan, available
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES, TABLES = ROOT / "configs" / "nano" / "studies", ROOT / "configs" / "tables"
@@ -45,7 +45,7 @@ def bf16_is_fast() -> bool:
     """Whether the device that infer.py will choose computes bfloat16 fast."""
     import torch
 
-    from consissr.batch import choose_device
+    from consissr.inference.batch import choose_device
     from consissr.training.precision import fast_bf16
 
     return fast_bf16(torch.device(choose_device("auto")))
@@ -73,7 +73,7 @@ def study(args: argparse.Namespace) -> int:
         failed = run_with_progress(jobs, args.jobs)
     missing = []
     if not args.train_only:
-        from consissr.evaluation.study_report import report
+        from consissr.studies.report import report
 
         for name in names:
             missing += report(setting, name, TABLES, args.tables)

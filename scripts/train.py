@@ -10,9 +10,9 @@ import logging
 import sys
 from collections.abc import Callable
 
-from consissr.config import check_word, load_config
+from consissr.config.loading import check_word, load_config
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.train_config import TrainConfig
 from consissr.training.checks import check_run
 
 STAGES = ("autoencoder", "clip", "prior", "rclip", "tala", "nuts", "deft")
@@ -22,11 +22,11 @@ def stage_builder(name: str) -> Callable:
     """The class of a stage. Imported here, late, so that --help stays fast and a stage loads only its own needs."""
     check_word(name, STAGES, "stage")
     if name == "autoencoder":
-        from consissr.training.autoencoder import Autoencoder as Built
+        from consissr.nano.autoencoder import Autoencoder as Built
     elif name == "clip":
-        from consissr.training.clip import Clip as Built
+        from consissr.nano.clip import Clip as Built
     elif name == "prior":
-        from consissr.training.prior import Prior as Built
+        from consissr.nano.prior import Prior as Built
     elif name == "rclip":
         from consissr.training.rclip import Rclip as Built
     elif name == "tala":

@@ -63,9 +63,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
     from ccsr import nuts_plan
-    from consissr.config import FolderConfig, ModelConfig, SamplerConfig
+    from consissr.config.folder import FolderConfig
+    from consissr.config.model import ModelConfig
+    from consissr.config.sampler import SamplerConfig
     from consissr.models.controlnet import build_controlnet
-    from consissr.models.folder import save_model
+    from consissr.weights.folder import save_model
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models")

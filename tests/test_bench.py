@@ -13,7 +13,8 @@ from consissr.bench.models import Parts, from_folder
 from consissr.bench.reference import Reference
 from consissr.bench.tiles import exponent
 from consissr.bench.work import macs_of
-from consissr.config import ModelConfig, SamplerConfig
+from consissr.config.model import ModelConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import ddpm_plan
 from consissr.diffusion.sampler import seeded_draw
 from consissr.diffusion.schedule import Schedule, alpha_bar

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from consissr import color
+from consissr.images import color
 
 
 @pytest.mark.parametrize("name", ["adain", "wavelet"])

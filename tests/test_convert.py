@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from consissr.config import SamplerConfig, load_config
+from consissr.config.loading import load_config
+from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import Step, ddpm_plan
 from consissr.diffusion.sampler import recorded_draw
 from consissr.diffusion.schedule import CLEAN, alpha_bar
@@ -122,7 +123,7 @@ def test_existing_folders_stay(convert, tmp_path):
 
 def test_released_settings_equal_the_readers(root):
     from ccsr.released import AS_RELEASED_V1, AS_RELEASED_V2
-    from consissr.released import AS_RELEASED
+    from consissr.weights.released import AS_RELEASED
 
     tiles = {"tile": 512, "tile_overlap": 256, "tile_weights": "as_released"}
     tiles |= {"vae_tile": 1792, "vae_tiling": "as_released"}

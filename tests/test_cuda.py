@@ -23,17 +23,17 @@ import ccsr.adversary
 import consissr.data.draws
 import consissr.data.jpeg
 import consissr.data.noise
+import consissr.nano.clip
 import consissr.restorer
-import consissr.training.clip
 from ccsr import nuts_plan
-from consissr.config import changed, load_config
+from consissr.config.loading import changed, load_config
+from consissr.config.training import TrainConfig
 from consissr.data.degradation import degrade, preset
 from consissr.diffusion.plans import ddpm_plan
 from consissr.diffusion.sampler import seeded_draw
 from consissr.diffusion.schedule import Schedule
 from consissr.models.denoiser import Denoiser
 from consissr.restorer import Restorer
-from consissr.train_config import TrainConfig
 from consissr.training import dry_run
 from consissr.training.feed import Feed
 from consissr.training.optimisers import Averaged, build_optimizer
@@ -72,9 +72,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     monkeypatch.setattr(ccsr.adversary, "draw_windows", lambda *_: [None, (1, 2)])
     constant = torch.tensor
     monkeypatch.setattr(Tensor, "new_tensor", lambda x, data: constant(data, dtype=x.dtype).to(x.device))
-    small = consissr.training.clip.F.interpolate
-    monkeypatch.setattr(consissr.training.clip, "random_windows", lambda batch, _, size: small(batch.hq, (size, size)))
-    monkeypatch.setattr(consissr.training.clip, "caption", lambda image: f"bright {image.device.type} photo")
+    small = consissr.nano.clip.F.interpolate
+    monkeypatch.setattr(consissr.nano.clip, "random_windows", lambda batch, _, size: small(batch.hq, (size, size)))
+    monkeypatch.setattr(consissr.nano.clip, "caption", lambda image: f"bright {image.device.type} photo")
     monkeypatch.setattr(torch, "lazy", torch.cpu, raising=False)  # where checkpointing asks for a device's generator
     return FakeTensorMode(allow_non_fake_inputs=True)  # real ones, such as the noise schedule, are on the CPU
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from consissr import formats
-from consissr.geometry import finish, prepare, to_pil, to_tensor
+from consissr.images import formats
+from consissr.images.geometry import finish, prepare, to_pil, to_tensor
 
 SIZES = [(1, 1), (37, 53), (127, 640), (200, 3000)]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from consissr import formats, images
+from consissr.images import codec, formats
 
 
 @pytest.mark.parametrize("size", [(97, 31), (40, 200), (13, 9), (1, 1)])
@@ -13,7 +13,7 @@ def test_resize_equals_pillow(rng, size):
     before = rng.integers(0, 256, (30, 50, 3)).astype(np.uint8)
     expected = np.asarray(Image.fromarray(before).resize(size[::-1], Image.Resampling.BICUBIC))
     x = torch.from_numpy(before).permute(2, 0, 1)[None] / 127.5 - 1
-    result = images.to_uint8(images.resize(x, size))[0].permute(1, 2, 0).numpy()
+    result = codec.to_uint8(codec.resize(x, size))[0].permute(1, 2, 0).numpy()
     assert result.shape == expected.shape
     assert np.abs(result.astype(int) - expected).max() <= 1
 
@@ -21,7 +21,7 @@ def test_resize_equals_pillow(rng, size):
 def test_resize_conformance(shared):
     arrays = np.load(shared / "conformance" / "consissr_common" / "image_ops.npz")
     x = torch.from_numpy(arrays["src"]).permute(2, 0, 1) / 127.5 - 1
-    result = images.to_uint8(images.resize(x, (175, 128))).permute(1, 2, 0).numpy()
+    result = codec.to_uint8(codec.resize(x, (175, 128))).permute(1, 2, 0).numpy()
     assert np.abs(result.astype(int) - arrays["auto_resize_128"]).max() <= 1
 
 
@@ -30,10 +30,10 @@ def test_resize_conformance(shared):
 )
 def test_pad_and_crop(height, width, multiple):
     x = torch.rand(2, 3, height, width)
-    padded = images.pad_to_multiple(x, multiple)
+    padded = codec.pad_to_multiple(x, multiple)
     assert padded.shape[-2] % multiple == 0 and padded.shape[-1] % multiple == 0
     assert padded.shape[-2] - height < multiple and padded.shape[-1] - width < multiple
-    assert torch.equal(images.crop(padded, (height, width)), x)
+    assert torch.equal(codec.crop(padded, (height, width)), x)
     expected = np.pad(
         x.numpy(), [(0, 0), (0, 0), (0, padded.shape[-2] - height), (0, padded.shape[-1] - width)], "reflect"
     )
@@ -41,7 +41,7 @@ def test_pad_and_crop(height, width, multiple):
 
 
 def test_pad_to_a_minimum():
-    assert images.pad_to_multiple(torch.rand(3, 20, 90), 8, minimum=64).shape == (3, 64, 96)
+    assert codec.pad_to_multiple(torch.rand(3, 20, 90), 8, minimum=64).shape == (3, 64, 96)
 
 
 def test_output_size():

@@ -9,9 +9,9 @@ import tifffile
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from consissr import formats, images, png16
 from consissr.errors import UserError
-from consissr.images import Form, Photo
+from consissr.images import codec, formats, png16
+from consissr.images.codec import Form, Photo
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -35,8 +35,8 @@ def pillow(mode: str, size: tuple[int, int] = (24, 36)) -> Image.Image:
 
 def round_trip(path) -> Photo:
     """Read, write under the same suffix (where it is written), and give what was read."""
-    photo = images.read(path)
-    images.write(path.with_name("again" + formats.suffix_for(path.suffix, photo.form)), photo)
+    photo = codec.read(path)
+    codec.write(path.with_name("again" + formats.suffix_for(path.suffix, photo.form)), photo)
     return photo
 
 
@@ -130,7 +130,7 @@ def test_orientation_is_applied_and_dropped(tmp_path, value, suffix):
     photo = round_trip(path)
     with Image.open(path) as before:
         expected = np.asarray(ImageOps.exif_transpose(before).convert("RGB"))
-    assert (images.to_uint8(photo.pixels).permute(1, 2, 0).numpy() == expected).all()
+    assert (codec.to_uint8(photo.pixels).permute(1, 2, 0).numpy() == expected).all()
     with Image.open(tmp_path / f"again{suffix}") as after:
         assert after.size == expected.shape[1::-1]
         tags = after.getexif()
@@ -141,19 +141,19 @@ def test_orientation_is_applied_and_dropped(tmp_path, value, suffix):
 def test_16_bit_tiff_in_planes(tmp_path):
     samples = smooth(24, 36, 3, 65535).transpose(2, 0, 1)
     tifffile.imwrite(tmp_path / "a.tif", samples, photometric="rgb", compression="zlib")
-    assert images.read(tmp_path / "a.tif").form.bits == 16
+    assert codec.read(tmp_path / "a.tif").form.bits == 16
     tifffile.imwrite(tmp_path / "b.tif", samples, photometric="rgb")  # Pillow reads this one wrongly, without a word
     with pytest.raises(UserError, match="separate planes"):
-        images.read(tmp_path / "b.tif")
+        codec.read(tmp_path / "b.tif")
 
 
 def test_16_bit_cmyk_is_read_at_8_bits(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", smooth(24, 36, 4, 65535), photometric="separated")
-    photo = images.read(tmp_path / "a.tif")
+    photo = codec.read(tmp_path / "a.tif")
     assert photo.form.bits == 8 and photo.form.cmyk
     with Image.open(tmp_path / "a.tif") as image:
         expected = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
-    assert (images.to_uint8(photo.pixels).int() - expected).abs().max() <= 1
+    assert (codec.to_uint8(photo.pixels).int() - expected).abs().max() <= 1
 
 
 def test_orientation_of_16_bit_tiff(tmp_path):
@@ -180,22 +180,22 @@ def test_profile_and_exif_are_kept(tmp_path, suffix):
 
 def test_transparent_colour_becomes_a_channel(tmp_path):
     pillow("RGB").save(tmp_path / "a.png", transparency=tuple(int(v) for v in smooth(24, 36, 3)[0, 0]))
-    photo = images.read(tmp_path / "a.png")
+    photo = codec.read(tmp_path / "a.png")
     assert photo.alpha[0, 0, 0] == 0 and photo.alpha.mean() > 0.5
     palette = pillow("P")
     palette.save(tmp_path / "p.png", transparency=int(np.asarray(palette)[0, 0]))
-    assert images.read(tmp_path / "p.png").alpha[0, 0, 0] == 0
+    assert codec.read(tmp_path / "p.png").alpha[0, 0, 0] == 0
 
 
 def test_first_frame_of_several(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert images.to_uint8(images.read(tmp_path / "a.gif").pixels[:, 0, 0]).tolist() == [255, 0, 0]
+    assert codec.to_uint8(codec.read(tmp_path / "a.gif").pixels[:, 0, 0]).tolist() == [255, 0, 0]
 
 
 def test_grey_result_is_the_luma(tmp_path):
     photo = Photo(torch.tensor([1.0, -1.0, 0.0]).view(3, 1, 1).expand(3, 4, 4), None, Form(grey=True))
-    images.write(tmp_path / "a.png", photo)
+    codec.write(tmp_path / "a.png", photo)
     with Image.open(tmp_path / "a.png") as after:
         assert after.mode == "L" and after.getpixel((0, 0)) == round((0.299 + 0.114 / 2) * 255)
 
@@ -203,7 +203,7 @@ def test_grey_result_is_the_luma(tmp_path):
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "I;16", "CMYK"])
 def test_pil_round_trip(mode):
     before = pillow(mode)
-    after = images.to_pil(images.from_pil(before))
+    after = codec.to_pil(codec.from_pil(before))
     assert after.mode == mode
     if mode != "CMYK":
         assert (np.asarray(after) == np.asarray(before)).all()
@@ -225,7 +225,7 @@ def test_truncated_file(tmp_path, suffix, part):
     whole = encoded(suffix)
     path.write_bytes(whole[: int(len(whole) * part)])
     with pytest.raises(UserError, match="a" + suffix) as caught:
-        images.read(path)
+        codec.read(path)
     assert "\n" not in str(caught.value)
 
 
@@ -233,7 +233,7 @@ def test_truncated_16_bit_png(tmp_path):
     whole = png16.encode(smooth(24, 36, 3, 65535))
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="damaged"):
-        images.read(tmp_path / "a.png")
+        codec.read(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp"])
@@ -247,7 +247,7 @@ def test_random_damage_never_escapes(tmp_path, suffix, rng):
             data[place] = rng.integers(0, 256)
         path.write_bytes(data)
         try:
-            images.read(path)
+            codec.read(path)
         except UserError:
             pass
 
@@ -255,14 +255,14 @@ def test_random_damage_never_escapes(tmp_path, suffix, rng):
 def test_not_an_image(tmp_path):
     (tmp_path / "a.png").write_text("hello")
     with pytest.raises(UserError, match="not an image"):
-        images.read(tmp_path / "a.png")
+        codec.read(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"")
     with pytest.raises(UserError, match="empty"):
-        images.read(tmp_path / "b.png")
+        codec.read(tmp_path / "b.png")
     with pytest.raises(UserError, match="No such file"):
-        images.read(tmp_path / "c.png")
+        codec.read(tmp_path / "c.png")
     with pytest.raises(UserError, match="directory"):
-        images.read(tmp_path)
+        codec.read(tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root reads everything")
@@ -270,22 +270,22 @@ def test_unreadable_file(tmp_path):
     pillow("RGB").save(tmp_path / "a.png")
     (tmp_path / "a.png").chmod(0)
     with pytest.raises(UserError, match="Permission"):
-        images.read(tmp_path / "a.png")
+        codec.read(tmp_path / "a.png")
 
 
 def test_decompression_bomb(tmp_path):
     Image.new("1", (20000, 20000)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="million pixels"):
-        images.read(tmp_path / "a.png")
+        codec.read(tmp_path / "a.png")
 
 
 def test_modes_without_a_known_range(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match="F pixels"):
-        images.read(tmp_path / "a.tif")
+        codec.read(tmp_path / "a.tif")
     Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "b.tif")
     with pytest.raises(UserError, match="65535"):
-        images.read(tmp_path / "b.tif")
+        codec.read(tmp_path / "b.tif")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -293,20 +293,20 @@ def test_nan_never_reaches_a_file(tmp_path, value):
     pixels = torch.zeros(3, 4, 4)
     pixels[1, 2, 3] = value
     with pytest.raises(UserError, match="NaN"):
-        images.write(tmp_path / "a.png", Photo(pixels, None, Form()))
+        codec.write(tmp_path / "a.png", Photo(pixels, None, Form()))
     with pytest.raises(UserError, match="NaN"):
-        images.write(tmp_path / "a.png", Photo(torch.zeros(3, 4, 4), pixels[1:2], Form(alpha=True)))
+        codec.write(tmp_path / "a.png", Photo(torch.zeros(3, 4, 4), pixels[1:2], Form(alpha=True)))
     assert not list(tmp_path.iterdir())
 
 
 def test_formats_that_cannot_hold_it(tmp_path):
     photo = Photo(torch.zeros(3, 4, 4), torch.ones(1, 4, 4), Form(alpha=True))
     with pytest.raises(UserError, match="cannot hold"):
-        images.write(tmp_path / "a.jpg", photo)
+        codec.write(tmp_path / "a.jpg", photo)
     with pytest.raises(UserError, match="not written"):
-        images.write(tmp_path / "a.gif", photo)
+        codec.write(tmp_path / "a.gif", photo)
     with pytest.raises(UserError, match="16383"):
-        images.write(tmp_path / "a.webp", Photo(torch.zeros(3, 1, 16384), None, Form()))
+        codec.write(tmp_path / "a.webp", Photo(torch.zeros(3, 1, 16384), None, Form()))
     assert formats.suffix_for(".jpg", photo.form) == ".png"
     assert formats.suffix_for(".webp", Form(bits=16)) == ".png"
     assert formats.suffix_for(".JPG", Form()) == ".JPG"
@@ -321,5 +321,5 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(UserError, match="No space left"):
-        images.write(path, Photo(torch.zeros(3, 4, 4), None, Form()))
+        codec.write(path, Photo(torch.zeros(3, 4, 4), None, Form()))
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

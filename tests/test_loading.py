@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from consissr import restorer as restorer_module
 from consissr.errors import UserError
-from consissr.loading import load_parts
-from consissr.models import base
-from consissr.models.folder import load_prompts
 from consissr.restorer import Restorer
+from consissr.weights import base
+from consissr.weights.folder import load_prompts
+from consissr.weights.loading import load_parts
 
 LARGE = 4096
 """Elements of a tensor that counts as a weight, not as a small table."""
@@ -68,9 +68,9 @@ def test_loaded_weights_survive_their_file(tiny_model, tmp_path):
 @pytest.mark.parametrize("text", [None, "{", "[]"])
 def test_an_incomplete_folder_is_told(name, text, tmp_path):
     """A file that an interrupted copy left out, or cut off."""
-    from consissr.checkpoint import find_model, read_config
-    from consissr.models.folder import load_controlnet, load_image_prompt
-    from consissr.models.latents import load_latents
+    from consissr.models.vae.latents import load_latents
+    from consissr.weights.files import find_model, read_config
+    from consissr.weights.folder import load_controlnet, load_image_prompt
 
     file = tmp_path / name
     file.parent.mkdir()

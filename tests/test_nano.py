@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from ccsr import nuts_plan
-from consissr import Restorer, images
+from consissr import Restorer
 from consissr.data.degradation import degrade, preset
 from consissr.evaluation.metrics import psnr
+from consissr.images import codec
 
 ONE_STEP = nuts_plan(6, 2 / 3, 2 / 3)
 
@@ -24,7 +25,7 @@ def nano() -> Restorer:
 def pair(root: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Centres of the package's six photographs (6, 3, 96, 96), and the same degraded (6, 3, 24, 24)."""
     files = sorted(path for path in (root / "consissr/assets/samples").iterdir() if path.suffix in (".jpg", ".png"))
-    whole = [images.read(file).pixels for file in files]
+    whole = [codec.read(file).pixels for file in files]
     places = [((x.shape[1] - 96) // 2, (x.shape[2] - 96) // 2) for x in whole]
     hq = torch.stack([x[:, top : top + 96, left : left + 96] for x, (top, left) in zip(whole, places, strict=True)])
     return hq, degrade(hq, preset("ccsr"), seeds=range(6))[0]
@@ -54,13 +55,13 @@ def test_the_condition_matters(name: str, plan: list | None, pair: tuple[torch.T
 
     model.hint_latents = Swapped()
     wrong = mean_psnr(model(lq, plan=plan, batch_size=6), hq)
-    assert right > mean_psnr(images.resize(lq, (96, 96)), hq) - 1
+    assert right > mean_psnr(codec.resize(lq, (96, 96)), hq) - 1
     assert right - wrong >= 5
 
 
 def test_it_restores(nano: Restorer, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     """With the decoder as it was before adversarial tuning, one step beats bicubic on degraded photographs."""
-    from consissr.models.base import load_base
+    from consissr.weights.base import load_base
 
     hq, lq = pair
     tuned, nano.latents = nano.latents, load_base("nano").latents.eval().requires_grad_(False)
@@ -68,7 +69,7 @@ def test_it_restores(nano: Restorer, pair: tuple[torch.Tensor, torch.Tensor]) ->
         restored = nano(lq, plan=ONE_STEP, batch_size=6)
     finally:
         nano.latents = tuned
-    assert mean_psnr(restored, hq) > mean_psnr(images.resize(lq, (96, 96)), hq)
+    assert mean_psnr(restored, hq) > mean_psnr(codec.resize(lq, (96, 96)), hq)
 
 
 def test_running_again_gives_the_same_bits(nano: Restorer) -> None:

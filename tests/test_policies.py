@@ -27,16 +27,42 @@ MADE_BY_TOOLS = {"build", "results", "evaluation", "runs", "consissr.egg-info", 
 
 GIT = (ROOT / ".git").exists() and shutil.which("git")
 
-LAYERS = (
-    ("errors", "config", "stage_config", "train_config", "formats", "images", "png16", "color", "checkpoint", "memory"),
-    ("data",),
-    ("models", "ldm"),
-    ("diffusion",),
-    ("restorer", "inputs", "loading", "released", "geometry", "jobs", "batch", "footprint", "reporting", "commandline"),
-    ("training",),
-    ("bench",),
-)
-"""Rooms of consissr; each may import itself and what stands before it."""
+ROOMS = {
+    "errors": (),
+    "config": ("errors",),
+    "images": ("errors", "config"),
+    "diffusion": ("errors", "config", "images"),
+    "models": ("errors", "config", "images"),
+    "data": ("errors", "config", "images"),
+    "weights": ("errors", "config", "images", "models", "diffusion"),
+    "restorer": ("errors", "config", "images", "models", "diffusion", "weights"),
+    "evaluation": ("errors", "config", "images"),
+    "inference": ("errors", "config", "images", "models", "diffusion", "weights", "restorer"),
+    "training": ("errors", "config", "images", "models", "diffusion", "data", "weights", "restorer", "evaluation"),
+}
+"""Rooms of consissr, and the rooms that each may import beside itself. Those named below may import all of these."""
+
+OUTER = ("nano", "studies", "bench")
+EXCEPTIONS = {"consissr/evaluation/complexity.py": ("models", "weights")}  # counts networks, so it builds them
+OPEN = {  # known breaks, to be mended: what is not listed may not break the rule, and a mended one must go from here
+    "consissr/diffusion/schedule.py": ("weights",),
+    "consissr/evaluation/produce.py": ("weights",),
+    "consissr/models/image_prompt.py": ("weights",),
+    "consissr/models/vae/latents.py": ("weights",),
+    "consissr/restorer.py": ("inference",),
+    "consissr/training/loop.py": ("inference",),
+    "consissr/training/report.py": ("inference",),
+}
+OPEN_CIRCLES = {
+    "consissr.data.draws",
+    "consissr.data.noise",
+    "consissr.evaluation.output",
+    "consissr.evaluation.report",
+    "consissr.models.vae.latents",
+    "consissr.models.vae.narrow",
+    "consissr.weights.base",
+    "consissr.weights.from_ldm",
+}
 
 
 def relative(path: Path) -> str:
@@ -56,47 +82,52 @@ def imports(path: Path) -> set[str]:
 
 
 def room(module: str) -> str:
-    """ "models" of "consissr.models.latents"; "" for the package itself."""
+    """ "models" of "consissr.models.vae.latents"; "" for the package itself."""
     return (module.split(".") + [""])[1]
 
 
-@pytest.mark.parametrize("path", PACKAGES, ids=relative)
-def test_import_directions(path):
-    package, *rest = path.relative_to(ROOT).with_suffix("").parts
-    modules = imports(path)
-    assert not {name for name in modules if name.startswith("scripts")}
-    if package == "ccsr" or rest == ["__init__"]:
-        return
-    assert not {name for name in modules if name.split(".")[0] == "ccsr"}
-    order = {name: place for place, layer in enumerate(LAYERS) for name in layer}
-    used = {room(name) for name in modules} - {"", "__version__"}
-    if rest[0] == "evaluation":
-        if rest[-1] != "complexity":
-            assert used <= {"evaluation", *LAYERS[0]}
-        return
-    assert rest[0] in order, f"name the room of {relative(path)} in LAYERS"
-    allowed = {name for name, place in order.items() if place <= order[rest[0]]}
-    if rest[0] in ("training", "bench"):
-        allowed.add("evaluation")
-    assert used <= allowed
+def test_import_directions():
+    """Rooms import what stands below them; ccsr imports consissr, never the reverse; nothing imports scripts."""
+    wrong = set()
+    for path in PACKAGES:
+        package, *rest = path.relative_to(ROOT).with_suffix("").parts
+        modules = imports(path)
+        wrong |= {(relative(path), name) for name in modules if name.startswith("scripts")}
+        if package == "ccsr" or rest == ["__init__"]:
+            continue
+        wrong |= {(relative(path), name) for name in modules if name.split(".")[0] == "ccsr"}
+        here = rest[0]
+        allowed = {here, "", "__version__"} | ({*ROOMS, *OUTER} if here in OUTER else set(ROOMS[here]))
+        allowed |= set(EXCEPTIONS.get(relative(path), ()))
+        wrong |= {(relative(path), used) for used in {room(name) for name in modules} - allowed}
+    assert wrong == {(path, used) for path, rooms in OPEN.items() for used in rooms}
 
 
-@pytest.mark.parametrize("path", PACKAGES + SCRIPTS, ids=relative)
-def test_files_stay_small(path):
-    limit = 110 if path.parent.name == "scripts" else 350
-    assert len(path.read_text().splitlines()) <= limit
+def test_no_circles():
+    """No two files import each other, at the top or inside functions, directly or through others."""
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGES
+    }
+    arrows = {name: (imports(path) & names.keys()) - {name, "consissr", "ccsr"} for name, path in names.items()}
+    while ends := {name for name in arrows if not arrows[name] or not any(name in used for used in arrows.values())}:
+        arrows = {name: used - ends for name, used in arrows.items() if name not in ends}
+    assert arrows.keys() == OPEN_CIRCLES
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=relative)
-def test_no_paths_of_a_machine(path):
+def test_files_stay_small():
+    lengths = {path: len(path.read_text().splitlines()) for path in PACKAGES + SCRIPTS}
+    limits = {path: 110 if path.parent.name == "scripts" else 350 for path in lengths}
+    assert {relative(path): n for path, n in lengths.items() if n > limits[path]} == {}
+
+
+def test_no_paths_of_a_machine():
     places = "|".join(("home", "Users", "work", "opt", "tmp", "root", "mnt", "var"))
-    found = re.findall(rf"(?<![\w.~/-])/(?:{places})/\S*", path.read_text())
-    assert not found
+    found = {relative(path): re.findall(rf"(?<![\w.~/-])/(?:{places})/\S*", path.read_text()) for path in TEXTS}
+    assert {path: places for path, places in found.items() if places} == {}
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=relative)
-def test_nothing_is_left_to_do(path):
-    assert not re.findall("TO" + "DO|FIX" + "ME|X" + "XX", path.read_text())
+def test_nothing_is_left_to_do():
+    assert [relative(path) for path in TEXTS if re.search("TO" + "DO|FIX" + "ME|X" + "XX", path.read_text())] == []
 
 
 def test_no_drawer_for_everything():
@@ -128,9 +159,8 @@ def test_importing_the_packages_is_cheap():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=relative)
-def test_configs_say_what_they_are(path):
-    assert path.read_text().startswith("# ")
+def test_configs_say_what_they_are():
+    assert [relative(p) for p in (ROOT / "configs").rglob("*.yaml") if not p.read_text().startswith("# ")] == []
 
 
 # --- README and continuous integration ---

@@ -10,7 +10,7 @@ from PIL import Image
 from ccsr import nuts_plan
 from consissr.diffusion.plans import ddpm_plan
 from consissr.errors import UserError
-from consissr.memory import Tiles, choose_tiles
+from consissr.inference.memory import Tiles, choose_tiles
 from consissr.restorer import Restorer
 
 
@@ -161,7 +161,7 @@ def test_tiles_change_little(restorer):
 
 def test_chosen_tiles():
     def choose(size, memory=2**34, one_size=False, **settings):
-        from consissr.config import SamplerConfig
+        from consissr.config.sampler import SamplerConfig
 
         return choose_tiles(SamplerConfig(**settings), size, 8, 64, one_size, (2**17, 2**18), memory)
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from ccsr import nuts_plan
-from consissr import images
+from consissr.bench.footprint import footprint
 from consissr.errors import UserError
-from consissr.footprint import footprint
+from consissr.images import codec
 from consissr.restorer import Restorer
 
 TILE = 128
@@ -23,7 +23,7 @@ def restorer():
 @pytest.fixture(scope="module", params=[1, 2])
 def results(restorer, root, request):
     """A photograph's part enlarged to 256x256: in one piece, in tiles, and in one piece with another seed; steps."""
-    photo = images.from_pil(Image.open(root / "consissr" / "assets" / "samples" / "cat.jpg").convert("RGB"))
+    photo = codec.from_pil(Image.open(root / "consissr" / "assets" / "samples" / "cat.jpg").convert("RGB"))
     x = photo.pixels[None, :, :64, :64]
     plan = nuts_plan(6, 2 / 3, 2 / 3 if request.param == 1 else 1 / 2)
     whole = {"tile": 0, "vae_tile": 0, "plan": plan}

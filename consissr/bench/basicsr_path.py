@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from consissr.data.compat import prepare_basicsr
+from consissr.bench.compat import prepare_basicsr
 from consissr.data.kernels import FAMILIES
 from consissr.data.settings import DegradationConfig
 

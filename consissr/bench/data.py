@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from consissr.data import basicsr_path
+from consissr.bench import basicsr_path
 from consissr.data.datasets import PhotoDataset
 from consissr.data.degradation import degrade
 from consissr.data.files import decode, list_photos

@@ -9,7 +9,7 @@ import torch
 from consissr.bench.clock import Clock, spread
 from consissr.bench.work import counted, without_weights
 from consissr.evaluation.complexity import parameters
-from consissr.models.narrow import narrow_decoder
+from consissr.models.vae.narrow import narrow_decoder
 from consissr.restorer import Restorer
 
 

@@ -43,8 +43,8 @@ def footprint(
     if side < scale or side % scale:
         raise UserError(f"a side of {side} px is no multiple of the scale {scale}: use one that is")
     task = {"side": side, "scale": scale, "load": {"name": model, "device": device, "precision": precision} | settings}
-    call = [sys.executable, "-m", "consissr.footprint", json.dumps(task)]
-    places = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    call = [sys.executable, "-m", "consissr.bench.footprint", json.dumps(task)]
+    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
     done = subprocess.run(call, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -80,7 +80,7 @@ def start_peak(device: str) -> int:
         return torch.cuda.memory_allocated()
     import psutil
 
-    from consissr.memory import give_back
+    from consissr.inference.memory import give_back
 
     give_back()
     if CLEAR.exists():
@@ -92,7 +92,7 @@ def peak(device: str) -> int:
     """Most bytes in use since `start_peak`, or since the process began where the system cannot start anew."""
     if not device.startswith("cuda") and STATUS.exists():
         return int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())[1]) * 1024
-    from consissr.batch import peak_memory_mb
+    from consissr.inference.batch import peak_memory_mb
 
     return peak_memory_mb() * MB
 

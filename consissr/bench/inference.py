@@ -16,19 +16,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from consissr import images
 from consissr.bench.clock import Clock, ceiling, spread
+from consissr.bench.footprint import MB, start_peak
+from consissr.bench.footprint import peak as peak_bytes
 from consissr.bench.models import Method, build
 from consissr.bench.reference import Reference
 from consissr.bench.report import PARTS, PATHS
 from consissr.bench.work import macs_of
 from consissr.diffusion.plans import Step
 from consissr.diffusion.sampler import seeded_draw
-from consissr.footprint import MB, start_peak
-from consissr.footprint import peak as peak_bytes
-from consissr.geometry import finish, prepare, to_pil
-from consissr.loading import PRECISIONS
-from consissr.memory import GLIBC_KEPT, KEPT, keep_freed
+from consissr.images import codec
+from consissr.images.geometry import finish, prepare, to_pil
+from consissr.inference.memory import GLIBC_KEPT, KEPT, keep_freed
+from consissr.weights.loading import PRECISIONS
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Paths:
                 with clock.part("write"):
                     file = self.scratch / f"{path}{i}.png"
                     if path == "ours":
-                        images.write(file, images.Photo(done[0], None, images.Form()))
+                        codec.write(file, codec.Photo(done[0], None, codec.Form()))
                     else:
                         to_pil(done).save(file)  # both releases: Pillow's own settings for PNG
         return y

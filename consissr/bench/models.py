@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consissr import checkpoint
-from consissr.config import ModelConfig, SamplerConfig
+from consissr.config.model import ModelConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import Step
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.evaluation import complexity
-from consissr.loading import PRECISIONS, load_parts
 from consissr.models.denoiser import Denoiser
 from consissr.models.image_prompt import ImagePrompt
-from consissr.models.latents import Latents
+from consissr.models.vae.latents import Latents
 from consissr.restorer import Restorer
+from consissr.weights import files
+from consissr.weights.loading import PRECISIONS, load_parts
 
 SD21 = "sd21"
 """The name of the full size, beside names and folders of models."""
@@ -137,7 +138,7 @@ def from_folder(
     for network in networks:
         if network is not None:
             network.eval().requires_grad_(False).to(device, dtype)
-    config = checkpoint.read_config(checkpoint.find_model(name))
+    config = files.read_config(files.find_model(name))
     text = from_dict(parts["prompts"], device)
     made = Parts(*networks, parts["schedule"], device, dtype, config.model, text)
     return made, parts["sampler"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from consissr.footprint import footprint
+from consissr.bench.footprint import footprint
 
 
 def exponent(areas: list[float], seconds: list[float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from consissr.config import check_word
+from consissr.config.loading import check_word
 from consissr.errors import UserError
 
 

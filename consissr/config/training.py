@@ -1,13 +1,14 @@
-"""Configuration of training runs: their data, and what all stages share. stage_config.py has what each stage adds."""
+"""Configuration of training runs: their data, and what all stages share. stages.py has what each stage adds."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
 
-from consissr.config import ModelConfig, SamplerConfig, check_word
-from consissr.errors import UserError
-from consissr.stage_config import (
+from consissr.config.loading import check_word
+from consissr.config.model import ModelConfig
+from consissr.config.sampler import SamplerConfig
+from consissr.config.stages import (
     AutoencoderConfig,
     ClipConfig,
     DeftConfig,
@@ -17,6 +18,7 @@ from consissr.stage_config import (
     RclipConfig,
     TalaConfig,
 )
+from consissr.errors import UserError
 
 
 @dataclass(kw_only=True)

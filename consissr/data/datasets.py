@@ -13,7 +13,7 @@ from PIL import Image
 
 from consissr.data.files import Photo, decode, list_photos, partners
 from consissr.errors import UserError
-from consissr.images import resize
+from consissr.images.codec import resize
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from consissr import formats, images
 from consissr.errors import UserError
+from consissr.images import codec, formats
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def decode(data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode in ("RGB", "L"):
                 return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            return images.to_uint8(images.from_pil(image).pixels).permute(1, 2, 0).numpy()
+            return codec.to_uint8(codec.from_pil(image).pixels).permute(1, 2, 0).numpy()
     except UnidentifiedImageError as error:
         raise UserError("not an image, or of an unknown format") from error
     except DAMAGE as error:

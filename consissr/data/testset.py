@@ -16,7 +16,7 @@ from consissr.data.datasets import PhotoDataset
 from consissr.data.degradation import check_size, degrade
 from consissr.data.settings import preset
 from consissr.errors import UserError
-from consissr.images import to_uint8
+from consissr.images.codec import to_uint8
 
 
 def write_testset(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from consissr.models.base import SD_BETAS
+from consissr.weights.base import SD_BETAS
 
 CLEAN = -1
 """The timestep after the last one: `alpha_bar[CLEAN]` is 1, nothing but signal."""

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from consissr import images
 from consissr.errors import UserError
 from consissr.evaluation import folders
 from consissr.evaluation.metrics import gaussian_blur, luma
 from consissr.evaluation.protocols import get_measures, get_protocol
+from consissr.images import codec
 
 BLOCK = 16  # pixels per side
 FLATTEST = 0.1  # share of all blocks
@@ -70,7 +70,7 @@ def mean_change(one: Path, other: Path) -> float:
 def bicubic_baseline(lr: torch.Tensor, scale: int = 4) -> torch.Tensor:
     """Bicubic upscaling rounded to 8 bits: (N, 3, h, w) in [0, 1] -> (N, 3, scale h, scale w) in [0, 1]."""
     size = (lr.shape[-2] * scale, lr.shape[-1] * scale)
-    return images.to_uint8(images.resize(lr * 2 - 1, size)).float() / 255
+    return codec.to_uint8(codec.resize(lr * 2 - 1, size)).float() / 255
 
 
 def bicubic_plus_grain(lr: torch.Tensor, scale: int = 4, sigma: float = GRAIN, seed: int = 0) -> torch.Tensor:
@@ -97,8 +97,8 @@ def write_baselines(lr: Path, output: Path, scale: int = 4) -> dict[str, Path]:
         for seed, (stem, path) in enumerate(files.items()):
             options = {"seed": seed} if maker is bicubic_plus_grain else {}
             result = maker(folders.read_image(path), scale, **options)
-            picture = images.Photo(result[0] * 2 - 1, None, images.read(path).form)
-            images.write(written[name] / f"{stem}.png", picture)
+            picture = codec.Photo(result[0] * 2 - 1, None, codec.read(path).form)
+            codec.write(written[name] / f"{stem}.png", picture)
         for path in written[name].rglob("*.png"):
             if path.relative_to(written[name]).with_suffix("").as_posix() not in files:
                 path.unlink()

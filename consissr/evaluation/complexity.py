@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from consissr.config import ModelConfig
+from consissr.config.model import ModelConfig
 from consissr.evaluation import tables
 from consissr.evaluation.tables import Cell, Table
 

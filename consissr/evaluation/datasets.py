@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from consissr.config import nearest
+from consissr.config.loading import nearest
 from consissr.errors import UserError
 from consissr.evaluation.folders import list_images
 

@@ -148,11 +148,11 @@ def pair(folders: dict[str, Path], hr: Path | None, lr: Path | None) -> Pairs:
 
 def read_image(path: Path) -> "torch.Tensor":
     """An image file as RGB (1, 3, H, W) in [0, 1]; 8-bit samples come back as exactly k / 255."""
-    from consissr import images
+    from consissr.images import codec
 
-    photo = images.read(path)
+    photo = codec.read(path)
     if photo.form.bits == 8:
-        return images.to_uint8(photo.pixels)[None].float() / 255
+        return codec.to_uint8(photo.pixels)[None].float() / 255
     return (photo.pixels[None] + 1) / 2
 
 

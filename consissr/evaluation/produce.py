@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from consissr.checkpoint import BUNDLED, find_model
-from consissr.config import nearest
+from consissr.config.loading import nearest
 from consissr.errors import UserError
 from consissr.evaluation.folders import EXTENSIONS, fingerprint
 from consissr.evaluation.output import write_text
 from consissr.evaluation.tables import Table
+from consissr.weights.files import BUNDLED, find_model
 
 MODEL_FILES = (".safetensors", ".yaml", ".json")
 """Endings of the files of a model folder that results depend on."""

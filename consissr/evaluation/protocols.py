@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from consissr.config import nearest
+from consissr.config.loading import nearest
 from consissr.errors import UserError
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from consissr import images
 from consissr.evaluation.evaluate import Evaluation
 from consissr.evaluation.folders import read_image
 from consissr.evaluation.protocols import Measure
+from consissr.images import codec
 
 JPEG_QUALITY = 92
 COLOURS = ("#2470c8", "#d1603d", "#2a9d5c", "#8e5bd0", "#b8860b", "#0f8b8d", "#c23b75", "#6b705c")
@@ -83,9 +83,9 @@ def embedded_pictures(evaluation: Evaluation, image: str) -> dict[str, str]:
 
 
 def data_uri(path: Path, kind: str) -> str:
-    pixels = images.to_uint8(read_image(path)[0] * 2 - 1).permute(1, 2, 0).numpy()
+    array = codec.to_uint8(read_image(path)[0] * 2 - 1).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {}))
+    Image.fromarray(array).save(buffer, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {}))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

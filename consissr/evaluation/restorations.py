@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from consissr import images
 from consissr.errors import UserError
 from consissr.evaluation import folders
 from consissr.evaluation.produce import MODEL_FILES
+from consissr.images import codec
 
 
 def results_folder(output: Path, name: str, model: Path, base: str | None, lr: Path) -> Path:
@@ -67,11 +67,11 @@ def restore(
         if not all((folder / f"{name}.png").is_file() for name in names)
     ]  # fmt: skip
     for names in track(missing, folder.name, console=Console(stderr=True)):
-        photos = [images.read(files[name]) for name in names]
+        photos = [codec.read(files[name]) for name in names]
         x = torch.stack([photo.pixels for photo in photos])
         y = restorer(x, keys=names, plan=plan, batch_size=len(names))
         for name, photo, result in zip(names, photos, y, strict=True):
-            images.write(folder / f"{name}.png", images.Photo(result, None, photo.form))
+            codec.write(folder / f"{name}.png", codec.Photo(result, None, photo.form))
     return folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from consissr.config import nearest
+from consissr.config.loading import nearest
 from consissr.errors import UserError
 from consissr.evaluation.evaluate import Evaluation
 from consissr.evaluation.protocols import MEASURES, get_measures

@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from consissr import color
-from consissr.formats import output_size
-from consissr.images import crop, pad_to_multiple, resize, to_uint8
+from consissr.images import color
+from consissr.images.codec import crop, pad_to_multiple, resize, to_uint8
+from consissr.images.formats import output_size
 
 RELEASED_SHORT_SIDE = 512
 """What both releases raise the short side to, in pixels."""

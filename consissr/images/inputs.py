@@ -8,9 +8,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from consissr import images
 from consissr.errors import UserError
-from consissr.images import Photo
+from consissr.images import codec
+from consissr.images.codec import Photo
 
 Images = Image | list[Image] | Tensor
 
@@ -29,7 +29,7 @@ def unpacked(inputs: Images) -> tuple[list[Tensor], list[Photo]]:
     for item in listed:
         if not isinstance(item, Image):
             raise UserError(f"cannot restore a {type(item).__name__}: give a PIL image, a list of them or a tensor")
-    photos = [images.from_pil(image) for image in listed]
+    photos = [codec.from_pil(image) for image in listed]
     return [photo.pixels[None] for photo in photos], photos
 
 
@@ -37,7 +37,7 @@ def packed(inputs: Images, photos: list[Photo], results: list[Tensor]) -> Images
     """Results (1,3,H,W) as the kind of thing that `inputs` is."""
     if isinstance(inputs, Tensor):
         return stacked(results)
-    restored = [images.to_pil(photo.restored(result[0])) for photo, result in zip(photos, results, strict=True)]
+    restored = [codec.to_pil(photo.restored(result[0])) for photo, result in zip(photos, results, strict=True)]
     return restored[0] if isinstance(inputs, Image) else restored
 
 

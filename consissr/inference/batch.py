@@ -20,11 +20,12 @@ from typing import Any, Protocol, TextIO
 import torch
 from torch import Tensor
 
-from consissr import __version__, images
+from consissr import __version__
 from consissr.errors import UserError
-from consissr.images import Photo
-from consissr.jobs import Job
-from consissr.memory import is_out_of_memory
+from consissr.images import codec
+from consissr.images.codec import Photo
+from consissr.inference.jobs import Job
+from consissr.inference.memory import is_out_of_memory
 
 READERS = 2
 WRITERS = 2
@@ -130,7 +131,7 @@ def _read_ahead(readers: ThreadPoolExecutor, groups: list[list[Job]]) -> Iterato
     """Each group with the futures of its photos; the next group is being read while this one is worked on."""
     ahead: deque = deque()
     for group in groups:
-        ahead.append((group, [readers.submit(images.read, job.source) for job in group]))
+        ahead.append((group, [readers.submit(codec.read, job.source) for job in group]))
         if len(ahead) > 1:
             yield ahead.popleft()
     yield from ahead
@@ -188,13 +189,13 @@ def _step_writer(restorer: Restores, job: Job, photo: Photo, settings: Settings)
     def write(index: int, step: Any, eps: Tensor, x0: Tensor) -> None:
         pixels = restorer.step_picture(x0, photo.pixels[None], settings.scale, settings.longest)[0]
         path = job.target.with_name(f"{job.target.name}_steps") / f"{index:02d}_t{step.t:03d}.png"
-        images.write(path, Photo(pixels, None, images.Form()))
+        codec.write(path, Photo(pixels, None, codec.Form()))
 
     return write
 
 
 def _write(job: Job, photo: Photo, settings: Settings) -> None:
-    images.write(job.target, photo, settings.quality)
+    codec.write(job.target, photo, settings.quality)
 
 
 def _finish(outcome: Outcome, future: Future, report: Report) -> None:

@@ -8,7 +8,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from consissr.config import SamplerConfig, load_config
+from consissr.config.loading import load_config
+from consissr.config.sampler import SamplerConfig
 
 SAMPLER_FLAGS = ("guidance", "positive", "negative", "start", "color_fix", "tile", "tile_overlap", "vae_tile")
 PLAN_FLAGS = ("plan", "steps", "t_max", "t_min")

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-from consissr import formats
 from consissr.errors import UserError
+from consissr.images import formats
 
 BYTES_PER_PIXEL = 80
 """What one pixel of a result takes beside the networks: several float RGB copies, and the samples to write."""

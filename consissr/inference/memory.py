@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from consissr.config import SamplerConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = -1, -3, 2**25

@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from consissr.batch import Outcome, peak_memory_mb
+from consissr.inference.batch import Outcome, peak_memory_mb
 
 
 class Terminal:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.config import ModelConfig
+from consissr.config.model import ModelConfig
 from consissr.errors import UserError
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from consissr.config import ModelConfig
+from consissr.config.model import ModelConfig
 from consissr.models.attention import added_parameters, replace_blocks, zeroed
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.checkpoint import load_strict, read_weights, write_weights
 from consissr.errors import UserError
 from consissr.models.attention import zeroed
+from consissr.weights.files import load_strict, read_weights, write_weights
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from consissr.models.latents import Latents, save_latents
-from consissr.train_config import TrainConfig
+from consissr.config.training import TrainConfig
+from consissr.models.vae.latents import Latents, save_latents
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop, held_out, photographs
 from consissr.training.validation import VALIDATION_SEED
 

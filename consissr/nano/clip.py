@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.data.captions import WORDS, caption
+from consissr.config.stages import ClipConfig
+from consissr.config.training import TrainConfig
 from consissr.models.image_prompt import build_tower, clip_input, save_tower
-from consissr.stage_config import ClipConfig
-from consissr.train_config import TrainConfig
+from consissr.nano.captions import WORDS, caption
 from consissr.training.precision import without_autocast
 from consissr.training.stage import EXPORT, Batch, Phase, held_out, seed_of
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.data.captions import caption
+from consissr.config.training import TrainConfig
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.errors import UserError
-from consissr.models.base import SD_BETAS, NullText, TextEncoder, idle_without_text, load_text
-from consissr.models.folder import write_network, write_scheduler
-from consissr.models.latents import load_latents, save_latents
-from consissr.train_config import TrainConfig
+from consissr.models.vae.latents import load_latents, save_latents
+from consissr.nano.captions import caption
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop
+from consissr.weights.base import SD_BETAS, NullText, TextEncoder, idle_without_text, load_text
+from consissr.weights.folder import write_network, write_scheduler
 
 ENCODERS = ("text_encoder", "tokenizer", "image_encoder")
 """Folders of a clip run that become part of the base."""

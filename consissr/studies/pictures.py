@@ -10,9 +10,9 @@ from consissr.evaluation import figures
 from consissr.evaluation.bootstrap import interval
 from consissr.evaluation.folders import list_images, list_runs, read_image
 from consissr.evaluation.protocols import MEASURES, get_measures
-from consissr.evaluation.studies import Results, Study
-from consissr.evaluation.study_run import Setting
-from consissr.evaluation.study_scores import STEP_METRICS, Scores, StepScores
+from consissr.studies.run import Setting
+from consissr.studies.scores import STEP_METRICS, Scores, StepScores
+from consissr.studies.spec import Results, Study
 
 SHOWN = 3
 """Images in a picture."""

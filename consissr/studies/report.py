@@ -17,9 +17,9 @@ import yaml
 from consissr.evaluation.bootstrap import DRAWS, Estimate, interval
 from consissr.evaluation.output import write_text
 from consissr.evaluation.protocols import MEASURES
-from consissr.evaluation.studies import COMPARED, DATASETS, LEAST, METRICS, Study
-from consissr.evaluation.study_run import PHOTOS, REALSR, Setting, note, record_of
-from consissr.evaluation.study_scores import (
+from consissr.evaluation.workers import cores
+from consissr.studies.run import PHOTOS, REALSR, Setting, note, record_of
+from consissr.studies.scores import (
     PROTOCOL,
     Finding,
     Published,
@@ -30,7 +30,7 @@ from consissr.evaluation.study_scores import (
     measure_steps,
     restored,
 )
-from consissr.evaluation.workers import cores
+from consissr.studies.spec import COMPARED, DATASETS, LEAST, METRICS, Study
 
 LABELS = {
     "realsr": f"RealSR, centre crops of {{}} of the 100 pairs, {REALSR['crop'] * REALSR['scale']} pixels",
@@ -77,7 +77,7 @@ def report(setting: Setting, name: str, papers: Path, data: Path | None = None) 
 
     papers: folder of the papers' tables; data: where the results are also written as a table of the same kind.
     """
-    from consissr.evaluation import study_pictures
+    from consissr.studies import pictures
 
     study, out = setting.plan.study(name), setting.plan.out / name
     began = time.perf_counter()
@@ -98,7 +98,7 @@ def report(setting: Setting, name: str, papers: Path, data: Path | None = None) 
     write_csv(out / "per_image.csv", per_image(scored))
     write_csv(out / "summary.csv", summary(study, scored, published))
     write_csv(out / "comparisons.csv", comparison_rows(study, findings))
-    pictures = study_pictures.draw(setting, study, scored, shown, steps)
+    pictures = pictures.draw(setting, study, scored, shown, steps)
     measured = Measured(setting, study, scored, findings, published, missing)
     write_text(out / "summary.md", markdown(measured, pictures))
     if data is not None and scored:

@@ -20,13 +20,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from consissr.config import changed_fields, load_config
+from consissr.config.loading import changed_fields, load_config
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.children import Job, threads_each
 from consissr.evaluation.folders import list_images, list_runs, pair
-from consissr.evaluation.studies import DATASETS, PLACES, Plan, Results, Training
 from consissr.evaluation.workers import cores
-from consissr.train_config import TrainConfig
+from consissr.studies.spec import DATASETS, PLACES, Plan, Results, Training
 
 REALSR = {"count": 12, "crop": 72, "scale": 4}
 """Every eighth of the 100 real pairs, LQ centre crops of 72x72 pixels."""
@@ -219,7 +219,7 @@ def recipe(results: Results, dataset: str, precision: str) -> dict:
 
 def weights_digest(model: str) -> str:
     """Digest of a model folder's weights and configuration, for models that another training may replace."""
-    from consissr.checkpoint import find_model
+    from consissr.weights.files import find_model
 
     folder, found = find_model(model), hashlib.sha256()
     for path in sorted([*folder.rglob("*.safetensors"), folder / "config.yaml"]):
@@ -301,14 +301,14 @@ def begin(results: Results, dataset: str, precision: str) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(recipe(results, dataset, precision)) + "\n")
     if results.zero_tokens:
-        from consissr.checkpoint import find_model
+        from consissr.weights.files import find_model
 
         without_tokens(find_model(results.model), results.folder / f"model-{dataset}")
 
 
 def without_tokens(model: Path, copy: Path) -> None:
     """A copy of a model folder whose image adapter puts out zeros: its last layer is cleared."""
-    from consissr.checkpoint import read_weights, write_weights
+    from consissr.weights.files import read_weights, write_weights
 
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(model, copy, ignore=shutil.ignore_patterns("checkpoint-*", "validation", DONE))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from consissr.config import nearest
+from consissr.config.loading import nearest
 from consissr.errors import UserError
 from consissr.evaluation import tables
 from consissr.evaluation.bootstrap import Difference, paired, verdict
@@ -17,8 +17,8 @@ from consissr.evaluation.curves import step_pictures, timesteps
 from consissr.evaluation.evaluate import Evaluation, evaluate
 from consissr.evaluation.folders import Method, Pairs, list_images, list_runs, pair, read_image
 from consissr.evaluation.protocols import get_measures, get_protocol
-from consissr.evaluation.studies import LEAST, METRICS, Comparison, Results, Study
-from consissr.evaluation.study_run import REALSR, Setting, done_record, is_restored, otherwise
+from consissr.studies.run import REALSR, Setting, done_record, is_restored, otherwise
+from consissr.studies.spec import LEAST, METRICS, Comparison, Results, Study
 
 PROTOCOL = "ccsr"
 STEP_METRICS = ("psnr", "ssim")

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from consissr.config import load_config, nearest
+from consissr.config.loading import load_config, nearest
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.train_config import TrainConfig
 
 ORDER = ("consissr_table4", "ccsr_table1", "consissr_table3", "hybrids", "ccsr_sweeps")
 """What 'all' runs, the headline comparisons first."""

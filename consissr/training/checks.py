@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from consissr.config.training import TrainConfig
 from consissr.data.settings import MODES, preset
 from consissr.errors import UserError
-from consissr.train_config import TrainConfig
 from consissr.training.checkpoints import find_checkpoint, list_checkpoints, step_of
 
 

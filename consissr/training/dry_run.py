@@ -17,23 +17,23 @@ from typing import Any
 
 import torch
 
-from consissr.checkpoint import BUNDLED, find_model
-from consissr.config import ModelConfig
+from consissr.config.model import ModelConfig
+from consissr.config.training import TrainConfig
 from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
 from consissr.evaluation.complexity import TOKENS, TOWER, UNET, VAE
 from consissr.evaluation.learned import LPIPS_VGG, find
 from consissr.models.attention import replace_blocks
-from consissr.models.base import BUNDLED_BASES, find_base
 from consissr.models.controlnet import build_controlnet
-from consissr.models.image_encoder import OPEN_CLIP, has_tower
 from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
-from consissr.models.latents import empty_latents
-from consissr.train_config import TrainConfig
+from consissr.models.vae.latents import empty_latents
 from consissr.training.checks import launched, problems
 from consissr.training.estimate import memory
 from consissr.training.restoration import Parts
 from consissr.training.stage import Stage
+from consissr.weights.base import BUNDLED_BASES, find_base
+from consissr.weights.files import BUNDLED, find_model
+from consissr.weights.image_encoder import OPEN_CLIP, has_tower
 
 
 def describe(config: TrainConfig, builder: Any) -> Iterator[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from consissr.train_config import TrainConfig
+from consissr.config.training import TrainConfig
 from consissr.training.stage import Batch, Stage
 
 GIB = 2**30

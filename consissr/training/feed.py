@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from consissr.config.training import TrainConfig
 from consissr.data.as_released import PairPool, degrade_as_released
 from consissr.data.degradation import check_size, degrade, preset
 from consissr.data.draws import ReleasedDraws
-from consissr.train_config import TrainConfig
 from consissr.training.checks import accumulation
 from consissr.training.precision import without_autocast
 from consissr.training.stage import Batch, photographs, seed_of

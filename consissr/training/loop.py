@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.memory import is_out_of_memory
-from consissr.train_config import TrainConfig
+from consissr.inference.memory import is_out_of_memory
 from consissr.training.checkpoints import find_checkpoint, last_good, load_checkpoint, save_checkpoint
 from consissr.training.checks import check_run, launched
 from consissr.training.feed import Feed

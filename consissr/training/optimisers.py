@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from consissr.stage_config import OptimizerConfig
+from consissr.config.stages import OptimizerConfig
 from consissr.training.stage import Phase
 
 

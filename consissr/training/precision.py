@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from consissr.train_config import TrainConfig
+from consissr.config.training import TrainConfig
 
 
 def fast_bf16(device: torch.device) -> bool:

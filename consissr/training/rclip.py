@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.models.image_encoder import find_tower
+from consissr.config.training import TrainConfig
 from consissr.models.image_prompt import load_tower, save_tower, tower_features
-from consissr.train_config import TrainConfig
 from consissr.training.stage import EXPORT, Batch, Phase
+from consissr.weights.image_encoder import find_tower
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer

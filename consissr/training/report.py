@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from consissr.batch import peak_memory_mb
-from consissr.config import changed_fields, load_config, save_config
-from consissr.train_config import TrainConfig
+from consissr.config.loading import changed_fields, load_config, save_config
+from consissr.config.training import TrainConfig
+from consissr.inference.batch import peak_memory_mb
 
 log = logging.getLogger(__name__)
 

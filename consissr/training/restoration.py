@@ -16,23 +16,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from consissr.checkpoint import UNET_ADAPTER, WEIGHTS, find_model, load_strict, read_config, read_weights
-from consissr.config import FolderConfig, ModelConfig
+from consissr.config.folder import FolderConfig
+from consissr.config.model import ModelConfig
+from consissr.config.training import TrainConfig
 from consissr.diffusion.plans import Step
 from consissr.diffusion.sampler import sample, start_latent
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.diffusion.tala import probability, tala_inputs
 from consissr.errors import UserError
 from consissr.models.attention import added_parameters, renew_copies, replace_blocks, trainable_parameters
-from consissr.models.base import Base, idle_without_text, load_base
 from consissr.models.controlnet import build_controlnet, empty_controlnet
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt
-from consissr.models.folder import PROMPTS, load_image_prompt, load_prompts, own_parameters, save_model
-from consissr.models.image_encoder import find_tower, has_tower
 from consissr.models.image_prompt import Adapter, ImagePrompt, load_tower, prompt_config
-from consissr.models.latents import Latents, load_latents, save_latents
-from consissr.train_config import TrainConfig
+from consissr.models.vae.latents import Latents, load_latents, save_latents
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop
+from consissr.weights.base import Base, idle_without_text, load_base
+from consissr.weights.files import UNET_ADAPTER, WEIGHTS, find_model, load_strict, read_config, read_weights
+from consissr.weights.folder import PROMPTS, load_image_prompt, load_prompts, own_parameters, save_model
+from consissr.weights.image_encoder import find_tower, has_tower
 
 log = logging.getLogger(__name__)
 

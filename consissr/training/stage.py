@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from consissr.config.stages import OptimizerConfig
+from consissr.config.training import DataConfig
 from consissr.data.datasets import PhotoDataset
 from consissr.errors import UserError
-from consissr.stage_config import OptimizerConfig
-from consissr.train_config import DataConfig
 
 
 def seed_of(*parts: object) -> int:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from consissr.config.training import TrainConfig
 from consissr.diffusion.plans import check_plan, ddpm_plan
 from consissr.errors import UserError
 from consissr.models.denoiser import Condition, SoftPrompt
-from consissr.train_config import TrainConfig
 from consissr.training.restoration import Parts, Restoration, pixel_weights
 from consissr.training.stage import Batch
 

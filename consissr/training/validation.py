@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.metrics import psnr, ssim
-from consissr.images import to_uint8
-from consissr.train_config import TrainConfig
+from consissr.images.codec import to_uint8
 from consissr.training.stage import Batch, Stage, held_out
 
 VALIDATION_SEED = 2024

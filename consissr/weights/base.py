@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from consissr.checkpoint import WEIGHTS
-from consissr.config import nearest
+from consissr.config.loading import nearest
 from consissr.errors import UserError
-from consissr.models.latents import LINEAR_PATH, Latents, load_latents
+from consissr.models.vae.latents import LINEAR_PATH, Latents, load_latents
+from consissr.weights.files import WEIGHTS
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -185,7 +185,7 @@ def load_text(place: str, dtype: torch.dtype) -> ClipText:
 
 def load_file(place: str, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
     """A base from one file in LDM naming, read as SD2.1-base's: predicting noise, sizes from the weights."""
-    from consissr.models.from_ldm import read_base
+    from consissr.weights.from_ldm import read_base
 
     unet, latents, tower, report = read_base(Path(place), dtype)
     log.info("%s: %s", place, "; ".join(report.lines()))

@@ -1,4 +1,4 @@
-"""Model folders and weight files: what stands where, read strictly (models/folder.py loads and saves whole models).
+"""Model folders and weight files: what stands where, read strictly (folder.py loads and saves whole models).
 
     config.yaml                 model and sampler configuration, every field resolved
     controlnet/                 diffusers' layout, with our hint and additions
@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consissr.config import FolderConfig, load_config, nearest
+from consissr.config.folder import FolderConfig
+from consissr.config.loading import load_config, nearest
 from consissr.errors import UserError
 
 log = logging.getLogger(__name__)
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = ("nano-ccsr", "nano-consissr")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNET_ADAPTER = "unet_adapter.safetensors"

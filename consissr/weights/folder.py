@@ -1,4 +1,4 @@
-"""Saving and loading the parts of a model folder (its layout stands in checkpoint.py)."""
+"""Saving and loading the parts of a model folder (its layout stands in files.py)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from consissr.checkpoint import UNET_ADAPTER, WEIGHTS, load_strict, read_json, read_weights, write_weights
-from consissr.config import FolderConfig, ModelConfig, save_config
+from consissr.config.folder import FolderConfig
+from consissr.config.loading import save_config
+from consissr.config.model import ModelConfig
 from consissr.errors import UserError
 from consissr.models.attention import added_parameters, replace_blocks
-from consissr.models.base import SD_BETAS
 from consissr.models.controlnet import empty_controlnet
 from consissr.models.image_prompt import IMAGE_WEIGHTS, Adapter, ImagePrompt, build_tower
-from consissr.models.latents import Latents, save_latents
+from consissr.models.vae.latents import Latents, save_latents
+from consissr.weights.base import SD_BETAS
+from consissr.weights.files import UNET_ADAPTER, WEIGHTS, load_strict, read_json, read_weights, write_weights
 
 PROMPTS = "prompts.safetensors"
 """Embeddings of the prompts that a model samples with, where they are not the base's text encoder's to make."""

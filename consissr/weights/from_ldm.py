@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from consissr import ldm
-from consissr.config import ModelConfig
+from consissr.config.model import ModelConfig
 from consissr.errors import UserError
-from consissr.ldm import Report, State
 from consissr.models.attention import replace_blocks
-from consissr.models.base import SD_BETAS
-from consissr.models.latents import Latents
 from consissr.models.text import OpenClipText
+from consissr.models.vae.latents import Latents
+from consissr.weights import ldm
+from consissr.weights.base import SD_BETAS
+from consissr.weights.ldm import Report, State
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from consissr.checkpoint import BUNDLED, find_model, load_strict
-from consissr.config import ModelConfig
+from consissr.config.model import ModelConfig
 from consissr.errors import UserError
-from consissr.models.base import find_base
 from consissr.models.image_prompt import build_tower, load_tower, tower_config
+from consissr.weights.base import find_base
+from consissr.weights.files import BUNDLED, find_model, load_strict
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from consissr import checkpoint
-from consissr.config import changed, check_word
+from consissr.config.loading import changed, check_word
 from consissr.diffusion.schedule import Schedule, alpha_bar
-from consissr.models.base import load_base
 from consissr.models.denoiser import Denoiser
-from consissr.models.folder import load_controlnet, load_image_prompt, load_prompts, load_unet_additions
-from consissr.models.latents import load_latents
+from consissr.models.vae.latents import load_latents
+from consissr.weights import files
+from consissr.weights.base import load_base
+from consissr.weights.folder import load_controlnet, load_image_prompt, load_prompts, load_unet_additions
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,11 +35,11 @@ def load_parts(name: str, base: str | None, dtype: torch.dtype, **settings: Any)
 
     settings: fields of SamplerConfig, in place of the folder's. Its prompts are encoded here.
     """
-    folder = checkpoint.find_model(name)
-    config = checkpoint.read_config(folder)
+    folder = files.find_model(name)
+    config = files.read_config(folder)
     sampler, prompts = changed(config.sampler, settings), load_prompts(folder)
     wanted = (sampler.positive, sampler.negative) if prompts is None else ()
-    parts = load_base(base or checkpoint.base_of(folder, config), dtype, config.model.base_sha256, wanted)
+    parts = load_base(base or files.base_of(folder, config), dtype, config.model.base_sha256, wanted)
     load_unet_additions(folder, parts.unet, config)
     controlnet = load_controlnet(folder, config, dtype)
     table, tuned = alpha_bar(*parts.betas), (folder / "vae").is_dir()

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from consissr import ldm
-from consissr.config import ModelConfig, SamplerConfig
+from consissr.config.model import ModelConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
-from consissr.ldm import Report, State
 from consissr.models.controlnet import empty_controlnet
-from consissr.models.from_ldm import read_latents, read_unet, take_schedule
 from consissr.models.image_prompt import Adapter, ImagePrompt
-from consissr.models.latents import Latents
 from consissr.models.text import OpenClipText
+from consissr.models.vae.latents import Latents
+from consissr.weights import ldm
+from consissr.weights.from_ldm import read_latents, read_unet, take_schedule
+from consissr.weights.ldm import Report, State
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel

@@ -12,14 +12,14 @@ import torch
 from ccsr import deft
 from ccsr.deft import Deft
 from ccsr.discriminator import ViT
-from consissr.config import load_config
+from consissr.config.loading import load_config
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation import learned
-from consissr.models.base import load_base
-from consissr.models.latents import load_latents, save_latents
+from consissr.models.vae.latents import load_latents, save_latents
 from consissr.restorer import Restorer
-from consissr.train_config import TrainConfig
 from consissr.training.stage import Batch
+from consissr.weights.base import load_base
 
 
 def config(tiny_model: Path, tmp_path: Path, *words: str) -> TrainConfig:

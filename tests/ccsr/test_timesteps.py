@@ -3,7 +3,7 @@
 import pytest
 
 from ccsr.timesteps import nuts_plan, sampler_plan, t_max_step, with_plan
-from consissr.config import SamplerConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
 
 RELEASED = {

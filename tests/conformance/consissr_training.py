@@ -8,15 +8,14 @@ import torch
 from fixtures import GRADIENT, NETWORK, Check, Fixture, Lack, Stored, compare, lacking, to_image
 from torch import Tensor, nn
 
-from consissr import ldm, released
-from consissr.models import from_ldm
+from consissr.config.stages import TalaConfig
+from consissr.config.training import TrainConfig
 from consissr.models.image_prompt import build_tower, tower_features
-from consissr.stage_config import TalaConfig
-from consissr.train_config import TrainConfig
 from consissr.training.rclip import Rclip
 from consissr.training.restoration import Parts
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala
+from consissr.weights import from_ldm, ldm, released
 
 NOISES = ("posterior_noise_hq", "posterior_noise_lq", "eps")
 """Recorded noise, in the order the stage draws it."""

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 from ccsr.timesteps import nuts_plan
-from consissr.config import SamplerConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import Step, ddpm_plan
 from consissr.diffusion.sampler import recorded_draw
 from consissr.diffusion.schedule import CLEAN, Schedule
 from consissr.diffusion.tiling import TiledDenoiser, gaussian_weights
-from consissr.geometry import Prepared, finish, transfer
-from consissr.images import to_uint8
+from consissr.images.codec import to_uint8
+from consissr.images.geometry import Prepared, finish, transfer
 from consissr.models.denoiser import Denoiser
-from consissr.models.latents import Latents
-from consissr.models.vae_tiling import RELEASED_MARGIN, PooledTiles, TiledLatents
+from consissr.models.vae.latents import Latents
+from consissr.models.vae.tiling import RELEASED_MARGIN, PooledTiles, TiledLatents
 from consissr.restorer import Restorer
 
 TILED_VAE = "tiled_vae.safetensors"

@@ -10,14 +10,23 @@ from fixtures import IMAGE, Check, Fixture, Lack, lacking
 from PIL import Image
 from torch import Tensor
 
-from consissr import color
+from consissr.config.stages import OptimizerConfig
 from consissr.data.datasets import center_crop
 from consissr.diffusion.plans import ddpm_plan
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.diffusion.tala import probability, tala_inputs
-from consissr.geometry import ccsr_input, finish, prepare, raise_short_side, to_pil, to_tensor, transfer, truncated
-from consissr.images import to_uint8
-from consissr.stage_config import OptimizerConfig
+from consissr.images import color
+from consissr.images.codec import to_uint8
+from consissr.images.geometry import (
+    ccsr_input,
+    finish,
+    prepare,
+    raise_short_side,
+    to_pil,
+    to_tensor,
+    transfer,
+    truncated,
+)
 
 STEPS = 100_001
 """Optimiser steps of ConsisSR's first stage."""

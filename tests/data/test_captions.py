@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from consissr.data.captions import WORDS, caption
+from consissr.nano.captions import WORDS, caption
 
 
 def plain(*rgb: float) -> Tensor:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from consissr.models.latents import Latents
-from consissr.models.vae_ops import WINDOW_MARGIN, Box
-from consissr.models.vae_tiling import Packed, PooledTiles, TiledLatents, best_size
+from consissr.models.vae.latents import Latents
+from consissr.models.vae.operations import WINDOW_MARGIN, Box
+from consissr.models.vae.tiling import Packed, PooledTiles, TiledLatents, best_size
 
 
 def autoencoder(channels, widths):

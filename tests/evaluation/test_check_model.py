@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ccsr.released import AS_RELEASED_V1, AS_RELEASED_V2
-from consissr import images
-from consissr.checkpoint import read_weights, write_weights
-from consissr.config import SamplerConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
 from consissr.evaluation import restorations, workers
+from consissr.images import codec
+from consissr.weights.files import read_weights, write_weights
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_every_image_gets_another_s_condition(tmp_path: Path, make_picture, save
 
     restorations.restore(swapped, lr, tmp_path / "wrong", None, groups)
     for name, lender in zip("aceb", "eacd", strict=True):
-        pixels = [images.read(folder / f"{n}.png").pixels for folder, n in ((tmp_path / "wrong", name), (lr, lender))]
+        pixels = [codec.read(folder / f"{n}.png").pixels for folder, n in ((tmp_path / "wrong", name), (lr, lender))]
         assert torch.equal(*pixels), (name, lender)
     (tmp_path / "wrong" / "d.png").unlink()
     restorations.restore(swapped, lr, tmp_path / "wrong", None, groups)

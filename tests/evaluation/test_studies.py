@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from consissr.errors import UserError
-from consissr.evaluation import children, studies, study_run
-from consissr.evaluation.study_report import command, report
-from consissr.evaluation.study_scores import restored
+from consissr.evaluation import children
 from consissr.evaluation.tables import comparison, load_table
+from consissr.studies import run, spec
+from consissr.studies.report import command, report
+from consissr.studies.scores import restored
 
 TABLES = Path(__file__).resolve().parents[2] / "configs" / "tables"
 
@@ -75,7 +76,7 @@ curves: {rows: [better, plain], early: 600, title: steps, claim: "better begins 
 
 
 @pytest.fixture
-def setting(tmp_path: Path) -> study_run.Setting:
+def setting(tmp_path: Path) -> run.Setting:
     """A small study, stand-ins for the scripts, and test images that are already there."""
     configs, scripts = tmp_path / "studies", tmp_path / "scripts"
     (configs / "small").mkdir(parents=True)
@@ -88,30 +89,30 @@ def setting(tmp_path: Path) -> study_run.Setting:
     for name, text in (("train.py", TRAIN), ("infer.py", RESTORE), ("bad", "")):
         (scripts / name).write_text(text)
     rng = np.random.default_rng(0)
-    for dataset, part in product(studies.DATASETS, ("HR", "LR")):
+    for dataset, part in product(spec.DATASETS, ("HR", "LR")):
         folder, side = tmp_path / "out" / "data" / dataset / part, {"HR": 192, "LR": 48}[part]
         folder.mkdir(parents=True)
         for name in ("a", "bb", "ccc"):
             coarse = rng.integers(0, 256, (side // 8, side // 8, 3), np.uint8)
             Image.fromarray(coarse).resize((side, side), Image.BICUBIC).save(folder / f"{name}.png")
     (tmp_path / "photos" / "train").mkdir(parents=True)
-    plan = studies.Plan(configs, tmp_path / "out")
-    return study_run.Setting(plan=plan, scripts=scripts, jobs=2, photos=tmp_path / "photos")
+    plan = spec.Plan(configs, tmp_path / "out")
+    return run.Setting(plan=plan, scripts=scripts, jobs=2, photos=tmp_path / "photos")
 
 
-def work(setting: study_run.Setting) -> dict[str, str]:
+def work(setting: run.Setting) -> dict[str, str]:
     """Everything that is left to do."""
-    jobs = study_run.training_jobs(setting, setting.plan.trainings("small", []))
-    jobs += study_run.restoring_jobs(setting, "small", setting.plan.chosen("small", []), [job.name for job in jobs])
+    jobs = run.training_jobs(setting, setting.plan.trainings("small", []))
+    jobs += run.restoring_jobs(setting, "small", setting.plan.chosen("small", []), [job.name for job in jobs])
     return children.run_jobs(jobs, setting.jobs)
 
 
-def calls(setting: study_run.Setting) -> list[str]:
+def calls(setting: run.Setting) -> list[str]:
     path = setting.scripts / "calls"
     return path.read_text().splitlines() if path.is_file() else []
 
 
-def test_what_is_done_is_not_done_again_and_failures_are_named(setting: study_run.Setting) -> None:
+def test_what_is_done_is_not_done_again_and_failures_are_named(setting: run.Setting) -> None:
     (setting.scripts / "bad").write_text("plain")
     failed = work(setting)
     assert failed["train small/plain"] == "error: no luck"
@@ -132,112 +133,112 @@ def test_what_is_done_is_not_done_again_and_failures_are_named(setting: study_ru
     (setting.scripts / "calls").unlink()
     assert work(setting) == {} and calls(setting) == []
 
-    more = replace(setting, plan=studies.Plan(setting.plan.folder, setting.plan.out, repeats=3))
+    more = replace(setting, plan=spec.Plan(setting.plan.folder, setting.plan.out, repeats=3))
     assert work(more) == {}
     assert all("--repeat 3" in call and "--skip-existing" in call for call in calls(setting))
     assert len(calls(setting)) == 2 * 6 and work(setting) == {}, "noises join those that are there"
 
 
-def test_a_stopped_training_goes_on_from_its_checkpoint(setting: study_run.Setting) -> None:
+def test_a_stopped_training_goes_on_from_its_checkpoint(setting: run.Setting) -> None:
     place = setting.plan.out / "small" / "models" / "better" / "checkpoint-60"
     place.mkdir(parents=True)
     (place / "state.json").write_text('{"step": 60}')
-    jobs = {job.name: job for job in study_run.training_jobs(setting, setting.plan.trainings("small", []))}
+    jobs = {job.name: job for job in run.training_jobs(setting, setting.plan.trainings("small", []))}
     assert "--resume latest" in " ".join(jobs["train small/better"].command)
     assert "--resume" not in jobs["train small/plain"].command
     assert "seed=2" in jobs["train small/plain-seed2"].command
     other = replace(setting, overrides=["seed=5"])
-    words = study_run.training_jobs(other, setting.plan.trainings("small", []))[0].command
+    words = run.training_jobs(other, setting.plan.trainings("small", []))[0].command
     assert words.index("seed=5") < words.index("seed=1"), "a row's seed is what --set cannot change"
 
 
-def test_another_configuration_is_not_taken_for_this_one(setting: study_run.Setting) -> None:
+def test_another_configuration_is_not_taken_for_this_one(setting: run.Setting) -> None:
     folder = setting.plan.out / "small" / "models" / "better"
     folder.mkdir(parents=True)
     (folder / "train.yaml").write_text("stage: tala\nseed: 1\ntala: {gamma: 20}\nsteps: 2\n")
     with pytest.raises(UserError, match="other values of steps: remove it"):
-        study_run.training_jobs(setting, setting.plan.trainings("small", []))
+        run.training_jobs(setting, setting.plan.trainings("small", []))
 
 
-def begun(setting: study_run.Setting) -> tuple[studies.Training, studies.Results]:
+def begun(setting: run.Setting) -> tuple[spec.Training, spec.Results]:
     """The model of row `again`, as if trained, and its results, begun on the real pairs."""
     training = setting.plan.training("small", "better")
     training.folder.mkdir(parents=True)
-    study_run.mark(training, setting, 1.0)
+    run.mark(training, setting, 1.0)
     (again,) = setting.plan.results("small", "again")
-    study_run.begin(again, "realsr", "fp32")
+    run.begin(again, "realsr", "fp32")
     return training, again
 
 
-def test_results_of_other_flags_are_not_taken_for_these(setting: study_run.Setting) -> None:
+def test_results_of_other_flags_are_not_taken_for_these(setting: run.Setting) -> None:
     begun(setting)
-    assert study_run.restoring_jobs(setting, "small", ["again"], [])
+    assert run.restoring_jobs(setting, "small", ["again"], [])
     path = setting.plan.folder / "small.yaml"
     path.write_text(path.read_text().replace('"2"]', '"3"]'))
     setting.plan.studies.clear()
     with pytest.raises(UserError, match="again.* was restored otherwise"):
-        study_run.restoring_jobs(setting, "small", ["again"], [])
+        run.restoring_jobs(setting, "small", ["again"], [])
 
 
-def test_results_of_a_model_that_is_trained_anew(setting: study_run.Setting) -> None:
+def test_results_of_a_model_that_is_trained_anew(setting: run.Setting) -> None:
     training, again = begun(setting)
-    done = training.folder / study_run.DONE
+    done = training.folder / run.DONE
     done.write_text(json.dumps(json.loads(done.read_text()) | {"finished": "later"}))
     with pytest.raises(UserError, match=r"again.* was restored otherwise .*trained\)"):
-        study_run.restoring_jobs(setting, "small", ["again"], [])
+        run.restoring_jobs(setting, "small", ["again"], [])
     lacking = restored(setting, setting.plan.study("small"), "realsr")[1]
     assert "again: restored otherwise on realsr (trained)" in lacking
     done.unlink()
     with pytest.raises(UserError, match=r"small/better, which is to be trained anew\): remove .*again"):
-        study_run.restoring_jobs(setting, "small", ["again"], ["train small/better"])
+        run.restoring_jobs(setting, "small", ["again"], ["train small/better"])
     shutil.rmtree(again.folder)
-    assert study_run.restoring_jobs(setting, "small", ["again"], ["train small/better"])
+    assert run.restoring_jobs(setting, "small", ["again"], ["train small/better"])
 
 
 def test_records_are_compared_where_they_say_something(tmp_path: Path) -> None:
-    results = studies.Results("x", 0, tmp_path / "x", "nano-ccsr", "", ("--steps", "6"), save_steps=True)
-    assert study_run.otherwise(results, "realsr", "bf16") == [], "no record"
-    study_run.begin(results, "realsr", "bf16")
-    path = study_run.record_of(results, "realsr")
+    results = spec.Results("x", 0, tmp_path / "x", "nano-ccsr", "", ("--steps", "6"), save_steps=True)
+    assert run.otherwise(results, "realsr", "bf16") == [], "no record"
+    run.begin(results, "realsr", "bf16")
+    path = run.record_of(results, "realsr")
     told = json.loads(path.read_text())
-    assert study_run.otherwise(results, "realsr", "bf16") == study_run.otherwise(results, "realsr") == []
-    assert study_run.otherwise(results, "realsr", "fp32") == ["precision"]
-    assert study_run.otherwise(replace(results, save_steps=False), "realsr") == [], "more than is asked for"
+    assert run.otherwise(results, "realsr", "bf16") == run.otherwise(results, "realsr") == []
+    assert run.otherwise(results, "realsr", "fp32") == ["precision"]
+    assert run.otherwise(replace(results, save_steps=False), "realsr") == [], "more than is asked for"
     for change, said in (({"weights": "0"}, ["weights"]), ({"save_steps": False}, ["save_steps"]),
                          ({"flags": []}, ["flags"])):  # fmt: skip
         path.write_text(json.dumps(told | change))
-        assert study_run.otherwise(results, "realsr") == said
+        assert run.otherwise(results, "realsr") == said
     path.write_text(json.dumps({key: told[key] for key in ("model", "trained", "flags", "zero_tokens", "precision")}))
-    assert study_run.otherwise(results, "realsr", "bf16") == ["weights"], "older than the keys: whose weights?"
+    assert run.otherwise(results, "realsr", "bf16") == ["weights"], "older than the keys: whose weights?"
     path.write_text(json.dumps({key: told[key] for key in ("model", "trained", "flags", "precision", "weights")}))
-    assert study_run.otherwise(results, "realsr", "bf16") == [], "a record from before there were the other keys"
+    assert run.otherwise(results, "realsr", "bf16") == [], "a record from before there were the other keys"
 
 
 def test_a_digest_tells_weights_apart(tmp_path: Path) -> None:
-    from consissr.checkpoint import find_model
+    from consissr.weights.files import find_model
 
     shutil.copytree(find_model("nano-ccsr"), tmp_path / "copy")
-    same = study_run.weights_digest("nano-ccsr")
+    same = run.weights_digest("nano-ccsr")
     (tmp_path / "copy" / "README.md").write_text("another card")
-    assert study_run.weights_digest(str(tmp_path / "copy")) == same
+    assert run.weights_digest(str(tmp_path / "copy")) == same
     weights = tmp_path / "copy" / "unet_adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    assert study_run.weights_digest(str(tmp_path / "copy")) != same
+    assert run.weights_digest(str(tmp_path / "copy")) != same
 
 
-def test_a_model_whose_source_is_trained_anew_is_not_kept(setting: study_run.Setting) -> None:
+def test_a_model_whose_source_is_trained_anew_is_not_kept(setting: run.Setting) -> None:
     plain, tuned = (setting.plan.training("small", name) for name in ("plain", "tuned"))
     for training in (plain, tuned):
         training.folder.mkdir(parents=True)
         (training.folder / "config.yaml").write_text("{}")
-        study_run.mark(training, setting, 1.0)
-    assert tuned.source == plain.folder and study_run.is_trained(tuned)
-    done, own = plain.folder / study_run.DONE, tuned.folder / study_run.DONE
+        run.mark(training, setting, 1.0)
+    assert tuned.source == plain.folder and run.is_trained(tuned)
+    done, own = plain.folder / run.DONE, tuned.folder / run.DONE
     done.write_text(json.dumps(json.loads(done.read_text()) | {"finished": "later"}))
     with pytest.raises(UserError, match="tuned was trained from another small/plain than the one there: remove it"):
-        study_run.is_trained(tuned)
+        run.is_trained(tuned)
     own.write_text(json.dumps({key: value for key, value in json.loads(own.read_text()).items() if key != "source"}))
-    assert study_run.is_trained(tuned), "an older record does not say of which it was trained"
+    assert run.is_trained(tuned), "an older record does not say of which it was trained"
 
 
 def test_one_job_that_cannot_begin_leaves_the_others(tmp_path: Path) -> None:
@@ -251,15 +252,15 @@ def test_one_job_that_cannot_begin_leaves_the_others(tmp_path: Path) -> None:
     assert failed == {"bad": "no image prompt", "after": "needs bad, which failed"}
 
 
-def test_a_recorded_command_has_what_was_given(setting: study_run.Setting) -> None:
+def test_a_recorded_command_has_what_was_given(setting: run.Setting) -> None:
     study = setting.plan.study("small")
     assert command(setting, study) == "python scripts/study.py small --photos PHOTOS --realsr REALSR"
-    plan = studies.Plan(setting.plan.folder, setting.plan.out, repeats=3)
+    plan = spec.Plan(setting.plan.folder, setting.plan.out, repeats=3)
     given = command(replace(setting, plan=plan, overrides=["steps=2", "data.crop=[1]"]), study)
     assert given.endswith(" --repeats 3 --set steps=2 'data.crop=[1]'")
 
 
-def test_a_report_tells_all_and_lists_what_is_missing(setting: study_run.Setting, tmp_path: Path) -> None:
+def test_a_report_tells_all_and_lists_what_is_missing(setting: run.Setting, tmp_path: Path) -> None:
     (setting.scripts / "bad").write_text("tuned")
     work(setting)
     missing = report(setting, "small", TABLES, tmp_path / "tables" / "nano")
@@ -301,9 +302,9 @@ def test_crops_are_of_the_same_place(tmp_path: Path) -> None:
         (tmp_path / "pairs" / part).mkdir(parents=True)
         for i in range(41):
             Image.fromarray(pixels).save(tmp_path / "pairs" / part / f"{i:03}.png")
-    study_run.centre_crops(tmp_path / "pairs", tmp_path / "out")
+    run.centre_crops(tmp_path / "pairs", tmp_path / "out")
     names = [path.name for path in sorted((tmp_path / "out" / "LR").iterdir())]
-    count, side = study_run.REALSR["count"], study_run.REALSR["crop"]
+    count, side = run.REALSR["count"], run.REALSR["crop"]
     assert len(names) == count and names[:2] == ["000.png", f"{41 // count:03}.png"]
     lr, cropped = (np.asarray(Image.open(tmp_path / "out" / part / names[1])) for part in ("LR", "HR"))
     margin = (512 - 4 * side) // 2
@@ -311,26 +312,26 @@ def test_crops_are_of_the_same_place(tmp_path: Path) -> None:
     assert (lr == cropped[::4, ::4]).all()
 
 
-def test_pairs_that_are_none_are_named_and_folders_are_remembered(setting: study_run.Setting, tmp_path: Path) -> None:
+def test_pairs_that_are_none_are_named_and_folders_are_remembered(setting: run.Setting, tmp_path: Path) -> None:
     pairs, data = tmp_path / "pairs", setting.plan.out / "data"
     shutil.rmtree(data / "realsr")
     for part, side in (("HR", 288), ("LR", 72)):
         (pairs / part / "sub").mkdir(parents=True)
         Image.new("RGB", (side, side)).save(pairs / part / "sub" / "a.png")
     given = replace(setting, realsr=pairs)
-    assert study_run.data_jobs(given) == [] and (data / "realsr" / "LR" / "sub-a.png").is_file()
-    assert study_run.data_jobs(given) == study_run.data_jobs(setting) == []
+    assert run.data_jobs(given) == [] and (data / "realsr" / "LR" / "sub-a.png").is_file()
+    assert run.data_jobs(given) == run.data_jobs(setting) == []
     with pytest.raises(UserError, match=r"realsr was made of .*pairs, not of .*: give that folder, or use another -o"):
-        study_run.data_jobs(replace(setting, realsr=tmp_path))
-    assert study_run.data_jobs(replace(given, photos=tmp_path)) == [], "photographs of an unknown folder"
+        run.data_jobs(replace(setting, realsr=tmp_path))
+    assert run.data_jobs(replace(given, photos=tmp_path)) == [], "photographs of an unknown folder"
 
     (pairs / "LR" / "sub" / "a.png").rename(pairs / "LR" / "sub" / "b.png")
     with pytest.raises(UserError, match="lacks 1 of the 1 images"):
-        study_run.centre_crops(pairs, tmp_path / "other")
+        run.centre_crops(pairs, tmp_path / "other")
     Image.new("RGB", (100, 100)).save(pairs / "LR" / "sub" / "a.png")
     (pairs / "LR" / "sub" / "b.png").unlink()
     with pytest.raises(UserError, match="is not 4 times as large as"):
-        study_run.centre_crops(pairs, tmp_path / "other")
+        run.centre_crops(pairs, tmp_path / "other")
 
 
 # --- mistakes ---
@@ -352,9 +353,9 @@ def test_pairs_that_are_none_are_named_and_folders_are_remembered(setting: study
         (("tuned: {train: tuned}", "tuned: {train: tuned, model: nano-ccsr}"), "exactly one of train, model and like"),
     ],
 )
-def test_mistakes_in_a_study_are_named(setting: study_run.Setting, change: tuple[str, str], message: str) -> None:
+def test_mistakes_in_a_study_are_named(setting: run.Setting, change: tuple[str, str], message: str) -> None:
     path = setting.plan.folder / "small.yaml"
     assert change[0] in path.read_text()
     path.write_text(path.read_text().replace(*change))
     with pytest.raises(UserError, match=message):
-        studies.load_study("small", setting.plan.folder)
+        spec.load_study("small", setting.plan.folder)

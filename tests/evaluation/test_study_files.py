@@ -10,16 +10,16 @@ from types import ModuleType
 
 import pytest
 
-from consissr import commandline
-from consissr.config import changed_fields, load_config
+from consissr.config.loading import changed_fields, load_config
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.evaluation import studies, study_run
 from consissr.evaluation.tables import comparison, load_table
-from consissr.train_config import TrainConfig
+from consissr.inference import flags
+from consissr.studies import run, spec
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES, TABLES = ROOT / "configs" / "nano" / "studies", ROOT / "configs" / "tables"
-NAMES = studies.available(STUDIES)
+NAMES = spec.available(STUDIES)
 
 
 def variants(study: str) -> dict[str, TrainConfig]:
@@ -28,7 +28,7 @@ def variants(study: str) -> dict[str, TrainConfig]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_variants_differ_only_where_the_study_says(name: str) -> None:
-    study = studies.load_study(name, STUDIES)
+    study = spec.load_study(name, STUDIES)
     configs = variants(name)
     assert set(configs) == {row.train for row in study.rows.values()} - {""}, "every file is trained by a row"
     for variant, config in configs.items():
@@ -36,7 +36,7 @@ def test_variants_differ_only_where_the_study_says(name: str) -> None:
         assert f"study.py {name} --only {variant} " in (STUDIES / name / f"{variant}.yaml").read_text()
     for stage in {config.stage for config in configs.values()}:
         alike = [config for config in configs.values() if config.stage == stage]
-        differing = {field for config in alike for field in changed_fields(alike[0], config, studies.PLACES)}
+        differing = {field for config in alike for field in changed_fields(alike[0], config, spec.PLACES)}
         assert differing <= {*study.vary, "seed"}
 
 
@@ -50,12 +50,12 @@ def test_all_studies_share_one_budget() -> None:
     shared = {"consissr_table4/gamma10": "consissr_table3/hpa_pooled", "ccsr_table1/v2": "hybrids/nuts_hpa_tala"}
     for one, other in shared.items():
         a, b = (variants(name.split("/")[0])[name.split("/")[1]] for name in (one, other))
-        differ = changed_fields(a, b, studies.PLACES)
+        differ = changed_fields(a, b, spec.PLACES)
         assert all(field.startswith(("model.", "tala.", "nuts.l_diff_t")) for field in differ)
 
 
 def test_a_second_seed_starts_from_the_second_seed_of_what_it_builds_on() -> None:
-    plan = studies.Plan(STUDIES, Path("out"))
+    plan = spec.Plan(STUDIES, Path("out"))
     assert plan.training("ccsr_table1", "full", 2).after == "ccsr_table1/v2-seed2"
     assert plan.training("ccsr_table1", "full").after == "ccsr_table1/v2"
     assert plan.training("hybrids", "deft_consissr", 9).after == "consissr_table4/gamma10"  # which has no seed 9
@@ -66,9 +66,9 @@ def test_a_second_seed_starts_from_the_second_seed_of_what_it_builds_on() -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_studies_name_published_rows_and_known_models(name: str) -> None:
-    from consissr.evaluation.study_scores import Published
+    from consissr.studies.scores import Published
 
-    plan = studies.Plan(STUDIES, Path("out"))
+    plan = spec.Plan(STUDIES, Path("out"))
     study = plan.study(name)
     published = Published(study, TABLES)
     for row in study.rows.values():
@@ -80,9 +80,9 @@ def test_studies_name_published_rows_and_known_models(name: str) -> None:
 def test_sampler_flags_are_those_of_infer_and_take_the_steps_they_claim() -> None:
     from ccsr import nuts_plan
 
-    plan, checked = studies.Plan(STUDIES, Path("out")), 0
+    plan, checked = spec.Plan(STUDIES, Path("out")), 0
     for row in [row for name in NAMES for row in plan.study(name).rows.values()]:
-        args = commandline.parser("").parse_args(["-i", "x", *row.flags])
+        args = flags.parser("").parse_args(["-i", "x", *row.flags])
         if args.t_max is None:
             continue
         timesteps = [step.t for step in nuts_plan(args.steps, args.t_max, args.t_min)]
@@ -97,9 +97,9 @@ def test_sampler_flags_are_those_of_infer_and_take_the_steps_they_claim() -> Non
 def test_the_tower_alone_comes_from_a_bundled_model() -> None:
     import torch
 
-    from consissr.checkpoint import find_model
-    from consissr.models.image_encoder import find_tower
     from consissr.models.image_prompt import load_tower
+    from consissr.weights.files import find_model
+    from consissr.weights.image_encoder import find_tower
 
     config = variants("consissr_table4")["gamma10"].model
     found, own = find_tower(config).state_dict(), load_tower(find_model("nano-consissr"))[0].state_dict()
@@ -111,10 +111,10 @@ def test_the_tower_alone_comes_from_a_bundled_model() -> None:
 def test_a_model_without_image_tokens(tmp_path: Path) -> None:
     import torch
 
-    from consissr.checkpoint import find_model, read_weights
     from consissr.models.image_prompt import Adapter
+    from consissr.weights.files import find_model, read_weights
 
-    study_run.without_tokens(find_model("nano-consissr"), tmp_path / "blind")
+    run.without_tokens(find_model("nano-consissr"), tmp_path / "blind")
     before, after = (
         read_weights(folder / "image_encoder" / "model.safetensors")
         for folder in (find_model("nano-consissr"), tmp_path / "blind")
@@ -126,7 +126,7 @@ def test_a_model_without_image_tokens(tmp_path: Path) -> None:
     adapter.load_state_dict(state)
     assert not adapter(torch.randn(2, 3, state["linear_1.weight"].shape[1])).any()
     with pytest.raises(UserError, match="no image prompt"):
-        study_run.without_tokens(find_model("nano-ccsr"), tmp_path / "none")
+        run.without_tokens(find_model("nano-ccsr"), tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,8 @@ def test_every_study_is_recorded() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_recorded_results_are_those_of_the_study(name: str) -> None:
     """Fails where a study's file was changed without a new `study.py --tables configs/tables/nano`."""
-    study, table = studies.load_study(name, STUDIES), load_table(f"nano/{name}", TABLES)
-    assert set(table.datasets) == set(studies.DATASETS)
+    study, table = spec.load_study(name, STUDIES), load_table(f"nano/{name}", TABLES)
+    assert set(table.datasets) == set(spec.DATASETS)
     for dataset, rows in table.datasets.items():
         assert "recorded" in comparison(table, dataset, {})
         own = {row for row in rows if not row.endswith(", published")}
@@ -182,8 +182,8 @@ def test_every_job_is_a_call_that_its_script_understands(
     for part in ("train", "val"):
         (tmp_path / "photos" / part).mkdir(parents=True)
     (tmp_path / "out" / "data" / "realsr").mkdir(parents=True)
-    plan = studies.Plan(STUDIES, tmp_path / "out")
-    setting = study_run.Setting(plan=plan, scripts=ROOT / "scripts", photos=tmp_path / "photos", overrides=["steps=2"])
+    plan = spec.Plan(STUDIES, tmp_path / "out")
+    setting = run.Setting(plan=plan, scripts=ROOT / "scripts", photos=tmp_path / "photos", overrides=["steps=2"])
     train, infer, testset = script("train"), script("infer"), script("make_testset")
     told: list[TrainConfig] = []
 
@@ -192,9 +192,9 @@ def test_every_job_is_a_call_that_its_script_understands(
         raise UserError("that is enough")
 
     monkeypatch.setattr(train, "load_config", note)
-    parser, repeats = commandline.parser(""), plan.study("hybrids").repeats
-    jobs = study_run.data_jobs(setting) + study_run.training_jobs(setting, plan.trainings("hybrids", []))
-    jobs += study_run.restoring_jobs(setting, "hybrids", plan.chosen("hybrids", []), [job.name for job in jobs])
+    parser, repeats = flags.parser(""), plan.study("hybrids").repeats
+    jobs = run.data_jobs(setting) + run.training_jobs(setting, plan.trainings("hybrids", []))
+    jobs += run.restoring_jobs(setting, "hybrids", plan.chosen("hybrids", []), [job.name for job in jobs])
     found = set()
     for job in jobs:
         name, words = Path(job.command[1]).name, job.command[2:]
@@ -207,7 +207,7 @@ def test_every_job_is_a_call_that_its_script_understands(
             infer.sampler_settings(parsed)
             assert parsed.repeat == repeats, job.name
         else:
-            assert testset.parser().parse_args(words).count == study_run.PHOTOS["count"]
+            assert testset.parser().parse_args(words).count == run.PHOTOS["count"]
     assert found == {"train.py", "infer.py", "make_testset.py"}
     for row in (row for name in NAMES for row in plan.study(name).rows.values()):
         infer.sampler_settings(parser.parse_args(["-i", "in", "-o", "out", *row.flags]))

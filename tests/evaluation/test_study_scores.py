@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from consissr.errors import UserError
-from consissr.evaluation.studies import COMPARED, Comparison, Plan, Results, Row, Study
-from consissr.evaluation.study_run import Setting
-from consissr.evaluation.study_scores import Model, Published, Scores, compare, compare_steps, measure_steps
+from consissr.studies.run import Setting
+from consissr.studies.scores import Model, Published, Scores, compare, compare_steps, measure_steps
+from consissr.studies.spec import COMPARED, Comparison, Plan, Results, Row, Study
 
 TABLES = Path(__file__).resolve().parents[2] / "configs" / "tables"
 

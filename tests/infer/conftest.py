@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from consissr import formats, images
-from consissr.config import SamplerConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.sampler import seeded_draw
+from consissr.images import codec, formats
 
 
 class Enlarger:
@@ -27,7 +27,7 @@ class Enlarger:
             raise torch.OutOfMemoryError("out of memory")
         if "bug" in troubles:
             raise RuntimeError("shapes do not fit")
-        y = images.resize(x, formats.output_size(*x.shape[-2:], scale, longest))
+        y = codec.resize(x, formats.output_size(*x.shape[-2:], scale, longest))
         y = (y + 0.1 * seeded_draw(seed, keys, repeat)("init", y.shape)).clamp(-1, 1)
         if "nan" in troubles:
             y[0, 0, 0, 0] = float("nan")

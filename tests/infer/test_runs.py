@@ -76,7 +76,7 @@ def test_a_bad_file_does_not_end_the_other_processes(root, tmp_path, rng):
 
 
 def test_without_an_agent_nobody_waits(monkeypatch):
-    from consissr import batch
+    from consissr.inference import batch
 
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     batch.leave(failed=True, world=2)
@@ -89,7 +89,7 @@ def test_a_failed_process_waits_for_the_others_and_not_for_ever(monkeypatch, fai
     """`arrived` of two processes come to the end, this one included."""
     from torch.distributed import TCPStore
 
-    from consissr import batch
+    from consissr.inference import batch
 
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     for name, value in {"ADDR": "localhost", "PORT": str(store.port)}.items():
@@ -164,7 +164,7 @@ def test_plan_flags(infer, model, folder, tmp_path):
     ],
 )
 def test_a_file_changes_only_what_stands_in_it(tmp_path, text, flags, wanted):
-    from consissr.commandline import parser, sampler_settings
+    from consissr.inference.flags import parser, sampler_settings
 
     (tmp_path / "sampler.yaml").write_text(text)
     args = parser("").parse_args(["-i", "a.png", "--config", str(tmp_path / "sampler.yaml"), *flags])
@@ -179,8 +179,8 @@ def test_bad_flags_exit_with_2(infer, folder):
 
 
 def test_unknown_device():
-    from consissr.batch import choose_device
     from consissr.errors import UserError
+    from consissr.inference.batch import choose_device
 
     assert choose_device("cpu") == "cpu"
     for name in ("gpu", "cuda:99", "cuda:x"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from consissr.config import ModelConfig
+from consissr.config.model import ModelConfig
 from consissr.models import attention
 from consissr.models.attention import added_parameters, replace_blocks, trainable_parameters
 from consissr.models.controlnet import build_controlnet

@@ -8,9 +8,9 @@ from open_clip.transformer import TextTransformer
 from safetensors.torch import save_file
 
 from consissr.errors import UserError
-from consissr.models import base
-from consissr.models.base import SD21_MIRRORS, Base, load_base
 from consissr.models.text import OpenClipText
+from consissr.weights import base
+from consissr.weights.base import SD21_MIRRORS, Base, load_base
 
 
 @pytest.fixture

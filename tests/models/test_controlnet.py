@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from consissr.config import ModelConfig
+from consissr.config.model import ModelConfig
 from consissr.models.attention import added_parameters, replace_blocks
 from consissr.models.controlnet import LatentHint, build_controlnet, empty_controlnet
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from consissr.config import ModelConfig
+from consissr.config.model import ModelConfig
 from consissr.errors import UserError
 from consissr.models.attention import replace_blocks
 from consissr.models.controlnet import build_controlnet

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from consissr.config import ModelConfig
-from consissr.models.folder import build_image_prompt
+from consissr.config.model import ModelConfig
 from consissr.models.image_prompt import (
     MEAN,
     STD,
@@ -20,6 +19,7 @@ from consissr.models.image_prompt import (
     prompt_config,
     tower_features,
 )
+from consissr.weights.folder import build_image_prompt
 
 VISION = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
 

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from ccsr.deft import Deft
-from consissr.config import load_config
+from consissr.config.loading import load_config
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.models.base import load_base
-from consissr.models.latents import empty_latents, load_latents, same_encoder, save_latents
-from consissr.models.narrow import Selection, narrow_decoder, narrow_widths
+from consissr.models.vae.latents import empty_latents, load_latents, same_encoder, save_latents
+from consissr.models.vae.narrow import Selection, narrow_decoder, narrow_widths
 from consissr.restorer import Restorer
-from consissr.train_config import TrainConfig
+from consissr.weights.base import load_base
 
 SETTINGS = {
     "in_channels": 12,

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ccsr.released
-from consissr import ldm, released
 from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
+from consissr.weights import ldm, released
 
 
 @pytest.fixture(scope="session")

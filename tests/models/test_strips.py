@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 
-from consissr.models import strips
-from consissr.models.inference import for_inference
-from consissr.models.latents import Latents
+from consissr.models.vae import strips
+from consissr.models.vae.fast import for_inference
+from consissr.models.vae.latents import Latents
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from consissr.models.winograd import WinogradConv2d, convolve_padded, use_winograd
+from consissr.models.vae.winograd import WinogradConv2d, convolve_padded, use_winograd
 
 
 @pytest.mark.parametrize("size", [(1, 64, 64), (4, 33, 30), (16, 16, 17)])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from consissr.config.stages import ClipConfig
+from consissr.config.training import TrainConfig
 from consissr.models.image_prompt import build_tower, save_tower
-from consissr.stage_config import ClipConfig
-from consissr.train_config import TrainConfig
 from scripts.train import main
 from tests.training.tiny import SMALL, words
 
@@ -45,8 +45,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import AutoencoderKL, DDPMScheduler
     from transformers import CLIPTokenizer
 
-    from consissr.training.clip import build_text, write_tokenizer
-    from consissr.training.prior import build_unet
+    from consissr.nano.clip import build_text, write_tokenizer
+    from consissr.nano.prior import build_unet
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from consissr.config import load_config
+from consissr.config.loading import load_config
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.train_config import TrainConfig
 from consissr.training.checks import check_run
 from scripts.train import stage_builder
 from tests.training.tiny import SMALL, words

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from consissr.data.captions import WORDS
 from consissr.errors import UserError
-from consissr.models.base import load_base, load_text
 from consissr.models.image_prompt import load_tower, save_tower, tower_features
-from consissr.training.clip import Contrast, random_windows, write_tokenizer
+from consissr.nano.captions import WORDS
+from consissr.nano.clip import Contrast, random_windows, write_tokenizer
 from consissr.training.stage import Batch
+from consissr.weights.base import load_base, load_text
 from scripts.train import main
 
 RUN = [
@@ -132,8 +132,8 @@ def prior(photos: Path, autoencoder: Path, clip: Path | str, folder: Path, *more
 
 def test_a_prior_with_captions_is_a_base_with_text(photos: Path, autoencoder: Path, clip: Path, tmp_path: Path) -> None:
     """Every part of the cross-attention has learned, and the result's prompts have an effect."""
-    from consissr.models.base import idle_without_text
     from consissr.training.checkpoints import load_checkpoint
+    from consissr.weights.base import idle_without_text
 
     assert prior(photos, autoencoder, clip, tmp_path, "checkpoint_limit=9") == 0
     first, last = (load_checkpoint(tmp_path / f"checkpoint-{n}")["weights"] for n in (1, 2))
@@ -153,7 +153,7 @@ def test_a_prior_with_captions_is_a_base_with_text(photos: Path, autoencoder: Pa
 def test_captions_are_dropped_at_the_configured_rate(
     photos: Path, autoencoder: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from consissr.models.base import ClipText
+    from consissr.weights.base import ClipText
 
     seen: list[str] = []
     encode = ClipText.encode

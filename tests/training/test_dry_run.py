@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from consissr.config import load_config
-from consissr.train_config import TrainConfig
+from consissr.config.loading import load_config
+from consissr.config.training import TrainConfig
 from consissr.training import dry_run, estimate
 from consissr.training.stage import Stage
 from scripts.train import main, stage_builder

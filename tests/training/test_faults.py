@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from consissr.config import load_config
+from consissr.config.loading import load_config
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.train_config import TrainConfig
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.loop import Loop
 from consissr.training.report import Report, read_log

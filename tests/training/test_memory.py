@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from consissr.checkpoint import WEIGHTS, read_weights
-from consissr.config import load_config
-from consissr.train_config import TrainConfig
+from consissr.config.loading import load_config
+from consissr.config.training import TrainConfig
 from consissr.training.checkpoints import load_checkpoint
 from consissr.training.loop import Loop
 from consissr.training.report import read_log
+from consissr.weights.files import WEIGHTS, read_weights
 from scripts.train import main, stage_builder
 from tests.training.tiny import SMALL, words
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from consissr.config import load_config
+from consissr.config.loading import load_config
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.train_config import TrainConfig
 from consissr.training.checks import check_run
 from consissr.training.feed import Feed
 from consissr.training.stage import Batch

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from consissr.models.latents import LinearPath
+from consissr.models.vae.latents import LinearPath
 from consissr.training.restoration import pixel_weights
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from consissr.config import load_config
-from consissr.models.latents import load_latents
-from consissr.stage_config import OptimizerConfig
-from consissr.train_config import TrainConfig
-from consissr.training.autoencoder import MEASURED
+from consissr.config.loading import load_config
+from consissr.config.stages import OptimizerConfig
+from consissr.config.training import TrainConfig
+from consissr.models.vae.latents import load_latents
+from consissr.nano.autoencoder import MEASURED
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.checks import accumulation
 from consissr.training.loop import Loop

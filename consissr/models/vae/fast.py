@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from consissr.models.latents import Latents
-from consissr.models.strips import use_strips
-from consissr.models.winograd import use_winograd
+from consissr.models.vae.latents import Latents
+from consissr.models.vae.strips import use_strips
+from consissr.models.vae.winograd import use_winograd
 
 
 def for_inference(network: nn.Module) -> None:

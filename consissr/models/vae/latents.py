@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.checkpoint import WEIGHTS, load_strict, read_json, read_weights, write_weights
 from consissr.errors import UserError
-from consissr.models.narrow import WIDTH, with_decoder
+from consissr.models.vae.narrow import WIDTH, with_decoder
+from consissr.weights.files import WEIGHTS, load_strict, read_json, read_weights, write_weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -16,7 +16,7 @@ from consissr.errors import UserError
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-    from consissr.models.latents import Latents
+    from consissr.models.vae.latents import Latents
 
 WIDTH = "decoder_width"
 """Entry of vae/config.json: the factor of a narrow decoder; absent or 1 for a full one."""
@@ -63,7 +63,7 @@ def narrow_decoder(latents: Latents, factor: float) -> Latents:
     The encoder is shared with `latents`, which stay as they are. UserError for a factor outside (0, 1], or if the
     decoder is narrow already.
     """
-    from consissr.models.latents import empty_latents
+    from consissr.models.vae.latents import empty_latents
 
     given: dict[str, Any] = dict(latents.vae.config)
     if given.get(WIDTH, 1) != 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.models.winograd import convolve_padded
+from consissr.models.vae.winograd import convolve_padded
 
 WINDOW_MARGIN = 8
 """What windowed attention sees around its window, in latent pixels."""

@@ -17,7 +17,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.models.winograd import Read, WinogradConv2d, convolve_rows
+from consissr.models.vae.winograd import Read, WinogradConv2d, convolve_rows
 
 PIXELS_AT_ONCE = 2048
 """Pixels per part of a map whose statistics are gathered; its values should stay in the processor's cache."""

@@ -21,10 +21,10 @@ from math import ceil, prod
 import torch
 from torch import Tensor, nn
 
-from consissr.config import check_word
+from consissr.config.loading import check_word
 from consissr.errors import UserError
-from consissr.models.latents import Latents
-from consissr.models.vae_ops import (
+from consissr.models.vae.latents import Latents
+from consissr.models.vae.operations import (
     Box,
     Op,
     Tile,

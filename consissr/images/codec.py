@@ -25,9 +25,9 @@ import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
-from consissr import formats, png16
 from consissr.errors import UserError
-from consissr.formats import Form
+from consissr.images import formats, png16
+from consissr.images.formats import Form
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
 _STRIP = 256  # rows that are resized at once

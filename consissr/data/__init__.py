@@ -1,0 +1,1 @@
+"""Training data: which photographs, how they are read, cropped and degraded."""

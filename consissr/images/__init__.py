@@ -1,0 +1,1 @@
+"""Pixels: files and PIL images on one side, float tensors on the other; sizes and colours."""

@@ -1,0 +1,1 @@
+"""The autoencoder: latents, tiles, and its fast paths on the CPU."""

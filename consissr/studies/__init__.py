@@ -1,0 +1,1 @@
+"""An ablation, from training to verdict."""

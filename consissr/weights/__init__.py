@@ -1,0 +1,1 @@
+"""Weights: model folders, bases, names, and readers of released checkpoints."""
