@@ -47,8 +47,8 @@ def write(kind: str, found: Any, target: Path, name: str, base: str, half: bool)
     from ccsr.timesteps import with_plan
     from consissr.config.folder import FolderConfig
     from consissr.models.image_prompt import prompt_config
-    from consissr.models.vae.latents import save_latents
     from consissr.weights.folder import save_base, save_model, save_prompts
+    from consissr.weights.latents import save_latents
 
     dtype = torch.float16 if half else None
     if base == "own":

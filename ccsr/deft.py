@@ -19,11 +19,12 @@ from ccsr.nuts import Nuts
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.learned import lpips_network
-from consissr.models.vae.latents import Latents, load_latents, same_encoder, save_decoder, save_latents
+from consissr.models.vae.latents import Latents
 from consissr.models.vae.narrow import narrow_decoder
 from consissr.training.restoration import Parts
 from consissr.training.stage import EXPORT, Batch, Phase
 from consissr.weights.files import find_model
+from consissr.weights.latents import load_latents, same_encoder, save_decoder, save_latents
 
 
 class Deft:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
-from consissr.diffusion.schedule import alpha_bar
+from consissr.diffusion.schedule import SD_BETAS, alpha_bar
 from consissr.errors import UserError
 from consissr.models.attention import replace_blocks
 from consissr.models.controlnet import empty_controlnet
 from consissr.models.text import OpenClipText
 from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
-from consissr.weights.base import SD_BETAS, schedule_of
+from consissr.weights.base import schedule_of
 from consissr.weights.from_ldm import read_latents, read_text, read_unet
 from consissr.weights.ldm import Report, State
 from consissr.weights.released import read_controlnet, read_hint_encoder, read_schedule

@@ -19,8 +19,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from consissr.errors import UserError
+from consissr.evaluation import check as checks
 from consissr.evaluation import evaluate, folders, output, produce, protocols, tables
 from consissr.evaluation.commandline import parse_box, parser
+from consissr.weights.files import find_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES, INFER = ROOT / "configs" / "tables", ROOT / "scripts" / "infer.py"
@@ -65,7 +67,7 @@ def print_table(args: argparse.Namespace) -> None:
 
         text = complexity.comparison(table, dataset, produce.timer(table, args.run, INFER))
     else:
-        if results := results | produce.ours(table, args, INFER):
+        if results := results | produce.ours(table, args, INFER, find_model):
             metrics = args.metrics.split(",") if args.metrics else table.metrics
             done = measure(args, results, metrics, args.protocol or table.protocol)
             measured, notes = tables.measured_cells(done, table), tables.run_notes(done, table)
@@ -75,8 +77,6 @@ def print_table(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    from consissr.evaluation import check as checks
-
     if not (args.hr and args.lr):
         raise UserError("--check compares with --hr and builds its baselines from --lr: give both folders")
     results, wrong = folders.parse_methods(args.sr), folders.parse_methods(args.wrong_condition)

@@ -68,9 +68,9 @@ def test_loaded_weights_survive_their_file(tiny_model, tmp_path):
 @pytest.mark.parametrize("text", [None, "{", "[]"])
 def test_an_incomplete_folder_is_told(name, text, tmp_path):
     """A file that an interrupted copy left out, or cut off."""
-    from consissr.models.vae.latents import load_latents
     from consissr.weights.files import find_model, read_config
     from consissr.weights.folder import load_controlnet, load_image_prompt
+    from consissr.weights.latents import load_latents
 
     file = tmp_path / name
     file.parent.mkdir()

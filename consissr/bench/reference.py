@@ -20,7 +20,8 @@ from consissr.diffusion.plans import Step
 from consissr.diffusion.sampler import Draw
 from consissr.models.attention import TransformerBlock, map_size, merge_heads, replace_blocks, split_heads
 from consissr.models.controlnet import LatentHint
-from consissr.models.vae.latents import Latents, empty_latents
+from consissr.models.vae.latents import Latents
+from consissr.models.vae.narrow import empty_latents
 from consissr.restorer import Restorer
 
 

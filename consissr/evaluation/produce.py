@@ -19,14 +19,16 @@ from consissr.errors import UserError
 from consissr.evaluation.folders import EXTENSIONS, fingerprint
 from consissr.evaluation.output import write_text
 from consissr.evaluation.tables import Table
-from consissr.weights.files import BUNDLED, find_model
 
 MODEL_FILES = (".safetensors", ".yaml", ".json")
 """Endings of the files of a model folder that results depend on."""
 
 
-def ours(table: Table, args: argparse.Namespace, script: Path) -> dict[str, Path]:
-    """The rows that --run asks for, restored from --lr: result folders by row; none without --run."""
+def ours(table: Table, args: argparse.Namespace, script: Path, find: Callable[[str], Path] = Path) -> dict[str, Path]:
+    """The rows that --run asks for, restored from --lr: result folders by row; none without --run.
+
+    find: model name -> its folder (`weights.find_model`); by default names are folders.
+    """
     if not args.run:
         return {}
     if args.lr is None:
@@ -36,7 +38,7 @@ def ours(table: Table, args: argparse.Namespace, script: Path) -> dict[str, Path
     except ValueError as error:
         raise UserError(f"--infer-flags {args.infer_flags} cannot be split into words ({error})") from error
     models = plan(table, args.run)
-    return produce(table, models, args.lr, args.output, script, args.repeat or table.runs, flags)
+    return produce(table, models, args.lr, args.output, script, args.repeat or table.runs, flags, find)
 
 
 def timer(table: Table, run: list[str], script: Path) -> Callable[[str], float] | None:
@@ -76,7 +78,14 @@ def plan(table: Table, requests: list[str]) -> dict[str, str]:
 
 
 def produce(
-    table: Table, models: dict[str, str], lr: Path, output: Path, script: Path, repeat: int, flags: list[str]
+    table: Table,
+    models: dict[str, str],
+    lr: Path,
+    output: Path,
+    script: Path,
+    repeat: int,
+    flags: list[str],
+    find: Callable[[str], Path] = Path,
 ) -> dict[str, Path]:
     """Restore the LR folder once per row, `repeat` times with different noise; existing files are kept.
 
@@ -87,7 +96,7 @@ def produce(
     for row, model in models.items():
         folder = output / "results" / re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-")
         own_flags = table.ours[row].get("flags", [])
-        keep_origin(folder, {"model": model_contents(model), "images": images, "flags": [*own_flags, *flags]})
+        keep_origin(folder, {"model": contents(find(model)), "images": images, "flags": [*own_flags, *flags]})
         command = [sys.executable, str(script), "-i", str(lr), "-o", str(folder), "-m", model, "--skip-existing"]
         command += [*own_flags, "--repeat", str(repeat), *flags]
         if subprocess.run(command).returncode != 0:
@@ -96,10 +105,9 @@ def produce(
     return results
 
 
-def model_contents(model: str) -> str:
-    """Hash of the files of a model folder or a bundled model; the name of one that is not on this machine."""
-    folder = find_model(model) if model in BUNDLED else Path(model)
-    return fingerprint(folder, MODEL_FILES) if folder.is_dir() else model
+def contents(folder: Path) -> str:
+    """Hash of the files of a model folder that results depend on; the name of one that is not on this machine."""
+    return fingerprint(folder, MODEL_FILES) if folder.is_dir() else str(folder)
 
 
 def keep_origin(folder: Path, origin: dict[str, str | list[str]]) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.errors import UserError
 from consissr.models.attention import zeroed
-from consissr.weights.files import load_strict, read_weights, write_weights
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
@@ -25,9 +21,6 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 GELU_GAIN = 1.534
 """1 / sqrt(E[GELU(x)^2]) for x of unit variance."""
-
-IMAGE_WEIGHTS = "model.safetensors"
-"""Weights in an image_encoder/ folder; the tower's names begin with "tower."."""
 
 
 def build_tower(embed_dim: int, vision: dict[str, Any]) -> VisionTransformer:
@@ -130,26 +123,3 @@ def tower_config(tower: VisionTransformer) -> dict[str, Any]:
 def prompt_config(prompt: ImagePrompt) -> dict[str, Any]:
     """Sizes of an image prompt: what `folder.build_image_prompt` builds it from, and a model folder stores."""
     return tower_config(prompt.tower) | {"width": prompt.adapter.linear_3.out_features}
-
-
-def save_tower(folder: Path, tower: VisionTransformer, dtype: torch.dtype | None = None) -> None:
-    """Write an image tower without an adapter to `folder`/image_encoder; `dtype`: storage, None: the tower's own."""
-    state = {f"tower.{name}": value for name, value in tower.state_dict().items()}
-    write_weights(folder / "image_encoder" / IMAGE_WEIGHTS, state, dtype)
-    (folder / "image_encoder" / "config.json").write_text(json.dumps(tower_config(tower), indent=1))
-
-
-def load_tower(folder: Path) -> tuple[VisionTransformer, dict[str, Any]]:
-    """The image tower of `folder`/image_encoder, float32 on the CPU, and its "embed_dim" and "vision_cfg".
-
-    `folder`: a base, a run's output_dir or a model folder, whose adapter is left out. UserError if there is no tower.
-    """
-    encoder = folder / "image_encoder"
-    if not (encoder / "config.json").is_file():
-        raise UserError(f"{folder} has no image_encoder/config.json: give a folder with an image tower (stage 'clip')")
-    settings = json.loads((encoder / "config.json").read_text())
-    tower = build_tower(settings["embed_dim"], settings["vision_cfg"])
-    weights = read_weights(encoder / IMAGE_WEIGHTS)
-    own = {name.removeprefix("tower."): value for name, value in weights.items() if name.startswith("tower.")}
-    load_strict(tower, own, str(encoder))
-    return tower, {name: settings[name] for name in ("embed_dim", "vision_cfg")}

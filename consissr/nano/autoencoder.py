@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from consissr.config.training import TrainConfig
-from consissr.models.vae.latents import Latents, save_latents
+from consissr.models.vae.latents import Latents
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop, held_out, photographs
 from consissr.training.validation import VALIDATION_SEED
+from consissr.weights.latents import save_latents
 
 MEASURED = 64
 """Training crops on which the scaling factor is measured where there is no validation set."""

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 
 from consissr.config.stages import ClipConfig
 from consissr.config.training import TrainConfig
-from consissr.models.image_prompt import build_tower, clip_input, save_tower
+from consissr.models.image_prompt import build_tower, clip_input
 from consissr.nano.captions import WORDS, caption
 from consissr.training.precision import without_autocast
 from consissr.training.stage import EXPORT, Batch, Phase, held_out, seed_of
+from consissr.weights.image_encoder import save_tower
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consissr.config.training import TrainConfig
-from consissr.diffusion.schedule import Schedule, alpha_bar
+from consissr.diffusion.schedule import SD_BETAS, Schedule, alpha_bar
 from consissr.errors import UserError
-from consissr.models.vae.latents import load_latents, save_latents
 from consissr.nano.captions import caption
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop
-from consissr.weights.base import SD_BETAS, NullText, TextEncoder, idle_without_text, load_text
+from consissr.weights.base import NullText, TextEncoder, idle_without_text, load_text
 from consissr.weights.folder import write_network, write_scheduler
+from consissr.weights.latents import load_latents, save_latents
 
 ENCODERS = ("text_encoder", "tokenizer", "image_encoder")
 """Folders of a clip run that become part of the base."""

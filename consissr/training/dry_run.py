@@ -26,7 +26,7 @@ from consissr.evaluation.learned import LPIPS_VGG, find
 from consissr.models.attention import replace_blocks
 from consissr.models.controlnet import build_controlnet
 from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
-from consissr.models.vae.latents import empty_latents
+from consissr.models.vae.narrow import empty_latents
 from consissr.training.checks import launched, problems
 from consissr.training.estimate import memory
 from consissr.training.restoration import Parts

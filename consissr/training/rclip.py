@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consissr.config.training import TrainConfig
-from consissr.models.image_prompt import load_tower, save_tower, tower_features
+from consissr.models.image_prompt import tower_features
 from consissr.training.stage import EXPORT, Batch, Phase
-from consissr.weights.image_encoder import find_tower
+from consissr.weights.image_encoder import find_tower, load_tower, save_tower
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer

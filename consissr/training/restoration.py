@@ -27,13 +27,14 @@ from consissr.errors import UserError
 from consissr.models.attention import added_parameters, renew_copies, replace_blocks, trainable_parameters
 from consissr.models.controlnet import build_controlnet, empty_controlnet
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt
-from consissr.models.image_prompt import Adapter, ImagePrompt, load_tower, prompt_config
-from consissr.models.vae.latents import Latents, load_latents, save_latents
+from consissr.models.image_prompt import Adapter, ImagePrompt, prompt_config
+from consissr.models.vae.latents import Latents
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop
 from consissr.weights.base import Base, idle_without_text, load_base
 from consissr.weights.files import UNET_ADAPTER, WEIGHTS, find_model, load_strict, read_config, read_weights
 from consissr.weights.folder import PROMPTS, load_image_prompt, load_prompts, own_parameters, save_model
-from consissr.weights.image_encoder import find_tower, has_tower
+from consissr.weights.image_encoder import find_tower, has_tower, load_tower
+from consissr.weights.latents import load_latents, save_latents
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from consissr.config.loading import nearest
+from consissr.diffusion.schedule import SD_BETAS
 from consissr.errors import UserError
-from consissr.models.vae.latents import LINEAR_PATH, Latents, load_latents
+from consissr.models.vae.latents import Latents
 from consissr.weights.files import WEIGHTS
+from consissr.weights.from_ldm import read_base
+from consissr.weights.latents import LINEAR_PATH, load_latents
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -36,8 +39,6 @@ SD21_MIRRORS = (
     "stabilityai/stable-diffusion-2-1-base",
 )
 SINGLE_FILES = (".ckpt", ".safetensors")
-SD_BETAS = (1000, 0.00085, 0.012)
-"""Stable Diffusion's noise schedule: timesteps, first and last beta of the "scaled linear" form."""
 
 
 class TextEncoder(Protocol):
@@ -185,8 +186,6 @@ def load_text(place: str, dtype: torch.dtype) -> ClipText:
 
 def load_file(place: str, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
     """A base from one file in LDM naming, read as SD2.1-base's: predicting noise, sizes from the weights."""
-    from consissr.weights.from_ldm import read_base
-
     unet, latents, tower, report = read_base(Path(place), dtype)
     log.info("%s: %s", place, "; ".join(report.lines()))
     known = embeddings(tower or NullText(unet.config.cross_attention_dim), prompts)

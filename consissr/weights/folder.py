@@ -12,13 +12,15 @@ from torch import nn
 from consissr.config.folder import FolderConfig
 from consissr.config.loading import save_config
 from consissr.config.model import ModelConfig
+from consissr.diffusion.schedule import SD_BETAS
 from consissr.errors import UserError
 from consissr.models.attention import added_parameters, replace_blocks
 from consissr.models.controlnet import empty_controlnet
-from consissr.models.image_prompt import IMAGE_WEIGHTS, Adapter, ImagePrompt, build_tower
-from consissr.models.vae.latents import Latents, save_latents
-from consissr.weights.base import SD_BETAS
+from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
+from consissr.models.vae.latents import Latents
 from consissr.weights.files import UNET_ADAPTER, WEIGHTS, load_strict, read_json, read_weights, write_weights
+from consissr.weights.image_encoder import IMAGE_WEIGHTS
+from consissr.weights.latents import save_latents
 
 PROMPTS = "prompts.safetensors"
 """Embeddings of the prompts that a model samples with, where they are not the base's text encoder's to make."""

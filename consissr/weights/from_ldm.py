@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from consissr.config.model import ModelConfig
+from consissr.diffusion.schedule import SD_BETAS
 from consissr.errors import UserError
 from consissr.models.attention import replace_blocks
 from consissr.models.text import OpenClipText
 from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
-from consissr.weights.base import SD_BETAS
 from consissr.weights.ldm import Report, State
 
 if TYPE_CHECKING:

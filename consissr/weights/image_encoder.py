@@ -1,20 +1,49 @@
-"""Where a new image branch takes CLIP's image tower from."""
+"""CLIP's image tower: reading and writing an image_encoder/ folder, and where a new image branch takes one from."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from consissr.config.model import ModelConfig
 from consissr.errors import UserError
-from consissr.models.image_prompt import build_tower, load_tower, tower_config
+from consissr.models.image_prompt import build_tower, tower_config
 from consissr.weights.base import find_base
-from consissr.weights.files import BUNDLED, find_model, load_strict
+from consissr.weights.files import BUNDLED, find_model, load_strict, read_json, read_weights, write_weights
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
 
+IMAGE_WEIGHTS = "model.safetensors"
+"""Weights in an image_encoder/ folder; the tower's names begin with "tower."."""
+
 OPEN_CLIP = "open_clip:"
+
+
+def save_tower(folder: Path, tower: VisionTransformer, dtype: torch.dtype | None = None) -> None:
+    """Write an image tower without an adapter to `folder`/image_encoder; `dtype`: storage, None: the tower's own."""
+    state = {f"tower.{name}": value for name, value in tower.state_dict().items()}
+    write_weights(folder / "image_encoder" / IMAGE_WEIGHTS, state, dtype)
+    (folder / "image_encoder" / "config.json").write_text(json.dumps(tower_config(tower), indent=1))
+
+
+def load_tower(folder: Path) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The image tower of `folder`/image_encoder, float32 on the CPU, and its "embed_dim" and "vision_cfg".
+
+    `folder`: a base, a run's output_dir or a model folder, whose adapter is left out. UserError if there is no tower.
+    """
+    encoder = folder / "image_encoder"
+    if not (encoder / "config.json").is_file():
+        raise UserError(f"{folder} has no image_encoder/config.json: give a folder with an image tower (stage 'clip')")
+    settings = read_json(encoder / "config.json")
+    tower = build_tower(settings["embed_dim"], settings["vision_cfg"])
+    weights = read_weights(encoder / IMAGE_WEIGHTS)
+    own = {name.removeprefix("tower."): value for name, value in weights.items() if name.startswith("tower.")}
+    load_strict(tower, own, str(encoder))
+    return tower, {name: settings[name] for name in ("embed_dim", "vision_cfg")}
 
 
 def has_tower(folder: str | Path) -> bool:

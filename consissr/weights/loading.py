@@ -9,10 +9,10 @@ import torch
 from consissr.config.loading import changed, check_word
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.models.denoiser import Denoiser
-from consissr.models.vae.latents import load_latents
 from consissr.weights import files
 from consissr.weights.base import load_base
 from consissr.weights.folder import load_controlnet, load_image_prompt, load_prompts, load_unet_additions
+from consissr.weights.latents import load_latents
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,10 +16,10 @@ from consissr.config.loading import load_config
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation import learned
-from consissr.models.vae.latents import load_latents, save_latents
 from consissr.restorer import Restorer
 from consissr.training.stage import Batch
 from consissr.weights.base import load_base
+from consissr.weights.latents import load_latents, save_latents
 
 
 def config(tiny_model: Path, tmp_path: Path, *words: str) -> TrainConfig:

@@ -97,9 +97,8 @@ def test_sampler_flags_are_those_of_infer_and_take_the_steps_they_claim() -> Non
 def test_the_tower_alone_comes_from_a_bundled_model() -> None:
     import torch
 
-    from consissr.models.image_prompt import load_tower
     from consissr.weights.files import find_model
-    from consissr.weights.image_encoder import find_tower
+    from consissr.weights.image_encoder import find_tower, load_tower
 
     config = variants("consissr_table4")["gamma10"].model
     found, own = find_tower(config).state_dict(), load_tower(find_model("nano-consissr"))[0].state_dict()

@@ -10,8 +10,8 @@ import torch
 
 from consissr.config.model import ModelConfig
 from consissr.errors import UserError
-from consissr.models.image_prompt import build_tower, clip_input, save_tower, tower_features
-from consissr.weights.image_encoder import find_tower
+from consissr.models.image_prompt import build_tower, clip_input, tower_features
+from consissr.weights.image_encoder import find_tower, save_tower
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8}
 TEXT = {"context_length": 8, "vocab_size": 20, "width": 8, "heads": 2, "layers": 1}

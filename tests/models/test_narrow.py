@@ -8,10 +8,10 @@ from ccsr.deft import Deft
 from consissr.config.loading import load_config
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.models.vae.latents import empty_latents, load_latents, same_encoder, save_latents
-from consissr.models.vae.narrow import Selection, narrow_decoder, narrow_widths
+from consissr.models.vae.narrow import Selection, empty_latents, narrow_decoder, narrow_widths
 from consissr.restorer import Restorer
 from consissr.weights.base import load_base
+from consissr.weights.latents import load_latents, same_encoder, save_latents
 
 SETTINGS = {
     "in_channels": 12,

@@ -11,7 +11,8 @@ from PIL import Image
 
 from consissr.config.stages import ClipConfig
 from consissr.config.training import TrainConfig
-from consissr.models.image_prompt import build_tower, save_tower
+from consissr.models.image_prompt import build_tower
+from consissr.weights.image_encoder import save_tower
 from scripts.train import main
 from tests.training.tiny import SMALL, words
 

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from consissr.errors import UserError
-from consissr.models.image_prompt import load_tower, save_tower, tower_features
+from consissr.models.image_prompt import tower_features
 from consissr.nano.captions import WORDS
 from consissr.nano.clip import Contrast, random_windows, write_tokenizer
 from consissr.training.stage import Batch
 from consissr.weights.base import load_base, load_text
+from consissr.weights.image_encoder import load_tower, save_tower
 from scripts.train import main
 
 RUN = [

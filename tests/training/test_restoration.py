@@ -14,13 +14,13 @@ from consissr.config.loading import load_config
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.models.attention import TransformerBlock
-from consissr.models.image_prompt import load_tower
-from consissr.models.vae.latents import save_decoder
 from consissr.training.loop import Loop
 from consissr.training.restoration import starting_parts
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala
 from consissr.weights.folder import load_prompts, save_prompts
+from consissr.weights.image_encoder import load_tower
+from consissr.weights.latents import save_decoder
 from scripts.train import stage_builder
 
 RUN = ["batch=2", "micro_batch=2", "tracker=none", "data.crop=64", "precision=fp32", "steps=3", "optimizer.lr=1e-3"]

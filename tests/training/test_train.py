@@ -13,7 +13,6 @@ import torch
 from consissr.config.loading import load_config
 from consissr.config.stages import OptimizerConfig
 from consissr.config.training import TrainConfig
-from consissr.models.vae.latents import load_latents
 from consissr.nano.autoencoder import MEASURED
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.checks import accumulation
@@ -21,6 +20,7 @@ from consissr.training.loop import Loop
 from consissr.training.optimisers import learning_rate
 from consissr.training.stage import held_out, photographs
 from consissr.training.validation import VALIDATION_SEED
+from consissr.weights.latents import load_latents
 from scripts.train import main, stage_builder
 from tests.training.tiny import SMALL, words
 

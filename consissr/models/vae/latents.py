@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from math import isqrt
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consissr.errors import UserError
-from consissr.models.vae.narrow import WIDTH, with_decoder
-from consissr.weights.files import WEIGHTS, load_strict, read_json, read_weights, write_weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-LINEAR_PATH = "linear_path.safetensors"
-TUNED = "decoder.safetensors"
-"""A tuned decoder by the names it has in `Latents`; everything else is the base's."""
 
 
 class LinearPath(nn.Module):
@@ -115,56 +108,3 @@ def decoder_names(latents: Latents) -> set[str]:
     """Names in `Latents` of what turns latents into images, and may be tuned."""
     parts = ("vae.decoder.", "vae.post_quant_conv.", "linear.synthesis.")
     return {n for n, _ in latents.named_parameters() if n.startswith(parts)}
-
-
-def empty_latents(settings: dict[str, Any]) -> Latents:
-    """An untrained autoencoder of the sizes in a `vae/config.json`."""
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_config({n: value for n, value in settings.items() if n not in ("linear_path", WIDTH)})
-    vae.register_to_config(linear_path=settings.get("linear_path", False))
-    return Latents(with_decoder(vae, settings.get(WIDTH, 1)))
-
-
-def load_latents(folder: Path, base: Latents | None = None, dtype: torch.dtype = torch.float32) -> Latents:
-    """The autoencoder of a `vae/` folder: diffusers' layout (as `dtype` on the CPU), or a tuned decoder.
-
-    Where only a decoder is stored, it replaces that of `base`, in place. UserError for damaged files, and for a decoder
-    without a base or of another.
-    """
-    if (folder / TUNED).is_file():
-        if base is None:
-            raise UserError(f"{folder} holds a decoder only: give the model folder it is in, whose base has the rest")
-        load_strict(base, read_weights(folder / TUNED), str(folder / TUNED), subset=decoder_names(base))
-        return base
-    with torch.device("meta"):
-        latents = empty_latents(read_json(folder / "config.json"))
-    load_strict(latents.vae, read_weights(folder / WEIGHTS), str(folder), dtype=dtype)
-    if latents.linear is not None:
-        load_strict(latents.linear, read_weights(folder / LINEAR_PATH), str(folder / LINEAR_PATH), dtype=dtype)
-    return latents
-
-
-def same_encoder(latents: Latents, base: Latents) -> bool:
-    """Whether the two differ in the decoder's values at most, so that storing the decoder is enough."""
-    if latents is base:
-        return True
-    own, others, decoder = latents.state_dict(), base.state_dict(), decoder_names(base)
-    if own.keys() != others.keys() or any(own[n].shape != others[n].shape for n in decoder):
-        return False
-    return all(torch.equal(own[n], others[n]) for n in own.keys() - decoder)
-
-
-def save_decoder(folder: Path, latents: Latents, dtype: torch.dtype | None = None) -> None:
-    """Write the tuned decoder of `latents`, whose other parts are the base's; `dtype` is the storage type."""
-    state = latents.state_dict()
-    write_weights(folder / TUNED, {name: state[name] for name in decoder_names(latents)}, dtype)
-
-
-def save_latents(folder: Path, latents: Latents, dtype: torch.dtype | None = None) -> None:
-    """Write what `load_latents` reads; `dtype` is the storage type."""
-    folder.mkdir(parents=True, exist_ok=True)
-    latents.vae.save_config(folder)
-    write_weights(folder / WEIGHTS, latents.vae.state_dict(), dtype)
-    if latents.linear is not None:
-        write_weights(folder / LINEAR_PATH, latents.linear.state_dict(), dtype)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from consissr.errors import UserError
+from consissr.models.vae.latents import Latents
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-    from consissr.models.vae.latents import Latents
 
 WIDTH = "decoder_width"
 """Entry of vae/config.json: the factor of a narrow decoder; absent or 1 for a full one."""
@@ -57,14 +56,21 @@ def with_decoder(vae: AutoencoderKL, factor: float) -> AutoencoderKL:
     return vae
 
 
+def empty_latents(settings: dict[str, Any]) -> Latents:
+    """An untrained autoencoder of the sizes in a `vae/config.json`."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_config({n: value for n, value in settings.items() if n not in ("linear_path", WIDTH)})
+    vae.register_to_config(linear_path=settings.get("linear_path", False))
+    return Latents(with_decoder(vae, settings.get(WIDTH, 1)))
+
+
 def narrow_decoder(latents: Latents, factor: float) -> Latents:
     """The same autoencoder with a narrow decoder that starts from the full one's strongest channels.
 
     The encoder is shared with `latents`, which stay as they are. UserError for a factor outside (0, 1], or if the
     decoder is narrow already.
     """
-    from consissr.models.vae.latents import empty_latents
-
     given: dict[str, Any] = dict(latents.vae.config)
     if given.get(WIDTH, 1) != 1:
         raise UserError(f"this decoder is narrow already (factor {given[WIDTH]:g}): start from the full one")
