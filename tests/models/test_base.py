@@ -57,8 +57,11 @@ def test_a_base_in_one_file_is_read_without_a_network(networks, state, tmp_path,
         save_file(state, path)
     found, (unet, vae, text) = load_base(str(path), prompts=["a cat", ""]), networks
     z, t, tokens = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 64)
-    assert torch.equal(found.unet(z, t, tokens).sample, unet(z, t, tokens).sample)
-    assert torch.equal(found.latents.vae.decode(z).sample, vae.decode(z).sample)
+    for got, want in ((found.unet, unet), (found.latents.vae, vae)):
+        assert all(torch.equal(value, want.state_dict()[name]) for name, value in got.state_dict().items())
+    # sums of a file's mapped memory may round in another order than those of fresh memory
+    assert torch.allclose(found.unet(z, t, tokens).sample, unet(z, t, tokens).sample, atol=1e-5)
+    assert torch.allclose(found.latents.vae.decode(z).sample, vae.decode(z).sample, atol=1e-5)
     assert (found.betas, found.prediction_type) == ((1000, 0.00085, 0.012), "epsilon")
     assert list(found.prompts) == ["a cat", ""] and not found.text_free
     assert torch.equal(found.prompts["a cat"], OpenClipText(text).encode(["a cat"]))
