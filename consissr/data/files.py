@@ -18,7 +18,7 @@ from consissr.images import codec, formats
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+EXTENSIONS = tuple(formats.WRITABLE)
 
 # What Pillow raises for damaged data and for sizes that are meant to harm
 DAMAGE = (*formats.DAMAGE, Image.DecompressionBombError)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from PIL import Image, UnidentifiedImageError
 
 from consissr.errors import UserError
+from consissr.images import formats
 
 if TYPE_CHECKING:
     import torch
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+EXTENSIONS = tuple(formats.WRITABLE)
 STEPS = "_steps"  # ending of the folders that `infer.py --save-steps` writes beside its results
 SHOWN = 3  # file names per message
 
@@ -55,7 +56,7 @@ def list_images(folder: Path) -> dict[str, Path]:
         and not any(part.endswith(STEPS) for part in path.relative_to(folder).parts[:-1])
     ]  # fmt: skip
     if not files:
-        raise UserError(f"{folder} holds no image ({', '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"{folder} holds no image ({', '.join(EXTENSIONS)})")
     stems = [path.relative_to(folder).with_suffix("").as_posix() for path in files]
     twins = [stem for stem, count in Counter(stems).items() if count > 1]
     if twins:

@@ -1,17 +1,16 @@
 """NIQE, the natural image quality evaluator (Mittal, Soundararajan, Bovik: "Making a completely blind image quality
 analyzer", 2012). Lower is better; natural photographs lie near 3 to 6.
 
-Written from the paper. The statistics of its pristine photographs (mean and covariance of 36 features) are read from
-the parameter file in the installed basicsr package, so nothing is downloaded. Two conventions follow pyiqa, whose
+Written from the paper. The statistics of its pristine photographs (mean and covariance of 36 features) are the
+authors', in niqe_pristine.json beside this file, which names its source and terms. Two conventions follow pyiqa, whose
 values the SR papers print: luminance is full-range 0.299 R + 0.587 G + 0.114 B rounded to integers, and borders of the
 7 x 7 Gaussian repeat the edge pixel.
 """
 
+import json
 from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.resources import files
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -120,10 +119,9 @@ def shape_table() -> tuple[torch.Tensor, torch.Tensor]:
 @lru_cache(maxsize=1)
 def pristine() -> tuple[torch.Tensor, torch.Tensor]:
     """Mean (36,) and covariance (36, 36) of the pristine photographs' features."""
-    package = find_spec("basicsr")  # finds the folder without importing the package
-    path = Path(package.origin).parent / "metrics" / "niqe_pris_params.npz" if package else None
-    if path is None or not path.is_file():
-        raise UserError("NIQE reads basicsr's niqe_pris_params.npz, which is not installed: pip install basicsr==1.4.2")
-    with np.load(path) as parameters:
-        mean, covariance = parameters["mu_pris_param"], parameters["cov_pris_param"]
-    return torch.from_numpy(mean).double().flatten(), torch.from_numpy(covariance).double()
+    stored = json.loads(files("consissr.evaluation").joinpath("niqe_pristine.json").read_text(encoding="utf-8"))
+    mean = torch.tensor(stored["mean"], dtype=torch.float64)
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for row, values in enumerate(stored["covariance"]):  # the lower triangle
+        covariance[row, : row + 1] = covariance[: row + 1, row] = torch.tensor(values, dtype=torch.float64)
+    return mean, covariance

@@ -92,7 +92,7 @@ def produce(
     Beside each folder stands what it was restored from. Raises UserError where that is something else, or infer.py
     fails.
     """
-    results, images = {}, fingerprint(lr, tuple(EXTENSIONS))
+    results, images = {}, fingerprint(lr, EXTENSIONS)
     for row, model in models.items():
         folder = output / "results" / re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-")
         own_flags = table.ours[row].get("flags", [])

@@ -20,7 +20,7 @@ def results_folder(output: Path, name: str, model: Path, base: str | None, lr: P
     """
     weights = folders.fingerprint(model, MODEL_FILES)
     place = f"-{Path(base).resolve().name}" if base else ""
-    photos = folders.fingerprint(lr, tuple(folders.EXTENSIONS))
+    photos = folders.fingerprint(lr, folders.EXTENSIONS)
     return output / f"{Path(name).resolve().name}{place}-{weights[:8]}-{photos[:8]}"
 
 

@@ -4,12 +4,16 @@ import os
 import re
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 SLOW = bool(os.environ.get("CONSISSR_SLOW_TESTS"))
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench.py"
 
 
+@pytest.mark.skipif(find_spec("basicsr") is None, reason="basicsr does not build on Python 3.13")
 def test_degradation(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "degradation", "--images", "48" if SLOW else "12"])
     runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from consissr.errors import UserError
 from consissr.evaluation import metrics
 from consissr.evaluation.folders import read_image
-from consissr.evaluation.niqe import halve, niqe
+from consissr.evaluation.niqe import halve, niqe, pristine
 
 SAMPLE = ("Canon_001", "Canon_027", "Nikon_021", "Nikon_044")
 
@@ -114,6 +115,15 @@ def test_niqe_of_flat_images_does_not_exist(level: float) -> None:
     values = niqe(torch.cat([flat, nearly, textured])).tolist()
     assert math.isnan(values[0]) and math.isnan(values[1])
     assert values[2] == pytest.approx(niqe(textured).item())
+
+
+@pytest.mark.skipif(find_spec("basicsr") is None, reason="basicsr does not build on Python 3.13")
+def test_niqe_compares_with_its_authors_numbers() -> None:
+    """The shipped file holds the numbers that basicsr ships, to the last bit."""
+    path = Path(find_spec("basicsr").origin).parent / "metrics" / "niqe_pris_params.npz"
+    with np.load(path) as stored:
+        assert np.array_equal(pristine()[0].numpy(), stored["mu_pris_param"][0])
+        assert np.array_equal(pristine()[1].numpy(), stored["cov_pris_param"])
 
 
 def test_niqe_refuses_small_images() -> None:
