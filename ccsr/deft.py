@@ -19,12 +19,9 @@ from ccsr.nuts import Nuts
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.learned import lpips_network
-from consissr.models.vae.latents import Latents
 from consissr.models.vae.narrow import narrow_decoder
-from consissr.training.restoration import Parts
-from consissr.training.stage import EXPORT, Batch, Phase
-from consissr.weights.files import find_model
-from consissr.weights.latents import load_latents, same_encoder, save_decoder, save_latents
+from consissr.training.stage import Batch, Phase
+from consissr.weights.model import Model
 
 
 class Deft:
@@ -35,21 +32,20 @@ class Deft:
     def __init__(
         self,
         config: TrainConfig,
-        parts: Parts | None = None,
+        model: Model | None = None,
         adversary: nn.Module | None = None,
         lpips: nn.Module | None = None,
     ) -> None:
-        """Without `parts`, the trained model is `init`'s, and the other networks are found as the config says."""
+        """Without `model`, the trained model is `init`'s, and the other networks are found as the config says."""
         if not config.init:
             raise UserError("stage 'deft' tunes the decoder of a trained model: give init=MODEL_FOLDER (stage 'nuts')")
         self.config = config.deft
-        self.first = Nuts(config, parts)
-        self.latents, self.decoder_only = self.first.latents, True
-        if parts is None:
-            self.go_on(find_model(config.init) / "vae")
-        if config.deft.decoder_width != 1:
-            self.take(narrow_decoder(self.latents, config.deft.decoder_width))
-            self.decoder_only = False
+        self.first = Nuts(config, model)
+        model, width = self.first.model, config.deft.decoder_width
+        if width != 1:
+            self.first.latents = self.first.networks["latents"] = narrow_decoder(model.latents, width)
+        model.decoder = "tuned" if model.decoder != "own" and width == 1 else "own"
+        self.latents = self.first.latents
         self.adversary = adversary or ADVERSARIES[config.deft.discriminator](config.deft)
         self.networks = nn.ModuleDict({"first": self.first.networks, "adversary": self.adversary})
         self.lpips = lpips
@@ -73,23 +69,12 @@ class Deft:
         ]
 
     @classmethod
-    def untrained(cls, config: TrainConfig, parts: Parts) -> Deft:
-        """The stage with `parts` and, on the meta device, all other networks of the right sizes (dry runs)."""
+    def untrained(cls, config: TrainConfig, model: Model) -> Deft:
+        """The stage with `model` and, on the meta device, all other networks of the right sizes (dry runs)."""
         with torch.device("meta"):
             lpips = UntrainedLpips() if config.deft.perceptual == "lpips" else None
             adversary = ADVERSARIES[config.deft.discriminator](config.deft, untrained=True)
-        return cls(config, parts, adversary, lpips)
-
-    def go_on(self, tuned: Path) -> None:
-        """Start from the decoder of a vae/ folder, if there is one."""
-        base = self.latents
-        if tuned.is_dir():
-            self.take(load_latents(tuned, base))
-            self.decoder_only = same_encoder(self.latents, base)
-
-    def take(self, latents: Latents) -> None:
-        """Work with another autoencoder."""
-        self.latents = self.first.latents = self.first.networks["latents"] = latents
+        return cls(config, model, adversary, lpips)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -147,14 +132,12 @@ class Deft:
         return self.latents.decode(batch.cache["x0_T"])
 
     def export(self, folder: Path) -> None:
-        """The first stage's model folder, and the tuned decoder."""
+        """The first stage's model folder, with the tuned decoder."""
         self.first.export(folder)
         if self.config.decoder_width != 1:
             with open(folder / "README.md", "a") as card:
                 width = self.config.decoder_width
                 card.write(f"\nIts decoder is {width:g} times as wide: a different, faster model.\n")
-        save = save_decoder if self.decoder_only else save_latents
-        save(folder / "vae", self.latents, EXPORT[self.first.config.export_precision])
 
 
 class UntrainedLpips(nn.Module):

@@ -18,8 +18,9 @@ from consissr.config.folder import FolderConfig
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.models.denoiser import SoftPrompt
-from consissr.training.restoration import Parts, Restoration, pixel_weights
+from consissr.training.restoration import Restoration, pixel_weights
 from consissr.training.stage import Batch
+from consissr.weights.model import Model
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ log = logging.getLogger(__name__)
 class Nuts(Restoration):
     """l_diff at uniform t (Eq. 2, CCSR), l_T and l_tmax from the noisiest timestep (Eq. 3)."""
 
-    def __init__(self, config: TrainConfig, parts: Parts | None = None, soft_prompt: SoftPrompt | None = None) -> None:
-        super().__init__(config, parts, soft_prompt)
+    def __init__(self, config: TrainConfig, model: Model | None = None, soft_prompt: SoftPrompt | None = None) -> None:
+        super().__init__(config, model, soft_prompt)
         self.posterior = config.nuts.posterior
         self.weights = pixel_weights(self.latents) if config.nuts.metric == "pixels" else None
         s = config.sampler

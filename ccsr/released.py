@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
-from consissr.diffusion.schedule import SD_BETAS, alpha_bar
 from consissr.errors import UserError
 from consissr.models.attention import replace_blocks
 from consissr.models.controlnet import empty_controlnet
-from consissr.models.text import OpenClipText
 from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
 from consissr.weights.base import schedule_of
 from consissr.weights.from_ldm import read_latents, read_text, read_unet
 from consissr.weights.ldm import Report, State
-from consissr.weights.released import read_controlnet, read_hint_encoder, read_schedule
+from consissr.weights.released import Released, check_schedule, read_controlnet, read_hint_encoder
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -60,30 +57,6 @@ AS_RELEASED_V1 = SamplerConfig(
 """How the authors sample with v1, in 16 evaluations."""
 
 
-@dataclass
-class Released:
-    """A published CCSR model, all parts float32 on the CPU; parts that the source does not have are None."""
-
-    controlnet: ControlNetModel
-    unet: UNet2DConditionModel | None = None
-    latents: Latents | None = None
-    """The autoencoder, with the fine-tuned decoder."""
-    hint_latents: Latents | None = None
-    """What encodes the hint: the same object, unless v1's copy of the encoder differs."""
-    text: OpenClipText | None = None
-    """v1's text encoder; v2 uses the base's."""
-    alpha_bar: Tensor = field(default_factory=alpha_bar)
-    betas: tuple[int, float, float] = SD_BETAS
-    """Steps, first and last beta of `alpha_bar`."""
-    prediction_type: str = "epsilon"
-    """What the UNet predicts, as v2's scheduler says. The release trains and takes its first step as if it were
-    noise, whatever is said there; only a model of someone else's may mean more by it.
-    """
-    model: ModelConfig = field(default_factory=lambda: MODEL)
-    sampler: SamplerConfig = field(default_factory=lambda: AS_RELEASED_V2)
-    report: Report = field(default_factory=Report)
-
-
 def is_v2(source: Path) -> bool:
     """Whether `source` is a folder with CCSR v2's ControlNet in it."""
     config = source / "controlnet" / "config.json"
@@ -105,15 +78,21 @@ def read_v2(source: str | Path) -> Released:
     source = Path(source)
     if not is_v2(source):
         raise UserError(f"{source} is not CCSR v2's: it needs controlnet/config.json with use_vae_encode_condition")
-    found = Released(read_v2_controlnet(source / "controlnet", report := Report()), report=report)
-    if (source / "vae").is_dir():
-        found.latents = found.hint_latents = read_v2_vae(source / "vae", report)
-    if (source / "unet").is_dir():
-        found.unet = read_v2_unet(source / "unet", report)
+    report = Report()
+    found = Released(
+        kind="CCSR v2",
+        config=FolderConfig(model=MODEL, sampler=AS_RELEASED_V2),
+        controlnet=read_v2_controlnet(source / "controlnet", report),
+        unet=read_v2_unet(source / "unet", report) if (source / "unet").is_dir() else None,
+        latents=read_v2_vae(source / "vae", report) if (source / "vae").is_dir() else None,
+        report=report,
+    )
+    found.decoder = "base" if found.latents is None else "own"
     scheduler = source / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
+        # The release trains and takes its first step as if the UNet predicted noise, whatever is said here; only a
+        # model of someone else's may mean more by it.
         found.betas, found.prediction_type = schedule_of(json.loads(scheduler.read_text()))
-        found.alpha_bar = alpha_bar(*found.betas)
     return found
 
 
@@ -175,7 +154,7 @@ def read_v1(source: str | Path | State, heads: Sequence[int] | None = None) -> R
     if not is_v1(state):
         raise UserError("the checkpoint is not CCSR v1's: its ControlNet does not take latent and hint together")
     report = Report()
-    schedule = read_schedule(state, report)
+    check_schedule(state, report)
     for prefix in ("first_stage_model.loss.", "loss."):
         report.ignored[f"training losses ({prefix}*)"] = list(ldm.take(state, prefix))
     unet, _ = read_unet(ldm.take(state, "model.diffusion_model."), report, heads)
@@ -188,13 +167,14 @@ def read_v1(source: str | Path | State, heads: Sequence[int] | None = None) -> R
         name, rest = next(iter(state)), len(state) - 1
         raise UserError(f"the checkpoint has an unknown key, {name} ({rest} more): it is not CCSR v1's")
     return Released(
+        kind="CCSR v1",
+        config=FolderConfig(model=MODEL, sampler=AS_RELEASED_V1),
         controlnet=controlnet,
         unet=unet,
         latents=latents,
-        hint_latents=read_hint_encoder(encoder, latents, report) if encoder else latents,
+        decoder="own",
+        hint_latents=read_hint_encoder(encoder, latents, report) if encoder else None,
         text=text,
-        alpha_bar=schedule,
-        sampler=AS_RELEASED_V1,
         report=report,
     )
 

@@ -37,7 +37,8 @@ from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
 from consissr.models.vae.fast import compile_forward, for_inference
 from consissr.models.vae.latents import Latents
 from consissr.models.vae.tiling import TiledLatents
-from consissr.weights.loading import PRECISIONS, choose_precision, load_parts
+from consissr.weights.folder import load_model
+from consissr.weights.precision import PRECISIONS, choose_precision
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +99,11 @@ class Restorer:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         precision = choose_precision(precision, device)
-        parts = load_parts(name, base, PRECISIONS[precision], **settings)
-        return cls(**parts, device=device, precision=precision)
+        model = load_model(name, base, PRECISIONS[precision], **settings)
+        return cls(
+            model.latents, model.denoiser(), Schedule(model.alpha_bar), model.prompts, model.image_prompt,
+            model.config.sampler, model.hint_latents, device, precision,
+        )  # fmt: skip
 
     def __call__(
         self,

@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         part = args.target.with_name(f".{args.target.name}.part")
         part.mkdir(parents=True)
-        kind, found = read(args.source, args.clip)
-        write(kind, found, part, args.target.name, args.base, args.half)
+        found = read(args.source, args.clip)
+        write(found, part, args.target.name, args.base, args.half)
         part.rename(args.target)
     except (UserError, OSError, ValueError, KeyError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{args.source}: {type(error).__name__}: {error}"
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)
-    print(f"{args.source} is {kind}")
+    print(f"{args.source} is {found.kind}")
     print("\n".join(found.report.lines()))
     print(f"written to {args.target}; base model: {args.base}")
     return 0

@@ -68,6 +68,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from consissr.config.sampler import SamplerConfig
     from consissr.models.controlnet import build_controlnet
     from consissr.weights.folder import save_model
+    from consissr.weights.model import Model
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models")
@@ -99,5 +100,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
         torch.nn.init.normal_(layer.weight, std=0.1)  # they start at zero, where the condition would have no effect
     timesteps = [[step.t, step.t_next, step.kind] for step in nuts_plan(6, 2 / 3, 0.5)]
-    save_model(folder / "tiny", FolderConfig(model=model, sampler=SamplerConfig(timesteps=timesteps)), controlnet)
+    config = FolderConfig(model=model, sampler=SamplerConfig(timesteps=timesteps))
+    save_model(folder / "tiny", Model(config=config, controlnet=controlnet, unet=None, latents=None))
     return folder / "tiny"

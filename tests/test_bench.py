@@ -9,7 +9,7 @@ from ccsr import nuts_plan
 from ccsr.methods import method
 from consissr.bench.clock import Clock
 from consissr.bench.inference import Question, compare
-from consissr.bench.models import Parts, from_folder
+from consissr.bench.models import Networks, from_folder
 from consissr.bench.reference import Reference
 from consissr.bench.tiles import exponent
 from consissr.bench.work import macs_of
@@ -71,7 +71,7 @@ def consissr_parts(like, tokens):
         network.eval().requires_grad_(False)
     table = alpha_bar()
     denoiser = Denoiser(unet, controlnet, table)
-    return Parts(like.latents, denoiser, Tokens(tokens), Schedule(table), CPU, torch.float32, model, embed)
+    return Networks(like.latents, denoiser, Tokens(tokens), Schedule(table), CPU, torch.float32, model, embed)
 
 
 def both(parts, config, plan, sequential):

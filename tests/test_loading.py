@@ -13,8 +13,7 @@ from consissr import restorer as restorer_module
 from consissr.errors import UserError
 from consissr.restorer import Restorer
 from consissr.weights import base
-from consissr.weights.folder import load_prompts
-from consissr.weights.loading import load_parts
+from consissr.weights.folder import load_model, load_prompts
 
 LARGE = 4096
 """Elements of a tensor that counts as a weight, not as a small table."""
@@ -44,9 +43,9 @@ def test_networks_are_never_in_another_type(name, monkeypatch):
     encoder = SimpleNamespace(encode=lambda prompts: torch.zeros(1, 1, 64))
     monkeypatch.setattr(base, "load_text", lambda place, dtype: encoder)
     with Made() as made:
-        parts = load_parts(name, None, torch.bfloat16)
+        model = load_model(name, dtype=torch.bfloat16)
     assert torch.bfloat16 in made.dtypes and torch.float32 not in made.dtypes
-    networks = [parts["latents"], parts["denoiser"].unet, parts["denoiser"].controlnet, parts["image_prompt"]]
+    networks = [model.latents, model.unet, model.controlnet, model.image_prompt]
     for network in (network for network in networks if network is not None):
         assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.bfloat16}
         assert not any(tensor.is_meta for tensor in network.state_dict().values())
@@ -57,7 +56,7 @@ def test_loaded_weights_survive_their_file(tiny_model, tmp_path):
     import shutil
 
     folder = shutil.copytree(tiny_model, tmp_path / "model")
-    controlnet = load_parts(str(folder), None, torch.float32)["denoiser"].controlnet
+    controlnet = load_model(folder).controlnet
     before = {name: value.clone() for name, value in controlnet.state_dict().items()}
     file = folder / "controlnet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(bytes(file.stat().st_size))
@@ -69,7 +68,8 @@ def test_loaded_weights_survive_their_file(tiny_model, tmp_path):
 def test_an_incomplete_folder_is_told(name, text, tmp_path):
     """A file that an interrupted copy left out, or cut off."""
     from consissr.weights.files import find_model, read_config
-    from consissr.weights.folder import load_controlnet, load_image_prompt
+    from consissr.weights.folder import load_controlnet
+    from consissr.weights.image_encoder import load_image_prompt
     from consissr.weights.latents import load_latents
 
     file = tmp_path / name
@@ -79,9 +79,9 @@ def test_an_incomplete_folder_is_told(name, text, tmp_path):
     config = read_config(find_model("nano-consissr"))
     with pytest.raises(UserError, match=re.escape(str(file))):
         if name.startswith("controlnet"):
-            load_controlnet(tmp_path, config)
+            load_controlnet(tmp_path, config.model)
         elif name.startswith("image_encoder"):
-            load_image_prompt(tmp_path, config)
+            load_image_prompt(tmp_path, config.model)
         else:
             load_latents(tmp_path / "vae")
 

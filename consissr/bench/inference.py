@@ -28,7 +28,7 @@ from consissr.diffusion.sampler import seeded_draw
 from consissr.images import codec
 from consissr.images.geometry import finish, prepare, to_pil
 from consissr.inference.memory import GLIBC_KEPT, KEPT, keep_freed
-from consissr.weights.loading import PRECISIONS
+from consissr.weights.precision import PRECISIONS
 
 
 @dataclass
@@ -60,14 +60,14 @@ class Paths:
         self.question, self.scratch = question, scratch
         self.device = torch.device(question.device)
         keep_text = "reference" in wanted  # the releases encode the prompts for every image
-        parts, self.config = build(question.size, question.method, self.device, question.dtype, keep_text)
-        self.work = macs_of(parts, self.config, question.method, question.pixels)
-        self.multiple = parts.latents.factor * 2 ** (len(parts.denoiser.unet.config.block_out_channels) - 1)
+        networks, self.config = build(question.size, question.method, self.device, question.dtype, keep_text)
+        self.work = macs_of(networks, self.config, question.method, question.pixels)
+        self.multiple = networks.latents.factor * 2 ** (len(networks.denoiser.unet.config.block_out_channels) - 1)
         made: dict[str, Any] = {}
         if "reference" in wanted:  # before Restorer puts the weights into another order
-            made["reference"] = Reference(parts, parts.model, parts.text, question.method.sequential)
+            made["reference"] = Reference(networks, networks.model, networks.text, question.method.sequential)
         if "ours" in wanted:
-            made["ours"] = parts.restorer(self.config)
+            made["ours"] = networks.restorer(self.config)
             if question.compile:
                 made["ours"].compile()
         self.made = made

@@ -18,8 +18,8 @@ from consissr.models.denoiser import Denoiser
 from consissr.models.image_prompt import ImagePrompt
 from consissr.models.vae.latents import Latents
 from consissr.restorer import Restorer
-from consissr.weights import files
-from consissr.weights.loading import PRECISIONS, load_parts
+from consissr.weights.folder import load_model
+from consissr.weights.precision import PRECISIONS
 
 SD21 = "sd21"
 """The name of the full size, beside names and folders of models."""
@@ -39,7 +39,7 @@ class Method:
 
 
 @dataclass
-class Parts:
+class Networks:
     """The networks that both paths run."""
 
     latents: Latents
@@ -99,7 +99,7 @@ def from_dict(known: dict[str, Tensor], device: torch.device) -> Callable[[list[
     return lambda prompts: torch.cat([known[prompt] for prompt in prompts]).to(device)
 
 
-def full_size(networks: str, prompts: list[str] | None, device: torch.device, dtype: torch.dtype) -> Parts:
+def full_size(networks: str, prompts: list[str] | None, device: torch.device, dtype: torch.dtype) -> Networks:
     """The networks of 'ccsr' or 'consissr' at SD2.1's size, one after the other, nothing copied.
 
     The text encoder comes first. It encodes `prompts` and goes, as at `Restorer.load`, or with None it stays, as in the
@@ -117,7 +117,7 @@ def full_size(networks: str, prompts: list[str] | None, device: torch.device, dt
     prompt = None
     if "image encoder" in made:
         prompt = ImagePrompt(made["image encoder"], made["image adapter"], complexity.MODELS[networks].image_tokens)
-    return Parts(
+    return Networks(
         latents=Latents(made["vae"]),
         denoiser=Denoiser(made["unet"], made["controlnet"], table).eval(),
         image_prompt=prompt,
@@ -131,22 +131,21 @@ def full_size(networks: str, prompts: list[str] | None, device: torch.device, dt
 
 def from_folder(
     name: str, settings: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> tuple[Parts, SamplerConfig]:
+) -> tuple[Networks, SamplerConfig]:
     """The networks of a model folder or bundled model, and its own settings changed by `settings`."""
-    parts = load_parts(name, None, dtype, **settings)
-    networks = [parts["latents"], parts["denoiser"], parts["image_prompt"]]
+    found = load_model(name, dtype=dtype, **settings)
+    networks = [found.latents, found.denoiser(), found.image_prompt]
     for network in networks:
         if network is not None:
             network.eval().requires_grad_(False).to(device, dtype)
-    config = files.read_config(files.find_model(name))
-    text = from_dict(parts["prompts"], device)
-    made = Parts(*networks, parts["schedule"], device, dtype, config.model, text)
-    return made, parts["sampler"]
+    text = from_dict(found.prompts, device)
+    made = Networks(*networks, Schedule(found.alpha_bar), device, dtype, found.config.model, text)
+    return made, found.config.sampler
 
 
 def build(
     size: str, method: Method, device: torch.device, dtype: torch.dtype, keep_text: bool = True
-) -> tuple[Parts, SamplerConfig]:
+) -> tuple[Networks, SamplerConfig]:
     """The networks, and the settings of a method: at full size those given, else the model's own changed by them.
 
     keep_text: whether the text encoder of the full size stays in memory.

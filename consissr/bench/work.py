@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from consissr.bench.models import Method, Parts
+from consissr.bench.models import Method, Networks
 from consissr.bench.reference import adds, use_plain_blocks
 from consissr.models.denoiser import Condition
 
@@ -31,22 +31,22 @@ def without_weights(network: nn.Module) -> nn.Module:
     return deepcopy(network, known)
 
 
-def macs_of(parts: Parts, config: Any, method: Method, pixels: int) -> dict[str, dict[str, int]]:
+def macs_of(networks: Networks, config: Any, method: Method, pixels: int) -> dict[str, dict[str, int]]:
     """{path: {"encode", "step", "decode", "total"}} per image, for results of `pixels` x `pixels`.
 
     Under guidance a step has two rows; where CCSR's first step is unguided, "step" is the mean. The work of a 3x3
     convolution is that of its direct form, whichever way it is computed.
     """
-    latents, denoiser = without_weights(parts.latents), without_weights(parts.denoiser)
+    latents, denoiser = without_weights(networks.latents), without_weights(networks.denoiser)
     side = pixels // latents.factor
-    z = torch.empty(1, latents.channels, side, side, device="meta", dtype=parts.dtype)
-    x = torch.empty(1, 3, pixels, pixels, device="meta", dtype=parts.dtype)
-    text = parts.text([config.positive]).to("meta", parts.dtype)
-    tokens = None if parts.image_prompt is None else text[:, :1]
+    z = torch.empty(1, latents.channels, side, side, device="meta", dtype=networks.dtype)
+    x = torch.empty(1, 3, pixels, pixels, device="meta", dtype=networks.dtype)
+    text = networks.text([config.positive]).to("meta", networks.dtype)
+    tokens = None if networks.image_prompt is None else text[:, :1]
     condition, t = Condition(text, z, tokens), torch.zeros(1, dtype=torch.int64, device="meta")
     prepared = denoiser.prepare(condition)
-    plain = without_weights(parts.denoiser)
-    if adds(parts.model):
+    plain = without_weights(networks.denoiser)
+    if adds(networks.model):
         use_plain_blocks(plain)
     once = {"encode": counted(lambda: latents.moments(x)), "decode": counted(lambda: latents.decode(z))}
     row = {

@@ -121,5 +121,5 @@ def tower_config(tower: VisionTransformer) -> dict[str, Any]:
 
 
 def prompt_config(prompt: ImagePrompt) -> dict[str, Any]:
-    """Sizes of an image prompt: what `folder.build_image_prompt` builds it from, and a model folder stores."""
+    """Sizes of an image prompt: what `build_image_prompt` makes it from, and a model folder stores."""
     return tower_config(prompt.tower) | {"width": prompt.adapter.linear_3.out_features}

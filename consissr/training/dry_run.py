@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
 from consissr.config.training import TrainConfig
-from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
 from consissr.evaluation.complexity import TOKENS, TOWER, UNET, VAE
 from consissr.evaluation.learned import LPIPS_VGG, find
@@ -29,11 +29,11 @@ from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
 from consissr.models.vae.narrow import empty_latents
 from consissr.training.checks import launched, problems
 from consissr.training.estimate import memory
-from consissr.training.restoration import Parts
 from consissr.training.stage import Stage
 from consissr.weights.base import BUNDLED_BASES, find_base
 from consissr.weights.files import BUNDLED, find_model
 from consissr.weights.image_encoder import OPEN_CLIP, has_tower
+from consissr.weights.model import Model
 
 
 def describe(config: TrainConfig, builder: Any) -> Iterator[str]:
@@ -58,9 +58,9 @@ def build(config: TrainConfig, builder: Any) -> Stage:
             towers = [build_tower(*tower_sizes(config)) for _ in range(2)]
         stage = builder(config, *towers)
     elif config.stage in ("tala", "nuts"):
-        stage = builder(config, untrained_parts(config))
+        stage = builder(config, untrained_model(config))
     elif config.stage == "deft":
-        stage = builder.untrained(replace(config, init=config.init or "(none)"), untrained_parts(config))
+        stage = builder.untrained(replace(config, init=config.init or "(none)"), untrained_model(config))
     elif config.stage == "autoencoder":
         stage = builder(config, fit=False)
     elif config.stage == "prior":
@@ -93,7 +93,7 @@ def model_folder(name: str) -> Path | None:
     return find_model(name) if name in BUNDLED else Path(name) if name else None
 
 
-def untrained_parts(config: TrainConfig) -> Parts:
+def untrained_model(config: TrainConfig) -> Model:
     """The networks of `config.model` on the meta device."""
     from diffusers import UNet2DConditionModel
 
@@ -114,7 +114,10 @@ def untrained_parts(config: TrainConfig) -> Parts:
             prompt = ImagePrompt(tower, adapter, config.model.image_tokens)
         latents, text = empty_latents(vae), torch.empty(1, 1 if text_free else TOKENS, width)
     predicted = "v_prediction" if config.model.residual else "epsilon"  # which it is changes no size
-    return Parts(network, controlnet, latents, text, alpha_bar(), predicted, prompt, text_free=text_free)
+    return Model(
+        config=FolderConfig(model=config.model), unet=network, controlnet=controlnet, latents=latents,
+        image_prompt=prompt, prompts={"": text}, text_free=text_free, prediction_type=predicted,
+    )  # fmt: skip
 
 
 def tower_sizes(config: TrainConfig) -> tuple[int, dict[str, Any]]:

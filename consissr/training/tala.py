@@ -12,8 +12,9 @@ from consissr.config.training import TrainConfig
 from consissr.diffusion.plans import check_plan, ddpm_plan
 from consissr.errors import UserError
 from consissr.models.denoiser import Condition, SoftPrompt
-from consissr.training.restoration import Parts, Restoration, pixel_weights
+from consissr.training.restoration import Restoration, pixel_weights
 from consissr.training.stage import Batch
+from consissr.weights.model import Model
 
 
 class Prediction(NamedTuple):
@@ -37,10 +38,10 @@ class Tala(Restoration):
 
     probability = "power"
 
-    def __init__(self, config: TrainConfig, parts: Parts | None = None, soft_prompt: SoftPrompt | None = None) -> None:
+    def __init__(self, config: TrainConfig, model: Model | None = None, soft_prompt: SoftPrompt | None = None) -> None:
         if config.sampler.plan == "nuts" and not config.sampler.timesteps:
             raise UserError("stage 'tala' trains for sampler.plan=ddpm (or explicit sampler.timesteps), not nuts")
-        super().__init__(config, parts, soft_prompt, config.tala.encoder_gradients)
+        super().__init__(config, model, soft_prompt, config.tala.encoder_gradients)
         self.posterior = config.tala.posterior
         self.weights = pixel_weights(self.latents) if config.tala.metric == "pixels" else None
         if config.tala.hint_dropout and self.image_prompt is None:

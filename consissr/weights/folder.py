@@ -1,58 +1,136 @@
-"""Saving and loading the parts of a model folder (its layout stands in files.py)."""
+"""The one loader and the one writer of model folders (their layout stands in files.py), and models that start anew."""
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from consissr.config.folder import FolderConfig
-from consissr.config.loading import save_config
+from consissr.config.loading import changed, save_config
 from consissr.config.model import ModelConfig
-from consissr.diffusion.schedule import SD_BETAS
 from consissr.errors import UserError
-from consissr.models.attention import added_parameters, replace_blocks
-from consissr.models.controlnet import empty_controlnet
-from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
-from consissr.models.vae.latents import Latents
-from consissr.weights.files import UNET_ADAPTER, WEIGHTS, load_strict, read_json, read_weights, write_weights
-from consissr.weights.image_encoder import IMAGE_WEIGHTS
-from consissr.weights.latents import save_latents
+from consissr.models.attention import added_parameters, renew_copies, replace_blocks
+from consissr.models.controlnet import build_controlnet, empty_controlnet
+from consissr.weights.base import load_base
+from consissr.weights.files import (
+    UNET_ADAPTER,
+    WEIGHTS,
+    base_of,
+    find_model,
+    load_strict,
+    read_config,
+    read_json,
+    read_weights,
+    write_weights,
+)
+from consissr.weights.image_encoder import (
+    find_tower,
+    load_image_prompt,
+    load_tower,
+    new_image_prompt,
+    save_image_prompt,
+)
+from consissr.weights.latents import load_latents, save_decoder, save_latents, stored_decoder
+from consissr.weights.model import Model
+
+log = logging.getLogger(__name__)
 
 PROMPTS = "prompts.safetensors"
 """Embeddings of the prompts that a model samples with, where they are not the base's text encoder's to make."""
 
 
-def save_model(
-    folder: Path,
-    config: FolderConfig,
-    controlnet: nn.Module,
-    unet: nn.Module | None = None,
-    latents: Latents | None = None,
-    image_prompt: ImagePrompt | None = None,
-    image_settings: dict[str, Any] | None = None,
-    card: str = "",
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write a model folder. `unet`: what is not its base's is stored; `latents`: a tuned autoencoder; `dtype`: storage.
+def load_model(
+    name: str | Path,
+    base: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    additions: ModelConfig | None = None,
+    prompts: Sequence[str] | None = None,
+    **settings: Any,
+) -> Model:
+    """A model by bundled name, folder or hub id, with its base: every network as `dtype` on the CPU, in memory once.
 
-    image_prompt: image tower and adapter, with the `image_settings` that `build_image_prompt` makes them from.
+    base: another place of the base. additions: what a run's model has, on its own base; what the folder's model lacks
+    of it starts as a no-op. prompts: what the text encoder encodes before it is let go (default: the sampler's two).
+    settings: fields of SamplerConfig, in place of the folder's. Raises UserError.
     """
+    folder = find_model(name)
+    config = read_config(folder)
+    before, sampler = config.model, changed(config.sampler, settings)
+    if additions is not None:
+        check_additions(folder, before, additions)
+        base = base or additions.base
+    config = replace(config, model=additions or before, sampler=sampler)
+    known = load_prompts(folder)
+    wanted = (sampler.positive, sampler.negative) if prompts is None else prompts
+    found = load_base(base or base_of(folder, config), dtype, config.model.base_sha256, wanted if known is None else ())
+    controlnet = load_controlnet(folder, config.model, dtype, before)
+    load_unet_additions(folder, found.unet, config.model, before)
+    tuned = folder / "vae"
+    return Model(
+        config=config,
+        unet=found.unet,
+        controlnet=controlnet,
+        latents=load_latents(tuned, found.latents, dtype) if tuned.is_dir() else found.latents,
+        decoder=stored_decoder(tuned),
+        hint_latents=load_latents(folder / "hint_vae", dtype=dtype) if (folder / "hint_vae").is_dir() else None,
+        image_prompt=image_prompt_of(folder, config.model, before, found.unet.config.cross_attention_dim, dtype),
+        prompts=found.prompts if known is None else known,
+        own_prompts=known is not None,
+        text_free=known is None and found.text_free,
+        betas=found.betas,
+        prediction_type=found.prediction_type,
+    )
+
+
+def new_model(config: ModelConfig, tower: str = "") -> Model:
+    """An untrained model on the base of `config`, float32, with the embedding of the empty prompt.
+
+    tower: a folder with the image tower that its image branch takes; empty: the one that `config` names.
+    """
+    base = load_base(config.base, sha256=config.base_sha256, prompts=[""])
+    controlnet = build_controlnet(base.unet, config)
+    replace_blocks(base.unet, config)
+    prompt = None
+    if config.image_prompt != "none":
+        visual = load_tower(Path(tower))[0] if tower else find_tower(config)
+        prompt = new_image_prompt(visual, base.unet.config.cross_attention_dim, config)
+    return Model(
+        config=FolderConfig(model=config),
+        unet=base.unet,
+        controlnet=controlnet,
+        latents=base.latents,
+        image_prompt=prompt,
+        prompts=base.prompts,
+        text_free=base.text_free,
+        betas=base.betas,
+        prediction_type=base.prediction_type,
+    )
+
+
+def save_model(folder: Path, model: Model, dtype: torch.dtype | None = None, card: str = "") -> None:
+    """Write a model folder, without its base; `dtype`: storage of the weights, None: as they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
-    write_network(folder / "controlnet", controlnet, dtype)
-    if latents is not None:
-        save_latents(folder / "vae", latents, dtype)
-    if image_prompt is not None:
-        write_weights(folder / "image_encoder" / IMAGE_WEIGHTS, image_prompt.state_dict(), dtype)
-        (folder / "image_encoder" / "config.json").write_text(json.dumps(image_settings, indent=1))
-    stored = own_parameters(unet, config.model) if unet is not None else set()
+    save_config(model.config, folder / "config.yaml")
+    write_network(folder / "controlnet", model.controlnet, dtype)
+    stored = set() if model.unet is None else own_parameters(model.unet, model.config.model)
     if stored:
-        state = unet.state_dict()
+        state = model.unet.state_dict()
         write_weights(folder / UNET_ADAPTER, {name: state[name] for name in stored}, dtype)
+    if model.decoder != "base":
+        (save_decoder if model.decoder == "tuned" else save_latents)(folder / "vae", model.latents, dtype)
+    if model.hint_latents is not None:
+        save_latents(folder / "hint_vae", model.hint_latents, dtype)
+    if model.image_prompt is not None:
+        save_image_prompt(folder, model.image_prompt, dtype)
+    if model.own_prompts:
+        save_prompts(folder, model.prompts)
     (folder / "README.md").write_text(card or f"# {folder.name}\n\nWritten by scripts/train.py; see config.yaml.\n")
 
 
@@ -63,73 +141,123 @@ def write_network(folder: Path, network: Any, dtype: torch.dtype | None = None) 
     write_weights(folder / WEIGHTS, network.state_dict(), dtype)
 
 
-def save_base(
-    folder: Path,
-    unet: nn.Module,
-    latents: Latents,
-    dtype: torch.dtype | None = None,
-    betas: tuple[int, float, float] = SD_BETAS,
-    prediction_type: str = "epsilon",
-) -> None:
-    """A base model in diffusers' layout from parts of a checkpoint (text-free: see `save_prompts`).
-
-    `betas`: steps, first and last beta; both defaults are SD2.1-base's.
-    """
-    added = set(added_parameters(unet))
+def save_base(folder: Path, model: Model, dtype: torch.dtype | None = None) -> None:
+    """A model's base in diffusers' layout, without what the model adds (and without a text encoder)."""
+    added = set(added_parameters(model.unet))
     (folder / "unet").mkdir(parents=True, exist_ok=True)
-    unet.save_config(folder / "unet")
-    plain = {name: value for name, value in unet.state_dict().items() if name not in added}
+    model.unet.save_config(folder / "unet")
+    plain = {name: value for name, value in model.unet.state_dict().items() if name not in added}
     write_weights(folder / "unet" / WEIGHTS, plain, dtype)
-    save_latents(folder / "vae", latents, dtype)
-    write_scheduler(folder, betas, prediction_type)
+    save_latents(folder / "vae", model.latents, dtype)
+    write_scheduler(folder, model.betas, model.prediction_type)
 
 
 def write_scheduler(folder: Path, betas: tuple[int, float, float], prediction_type: str) -> None:
-    """scheduler/ of a base folder, in diffusers' words."""
+    """scheduler/ of a base folder, in diffusers' words; `betas`: steps, first and last beta."""
     (folder / "scheduler").mkdir(exist_ok=True)
     schedule = dict(zip(("num_train_timesteps", "beta_start", "beta_end"), betas, strict=True))
     schedule |= {"_class_name": "DDPMScheduler", "beta_schedule": "scaled_linear", "prediction_type": prediction_type}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=1))
 
 
-def save_prompts(folder: Path, encoder: Any, prompts: list[str]) -> None:
-    """Embeddings of `prompts` by a text encoder that the model folder itself does not keep."""
+def save_prompts(folder: Path, prompts: dict[str, Tensor]) -> None:
+    """Embeddings (1, L, D) of prompts, by a text encoder that the model's base does not have."""
     from safetensors.torch import save_file
 
-    listed = list(dict.fromkeys(prompts))
-    embedded = {str(i): encoder.encode([prompt]).float().cpu().contiguous() for i, prompt in enumerate(listed)}
-    save_file(embedded, folder / PROMPTS, metadata={"prompts": json.dumps(listed)})
+    embedded = {str(i): tensor.float().cpu().contiguous() for i, tensor in enumerate(prompts.values())}
+    save_file(embedded, folder / PROMPTS, metadata={"prompts": json.dumps(list(prompts))})
 
 
-def load_prompts(folder: Path) -> dict[str, torch.Tensor] | None:
+def load_prompts(folder: Path) -> dict[str, Tensor] | None:
     """Prompt -> embedding (1, L, D), or None where the base's text encoder makes them."""
     from safetensors import SafetensorError, safe_open
 
-    if not (folder / PROMPTS).is_file():
+    path = folder / PROMPTS
+    if not path.is_file():
         return None
     try:
-        with safe_open(folder / PROMPTS, "pt") as file:
-            return {prompt: file.get_tensor(str(i)) for i, prompt in enumerate(json.loads(file.metadata()["prompts"]))}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / PROMPTS} cannot be read ({error}): copy or download the model again") from error
+        with safe_open(path, "pt") as file:
+            listed = json.loads(file.metadata()["prompts"])
+            found = {str(prompt): file.get_tensor(str(i)) for i, prompt in enumerate(listed)}
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy or download the model again") from error
+    if not found or any(tensor.ndim != 3 or not tensor.is_floating_point() for tensor in found.values()):
+        raise UserError(f"{path} holds no embeddings (1, L, D) of prompts: copy or download the model again")
+    return found
 
 
-def load_controlnet(folder: Path, config: FolderConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The ControlNet of a model folder, as `dtype` on the CPU."""
-    sizes = read_json(folder / "controlnet" / "config.json")
-    with torch.device("meta"):
-        controlnet = empty_controlnet(sizes, config.model)
+def load_controlnet(
+    folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32, before: ModelConfig | None = None
+) -> nn.Module:
+    """The ControlNet of a model folder, as `dtype` on the CPU, with the additions of `model`.
+
+    Those that the folder's own model, `before`, lacks start as no-ops.
+    """
+    sizes, what = read_json(folder / "controlnet" / "config.json"), f"{folder.name}/controlnet"
     weights = read_weights(folder / "controlnet" / WEIGHTS)
-    load_strict(controlnet, weights, f"{folder.name}/controlnet", dtype=dtype)
+    whole = before is None or before == model
+    with torch.device("meta" if whole else "cpu"):
+        controlnet = empty_controlnet(sizes, model)
+    if whole:
+        load_strict(controlnet, weights, what, dtype=dtype)
+    else:
+        load_known(controlnet, weights, set(controlnet.state_dict()), what)
     return controlnet
 
 
-def load_unet_additions(folder: Path, unet: nn.Module, config: FolderConfig) -> None:
-    """Replace the base UNet's blocks as the model asks and load what was added, in place."""
-    replace_blocks(unet, config.model)
-    stored = own_parameters(unet, config.model)
-    if stored:
-        load_strict(unet, read_weights(folder / UNET_ADAPTER), f"{folder.name}/{UNET_ADAPTER}", subset=stored)
+def load_unet_additions(folder: Path, unet: nn.Module, model: ModelConfig, before: ModelConfig | None = None) -> None:
+    """Give the base's UNet the additions of `model` and load what the folder stores of them, in place."""
+    replace_blocks(unet, model)
+    stored = own_parameters(unet, model)
+    if before is None or before == model:
+        if stored:
+            load_strict(unet, read_weights(folder / UNET_ADAPTER), f"{folder.name}/{UNET_ADAPTER}", subset=stored)
+        return
+    trained = tuple(before.unet_trained)
+    if lost := {n for n in unet.state_dict() if n.startswith(trained)} - stored:
+        raise UserError(
+            f"{folder} holds a trained {min(lost)} of the UNet, which this run would lose: use "
+            f"model.unet_trained=[{','.join(trained)}]"
+        )
+    wanted = {n for n in unet.state_dict() if n.startswith(trained)} | set(added_parameters(unet))
+    weights = read_weights(folder / UNET_ADAPTER) if (folder / UNET_ADAPTER).is_file() else {}
+    load_known(unet, weights, wanted, f"{folder.name}/{UNET_ADAPTER}")
+
+
+def load_known(network: nn.Module, weights: dict[str, Tensor], wanted: set[str], what: str) -> None:
+    """Load `weights` into `network`: all names of `wanted` but additions that are new, which keep their start."""
+    fresh = wanted & (set(added_parameters(network)) - weights.keys())
+    if fresh:
+        log.info("%s: %d parameters are new in %s", what, len(fresh), type(network).__name__)
+    if wanted - fresh or weights:
+        load_strict(network, weights, f"{what} (as the run's model describes it)", subset=wanted - fresh)
+    renew_copies(network, fresh)
+
+
+def check_additions(folder: Path, before: ModelConfig, model: ModelConfig) -> None:
+    """UserError where `model` leaves out what the folder's model has, or reads its output in another way."""
+    words = ["hint", "position_embedding", "transposed_attention", "residual"]
+    words += ["image_prompt"] if model.image_prompt == "none" else []
+    differ = {name: getattr(before, name) for name in words if getattr(before, name) != getattr(model, name)}
+    lost = [f"model.{name}={value}" for name, value in differ.items() if value or name == "residual"]
+    if lost:
+        raise UserError(f"{folder} was trained with what this run leaves out or does otherwise: use {' '.join(lost)}")
+
+
+def image_prompt_of(folder: Path, model: ModelConfig, before: ModelConfig, width: int, dtype: torch.dtype):
+    """The folder's image tower and adapter; where `model` alone has an image branch a new one, on the named tower.
+
+    `model.adapter_init` unit begins the adapter anew, on the folder's tower, unless the folder's began so.
+    """
+    if model.image_prompt == "none":
+        return None
+    if before.image_prompt == "none":
+        return new_image_prompt(find_tower(model), width, model)
+    prompt = load_image_prompt(folder, model, dtype)
+    if model.adapter_init == "unit" != before.adapter_init:
+        log.info("%s: its image adapter begins anew (model.adapter_init=unit)", folder.name)
+        return new_image_prompt(prompt.tower, width, model)
+    return prompt
 
 
 def own_parameters(unet: nn.Module, config: ModelConfig) -> set[str]:
@@ -138,21 +266,3 @@ def own_parameters(unet: nn.Module, config: ModelConfig) -> set[str]:
     if config.unet_trained and not trained:
         raise UserError(f"model.unet_trained {config.unet_trained} names no part of the base's UNet")
     return trained | set(added_parameters(unet))
-
-
-def build_image_prompt(settings: dict[str, Any], config: ModelConfig) -> ImagePrompt:
-    """A new image tower and adapter; `settings`: open_clip's "embed_dim" and "vision_cfg", and the tokens' "width"."""
-    tower = build_tower(settings["embed_dim"], settings["vision_cfg"])
-    adapter = Adapter(settings["embed_dim"], settings["width"], config.adapter_init)
-    return ImagePrompt(tower, adapter, config.image_tokens)
-
-
-def load_image_prompt(folder: Path, config: FolderConfig, dtype: torch.dtype = torch.float32) -> ImagePrompt | None:
-    """Image tower and adapter of a model folder, as `dtype` on the CPU, or None where the model has no image branch."""
-    if config.model.image_prompt == "none":
-        return None
-    encoder = folder / "image_encoder"
-    with torch.device("meta"):
-        prompt = build_image_prompt(read_json(encoder / "config.json"), config.model)
-    load_strict(prompt, read_weights(encoder / IMAGE_WEIGHTS), str(encoder), dtype=dtype)
-    return prompt

@@ -10,7 +10,7 @@ import torch
 
 from consissr.config.model import ModelConfig
 from consissr.errors import UserError
-from consissr.models.image_prompt import build_tower, tower_config
+from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower, prompt_config, tower_config
 from consissr.weights.base import find_base
 from consissr.weights.files import BUNDLED, find_model, load_strict, read_json, read_weights, write_weights
 
@@ -90,3 +90,29 @@ def open_clip_tower(name: str) -> VisionTransformer:
     tower = build_tower(settings["embed_dim"], settings["vision_cfg"])
     load_strict(tower, clip.visual.state_dict(), name)
     return tower
+
+
+def new_image_prompt(tower: VisionTransformer, width: int, model: ModelConfig) -> ImagePrompt:
+    """A new adapter to tokens of `width` channels behind an image tower."""
+    return ImagePrompt(tower, Adapter(tower.output_dim, width, model.adapter_init), model.image_tokens)
+
+
+def build_image_prompt(settings: dict[str, Any], model: ModelConfig) -> ImagePrompt:
+    """A new image tower and adapter; `settings`: open_clip's "embed_dim" and "vision_cfg", and the tokens' "width"."""
+    return new_image_prompt(build_tower(settings["embed_dim"], settings["vision_cfg"]), settings["width"], model)
+
+
+def save_image_prompt(folder: Path, prompt: ImagePrompt, dtype: torch.dtype | None = None) -> None:
+    """Write image tower and adapter to `folder`/image_encoder; `dtype`: storage, None: their own."""
+    write_weights(folder / "image_encoder" / IMAGE_WEIGHTS, prompt.state_dict(), dtype)
+    (folder / "image_encoder" / "config.json").write_text(json.dumps(prompt_config(prompt), indent=1))
+
+
+def load_image_prompt(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> ImagePrompt:
+    """Image tower and adapter of a model folder, as `dtype` on the CPU."""
+    encoder = folder / "image_encoder"
+    settings = read_json(encoder / "config.json")
+    with torch.device("meta"):
+        prompt = build_image_prompt(settings, model)
+    load_strict(prompt, read_weights(encoder / IMAGE_WEIGHTS), str(encoder), dtype=dtype)
+    return prompt

@@ -58,3 +58,10 @@ def save_latents(folder: Path, latents: Latents, dtype: torch.dtype | None = Non
     write_weights(folder / WEIGHTS, latents.vae.state_dict(), dtype)
     if latents.linear is not None:
         write_weights(folder / LINEAR_PATH, latents.linear.state_dict(), dtype)
+
+
+def stored_decoder(folder: Path) -> str:
+    """What a model's vae/ folder has instead of the base's: nothing ('base'), a 'tuned' decoder, or all ('own')."""
+    if not folder.is_dir():
+        return "base"
+    return "tuned" if (folder / TUNED).is_file() else "own"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.schedule import alpha_bar
@@ -21,6 +21,7 @@ from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
 from consissr.weights.from_ldm import read_latents, read_unet, take_schedule
 from consissr.weights.ldm import Report, State
+from consissr.weights.model import Model
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -45,25 +46,16 @@ AS_RELEASED = SamplerConfig(
 """How the authors sample."""
 
 
-@dataclass
-class Released:
-    """A published ConsisSR model, all parts float32 on the CPU."""
+@dataclass(kw_only=True)
+class Released(Model):
+    """A published model, float32: what its authors' files hold."""
 
-    model: ModelConfig
-    """Which additions the weights have."""
-    unet: UNet2DConditionModel
-    controlnet: ControlNetModel
-    latents: Latents
-    """The autoencoder."""
-    hint_latents: Latents
-    """What encodes the hint: the same object, unless the file's copy of the encoder (`cond_encoder`) differs."""
-    text: OpenClipText
-    image_prompt: ImagePrompt
-    alpha_bar: Tensor
-    sampler: SamplerConfig = field(default_factory=lambda: AS_RELEASED)
-    stage: str = "tala"
-    """'tala' for a finished model, 'rclip' for a stage-1 file (its UNet and ControlNet are untrained)."""
+    kind: str
+    """'ConsisSR', 'ConsisSR's first stage (RCLIP)', 'CCSR v1' or 'CCSR v2'."""
+    text: OpenClipText | None = None
+    """The text encoder that came in the file."""
     report: Report = field(default_factory=Report)
+    """What became of every key."""
 
 
 def is_released(state: State) -> bool:
@@ -83,7 +75,7 @@ def read(source: str | Path | State, clip: dict[str, Any] | None = None) -> Rele
     report = Report()
     teacher = ldm.take(state, "cond_stage_model.model.v_fix.")
     report.ignored["teacher of the RCLIP stage"] = list(teacher)
-    schedule = read_schedule(state, report)
+    check_schedule(state, report)
     unet, model = read_unet(ldm.take(state, "model.diffusion_model."), report)
     controlnet = read_controlnet(ldm.take(state, "control_model."), unet, model, report)
     latents = read_latents(ldm.take(state, "first_stage_model."), report)
@@ -95,25 +87,24 @@ def read(source: str | Path | State, clip: dict[str, Any] | None = None) -> Rele
         raise UserError(f"the checkpoint has an unknown key, {name} ({rest} more): it is not a ConsisSR release")
     encoder = read_clip(tower, clip, report)
     return Released(
-        model=model,
+        kind="ConsisSR's first stage (RCLIP)" if teacher else "ConsisSR",
+        config=FolderConfig(model=model, sampler=AS_RELEASED),
         unet=unet,
         controlnet=controlnet,
         latents=latents,
+        decoder="own",
         hint_latents=hint_latents,
-        text=OpenClipText(encoder).eval(),
         image_prompt=ImagePrompt(encoder.visual, read_adapter(adapter, report)).eval(),
-        alpha_bar=schedule,
-        stage="rclip" if teacher else "tala",
+        text=OpenClipText(encoder).eval(),
         report=report,
     )
 
 
-def read_schedule(state: State, report: Report) -> Tensor:
-    """alpha_bar, float64 [T], after checking that it is the one the file was trained with; removes the tables."""
+def check_schedule(state: State, report: Report) -> None:
+    """Removes the tables of the noise schedule; UserError where they are not Stable Diffusion's."""
     stored, known = take_schedule(state, report), alpha_bar()
     if stored is not None and (stored.shape != known.shape or (stored.double() - known).abs().max() > 1e-6):
         raise UserError("the checkpoint was trained with another noise schedule than Stable Diffusion's")
-    return known
 
 
 def read_controlnet(state: State, unet: UNet2DConditionModel, model: ModelConfig, report: Report) -> ControlNetModel:
@@ -139,8 +130,8 @@ def controlnet_names(state: State) -> State:
     return ldm.rename(state, pairs, ldm.RESNET)
 
 
-def read_hint_encoder(state: State, latents: Latents, report: Report) -> Latents:
-    """The encoder of the hint: `latents` itself where the file's copy equals it."""
+def read_hint_encoder(state: State, latents: Latents, report: Report) -> Latents | None:
+    """The encoder of the hint, where the file's copy of the autoencoder's differs from it."""
     from diffusers import AutoencoderKL
 
     names = ldm.vae_names(state)
@@ -149,7 +140,7 @@ def read_hint_encoder(state: State, latents: Latents, report: Report) -> Latents
         torch.equal(own[name], tensor.float()) for name, tensor in names.items()
     ):
         report.ignored["hint encoder, equal to the autoencoder's"] = list(state)
-        return latents
+        return None
     with torch.device("meta"):
         vae = AutoencoderKL(**latents.vae.config)
     vae.decoder, vae.post_quant_conv = latents.vae.decoder, latents.vae.post_quant_conv

@@ -36,7 +36,7 @@ def cases(fixture: Fixture) -> Iterator[Check | Lack]:
     lq = to_image(inputs["lq_u8"])
     yield from image_prompt(fixture, outputs, lq, text)
     yield from autoencoder(fixture, inputs, outputs, lq)
-    hint, image = fixture.model.hint_latents.encode(lq), fixture.model.image_prompt.encode(lq)
+    hint, image = fixture.hint_latents.encode(lq), fixture.model.image_prompt.encode(lq)
     conditions = {name: Condition(text[word], hint, image) for name, word in PROMPTS.items() if word in text}
     yield from networks(fixture, inputs, outputs, conditions)
 
@@ -70,7 +70,7 @@ def autoencoder(
 ) -> Iterator[Check | Lack]:
     """Moments (log-variance clamped as in use), mode, sample and decoding."""
     latents = fixture.model.latents
-    yield from compare(OUTPUTS, outputs, "cond_latent", fixture.model.hint_latents.encode(lq))
+    yield from compare(OUTPUTS, outputs, "cond_latent", fixture.hint_latents.encode(lq))
     stored = dict(outputs)
     if "vae_moments_lq" in stored:
         mean, logvar = stored["vae_moments_lq"].chunk(2, dim=1)

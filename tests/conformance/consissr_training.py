@@ -12,7 +12,6 @@ from consissr.config.stages import TalaConfig
 from consissr.config.training import TrainConfig
 from consissr.models.image_prompt import build_tower, tower_features
 from consissr.training.rclip import Rclip
-from consissr.training.restoration import Parts
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala
 from consissr.weights import from_ldm, ldm, released
@@ -59,19 +58,14 @@ def tala_stage(fixture: Fixture) -> Tala:
     """The stage on the fixture's weights, with the release's settings."""
     model = fixture.model
     config = TrainConfig(
-        model=model.model,
-        sampler=model.sampler,
+        model=model.config.model,
+        sampler=model.config.sampler,
         tala=TalaConfig(
             probability="as_released", gamma=10, shared_draw=True, encoder_gradients=False, posterior="sample"
         ),
     )
-    text = model.text.encode([""])
-    hint = None if model.hint_latents is model.latents else model.hint_latents
-    parts = Parts(
-        model.unet, model.controlnet, model.latents, text, model.alpha_bar, image_prompt=model.image_prompt,
-        hint_latents=hint,
-    )  # fmt: skip
-    return started(Tala(config, parts))
+    model.prompts = {"": model.text.encode([""])}
+    return started(Tala(config, model))
 
 
 def started(stage: Tala | Rclip) -> Tala | Rclip:

@@ -190,6 +190,11 @@ class Fixture:
         return self._part("latents", "vae/")
 
     @property
+    def hint_latents(self) -> Any:
+        """What encodes the hint."""
+        return self.model.hint_latents or self.latents
+
+    @property
     def unet(self) -> Any:
         """The model's UNet; Missing if the folder has none."""
         return self._part("unet", "unet/")

@@ -19,7 +19,7 @@ from consissr.models.image_prompt import (
     prompt_config,
     tower_features,
 )
-from consissr.weights.folder import build_image_prompt
+from consissr.weights.image_encoder import build_image_prompt
 
 VISION = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
 

@@ -15,7 +15,7 @@ from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.models.attention import TransformerBlock
 from consissr.training.loop import Loop
-from consissr.training.restoration import starting_parts
+from consissr.training.restoration import starting_model
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala
 from consissr.weights.folder import load_prompts, save_prompts
@@ -107,7 +107,7 @@ def test_a_variant_learns_is_stored_goes_on_and_restores(base: Path, photos: Pat
     assert all(torch.equal(value, frozen(run)[key]) for key, value in before.items())
     run.stage.export(tmp_path / "model")
 
-    again = starting_parts(
+    again = starting_model(
         load_config(TrainConfig, None, [f"model.base={base}", f"init={tmp_path}/model", *VARIANTS[name]])
     )
     stage = run.stage
@@ -170,22 +170,11 @@ def test_what_a_run_would_lose_or_misread_is_said(
         loop(base, photos, tmp_path / "b", *words, "model.residual=0.5")
     save_decoder(tmp_path / "model" / "vae", first.stage.latents)
     text = first.stage.text.clone() + 1
-    save_prompts(tmp_path / "model", Known(text), [""])
+    save_prompts(tmp_path / "model", {"": text})
     run = loop(base, photos, tmp_path / "b", *words)
     assert "its decoder was tuned" in caplog.text and torch.equal(run.stage.text, text)
     run.stage.export(tmp_path / "again")
     assert torch.equal(load_prompts(tmp_path / "again")[""], text)
-
-
-class Known:
-    """A text encoder that knows one embedding."""
-
-    def __init__(self, text: Tensor) -> None:
-        self.text = text
-
-    def encode(self, prompts: list[str]) -> Tensor:
-        """(1, L, D)"""
-        return self.text
 
 
 def test_an_adapter_begins_anew_only_where_it_is_asked_to(base: Path, photos: Path, tmp_path: Path) -> None:
