@@ -35,16 +35,6 @@ def load_latents(folder: Path, base: Latents | None = None, dtype: torch.dtype =
     return latents
 
 
-def same_encoder(latents: Latents, base: Latents) -> bool:
-    """Whether the two differ in the decoder's values at most, so that storing the decoder is enough."""
-    if latents is base:
-        return True
-    own, others, decoder = latents.state_dict(), base.state_dict(), decoder_names(base)
-    if own.keys() != others.keys() or any(own[n].shape != others[n].shape for n in decoder):
-        return False
-    return all(torch.equal(own[n], others[n]) for n in own.keys() - decoder)
-
-
 def save_decoder(folder: Path, latents: Latents, dtype: torch.dtype | None = None) -> None:
     """Write the tuned decoder of `latents`, whose other parts are the base's; `dtype` is the storage type."""
     state = latents.state_dict()
