@@ -17,8 +17,18 @@ def test_grids_at_both_ends():
 
 
 def test_leading_grid_refuses_to_leave_the_table():
-    with pytest.raises(UserError, match="1000"):
-        grid(1000, "leading")
+    assert grid(500, "leading")[-1] == 999
+    for steps, reached in ((1000, 1000), (7, 7)):
+        T = 1000 if steps == 1000 else 7
+        with pytest.raises(
+            UserError, match=f"^{steps} steps on the leading grid reach timestep {reached}; .* {T // 2}$"
+        ):
+            grid(steps, "leading", T)
+
+
+def test_unknown_grid_is_named():
+    with pytest.raises(UserError, match="^timestep grid 'cosine' is unknown; .* trailing, leading, linspace$"):
+        grid(6, "cosine")
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.5])
@@ -28,23 +38,27 @@ def test_bad_step_counts_are_named(steps):
 
 
 def test_spaced_ddpm_of_the_release():
-    plan = ddpm_plan(50)
+    plan = ddpm_plan()
+    assert plan == ddpm_plan(50) and len(plan) == 50
     assert [step.t for step in plan][:4] == [999, 979, 958, 938]
     assert plan[-1] == Step(0, -1, "x0")
     assert all(step.t_next == after.t for step, after in zip(plan, plan[1:], strict=False))
     assert check_plan([list(step) for step in plan]) == plan
+    assert ddpm_plan(3, T=101) == [Step(100, 50, "step"), Step(50, 0, "step"), Step(0, -1, "x0")]
+    assert [step.t for step in ddpm_plan(4, spacing="trailing")] == [999, 749, 499, 249]
 
 
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
-        ([], "must end"),
+        ([], "^a sampling plan must end"),
         ([[999, 499, "renoise"]], "must end"),
         ([[999, 499, "step"], [500, -1, "x0"]], "elsewhere"),
         ([[999, 499, "jump"], [499, -1, "x0"]], "jump"),
         ([[999, -1, "x0"], [499, -1, "x0"]], "x0 for the last"),
-        ([[1000, -1, "x0"]], "outside"),
+        ([[1000, -1, "x0"]], r"timestep 1000 is outside 0\.\.999$"),
         ([[499, 999, "step"], [999, -1, "x0"]], "down"),
+        ([[499, 499, "step"], [499, -1, "x0"]], "down, not from 499 to 499"),
         ([[999, -1]], "list of"),
         (7, "list of"),
     ],

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ccsr.timesteps import nuts_plan
-from consissr.diffusion.plans import ddpm_plan
+from consissr.diffusion.plans import Step, ddpm_plan
 from consissr.diffusion.sampler import recorded_draw, sample, seeded_draw, start_latent
 from consissr.diffusion.schedule import Schedule, alpha_bar
 
@@ -29,6 +29,56 @@ def test_a_perfect_denoiser_is_found_by_every_plan(schedule, plan):
     z = sample(denoise, plan, start_latent("noise", truth, schedule, draw), schedule, draw)
     assert torch.allclose(z, truth, atol=1e-4)
     assert seen == [step.t for step in plan]
+
+
+def test_each_kind_of_step_by_hand():
+    """alpha_bar 0.64 and 0.36, whose roots are 0.8 and 0.6; a network that always says 1; noise -0.5 and 0.5."""
+    tiny = Schedule(torch.tensor([0.64, 0.36], dtype=torch.float64))
+    z = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64)
+    first = (2 - 0.8) / 0.6  # x0 at t = 1
+    mean, variance = (0.8 * 0.4375 * first + 0.75 * 0.36 * 2) / 0.64, 0.36 / 0.64 * 0.4375
+    after = {"step": mean + variance**0.5 * -0.5, "renoise": 0.8 * first + 0.6 * 0.5}
+    draws = {"step[0]": torch.full(z.shape, -0.5), "tmax": torch.full(z.shape, 0.5)}
+    for kind, z_next in after.items():
+        plan, seen, told = [Step(1, 0, kind), Step(0, -1, "x0")], [], []
+
+        def denoise(z_t, t, seen=seen):
+            seen.append((z_t.item(), t.tolist()))
+            return torch.ones_like(z_t)
+
+        x0 = sample(denoise, plan, z, tiny, recorded_draw(draws), on_step=lambda *given, told=told: told.append(given))
+        assert seen == [(2, [1]), (pytest.approx(z_next, rel=1e-12), [0])]
+        assert x0.item() == pytest.approx((z_next - 0.6) / 0.8, rel=1e-12) and x0.dtype == torch.float64
+        assert [(i, step, eps.item()) for i, step, eps, _ in told] == [(0, plan[0], 1), (1, plan[1], 1)]
+        assert [estimate.item() for *_, estimate in told] == [pytest.approx(first), x0.item()]
+
+
+def test_every_draw_has_its_own_name(schedule):
+    plan = [Step(999, 600, "renoise"), Step(600, 400, "step"), Step(400, 700, "renoise"), Step(700, -1, "x0")]
+    names, truth = [], torch.zeros(1, 4, 2, 2)
+    draw = lambda name, shape: names.append(name) or torch.zeros(shape)  # noqa: E731
+    sample(lambda z, t: z, plan, truth, schedule, draw)
+    assert names == ["tmax", "step[1]", "tmax[2]"]
+    with pytest.raises(ValueError, match="^the plan does not end with x0"):
+        sample(lambda z, t: z, plan[:-1], truth, schedule, draw)
+
+
+def test_starts(schedule):
+    """`noise` is the noise called init; `lq` is z_lq noised to the last timestep (CCSR v2)."""
+    z_lq, noise = torch.full((1, 4, 2, 2), 3.0, dtype=torch.float64), torch.randn(1, 4, 2, 2)
+    draw = recorded_draw({"init": noise})
+    assert torch.equal(start_latent("noise", z_lq, schedule, draw), noise.double())
+    a = schedule.alpha_bar[999]
+    wanted = a.sqrt() * 3 + (1 - a).sqrt() * noise.double()
+    assert torch.allclose(start_latent("lq", z_lq, schedule, draw), wanted, rtol=1e-12)
+
+
+def test_sampling_leaves_no_gradients_behind(schedule):
+    weight = torch.ones(1, requires_grad=True)
+    plan = [Step(999, -1, "x0")]
+    assert not sample(
+        lambda z, t: z * weight, plan, torch.ones(1, 4, 2, 2), schedule, seeded_draw(0, [0])
+    ).requires_grad
 
 
 def test_noise_reaches_the_level_of_each_step(schedule):
@@ -81,6 +131,11 @@ def test_noise_is_the_same_on_every_machine():
     """Seeds come from a stable hash: these numbers may never change, or recorded results stop being repeatable."""
     first = seeded_draw(0, ["a.png"])("init", (1, 1, 1, 2)).flatten()
     assert first.tolist() == pytest.approx([0.88042182, -0.48772156], abs=1e-6)
+
+
+def test_noise_for_another_number_of_images_is_refused():
+    with pytest.raises(ValueError, match="^noise for 3 images, but 2 keys$"):
+        seeded_draw(0, ["a", "b"])("init", (3, 4, 2, 2))
 
 
 def test_recorded_noise_of_another_shape_is_refused():

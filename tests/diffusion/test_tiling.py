@@ -1,5 +1,7 @@
 """Windows of the latent, and a denoiser through them."""
 
+from statistics import NormalDist
+
 import pytest
 import torch
 
@@ -45,8 +47,20 @@ def test_starts_as_in_the_release():
 
 
 def test_gaps_are_refused():
-    with pytest.raises(ValueError, match="gaps"):
-        starts(100, 16, 17)
+    for stride in (17, 0):
+        with pytest.raises(ValueError, match=f"^stride {stride} must lie in 1..16, or the windows leave gaps$"):
+            starts(100, 16, stride)
+
+
+def test_weights_are_a_normal_density_over_each_side():
+    """Deviation a tenth of the side, mean its middle; CCSR's release takes rows from half a pixel lower."""
+    density = NormalDist(0, 0.1).pdf
+    for form, middle in (("symmetric", 1.5), ("as_released", 2)):
+        weights = gaussian_weights(4, 5, form)
+        assert weights.dtype == torch.float64
+        for i, row in enumerate(weights.tolist()):
+            wanted = [density((i - middle) / 4) * density((j - 2) / 5) for j in range(5)]
+            assert row == pytest.approx(wanted, rel=1e-12)
 
 
 def test_weights_are_symmetric_unless_as_released():
@@ -71,6 +85,46 @@ def test_tiles_reproduce_a_denoiser_without_mixing(image):
     assert sum(shape[0] for shape in inner.shapes) == 2 * len(windows(24, 40, 16, 8))
 
 
+@pytest.mark.parametrize("form", ["symmetric", "as_released"])
+def test_overlapping_windows_are_averaged_by_their_weights(form):
+    """Two windows that say 1 and 2: each row is their mean, weighted by the distance to each one's middle."""
+
+    class Says(torch.nn.Module):
+        calls = 0
+
+        def forward(self, z_t, t, given):
+            self.calls += 1
+            return torch.full_like(z_t, self.calls)
+
+    z = torch.zeros(1, 4, 6, 4, dtype=torch.float64)
+    out = TiledDenoiser(Says(), 4, 2, form, batch=1)(z, torch.tensor([5]), condition(1, 6, 4))
+    w = gaussian_weights(4, 4, form)[:, 0]
+    both = [(w[2 + i] + 2 * w[i]) / (w[2 + i] + w[i]) for i in (0, 1)]
+    assert torch.allclose(out[0, 0, :, 1], torch.tensor([1, 1, *both, 2, 2], dtype=torch.float64), rtol=1e-12)
+    by_default = TiledDenoiser(Says(), 4, 2, batch=1)(z, torch.tensor([5]), condition(1, 6, 4))
+    assert torch.equal(by_default, out) == (form == "symmetric")
+
+
+def test_windows_on_another_device():
+    """("meta" stands for any device.) Weights and rows are made where the latent is, two by two images and windows."""
+    z, t = torch.zeros(2, 4, 24, 16, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    assert TiledDenoiser(Pointwise(), 16, 8)(z, t, condition(2, 24, 16).to("meta")).shape == z.shape
+
+
+def test_preparing_leaves_the_hint_to_each_window():
+    """Tokens are the whole image's and prepared once; a denoiser that prepares nothing is asked for nothing."""
+    calls, given = [], condition(1, 24, 16)
+
+    class Prepares(Pointwise):
+        def prepare(self, condition, like=None, hint=True):
+            calls.append((condition, like, hint))
+            return "prepared"
+
+    assert TiledDenoiser(Prepares(), 16, 8).prepare(given, "known") == "prepared"
+    assert calls == [(given, "known", False)]
+    assert TiledDenoiser(Pointwise(), 16, 8).prepare(given) is given
+
+
 def test_a_latent_no_larger_than_a_tile_goes_straight_through():
     inner = Pointwise()
     TiledDenoiser(inner, 16, 8)(torch.zeros(1, 4, 9, 16), torch.tensor([5]), condition(1, 9, 16))
@@ -80,3 +134,4 @@ def test_a_latent_no_larger_than_a_tile_goes_straight_through():
 def test_chunks_are_even():
     assert [len(chunk) for chunk in even_chunks(list(range(10)), 4)] == [3, 4, 3]
     assert sum(even_chunks(list(range(10)), 4), []) == list(range(10))
+    assert even_chunks([1, 2], 1) == even_chunks([1, 2], 0) == [[1], [2]]
