@@ -1,4 +1,4 @@
-"""Colour transfer against the arrays that the authors' code produced, and its limits."""
+"""Colour transfer by hand, against the arrays that the authors' code produced, and its limits."""
 
 import numpy as np
 import pytest
@@ -29,6 +29,39 @@ def test_adain_gives_the_moments_of_the_style():
     result = color.adain(content, style)
     assert torch.allclose(result.mean((2, 3)), style.mean((2, 3)), atol=1e-6)
     assert torch.allclose(result.std((2, 3)), style.std((2, 3)), rtol=1e-3)
+
+
+def test_adain_by_hand():
+    """Two pixels 0 and 2 have mean 1 and unbiased variance 2; 1 and 9 have mean 5 and variance 32. Per channel."""
+    content = torch.tensor([[0.0, 2.0], [7.0, 7.0]], dtype=torch.float64).reshape(1, 2, 1, 2)
+    style = torch.tensor([[1.0, 9.0], [3.0, 5.0]], dtype=torch.float64).reshape(1, 2, 2, 1)
+    step = (32 + 1e-5) ** 0.5 / (2 + 1e-5) ** 0.5
+    assert color.adain(content, style)[0, 0].flatten().tolist() == pytest.approx([5 - step, 5 + step], rel=1e-12)
+    assert color.adain(content, style)[0, 1].flatten().tolist() == [4, 4], "a flat channel takes the mean"
+    assert content.max() == 7, "arguments are left as they were"
+    alone = color.adain(content[:, :1], style[:, :1])
+    assert torch.equal(alone, color.adain(content, style)[:, :1]), "a single channel is an image, too"
+
+
+def test_wavelet_blurs_with_a_triangle():
+    """[1 2 1] / 4 dilated 1, 2, 4, 8, 16, one after the other, is the triangle (32 - |n|) / 1024 along each axis."""
+    point = torch.zeros(1, 1, 127, 127, dtype=torch.float64)
+    point[..., 63, 63] = 1
+    triangle = (32 - (torch.arange(127, dtype=torch.float64) - 63).abs()).clamp(min=0) / 1024
+    blurred = torch.outer(triangle, triangle)
+    assert torch.allclose(color.wavelet(torch.zeros_like(point), point)[0, 0], blurred, rtol=1e-12, atol=1e-15)
+    assert torch.allclose(color.wavelet(point, torch.zeros_like(point)), point - blurred, rtol=1e-12, atol=1e-15)
+
+
+def test_wavelet_repeats_the_edges(rng):
+    style = rng.random((2, 3, 9, 20))
+    blurred = style
+    for reach in (1, 2, 4, 8, 16):
+        for axis, length in ((2, 9), (3, 20)):
+            before, after = (np.clip(np.arange(length) + step, 0, length - 1) for step in (-reach, reach))
+            blurred = blurred.take(before, axis) / 4 + blurred / 2 + blurred.take(after, axis) / 4
+    result = color.wavelet(torch.zeros(2, 3, 9, 20, dtype=torch.float64), torch.from_numpy(style))
+    assert np.abs(result.numpy() - blurred).max() < 1e-12
 
 
 def test_wavelet_keeps_detail_and_takes_colour():

@@ -1,12 +1,15 @@
 """Sizes, padding and colours around the network, by each rule."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from consissr.images import formats
-from consissr.images.geometry import finish, prepare, to_pil, to_tensor
+from consissr.images import color, formats
+from consissr.images.codec import resize
+from consissr.images.geometry import Prepared, finish, prepare, to_pil, to_tensor, transfer
 
-SIZES = [(1, 1), (37, 53), (127, 640), (200, 3000)]
+SIZES = [(1, 1), (37, 53), (27, 140), (20, 300)]
 
 
 def image(height, width):
@@ -20,6 +23,7 @@ def test_results_have_the_promised_size(size, scale):
     found = prepare(image(*size), scale, "pad", 64)
     wanted = tuple(max(int(scale * side + 0.5), 1) for side in size)
     assert found.size == wanted
+    assert found.shape == tuple(found.x.shape[2:])
     assert all(side % 64 == 0 for side in found.x.shape[2:])
     assert tuple(finish(found, found.x.clone(), "pad", "adain").shape[2:]) == wanted
 
@@ -46,6 +50,78 @@ def test_every_rule_gives_the_planned_size(rule, size, scale, longest):
     assert found.size == formats.output_size(*size, scale, longest)
     assert longest is None or max(found.size) == longest
     assert tuple(finish(found, found.x.clone(), rule, "adain").shape[2:]) == found.size
+
+
+def pillow(size, *resizes):
+    """An image's input by Pillow: resized again and again to (width, height), bicubic unless said."""
+    picture = to_pil(image(*size))
+    for width, height, *kind in resizes:
+        picture = picture.resize((width, height), *kind or [Image.Resampling.BICUBIC])
+    return to_tensor(picture)
+
+
+def test_inputs_of_the_released_rules_are_pillows():
+    """Short side up to 64 / scale, then enlarged and floored to 8s (CCSR v2); enlarged, then up to 64 (the others)."""
+    lanczos = Image.Resampling.LANCZOS
+    cases = [
+        ("ccsr", (10, 24), 4, [(38, 16), (152, 64)]),  # 64 // 4 = 16 = 1.6 * 10 and 1.6 * 24 = 38.4
+        ("ccsr", (10, 24), 2.5, [(60, 25), (150, 62), (144, 56)]),  # 64 // 2.5 = 25
+        ("ccsr", (70, 47), 2, [(94, 140), (88, 136)]),
+        ("ccsr_v1", (33, 65), 2, [(130, 66), (128, 64, lanczos)]),
+        ("ccsr_v1", (10, 41), 4, [(164, 40), (263, 64), (256, 64, lanczos)]),  # 1.6 * 164 = 262.4 rounds up
+    ]
+    for rule, size, scale, resizes in cases:
+        found = prepare(image(*size), scale, rule, 1, short_side=64)
+        assert torch.equal(found.x, pillow(size, *resizes)), (rule, size)
+        assert found.shape == found.upscaled == tuple(found.x.shape[2:])
+    found = prepare(image(10, 41), 4, "consissr", 1, short_side=64)
+    assert found.shape == (64, 320) and found.upscaled == (64, 263)
+    assert torch.equal(found.x[..., :263], pillow((10, 41), (164, 40), (263, 64)))
+    assert (found.x[..., 263:] == -1).all(), "black up to multiples of 64"
+    assert prepare(image(10, 20), 1, "consissr", 1).upscaled == (512, 1024), "both releases' short side"
+
+
+def test_padded_input_is_the_image_resized():
+    found = prepare(image(37, 53), 2, "pad", 8)
+    assert found.shape == tuple(found.x.shape[2:]) == (80, 112) and found.upscaled == (74, 106)
+    assert torch.equal(found.x[..., :74, :106], resize(image(37, 53), (74, 106)))
+    assert torch.equal(torch.cat(list(found.channels()), 1), found.x)
+
+
+@pytest.mark.parametrize("rule", ["pad", "ccsr", "ccsr_v1", "consissr"])
+@pytest.mark.parametrize("fix", ["none", "adain", "wavelet"])
+def test_endings_by_hand(rule, fix):
+    """CCSR v2 rounds to 8 bits and transfers the colours of those; the others transfer, then cut down to 8 bits."""
+    x, y = image(16, 24).double(), image(16, 25)[..., :24].double() * 1.3 + 0.05  # some of y beyond [-1, 1]
+    if rule == "consissr":
+        x[..., 20:], y[..., 20:] = -1, 1.2  # its padding takes part in the colours' statistics
+    size = (16, 20) if rule == "consissr" else (16, 24)
+    content, style = y / 2 + 0.5, x / 2 + 0.5
+    if rule == "ccsr":
+        content = (content.clamp(0, 1) * 255).round() / 255
+    if fix != "none":
+        content = getattr(color, fix)(content, style)
+    wanted = (content * 2 - 1).clamp(-1, 1)[..., : size[1]]
+    if rule != "pad":
+        levels = (content.clamp(0, 1) * 255)[..., : size[1]]
+        wanted = (levels.round() if (rule, fix) == ("ccsr", "none") else levels.floor()) / 127.5 - 1
+    result = finish(Prepared.of(x, size, size), y.clone(), rule, fix).double()
+    assert ((result - wanted).abs() > 1e-5).double().mean() < 0.002  # 1e-5 moves a pixel at the edge of its level
+
+
+@pytest.mark.parametrize(("rule", "kind"), [("ccsr", "BICUBIC"), ("ccsr_v1", "LANCZOS"), ("consissr", "LANCZOS")])
+def test_endings_resize_with_pillow(rule, kind):
+    x = image(16, 24)
+    result = finish(Prepared.of(x, (11, 31), (16, 24)), x.clone(), rule, "none")
+    levels = np.asarray(to_pil(x)) if rule == "ccsr" else np.floor((x[0] / 2 + 0.5).permute(1, 2, 0).numpy() * 255)
+    wanted = Image.fromarray(levels.astype(np.uint8)).resize((31, 11), Image.Resampling[kind])
+    assert torch.equal(result, to_tensor(wanted))
+
+
+def test_colours_need_a_channel_for_each():
+    x = image(4, 4)
+    with pytest.raises(ValueError, match="shorter"):
+        transfer(x.clone(), x[:, :2].split(1, dim=1), "adain")
 
 
 def test_padding_reflects_and_the_image_stays():
@@ -81,3 +157,5 @@ def test_pad_keeps_the_colours_of_the_visible_part_only():
 
 def test_pillow_round_trip():
     assert torch.equal(to_tensor(to_pil(image(5, 7))), image(5, 7))
+    grey = Image.new("L", (3, 2), 51)
+    assert torch.allclose(to_tensor(grey), torch.full((1, 3, 2, 3), 51 / 127.5 - 1))
