@@ -13,8 +13,8 @@ from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
-from consissr.models.attention import replace_blocks
 from consissr.models.controlnet import empty_controlnet
+from consissr.models.surgery import replace_blocks
 from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
 from consissr.weights.base import schedule_of

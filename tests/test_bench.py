@@ -19,9 +19,9 @@ from consissr.diffusion.plans import ddpm_plan
 from consissr.diffusion.sampler import seeded_draw
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.evaluation import complexity
-from consissr.models.attention import replace_blocks
 from consissr.models.controlnet import build_controlnet
 from consissr.models.denoiser import Denoiser
+from consissr.models.surgery import replace_blocks
 
 CPU = torch.device("cpu")
 RELEASED = {"first_prompt": "negative", "start": "lq"}

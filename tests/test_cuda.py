@@ -32,7 +32,7 @@ from consissr.data.degradation import degrade, preset
 from consissr.diffusion.plans import ddpm_plan
 from consissr.diffusion.sampler import seeded_draw
 from consissr.diffusion.schedule import Schedule
-from consissr.models.denoiser import Denoiser
+from consissr.models.residual import ResidualDenoiser
 from consissr.restorer import Restorer
 from consissr.training import dry_run
 from consissr.training.feed import Feed
@@ -117,7 +117,7 @@ def test_restoring(
     """From the prepared image to the decoded one."""
     config = configuration("nuts", tiny_model, *features)
     parts = dry_run.untrained_parts(config)
-    denoiser = Denoiser(parts.unet, parts.controlnet, parts.table, "v_prediction", residual=0.5)
+    denoiser = ResidualDenoiser(parts.unet, parts.controlnet, parts.table, "v_prediction", residual=0.5)
     prompts, place = {"": torch.zeros(parts.text.shape)}, {"device": "cuda", "precision": precision}
     schedule, seen = Schedule(parts.table), []
     with gpu:

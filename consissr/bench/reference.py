@@ -13,51 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from consissr.bench.clock import Clock
 from consissr.diffusion.plans import Step
 from consissr.diffusion.sampler import Draw
-from consissr.models.attention import TransformerBlock, map_size, merge_heads, replace_blocks, split_heads
 from consissr.models.controlnet import LatentHint
+from consissr.models.surgery import replace_blocks
 from consissr.models.vae.latents import Latents
 from consissr.models.vae.narrow import empty_latents
 from consissr.restorer import Restorer
-
-
-class PlainBlock(nn.Module):
-    """ConsisSR's transformer block, every projection computed at every call, on the layers of one of ours.
-
-    In the release text and image token are concatenated, split again in the cross-attention and projected to keys and
-    values at every step (there by separate copies of the layers, here by the layers that the model has).
-    """
-
-    def __init__(self, layers: TransformerBlock) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, cross_attention_kwargs: dict, **unused: Any
-    ) -> Tensor:
-        """Tokens (B, h w, C) -> the same shape."""
-        b, x, image = self.layers, hidden_states, cross_attention_kwargs["image"]
-        size = map_size(cross_attention_kwargs["size"], x.shape[1]) if b.needs_size else None
-        x = b.attn1(b.norm1(x), size) + x
-        if b.attnT is not None:
-            x = b.attnT(b.normT(x), size) + x
-        layer, y = b.attn2, b.norm2(x)
-        q, k, v = (split_heads(to(z), layer.heads) for to, z in self.projections(y, encoder_hidden_states))
-        out = F.scaled_dot_product_attention(q, k, v)
-        if layer.to_out_ip is not None:
-            k, v = split_heads(layer.to_k(image), layer.heads), split_heads(layer.to_v(image), layer.heads)
-            out = out + layer.to_out_ip[0](F.scaled_dot_product_attention(q, k, v))
-        x = layer.to_out[0](merge_heads(out)) + x
-        return b.ff(b.norm3(x)) + x
-
-    def projections(self, x: Tensor, text: Tensor) -> tuple:
-        """Layers of the cross-attention with what they read."""
-        layer = self.layers.attn2
-        return (layer.to_q, x), (layer.to_k, text), (layer.to_v, text)
 
 
 def contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,27 +47,19 @@ def assign(made: nn.Module, network: nn.Module) -> nn.Module:
 
 
 def stock_denoiser(restorer: Restorer, model: Any) -> tuple[nn.Module, nn.Module]:
-    """UNet and ControlNet of stock classes; with ConsisSR's plain blocks where `model` (ModelConfig) adds to them."""
+    """UNet and ControlNet of stock classes; with our blocks, plain, where `model` (ModelConfig) adds to them."""
     made = []
     for network in (restorer.denoiser.unet, restorer.denoiser.controlnet):
         plain = stock(network)
         if adds(model):
             replace_blocks(plain, model)
         made.append(assign(plain, network))
-        if adds(model):
-            use_plain_blocks(plain)
     return made[0].eval(), made[1].eval()
 
 
 def adds(model: Any) -> bool:
     """Whether a model (ModelConfig) has blocks that diffusers doesn't."""
     return bool(model.image_prompt != "none" or model.transposed_attention or model.position_embedding)
-
-
-def use_plain_blocks(network: nn.Module) -> None:
-    """`PlainBlock` in place of our blocks, around the same layers."""
-    for parent in [m for m in network.modules() if hasattr(m, "transformer_blocks")]:
-        parent.transformer_blocks = nn.ModuleList(PlainBlock(block) for block in parent.transformer_blocks)
 
 
 def stock_latents(latents: Latents) -> Latents:

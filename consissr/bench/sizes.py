@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from consissr.bench.reference import use_plain_blocks
-from consissr.bench.work import counted, without_weights
+from consissr.bench.work import counted
 from consissr.evaluation import complexity
 from consissr.models.denoiser import Condition, Denoiser
 
@@ -52,17 +51,14 @@ def rows() -> list[dict[str, Any]]:
             found.append({"networks": kind, "what": name, "parameters, M": count / 1e6})
     for row in found:
         row["layers, G"] = row["with attention, G"] = ""
-    released = {name: without_weights(part) for name, part in complexity.build("consissr").items()}
-    for name in ("unet", "controlnet"):
-        use_plain_blocks(released[name])
     work = work_rows("ccsr", complexity.build("ccsr")) + work_rows("consissr", complexity.build("consissr"))
-    return [*found, *work, *work_rows("consissr-released", released)]
+    return [*found, *work, *work_rows("consissr-released", complexity.build("consissr"), prepared=False)]
 
 
-def work_rows(kind: str, parts: dict[str, nn.Module]) -> list[dict[str, Any]]:
+def work_rows(kind: str, parts: dict[str, nn.Module], prepared: bool = True) -> list[dict[str, Any]]:
     """MACs of one pass and of 50 guided steps: convolutions and linear layers alone (the papers), and everything.
 
-    Ours computes what the single image token adds once per block, the release at every position.
+    prepared: what depends on the prompts alone is computed before, once (ours), not in every pass (the release).
     """
     layers = complexity.work(parts)
     denoiser = Denoiser(parts["unet"], parts["controlnet"], torch.ones(1000, dtype=torch.float64))
@@ -70,6 +66,8 @@ def work_rows(kind: str, parts: dict[str, nn.Module]) -> list[dict[str, Any]]:
     z = torch.empty(1, 4, side, side, device="meta")
     image = torch.empty(1, 1, 1024, device="meta") if "image adapter" in parts else None
     condition = Condition(torch.empty(1, tokens, 1024, device="meta"), z, image)
+    if prepared:
+        condition = denoiser.prepare(condition)
     t = torch.zeros(1, dtype=torch.int64, device="meta")
     pixels = torch.empty(1, 3, complexity.SIDE, complexity.SIDE, device="meta")
     everything = {

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from consissr.bench.models import Method, Networks
-from consissr.bench.reference import adds, use_plain_blocks
 from consissr.models.denoiser import Condition
 
 
@@ -46,8 +45,6 @@ def macs_of(networks: Networks, config: Any, method: Method, pixels: int) -> dic
     condition, t = Condition(text, z, tokens), torch.zeros(1, dtype=torch.int64, device="meta")
     prepared = denoiser.prepare(condition)
     plain = without_weights(networks.denoiser)
-    if adds(networks.model):
-        use_plain_blocks(plain)
     once = {"encode": counted(lambda: latents.moments(x)), "decode": counted(lambda: latents.decode(z))}
     row = {
         "reference": counted(lambda: plain(z, t, condition)),

@@ -45,9 +45,9 @@ def build(kind: str) -> dict[str, nn.Module]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from consissr.models.attention import replace_blocks
     from consissr.models.controlnet import build_controlnet
     from consissr.models.image_prompt import Adapter, build_tower
+    from consissr.models.surgery import replace_blocks
 
     config = MODELS[kind]
     with torch.device("meta"):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from consissr.config.model import ModelConfig
-from consissr.models.attention import added_parameters, replace_blocks, zeroed
+from consissr.models.attention import zeroed
+from consissr.models.surgery import added_parameters, replace_blocks
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from consissr.errors import UserError
-from consissr.models.attention import CrossAttention, has_blocks, takes_image
+from consissr.models.attention import CrossAttention
+from consissr.models.cached import fill
 from consissr.models.controlnet import HintFeatures
+from consissr.models.surgery import has_blocks, takes_image
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -39,32 +41,32 @@ class Condition:
     """Scaled latent of the low-quality image, z_lq (B, C, h, w)."""
     image: Tensor | None = None
     """Image tokens (B, N, D), where the model has an image branch."""
-    kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """What `Denoiser.prepare` computed from these for all steps, (B, ...); each name begins with its source's."""
+    cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """What `Denoiser.prepare` computed of these for all steps, (B, ...); each name begins with its source's."""
 
-    def parts(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
-        found = {"text": self.text, "hint": self.hint, "image": self.image}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        named = {"text": self.text, "hint": self.hint, "image": self.image}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Condition:
         """`change` applied to every tensor."""
-        kept = {name: change(tensor) for name, tensor in self.kept.items()}
-        return replace(self, **{name: change(tensor) for name, tensor in self.parts().items()}, kept=kept)
+        cache = {name: change(tensor) for name, tensor in self.cache.items()}
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()}, cache=cache)
 
     def cat(self, other: Condition) -> Condition:
         """The rows of both, this one's first; ValueError if only one has image tokens."""
-        mine, theirs = self.parts(), other.parts()
+        mine, theirs = self.tensors(), other.tensors()
         if mine.keys() != theirs.keys():
             raise ValueError("only one of two conditions has image tokens: they cannot be joined")
-        shared = self.kept.keys() & other.kept.keys()
-        kept = {name: torch.cat([self.kept[name], other.kept[name]]) for name in shared}
-        return Condition(**{name: torch.cat([mine[name], theirs[name]]) for name in mine}, kept=kept)
+        shared = self.cache.keys() & other.cache.keys()
+        cache = {name: torch.cat([self.cache[name], other.cache[name]]) for name in shared}
+        return Condition(**{name: torch.cat([mine[name], theirs[name]]) for name in mine}, cache=cache)
 
-    def changed(self, **parts: Tensor) -> Condition:
-        """With other `parts` (text, hint, image); what was kept of the old ones is dropped."""
-        kept = {name: value for name, value in self.kept.items() if not name.startswith(tuple(parts))}
-        return replace(self, **parts, kept=kept)
+    def changed(self, **tensors: Tensor) -> Condition:
+        """With other `tensors` (text, hint, image); what was computed of the old ones is dropped."""
+        cache = {name: value for name, value in self.cache.items() if not name.startswith(tuple(tensors))}
+        return replace(self, **tensors, cache=cache)
 
     def with_soft(self, tokens: Tensor | None) -> Condition:
         """With the tokens (B, N, D) of a soft prompt after the text's; the same where there are none."""
@@ -84,12 +86,11 @@ class Condition:
 
 
 class Denoiser(nn.Module):
-    """Predicted noise eps(z_t, t, condition).
+    """Predicted noise eps(z_t, t, condition), the papers' epsilon_phi and epsilon_theta.
 
     `prediction_type` is what the UNet puts out: "epsilon", or "v_prediction", converted by
-    eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) z_t. Both networks have had `replace_blocks` applied, or neither.
-    `encoder_gradients=False` trains as ConsisSR's release does: nothing in the UNet's encoder and middle, and nothing
-    through them, receives a gradient. `residual` > 0 (for v only) reads the output as v of (z_hq - z_lq) / residual.
+    eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) z_t. Both networks have had `surgery.replace_blocks` applied, or
+    neither. The ControlNet may be missing: then the UNet alone predicts.
     """
 
     def __init__(
@@ -98,91 +99,76 @@ class Denoiser(nn.Module):
         controlnet: ControlNetModel | None,
         alpha_bar: Tensor,
         prediction_type: str = "epsilon",
-        encoder_gradients: bool = True,
-        residual: float = 0.0,
     ) -> None:
         super().__init__()
         if prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"prediction type '{prediction_type}' is not known: use epsilon or v_prediction")
         self.unet = unet
         self.controlnet = controlnet
-        if residual and prediction_type != "v_prediction":
-            raise UserError(f"model.residual is {residual}, which needs a base that predicts v: use 0 with this one")
         self.prediction_type = prediction_type
-        self.residual = residual
+        self.alpha_bar = alpha_bar.double()
+        self.signal_noise: tuple[Tensor, Tensor] | None = None
         networks = [unet] if controlnet is None else [unet, controlnet]
         self.takes_image = any(takes_image(network) for network in networks)
-        self.replaced = all(has_blocks(network) for network in networks)
-        layers = [m for network in networks for m in network.modules() if isinstance(m, CrossAttention)]
-        for place, layer in enumerate(layers):
-            layer.place = place
-        self.signal = alpha_bar.double().sqrt().float()
-        self.noise = (1 - alpha_bar.double()).sqrt().float()
-        if not encoder_gradients:
-            for part in (unet.time_embedding, unet.conv_in, *unet.down_blocks, unet.mid_block):
-                part.register_forward_hook(lambda module, args, output: detached(output))
+        self.has_blocks = all(has_blocks(network) for network in networks)
 
     def forward(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """eps (B, C, h, w) float32 for latents `z_t` (B, C, h, w) at integer timesteps `t` (B,)."""
         if self.takes_image != (condition.image is not None):
             raise ValueError("image tokens and an image branch: the condition and the model must have both or neither")
-        dtype = self.unet.conv_in.weight.dtype
-        z_lq = condition.hint  # as exact as it was given: the residual starts from it
+        dtype, size = self.unet.conv_in.weight.dtype, tuple(z_t.shape[-2:])
+        z_lq = condition.hint  # as exact as it was given
         z, condition = z_t.to(dtype), condition.to(dtype)
-        text, residuals, extra = condition.text, {}, None
-        if self.replaced:
-            extra = {"size": tuple(z_t.shape[-2:]), "image": condition.image, "kept": condition.kept}
+        residuals = {}
         if self.controlnet is not None:
-            hint = HintFeatures(condition.kept["hint"]) if "hint" in condition.kept else condition.hint
-            down, middle = self.controlnet(
-                z, t, text, controlnet_cond=hint, cross_attention_kwargs=extra, return_dict=False
-            )
+            hint = HintFeatures(condition.cache["hint"]) if "hint" in condition.cache else condition.hint
+            read = self.blocks_read("controlnet", condition, size)
+            down, middle = self.controlnet(z, t, condition.text, hint, return_dict=False, **read)
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        out = self.unet(z, t, text, cross_attention_kwargs=extra, return_dict=False, **residuals)[0]
+        residuals |= self.blocks_read("unet", condition, size)
+        out = self.unet(z, t, condition.text, return_dict=False, **residuals)[0]
         return self.to_eps(out.float(), z_t, t, z_lq)
 
-    def prepare(self, condition: Condition, like: Condition | None = None, hint: bool = True) -> Condition:
-        """The condition with everything computed that doesn't depend on the step, for many calls.
+    def blocks_read(self, network: str, condition: Condition, size: tuple[int, ...]) -> dict[str, Any]:
+        """The argument by which diffusers hands over to the blocks of `network` what they read beside the text."""
+        if not self.has_blocks:
+            return {}
+        read = {"image": condition.image, "size": size, "network": network, "cache": condition.cache}
+        return {"cross_attention_kwargs": read}
 
-        That is keys and values of text and image tokens, and the hint's features. `like`: a prepared condition; what
-        it has from the same tensors is taken over. hint: False where the hint differs from call to call (tiles).
-        """
-        if not self.replaced:
-            return condition
-        same = [name for name, part in condition.parts().items() if like is not None and part is getattr(like, name)]
-        if same:
-            known = {name: value for name, value in like.kept.items() if name.startswith(tuple(same))}
-            condition = replace(condition, kept=known | condition.kept)
-        cast = condition.to(self.unet.conv_in.weight.dtype)
-        kept = cast.kept
-        for layer in (m for m in self.modules() if isinstance(m, CrossAttention)):
-            if f"text{layer.place}" not in kept:
-                kept[f"text{layer.place}"] = torch.stack(layer.text_parts(cast.text), 1)
-            if layer.image_prompt in ("hpa", "ip_adapter") and f"image{layer.place}" not in kept:
-                kept[f"image{layer.place}"] = torch.stack(layer.image_parts(cast.image), 1)
-        if hint and self.controlnet is not None and "hint" not in kept:
-            kept["hint"] = self.controlnet.controlnet_cond_embedding(cast.hint)
-        return replace(condition, kept=kept)
-
-    def to_eps(self, out: Tensor, z_t: Tensor, t: Tensor, z_lq: Tensor | None = None) -> Tensor:
-        """The UNet's output (B, C, h, w) as predicted noise."""
+    def to_eps(self, out: Tensor, z_t: Tensor, t: Tensor, z_lq: Tensor) -> Tensor:
+        """The UNet's output (B, C, h, w) for `z_t` at `t` (B,), as predicted noise."""
         if self.prediction_type == "epsilon":
             return out
-        if self.signal.device != t.device:
-            self.signal, self.noise = self.signal.to(t.device), self.noise.to(t.device)
-        signal, noise = self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
-        if not self.residual:
-            return signal * out + noise * z_t
-        # u_t = z_t - sqrt(alpha_bar_t) z_lq is the noised residual, `size` its standard deviation, and `out` the v of
-        # u_t / size: where that is 0, the estimate of z_hq is z_lq plus the share of u_t that is signal.
-        u_t = z_t - signal * z_lq.float()
-        size = ((self.residual * signal) ** 2 + noise**2).sqrt()
-        return (noise * u_t + self.residual * signal * size * out) / size**2
+        signal, noise = self.coefficients(t)
+        return signal * out + noise * z_t
 
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each (B, 1, 1, 1) float32 on the device of `t`."""
+        if self.signal_noise is None or self.signal_noise[0].device != t.device:
+            a = self.alpha_bar
+            self.signal_noise = a.sqrt().float().to(t.device), (1 - a).sqrt().float().to(t.device)
+        signal, noise = self.signal_noise
+        return signal[t].view(-1, 1, 1, 1), noise[t].view(-1, 1, 1, 1)
 
-def detached(value: Any) -> Any:
-    """A tensor, or a tuple of what this takes, cut off from its history."""
-    return value.detach() if isinstance(value, Tensor) else tuple(detached(part) for part in value)
+    def prepare(self, condition: Condition, like: Condition | None = None, hint: bool = True) -> Condition:
+        """The condition with everything computed that doesn't depend on the step, for many calls (cached.py).
+
+        That is keys and values of text and image tokens, and the hint's features. `like`: a prepared condition; what
+        it has of the same tensors is taken over. hint: False where the hint differs from call to call (tiles).
+        """
+        if not self.has_blocks:
+            return condition
+        same = tuple(n for n, x in condition.tensors().items() if like is not None and x is getattr(like, n))
+        known = {name: value for name, value in like.cache.items() if name.startswith(same)} if same else {}
+        cast = replace(condition, cache=known | condition.cache).to(self.unet.conv_in.weight.dtype)
+        cache = cast.cache
+        for name, network in self.named_children():
+            layers = [m for m in network.modules() if isinstance(m, CrossAttention)]
+            fill(cache, name, layers, cast.text, cast.image)
+        if hint and self.controlnet is not None and "hint" not in cache:
+            cache["hint"] = self.controlnet.controlnet_cond_embedding(cast.hint)
+        return replace(condition, cache=cache)
 
 
 def guided(

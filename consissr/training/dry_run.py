@@ -23,9 +23,9 @@ from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.complexity import TOKENS, TOWER, UNET, VAE
 from consissr.evaluation.learned import LPIPS_VGG, find
-from consissr.models.attention import replace_blocks
 from consissr.models.controlnet import build_controlnet
 from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
+from consissr.models.surgery import replace_blocks
 from consissr.models.vae.narrow import empty_latents
 from consissr.training.checks import launched, problems
 from consissr.training.estimate import memory

@@ -10,6 +10,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from consissr.diffusion.sampler import sample, start_latent
 from consissr.diffusion.schedule import Schedule
 from consissr.diffusion.tala import probability, tala_inputs
 from consissr.errors import UserError
-from consissr.models.attention import added_parameters, trainable_parameters
 from consissr.models.denoiser import Condition, SoftPrompt
+from consissr.models.surgery import added_parameters, trainable_parameters
 from consissr.models.vae.latents import Latents
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop
 from consissr.weights.base import idle_without_text
@@ -89,6 +90,16 @@ def learning(found: Model, model: ModelConfig, encoder_gradients: bool = True) -
     return trained
 
 
+def cut_encoder(unet: nn.Module) -> None:
+    """Let no gradient reach the UNet's encoder and middle, or pass through them, as ConsisSR's release trains."""
+
+    def detached(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) else tuple(detached(part) for part in value)
+
+    for part in (unet.time_embedding, unet.conv_in, *unet.down_blocks, unet.mid_block):
+        part.register_forward_hook(lambda module, given, output: detached(output))
+
+
 class Restoration:
     """A stage whose networks restore images. Subclasses give `loss` and `restore`."""
 
@@ -109,7 +120,9 @@ class Restoration:
         check_crop(config.data.crop, model.latents.factor)
         self.config = config
         self.schedule = Schedule(model.alpha_bar)
-        self.denoiser = model.denoiser(encoder_gradients)
+        self.denoiser = model.denoiser()
+        if not encoder_gradients:
+            cut_encoder(model.unet)
         self.latents, self.hint_latents = model.latents, model.hint_latents
         self.image_prompt, self.soft_prompt = model.image_prompt, soft_prompt
         self.text = model.prompts[""]  # training is captionless (Algorithm 1, ConsisSR; CCSR v2)

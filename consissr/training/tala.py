@@ -67,7 +67,7 @@ class Tala(Restoration):
     def some_blind(self, condition: Condition, blind: Tensor) -> Condition:
         """The condition with the ControlNet's view of z_lq taken from the images (B,) that `blind` says."""
         features = self.denoiser.controlnet.controlnet_cond_embedding(condition.hint)
-        return replace(condition, kept=condition.kept | {"hint": features * ~blind.view(-1, 1, 1, 1)})
+        return replace(condition, cache=condition.cache | {"hint": features * ~blind.view(-1, 1, 1, 1)})
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Line 10 of Algorithm 1."""

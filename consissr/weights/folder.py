@@ -16,8 +16,8 @@ from consissr.config.folder import FolderConfig
 from consissr.config.loading import changed, save_config
 from consissr.config.model import ModelConfig
 from consissr.errors import UserError
-from consissr.models.attention import added_parameters, renew_copies, replace_blocks
 from consissr.models.controlnet import build_controlnet, empty_controlnet
+from consissr.models.surgery import added_parameters, renew_copies, replace_blocks
 from consissr.weights.base import load_base
 from consissr.weights.files import (
     UNET_ADAPTER,

@@ -13,7 +13,7 @@ from torch import Tensor
 from consissr.config.model import ModelConfig
 from consissr.diffusion.schedule import SD_BETAS
 from consissr.errors import UserError
-from consissr.models.attention import replace_blocks
+from consissr.models.surgery import replace_blocks
 from consissr.models.text import OpenClipText
 from consissr.models.vae.latents import Latents
 from consissr.weights import ldm

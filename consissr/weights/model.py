@@ -11,6 +11,7 @@ from consissr.config.folder import FolderConfig
 from consissr.diffusion.schedule import SD_BETAS, alpha_bar
 from consissr.models.denoiser import Denoiser
 from consissr.models.image_prompt import ImagePrompt
+from consissr.models.residual import denoiser_of
 from consissr.models.vae.latents import Latents
 
 if TYPE_CHECKING:
@@ -50,9 +51,7 @@ class Model:
         """The noise schedule (T,), float64."""
         return alpha_bar(*self.betas)
 
-    def denoiser(self, encoder_gradients: bool = True) -> Denoiser:
+    def denoiser(self) -> Denoiser:
         """UNet and ControlNet as one network that predicts noise."""
         residual = self.config.model.residual
-        return Denoiser(
-            self.unet, self.controlnet, self.alpha_bar, self.prediction_type, encoder_gradients, residual=residual
-        )
+        return denoiser_of(residual, self.unet, self.controlnet, self.alpha_bar, self.prediction_type)

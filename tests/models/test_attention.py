@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from consissr.config.model import ModelConfig
 from consissr.models import attention
-from consissr.models.attention import added_parameters, replace_blocks, trainable_parameters
 from consissr.models.controlnet import build_controlnet
 from consissr.models.denoiser import Condition, Denoiser
+from consissr.models.surgery import added_parameters, replace_blocks, trainable_parameters
 
 ALPHA_BAR = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
 OFF = ModelConfig()

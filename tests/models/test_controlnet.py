@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from consissr.config.model import ModelConfig
-from consissr.models.attention import added_parameters, replace_blocks
 from consissr.models.controlnet import LatentHint, build_controlnet, empty_controlnet
+from consissr.models.surgery import added_parameters, replace_blocks
 
 FEATURES = ModelConfig(position_embedding=16, transposed_attention=True, image_prompt="hpa", hint="stack")
 

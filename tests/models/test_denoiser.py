@@ -7,9 +7,10 @@ import torch
 
 from consissr.config.model import ModelConfig
 from consissr.errors import UserError
-from consissr.models.attention import replace_blocks
 from consissr.models.controlnet import build_controlnet
 from consissr.models.denoiser import Condition, Denoiser, guided
+from consissr.models.residual import ResidualDenoiser
+from consissr.models.surgery import replace_blocks
 
 ALPHA_BAR = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
 
@@ -38,7 +39,7 @@ def test_v_prediction_becomes_eps_in_float32(make_unet):
     a = ALPHA_BAR[t].float().view(-1, 1, 1, 1)
     z_t, v = a.sqrt() * z0 + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * z0
     denoiser = Denoiser(make_unet(), None, ALPHA_BAR, "v_prediction").to(torch.bfloat16)
-    assert torch.allclose(denoiser.to_eps(v, z_t, t), eps, atol=1e-5)
+    assert torch.allclose(denoiser.to_eps(v, z_t, t, z0), eps, atol=1e-5)
     unet = make_unet()
     given = Condition(draw(3, 7, 24), draw(3, 4, 8, 8))
     raw = unet(z_t, t, given.text).sample
@@ -55,13 +56,13 @@ def test_output_as_v_of_the_residual():
     z_t = a.sqrt() * (z_lq + residual) + (1 - a).sqrt() * eps
     size = (s**2 * a + 1 - a).sqrt()
     v = (s * a.sqrt() * eps - (1 - a).sqrt() * residual / s) / size
-    denoiser = Denoiser(torch.nn.Identity(), None, ALPHA_BAR, "v_prediction", residual=s)
+    denoiser = ResidualDenoiser(torch.nn.Identity(), None, ALPHA_BAR, "v_prediction", residual=s)
     assert torch.allclose(denoiser.to_eps(v, z_t, t, z_lq), eps, atol=1e-4)
     eps_T = denoiser.to_eps(torch.zeros_like(v), z_t, t, z_lq)[2]
     x0 = (z_t[2] - (1 - a[2]).sqrt() * eps_T) / a[2].sqrt()
     assert (x0 - z_lq[2]).std() < 0.1 * eps.std()
     with pytest.raises(UserError, match="predicts v"):
-        Denoiser(torch.nn.Identity(), None, ALPHA_BAR, residual=s)
+        ResidualDenoiser(torch.nn.Identity(), None, ALPHA_BAR, residual=s)
 
 
 @torch.no_grad()
