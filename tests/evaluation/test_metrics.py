@@ -44,6 +44,50 @@ def test_psnr_of_a_known_error() -> None:
     assert (metrics.psnr(hr + 1 / 255, hr) - full_range)[0].item() == pytest.approx(1.32, abs=0.01)
 
 
+def test_luma_by_hand() -> None:
+    """ITU-R BT.601: Y = 16 + 65.481 R + 128.553 G + 24.966 B, from 16 (black) to 235 (white)."""
+    colours = torch.tensor([[0, 0, 0], [1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
+    wanted = [16, 235, 16 + 65.481, 16 + 128.553, 16 + 24.966]
+    assert (metrics.luma(colours.view(5, 3, 1, 1)).flatten() * 255).tolist() == pytest.approx(wanted, rel=1e-12)
+    assert metrics.luma(torch.zeros(2, 3, 4, 5, dtype=torch.float64)).shape == (2, 1, 4, 5)
+
+
+def test_psnr_by_hand() -> None:
+    """10 log10(1 / mse): 0.1 in red is a mean of 0.01 / 3 over the channels, and 6.5481 / 255 in Y, not rounded."""
+    hr = torch.full((2, 3, 6, 6), 0.25, dtype=torch.float64)
+    sr = hr.clone()
+    sr[0, 0] += 0.1
+    sr[1, 1, 2:4, 2:4] += 0.002  # a quarter of a level, in 4 of 36 pixels
+    channels = [-10 * math.log10(0.01 / 3 + 1e-8), -10 * math.log10(4e-6 / 27 + 1e-8)]
+    y = [-10 * math.log10((6.5481 / 255) ** 2 + 1e-8), -10 * math.log10((0.257106 / 255) ** 2 / 9 + 1e-8)]
+    assert metrics.psnr(sr, hr, space="rgb").tolist() == pytest.approx(channels, rel=1e-9)
+    assert metrics.psnr(sr, hr).tolist() == pytest.approx(y, rel=1e-9)
+    inner = -10 * math.log10((0.257106 / 255) ** 2 / 4 + 1e-8)
+    assert metrics.psnr(sr, hr, crop=1).tolist() == pytest.approx([y[0], inner], rel=1e-9)
+    assert metrics.psnr(sr.float(), hr.float()).dtype == torch.float64
+
+
+def test_ssim_rounds_y_and_cuts_negative_structure_off() -> None:
+    flat = torch.full((1, 3, 20, 20), 0.5)
+    assert metrics.ssim(flat + 0.3 / 219, flat).item() == 1, "125.5 and 125.8 are one level"
+    checks = ((torch.arange(20)[:, None] + torch.arange(20)) % 2).double().expand(1, 3, 20, 20)
+    assert metrics.ssim(checks, 1 - checks).item() == 0
+    c1 = (0.01 * 255) ** 2
+    wanted = (2 * 16 * 235 + c1) / (16**2 + 235**2 + c1)  # black and white: nothing but luminance differs
+    assert metrics.ssim(flat * 0, flat * 2).item() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_blur_is_the_gaussian_in_double_precision() -> None:
+    point = torch.zeros(1, 1, 5, 7, dtype=torch.float64)
+    point[..., 2, 3] = 1
+    taps = np.exp(-(np.arange(-1, 2) ** 2) / (2 * 0.8**2))
+    taps /= taps.sum()
+    wanted = np.zeros((3, 5))
+    wanted[:, 1:4] = np.outer(taps, taps)
+    assert np.abs(metrics.gaussian_blur(point, 3, 0.8)[0, 0].numpy() - wanted).max() < 1e-15
+    assert metrics.gaussian_blur(point.to("meta"), 3, 0.8).shape == (1, 1, 3, 5)
+
+
 def test_identical_images() -> None:
     hr = images()[1]
     assert metrics.psnr(hr, hr).item() == pytest.approx(80.0)
@@ -63,6 +107,18 @@ def test_crop_leaves_the_border_out() -> None:
     sr[..., :4, :] = 0
     assert metrics.psnr(sr, hr, crop=4).item() == pytest.approx(80.0)
     assert metrics.psnr(sr, hr).item() < 30
+
+
+def test_smallest_images() -> None:
+    """SSIM needs a window, PSNR a pixel after the crop."""
+    assert metrics.ssim(torch.ones(1, 3, 11, 12), torch.ones(1, 3, 11, 12)).item() == 1
+    for size in ((10, 30), (30, 10)):
+        small = torch.ones(1, 3, *size)
+        with pytest.raises(UserError, match=rf"^SSIM needs images of at least 11 pixels, .*\({size[0]}, {size[1]}\)$"):
+            metrics.ssim(small, small)
+    assert metrics.crop_border(torch.ones(3, 9, 20), 4).shape == (3, 1, 12)
+    with pytest.raises(UserError, match="^an image of 20x8 is too small to crop 4 pixels"):
+        metrics.crop_border(torch.ones(1, 3, 8, 20), 4)
 
 
 def test_ssim_is_its_definition() -> None:
@@ -94,16 +150,24 @@ def test_halving_is_matlabs_imresize() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x * 2, r"\[0, 1\]"),
+        (lambda x: x * 2, r"^metrics take values in \[0, 1\]"),
+        (lambda x: x - 0.2, r"^metrics take values in \[0, 1\], these lie in \[-0"),
         (lambda x: x * float("nan"), r"\[0, 1\]"),
         (lambda x: x[..., :-1], "different shapes"),
-        (lambda x: x[0], "shape"),
+        (lambda x: x[0], r"^metrics take images of shape \(N, 3, H, W\), not \(3, 40, 48\)$"),
+        (lambda x: x[:, :1], r"not \(1, 1, 40, 48\)$"),
     ],
 )
 def test_wrong_input_is_named(change, message: str) -> None:
     hr = images()[1]
     with pytest.raises(UserError, match=message):
-        metrics.psnr(change(hr), hr)
+        metrics.psnr(change(hr), hr if message.startswith("different") else change(hr))
+
+
+def test_rounding_errors_at_both_ends_are_no_error() -> None:
+    """Images from [-1, 1] come back as 1.0000001 and the like."""
+    assert metrics.psnr(torch.full((1, 3, 4, 4), 1.00005), torch.ones(1, 3, 4, 4)).item() > 70
+    assert metrics.psnr(torch.full((1, 3, 4, 4), -0.00005), torch.zeros(1, 3, 4, 4)).item() > 70
 
 
 @pytest.mark.parametrize("level", [0.0, 100 / 255, 1.0])
