@@ -1,6 +1,7 @@
 """Average rank of methods over metrics (last column of Table 1, ConsisSR), and best and second best per metric."""
 
 from collections.abc import Mapping
+from math import nan
 
 import numpy as np
 
@@ -12,7 +13,7 @@ def ranks(values: np.ndarray, higher: bool) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     signed = -values if higher else values
     better = (signed[None, :] < signed[:, None]).sum(axis=1)
-    return np.where(np.isnan(values), np.nan, better + 1.0)
+    return np.where(np.isnan(values), nan, better + 1.0)
 
 
 def average_ranks(table: Mapping[str, Mapping[str, float]], measures: list[Measure]) -> dict[str, float]:
@@ -20,11 +21,11 @@ def average_ranks(table: Mapping[str, Mapping[str, float]], measures: list[Measu
     methods = list(table)
     columns = []
     for measure in measures:
-        values = np.array([table[method].get(measure.name, float("nan")) for method in methods])
+        values = np.array([table[method].get(measure.name, nan) for method in methods])
         if not np.isnan(values).any():
             columns.append(ranks(values, measure.higher))
     if not columns:
-        return dict.fromkeys(methods, float("nan"))
+        return dict.fromkeys(methods, nan)
     return dict(zip(methods, np.mean(columns, axis=0).tolist(), strict=True))
 
 

@@ -22,6 +22,41 @@ def test_intervals_by_hand() -> None:
     assert bootstrap.interval(values) == wide, "seeded"
 
 
+def test_the_interval_is_that_of_10000_seeded_resamples() -> None:
+    values = np.random.default_rng(2).normal(0, 1, (2, 5)).astype(np.float32)
+
+    def wanted(row: np.ndarray, seed: int, draws: int, low: float = 0.025, high: float = 0.975) -> tuple:
+        means = row.astype(float)[np.random.default_rng(seed).integers(0, 5, (draws, 5))].mean(1)
+        return pytest.approx((row.astype(float).mean(), *np.quantile(means, [low, high])), rel=1e-12)
+
+    def numbers(found: bootstrap.Estimate) -> tuple:
+        return found.mean, found.low, found.high
+
+    assert numbers(bootstrap.interval(values[0])) == wanted(values[0], 0, 10_000)
+    assert numbers(bootstrap.interval(values[0], 3, 50, level=0.8)) == wanted(values[0], 3, 50, 0.1, 0.9)
+    found, default = bootstrap.paired(values, values * 0, 3, 50), bootstrap.paired(values, values * 0)
+    for row, few, many in zip(values, found.seeds, default.seeds, strict=True):
+        assert (numbers(few), numbers(many)) == (wanted(row, 3, 50), wanted(row, 0, 10_000))
+    mean = values.mean(axis=0)
+    assert (numbers(found.overall), numbers(default.overall)) == (wanted(mean, 3, 50), wanted(mean, 0, 10_000))
+
+
+def test_a_difference_of_just_the_least_does_not_count() -> None:
+    """Intervals that end at +-0.5, where 0.5 is the least that counts, and one on both sides."""
+    cases = {(0.5, 0.5): "appears", (-0.5, -0.5): "appears", (0.5, 0.9): "not resolved", (-0.9, -0.5): "not resolved"}
+    cases |= {
+        (-0.6, 0.3): "not resolved",
+        (-0.3, 0.6): "not resolved",
+        (0.6, 0.9): "opposite",
+        (-0.9, -0.6): "opposite",
+    }
+    for (low, high), said in cases.items():
+        found = bootstrap.paired(np.array([[low, high]]), np.zeros((1, 2)))
+        assert bootstrap.verdict(found, "unchanged", least=0.5) == said, (low, high)
+        direction = "higher" if low > 0 else "lower"
+        assert bootstrap.verdict(found, direction, 0.5) == ("appears" if said == "opposite" else "not resolved")
+
+
 def test_differences_are_paired_image_by_image_and_seed_by_seed() -> None:
     b = np.array([[10.0, 20.0, 30.0], [11.0, 22.0, 33.0]])
     found = bootstrap.paired(b + [[1.0], [3.0]], b)
