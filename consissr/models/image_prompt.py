@@ -32,15 +32,13 @@ def build_tower(embed_dim: int, vision: dict[str, Any]) -> VisionTransformer:
 
     sizes = {name: vision[name] for name in ("image_size", "patch_size", "width", "layers")}
     heads = vision["width"] // vision["head_width"]
-    return VisionTransformer(**sizes, heads=heads, mlp_ratio=vision.get("mlp_ratio", 4.0), output_dim=embed_dim)
+    return VisionTransformer(**sizes, heads=heads, mlp_ratio=4.0, output_dim=embed_dim)
 
 
 def clip_input(x: Tensor, size: int) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] -> CLIP's normalised input (B, 3, size, size), bicubic without antialiasing."""
-    x = (x + 1) / 2
-    if x.shape[-2:] != (size, size):
-        x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False)
-    return (x - x.new_tensor(MEAN).view(1, 3, 1, 1)) / x.new_tensor(STD).view(1, 3, 1, 1)
+    x = F.interpolate((x + 1) / 2, size=(size, size), mode="bicubic")
+    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
 
 
 def tower_features(tower: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from consissr.models.image_prompt import (
     build_tower,
     clip_input,
     prompt_config,
+    tower_config,
     tower_features,
 )
 from consissr.weights.image_encoder import build_image_prompt
@@ -64,6 +65,9 @@ def test_tokens_and_gradients(tower, kind, count):
     tokens.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in prompt.adapter.parameters())
     assert all(p.grad is None for p in tower.parameters()), "the tower is not trained through its tokens"
+    assert torch.equal(prompt(images(2, 3, 100, 70)), tokens)
+    if kind == "pooled":
+        assert torch.equal(ImagePrompt(tower, prompt.adapter).encode(images(2, 3, 100, 70)), tokens), "the default"
     if kind == "patches":
         assert (tokens[0, 0] - tokens[0, -1]).abs().max() > 1e-3, "patches must differ"
 
@@ -75,11 +79,29 @@ def test_the_released_initialisation_gives_a_zero_token(tower):
 
 
 @torch.no_grad()
+def test_adapter_is_its_formula():
+    """Norm, then three linear layers with GELU between them, for every token on its own."""
+    adapter = Adapter(20, 24)
+    features = images(2, 3, 20)
+    normed = (features - features.mean(-1, keepdim=True)) / (features.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    one, two, three = ((layer.weight, layer.bias) for layer in (adapter.linear_1, adapter.linear_2, adapter.linear_3))
+    wanted = F.linear(F.gelu(F.linear(F.gelu(F.linear(normed, *one)), *two)), *three)
+    assert torch.allclose(adapter(features), wanted, atol=1e-5)
+
+
+@torch.no_grad()
 def test_unit_initialisation_gives_tokens_of_unit_deviation():
     torch.manual_seed(0)
     tokens = Adapter(256, 192, "unit")(3 + 5 * torch.randn(8, 16, 256))
     assert 0.9 < tokens.std() < 1.1 and tokens.std(dim=1).mean() > 0.7
     assert Adapter(256, 192)(torch.randn(8, 16, 256)).std() < 0.3
+
+
+@torch.no_grad()
+def test_a_tower_has_the_sizes_that_it_tells():
+    tower = build_tower(20, VISION | {"layers": 1})
+    assert tower.transformer.resblocks[0].mlp.c_fc.out_features == 4 * 32, "layers are four times as wide inside"
+    assert tower_config(tower) == {"embed_dim": 20, "vision_cfg": VISION | {"layers": 1}}
 
 
 @torch.no_grad()
