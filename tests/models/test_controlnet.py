@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from consissr.config.model import ModelConfig
-from consissr.models.controlnet import LatentHint, build_controlnet, empty_controlnet
+from consissr.models.controlnet import HintFeatures, LatentHint, build_controlnet, empty_controlnet
 from consissr.models.surgery import added_parameters, replace_blocks
 
 FEATURES = ModelConfig(position_embedding=16, transposed_attention=True, image_prompt="hpa", hint="stack")
@@ -21,6 +22,22 @@ def test_hint_forms():
     assert conv(z).abs().max() > 0
     assert stack(z).abs().max() == 0
     assert LatentHint("stack", 16, 64)(torch.randn(1, 16, 4, 4)).shape == (1, 64, 4, 4)
+
+
+@torch.no_grad()
+def test_hints_are_their_convolutions():
+    """'conv' is one 3 x 3 convolution; 'stack' eight with SiLU between them; features that are known pass."""
+    z = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(0))
+    conv, stack = LatentHint("conv", 4, 32), LatentHint("stack", 4, 32)
+    assert torch.equal(conv(z), F.conv2d(z, conv[0].weight, conv[0].bias, padding=1))
+    torch.nn.init.normal_(stack[-1].weight)
+    x, layers = z, [layer for layer in stack if isinstance(layer, torch.nn.Conv2d)]
+    assert [layer.out_channels for layer in layers] == [16, 16, 32, 32, 96, 96, 256, 32]
+    for i, layer in enumerate(layers):
+        x = F.conv2d(F.silu(x) if i else x, layer.weight, layer.bias, padding=1)
+    assert torch.allclose(stack(z), x, atol=1e-6)
+    for hint in (conv, stack):
+        assert hint(HintFeatures(z)) is z
 
 
 @pytest.mark.parametrize("replaced_first", [False, True])

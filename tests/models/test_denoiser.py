@@ -28,8 +28,106 @@ def test_conditions_join_and_repeat():
     assert torch.equal(a.repeat(2).image, torch.cat([a.image, a.image]))
     assert torch.equal(both.rows(slice(2, 4)).hint, b.hint)
     assert a.to(torch.bfloat16).text.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="only one"):
+    with pytest.raises(ValueError, match="^only one of two conditions has image tokens"):
         a.cat(Condition(b.text, b.hint))
+
+
+def test_what_was_computed_of_a_prompt_goes_with_it():
+    """Cached tensors are mapped and joined like their sources, and dropped with them."""
+    text, hint, image = draw(2, 7, 24), draw(2, 4, 8, 8), draw(2, 1, 24)
+    a = Condition(text, hint, image, {"text.0": draw(2, 3), "image.0": draw(2, 5), "hint": draw(2, 6)})
+    b = Condition(text, hint, image, {"text.0": draw(2, 3) + 1, "hint": draw(2, 6)})
+    assert set(a.changed(text=text + 1).cache) == {"image.0", "hint"}
+    assert set(a.changed(hint=hint + 1, image=image).cache) == {"text.0"}
+    assert torch.equal(a.changed(hint=hint + 1).hint, hint + 1) and a.changed(hint=hint).text is text
+    both = a.cat(b)
+    assert set(both.cache) == {"text.0", "hint"}, "only what both have"
+    assert torch.equal(both.cache["text.0"], torch.cat([a.cache["text.0"], b.cache["text.0"]]))
+    assert torch.equal(a.repeat(2).cache["hint"], torch.cat([a.cache["hint"]] * 2))
+    assert torch.equal(a.rows(slice(1, 2)).cache["image.0"], a.cache["image.0"][1:])
+    assert set(a.tensors()) == {"text", "hint", "image"} and set(Condition(text, hint).tensors()) == {"text", "hint"}
+    assert Condition(text, hint).to(torch.bfloat16).image is None
+    soft = a.with_soft(draw(2, 3, 24).double())
+    assert torch.equal(soft.text, torch.cat([text, draw(2, 3, 24)], dim=1)) and set(soft.cache) == {"image.0", "hint"}
+    assert a.with_soft(None) is a
+
+
+@torch.no_grad()
+def test_what_each_network_is_given(make_unet, fill):
+    """Both see z_t, t and the prompts; the ControlNet alone the hint; its outputs go into the UNet."""
+    unet, seen = make_unet(), {}
+    replace_blocks(unet, ModelConfig(image_prompt="hpa"))
+    controlnet = build_controlnet(unet, ModelConfig(image_prompt="hpa"))
+    fill(controlnet)
+    for name, network in (("unet", unet), ("controlnet", controlnet)):
+        network.register_forward_hook(
+            lambda _, args, kwargs, out, name=name: seen.update({name: (args, kwargs, out)}), with_kwargs=True
+        )
+    hints = []
+    controlnet.controlnet_cond_embedding.register_forward_hook(lambda _, args, out: hints.append(args[0]))
+    z, t, given = (
+        draw(2, 4, 8, 12),
+        torch.tensor([5, 900]),
+        Condition(*(draw(2, *n) for n in ((7, 24), (4, 8, 12), (1, 24)))),
+    )
+    Denoiser(unet, controlnet, ALPHA_BAR)(z, t, given)
+    for args, kwargs, _ in seen.values():
+        assert all(map(torch.equal, args[:3], (z, t, given.text)))
+        read = kwargs["cross_attention_kwargs"]
+        assert torch.equal(read["image"], given.image) and read["size"] == (8, 12)
+    assert torch.equal(hints[0], given.hint)
+    down, middle = seen["controlnet"][2]
+    assert all(map(torch.equal, seen["unet"][1]["down_block_additional_residuals"], down)) and len(down) > 3
+    assert torch.equal(seen["unet"][1]["mid_block_additional_residual"], middle)
+
+
+@torch.no_grad()
+def test_preparing_computes_what_a_prepared_condition_lacks(make_unet):
+    """Positive and negative prompt share image tokens and hint: those are computed once."""
+    unet = make_unet()
+    assert Denoiser(unet, None, ALPHA_BAR).prepare(given := Condition(draw(2, 7, 24), draw(2, 4, 8, 8))) is given
+    replace_blocks(unet, ModelConfig(image_prompt="hpa"))
+    denoiser = Denoiser(unet, build_controlnet(unet, ModelConfig(image_prompt="hpa")), ALPHA_BAR)
+    first = denoiser.prepare(Condition(given.text, given.hint, draw(2, 1, 24)))
+    names = {name.partition(".")[0] for name in first.cache}
+    assert names == {"text", "image", "hint"} and len(first.cache) == 2 * (7 + 3) + 1
+    other = denoiser.prepare(Condition(given.text + 1, given.hint, first.image), like=first)
+    assert other.cache.keys() == first.cache.keys()
+    for name, value in other.cache.items():
+        assert (value is first.cache[name]) == (not name.startswith("text")), name
+    assert "hint" not in denoiser.prepare(Condition(given.text, given.hint, first.image), hint=False).cache
+    again = denoiser.prepare(first)
+    assert all(again.cache[name] is value for name, value in first.cache.items())
+    unlike = denoiser.prepare(Condition(given.text, given.hint + 1, first.image + 1), like=first)
+    assert {name for name, value in unlike.cache.items() if value is first.cache[name]} == {
+        name for name in first.cache if name.startswith("text")
+    }
+
+
+def test_guidance_by_hand():
+    """Negative 1 and positive 3 at a guidance of 5: 1 + 5 (3 - 1) = 11; guidance 1 asks for the positive alone."""
+    calls = []
+
+    def denoiser(z, t, condition):
+        calls.append((len(z), t.tolist(), condition.text.flatten().tolist()))
+        return z + condition.text.view(-1, 1, 1, 1)
+
+    positive, negative = (Condition(torch.full((1, 1, 1), v), torch.zeros(1, 1, 1, 1)) for v in (3.0, 1.0))
+    z, t = torch.zeros(1, 1, 1, 1), torch.tensor([7])
+    assert guided(denoiser, positive, negative, 5.0)(z, t).item() == 11
+    assert guided(denoiser, positive, negative)(z, t).item() == guided(denoiser, positive)(z, t).item() == 3
+    assert calls == [(2, [7, 7], [1, 3]), (1, [7], [3]), (1, [7], [3])]
+
+
+def test_coefficients_go_where_the_timesteps_are(make_unet):
+    """("meta" stands for any device.)"""
+    denoiser, t = Denoiser(make_unet(), None, ALPHA_BAR, "v_prediction"), torch.tensor([3, 900])
+    z = torch.zeros(2, 4, 8, 8)
+    assert denoiser.to_eps(z.to("meta"), z.to("meta"), t.to("meta"), z.to("meta")).is_meta
+    signal, noise = denoiser.coefficients(t)
+    assert not signal.is_meta and signal.dtype == noise.dtype == torch.float32
+    assert torch.equal(signal.flatten(), ALPHA_BAR[t].sqrt().float())
+    assert torch.equal(noise.flatten(), (1 - ALPHA_BAR[t]).sqrt().float())
 
 
 @torch.no_grad()
@@ -81,7 +179,7 @@ def test_guidance_is_one_batched_pass_of_the_formula(make_unet, fill):
     assert torch.allclose(eps, neg + 4.5 * (pos - neg), atol=1e-4)
     assert (pos - neg).abs().max() > 1e-3
     assert torch.equal(guided(denoiser, positive, negative, 1.0)(z, t), pos)
-    with pytest.raises(UserError, match="negative prompt"):
+    with pytest.raises(UserError, match="^guidance is 4.5, which needs a negative prompt"):
         guided(denoiser, positive, None, 4.5)
 
 
@@ -104,7 +202,7 @@ def test_condition_and_model_must_agree_on_the_image(make_unet):
     without, having = make_unet(), make_unet()
     replace_blocks(having, ModelConfig(image_prompt="hpa"))
     for unet, given in ((without, image), (having, None)):
-        with pytest.raises(ValueError, match="both or neither"):
+        with pytest.raises(ValueError, match="^image tokens and an image branch: .* both or neither$"):
             Denoiser(unet, None, ALPHA_BAR)(z, t, Condition(text, z, given))
-    with pytest.raises(UserError, match="sample"):
+    with pytest.raises(UserError, match="^prediction type 'sample' is not known"):
         Denoiser(without, None, ALPHA_BAR, "sample")
