@@ -25,6 +25,26 @@ def test_released_timesteps(values, timesteps):
     assert [step.t for step in nuts_plan(*values, "leading")] == timesteps
 
 
+def test_plans_of_the_papers_tables():
+    """Tables II and III: T, t_max, t_min and S = (t_max - t_min) T + 1 (Sec. III-D); timestep t is 1000 k / T - 1."""
+    tables = {
+        (6, 2 / 3, 1 / 2): [999, 666],  # the paper's choice
+        (12, 2 / 3, 1 / 2): [999, 666, 582],
+        (18, 2 / 3, 1 / 2): [999, 666, 610, 555],
+        (6, 2 / 3, 1 / 3): [999, 666, 499],
+        (6, 5 / 6, 1 / 2): [999, 832, 666],
+        (6, 5 / 6, 2 / 3): [999, 832],
+        (6, 1 / 2, 1 / 6): [999, 499, 332],  # printed as S = 2
+        (1, 2 / 3, 1 / 2): [999],  # one step: x0_from_T
+    }
+    for (T, t_max, t_min), times in tables.items():
+        plan = nuts_plan(T, t_max, t_min)
+        assert len(plan) == len(times) == (round((t_max - t_min) * T + 1) if T > 1 else 1)
+        assert [step.t for step in plan] == times
+        assert [step.t_next for step in plan] == [*times[1:], -1]
+        assert [step.kind for step in plan] == (["renoise"] + ["step"] * len(times))[: len(times) - 1] + ["x0"]
+
+
 def test_trailing_grid_means_what_it_says():
     plan = nuts_plan(6, 2 / 3, 1 / 2)
     assert [tuple(step) for step in plan] == [(999, 666, "renoise"), (666, -1, "x0")]
