@@ -54,11 +54,11 @@ def test_each_kind_of_step_by_hand():
 
 
 def test_every_draw_has_its_own_name(schedule):
-    plan = [Step(999, 600, "renoise"), Step(600, 400, "step"), Step(400, 700, "renoise"), Step(700, -1, "x0")]
+    plan = [Step(999, 600, "step"), Step(600, 400, "renoise"), Step(400, 700, "renoise"), Step(700, -1, "x0")]
     names, truth = [], torch.zeros(1, 4, 2, 2)
     draw = lambda name, shape: names.append(name) or torch.zeros(shape)  # noqa: E731
     sample(lambda z, t: z, plan, truth, schedule, draw)
-    assert names == ["tmax", "step[1]", "tmax[2]"]
+    assert names == ["step[0]", "tmax", "tmax[2]"]
     with pytest.raises(ValueError, match="^the plan does not end with x0"):
         sample(lambda z, t: z, plan[:-1], truth, schedule, draw)
 
@@ -71,6 +71,14 @@ def test_starts(schedule):
     a = schedule.alpha_bar[999]
     wanted = a.sqrt() * 3 + (1 - a).sqrt() * noise.double()
     assert torch.allclose(start_latent("lq", z_lq, schedule, draw), wanted, rtol=1e-12)
+
+
+def test_timesteps_go_where_the_latents_are(schedule):
+    """("meta" stands for any device.)"""
+    seen = []
+    z = torch.zeros(3, 4, 2, 2, device="meta")
+    sample(lambda z, t: seen.append(t) or z, ddpm_plan(2), z, schedule, seeded_draw(0, "abc"))
+    assert [(t.device.type, t.dtype, tuple(t.shape)) for t in seen] == [("meta", torch.int64, (3,))] * 2
 
 
 def test_sampling_leaves_no_gradients_behind(schedule):
