@@ -51,11 +51,11 @@ def test_local_std_by_hand() -> None:
     assert local_std(np.array([[[0.0]], [[2.0]]])) == 1.0
 
 
-def test_local_std_takes_images_in_single_precision_and_sums_in_double() -> None:
-    """As the release's, whose images are float32; ten million pixels added in float32 would lose digits."""
-    runs = np.zeros((2, 3000, 3000), np.float32)
-    runs[1] = 0.2
-    assert local_std(runs) == pytest.approx(np.float32(0.2) / 2, rel=1e-12)
+def test_local_std_takes_images_in_single_precision_and_sums_in_double(rng) -> None:
+    """As the release's, whose images are float32. Steps of 1 / 4096 have exact deviations, whose sum float32 rounds."""
+    steps = rng.integers(0, 4096, (500, 500))
+    runs = np.stack([np.zeros((500, 500)), steps / 4096]).astype(np.float32)
+    assert local_std(runs) == int(steps.sum()) / 2 / 4096 / 500**2
     assert local_std([[0.1], [0.3]]) == local_std(np.array([[0.1], [0.3]], np.float32))
 
 
