@@ -1,0 +1,68 @@
+"""Stage 'rclip' against Eq. 3 (ConsisSR), written out: its loss, gradients and inputs."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from open_clip.transformer import VisionTransformer
+from torch import Tensor
+from torch.nn import functional as F
+
+from consissr.config.loading import load_config
+from consissr.config.training import TrainConfig
+from consissr.weights.image_encoder import load_tower
+from scripts.train import stage_builder
+from tests.training import plain
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def shown(x: Tensor) -> Tensor:
+    """What CLIP sees of images in [-1, 1]."""
+    small = F.interpolate((x + 1) / 2, size=(32, 32), mode="bicubic", align_corners=False)
+    return (small - torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)) / torch.tensor(CLIP_STD).view(1, 3, 1, 1)
+
+
+def features(tower: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """open_clip's pooled feature, and its patch tokens through the same norm and projection."""
+    tokens = tower.ln_post(tower.transformer(tower._embeds(shown(x)))) @ tower.proj
+    return tokens[:, 0], tokens[:, 1:]
+
+
+@pytest.mark.parametrize(("tokens", "weight"), [("pooled", 0.0), ("patches", 0.25)])
+def test_the_student_learns_what_the_teacher_says_of_the_photograph(base: Path, tokens: str, weight: float) -> None:
+    words = ["stage=rclip", f"model.base={base}", f"model.image_tokens={tokens}", "rclip.patch_weight=0.25"]
+    config = load_config(TrainConfig, None, words)
+    stage = stage_builder(config.stage)(config)
+    (phase,) = stage.phases
+    teacher = load_tower(base)[0]
+    (student,) = (t for t in plain.members(stage.networks, VisionTransformer) if t.proj is phase.parameters["proj"])
+    assert all(torch.equal(p, dict(teacher.named_parameters())[n]) for n, p in phase.parameters.items()), "a copy"
+    assert {id(p) for p in phase.parameters.values()} == {id(p) for p in student.parameters()}
+    with torch.no_grad():  # so that it is known which tower saw what
+        for i, parameter in enumerate(phase.parameters.values()):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    untouched = deepcopy(student.state_dict())
+
+    batch = plain.recorded(3)
+    others = [t for t in plain.members(stage.networks, VisionTransformer) if t is not student]
+    with plain.watched(student=student.conv1, teacher=others[0].conv1) as given:
+        with torch.no_grad():
+            stage.prepare(batch)
+        plain.start(phase, stage.networks)
+        found = phase.loss(batch, 0)
+    found["loss"].backward()
+    for name, image in (("student", batch.lq), ("teacher", batch.hq)):
+        (call,) = given[name]
+        plain.close(call["input"], shown(image))
+
+    (pooled, patches), (pooled_hq, patches_hq) = features(student, batch.lq), features(teacher, batch.hq)
+    # |RCLIP(x_LQ) - CLIP(x_HQ)|^2  (Eq. 3, ConsisSR), a mean over elements, not of normalised features
+    loss = plain.mse(pooled, pooled_hq.detach()) + weight * plain.mse(patches, patches_hq.detach())
+    plain.close(found["loss"], loss)
+    plain.same_gradients(phase.parameters, loss)
+    assert all(torch.equal(value, student.state_dict()[name]) for name, value in untouched.items())
+    assert stage.restore(batch) is None
