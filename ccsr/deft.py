@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from ccsr.adversary import ADVERSARIES
 from ccsr.losses import adaptive_weight, adversarial_weight, discriminator_hinge, generator_adversarial
 from ccsr.nuts import Nuts
+from ccsr.vgg import VggDistance
+from consissr.config.stages import DeftConfig
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.learned import lpips_network
@@ -48,9 +50,7 @@ class Deft:
         self.latents = self.first.latents
         self.adversary = adversary or ADVERSARIES[config.deft.discriminator](config.deft)
         self.networks = nn.ModuleDict({"first": self.first.networks, "adversary": self.adversary})
-        self.lpips = lpips
-        if lpips is None and config.deft.perceptual == "lpips":
-            self.lpips = lpips_network(Path(config.deft.weights) if config.deft.weights else None)
+        self.lpips = lpips or perceptual_network(config.deft)
         if self.lpips is not None:
             self.networks["lpips"] = self.lpips
         self.hot = [*self.first.hot, self.latents.vae.decoder]
@@ -72,7 +72,7 @@ class Deft:
     def untrained(cls, config: TrainConfig, model: Model) -> Deft:
         """The stage with `model` and, on the meta device, all other networks of the right sizes (dry runs)."""
         with torch.device("meta"):
-            lpips = UntrainedLpips() if config.deft.perceptual == "lpips" else None
+            lpips = VggDistance(None) if config.deft.perceptual in ("lpips", "vgg") else None
             adversary = ADVERSARIES[config.deft.discriminator](config.deft, untrained=True)
         return cls(config, model, adversary, lpips)
 
@@ -110,7 +110,7 @@ class Deft:
         return {"loss": reconstruction + weight * parts["adversarial"], **parts}
 
     def perceptual(self, image: Tensor, batch: Batch, view: Any, features: list[Tensor]) -> Tensor:
-        """Distance (a scalar) of `image` (B, 3, S, S) to the photographs: LPIPS, or in the discriminator's features.
+        """Distance (a scalar) of `image` (B, 3, S, S) to the photographs: LPIPS, VGG's or in the adversary's features.
 
         The photographs are shown to it under the same `view` that gave the image's `features`.
         """
@@ -140,23 +140,17 @@ class Deft:
                 card.write(f"\nIts decoder is {width:g} times as wide: a different, faster model.\n")
 
 
-class UntrainedLpips(nn.Module):
-    """LPIPS's VGG and its comparisons without its weights: the same memory, no meaning."""
-
-    def __init__(self) -> None:
-        from torchvision.models import vgg16
-
-        super().__init__()
-        self.layers = vgg16(weights=None).features[:30].requires_grad_(False)
-
-    def forward(self, image: Tensor, wanted: Tensor, normalize: bool = False) -> Tensor:
-        """Compares after every second convolution or third, as LPIPS does."""
-        total = image.new_zeros(())
-        for i, layer in enumerate(self.layers):
-            image, wanted = layer(image), layer(wanted)
-            if i in (3, 8, 15, 22, 29):
-                total = total + (F.normalize(image, dim=1) - F.normalize(wanted, dim=1)).square().sum(1).mean()
-        return total
+def perceptual_network(config: DeftConfig) -> nn.Module | None:
+    """The frozen network that compares images, if `config.perceptual` needs one. UserError where it lacks weights."""
+    if config.perceptual == "vgg":
+        if not config.weights:
+            raise UserError(
+                "deft.perceptual=vgg needs deft.weights=FILE: VGG16's weights, which `python -m ccsr.vgg` converts"
+            )
+        return VggDistance(Path(config.weights))
+    if config.perceptual == "lpips":
+        return lpips_network(Path(config.weights) if config.weights else None)
+    return None
 
 
 def feature_distance(features: list[Tensor], wanted: list[Tensor]) -> Tensor:

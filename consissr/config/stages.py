@@ -207,12 +207,14 @@ class DeftConfig:
     clamp: bool = False
     """Clamp decoded images to [-1, 1] before the losses: what lies outside has no gradient (as released)."""
     perceptual: str = "features"
-    """'lpips' (on VGG features; paper: "the same as that of VAE"), 'features' (matching in the discriminator's
-    features, which needs no weights) or 'none' (as released)."""
+    """'lpips' (on VGG features; paper: "the same as that of VAE"), 'vgg' (LPIPS without its learned weights of
+    channels, for a VGG16 of any origin), 'features' (matching in the discriminator's features, which needs no weights)
+    or 'none' (as released)."""
     perceptual_weight: float = 1.0
     """Weight of the perceptual loss."""
     weights: str = ""
-    """Folder with LPIPS's weight files; empty: the folders where torchvision and pyiqa keep theirs."""
+    """'lpips': folder with its weight files; empty: the folders where torchvision and pyiqa keep theirs. 'vgg':
+    safetensors file of VGG16's convolutions by torchvision's names (`python -m ccsr.vgg` converts one)."""
     discriminator: str = "patchgan"
     """'patchgan' (paper: "the same as that of VAE") or 'dino' (heads on a frozen DINO, as released)."""
     dino: str = "timm/vit_small_patch16_224.dino"
@@ -241,7 +243,7 @@ class DeftConfig:
 
     def __post_init__(self) -> None:
         check_word(self.reconstruction, ("l1", "l2"), "deft.reconstruction")
-        check_word(self.perceptual, ("lpips", "features", "none"), "deft.perceptual")
+        check_word(self.perceptual, ("lpips", "vgg", "features", "none"), "deft.perceptual")
         check_word(self.discriminator, ("patchgan", "dino"), "deft.discriminator")
         if self.discriminator_width < 4 or self.discriminator_width % 4:
             raise UserError(f"deft.discriminator_width is {self.discriminator_width}: use a multiple of 4, such as 32")

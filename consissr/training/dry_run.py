@@ -218,6 +218,8 @@ def needs(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
         folder = Path(config.deft.weights) if config.deft.weights else None
         for file in LPIPS_VGG:
             yield "LPIPS", file.name, str(find(file, folder) or f"missing; from {file.url}")
+    if config.stage == "deft" and config.deft.perceptual == "vgg":
+        yield "VGG16", config.deft.weights or "deft.weights", here(config.deft.weights)
     for key, listed in (("photographs", config.data.paths), ("LQ partners", config.data.lq_paths)):
         for name in listed:
             yield key, name, here(name)

@@ -189,6 +189,8 @@ def test_missing_feature_networks_are_named(tiny_model: Path, tmp_path: Path, mo
     if importlib.util.find_spec("pyiqa"):  # an extra
         with pytest.raises(UserError, match=r"vgg16-397923af.pth from https.*deft.perceptual=features"):
             Deft(config(tiny_model, tmp_path, "deft.perceptual=lpips", f"deft.weights={tmp_path}"))
+    with pytest.raises(UserError, match="deft.weights=FILE.*python -m ccsr.vgg"):
+        Deft(config(tiny_model, tmp_path, "deft.perceptual=vgg"))
     monkeypatch.setattr(learned, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs pyiqa"):
         Deft(config(tiny_model, tmp_path, "deft.perceptual=lpips"))
