@@ -53,9 +53,9 @@ class Deft:
         self.lpips = lpips or perceptual_network(config.deft)
         if self.lpips is not None:
             self.networks["lpips"] = self.lpips
-        self.hot = [*self.first.hot, self.latents.vae.decoder]
+        self.compile_modules = [*self.first.compile_modules, self.latents.vae.decoder]
         if config.deft.discriminator == "patchgan":
-            self.hot.append(self.adversary)
+            self.compile_modules.append(self.adversary)
         decoder = dict(self.latents.vae.decoder.named_parameters())
         if self.latents.linear is not None:
             decoder["synthesis"] = self.latents.linear.synthesis.weight

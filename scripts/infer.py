@@ -67,7 +67,9 @@ def restore(args: argparse.Namespace) -> int:
 def load(args: argparse.Namespace, local_rank: int) -> "consissr.Restorer":
     """The model on its device, with the sampler's flags applied."""
     from consissr.inference.batch import choose_device
+    from consissr.models.memory import set_heap
 
+    set_heap()
     device = choose_device(args.device, local_rank)
     restorer = consissr.Restorer.load(args.model, device, args.precision, args.base, **sampler_settings(args))
     if args.compile:

@@ -40,7 +40,7 @@ def test_consissr_restores_as_recorded(convert, shared, tmp_path):
     x = (inputs["lq_u8"].float() / 255).permute(2, 0, 1)[None] * 2 - 1
     noises = {"init": inputs["x_T"]} | {f"step[{i}]": noise for i, noise in enumerate(inputs["step_noises"])}
     tiles = restorer.tiles(restorer.sampler, (512, 512), 1)
-    z = restorer.restore_latent(x, recorded_draw(noises), restorer.sampler, ddpm_plan(4), tiles, restorer.latents)
+    z = restorer.restore_latent(x, recorded_draw(noises), restorer.sampler, ddpm_plan(4), tiles)
     want = outputs["final_latent"]
     assert (z - want).norm() / want.norm() < 1e-4
 

@@ -23,8 +23,8 @@ import ccsr.adversary
 import consissr.data.draws
 import consissr.data.jpeg
 import consissr.data.noise
+import consissr.models.tiles
 import consissr.nano.clip
-import consissr.restorer
 from ccsr import nuts_plan
 from consissr.config.loading import changed, load_config
 from consissr.config.training import TrainConfig
@@ -65,7 +65,7 @@ def moved(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     """A mode in which tensors may be on "cuda", and have no values. What checks its values is built before."""
     monkeypatch.setattr(nn.Module, "to", moved)
-    monkeypatch.setattr(consissr.restorer, "total_memory", lambda device: 2**34)
+    monkeypatch.setattr(consissr.models.tiles, "total_memory", lambda device: 2**34)
     monkeypatch.setattr(consissr.data.draws.SeededDraws, "_generator", lambda draws, device: None)
     monkeypatch.setattr(consissr.data.noise, "distinct", lambda levels: 200)
     monkeypatch.setattr(consissr.data.jpeg, "_constants", consissr.data.jpeg._constants.__wrapped__)
@@ -125,7 +125,9 @@ def test_restoring(
         restorer = Restorer(parts.latents, denoiser, schedule, prompts, parts.image_prompt, **place)
         sampler = changed(restorer.sampler, {"positive": "", "negative": ""} | settings)
         rest = {"config": sampler, "plan": plan, "on_step": lambda i, step, eps, x0: seen.append(x0.device.type)}
-        y = restorer.attempt(x, seeded_draw(0, [0, 1]), restorer.tiles(sampler, (SIDE, SIDE), 2), **rest)
+        tiles = restorer.tiles(sampler, (SIDE, SIDE), 2)
+        z = restorer.restore_latent(x, seeded_draw(0, [0, 1]), tiles=tiles, **rest)
+        y = restorer.tiled_latents(tiles, sampler).decode(z).float().cpu()
     assert (y.shape, y.device.type, y.dtype) == (x.shape, "cpu", torch.float32)
     assert set(seen) == {"cuda"} and {p.device.type for n in restorer.networks() for p in n.parameters()} == {"cuda"}
 

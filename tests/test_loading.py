@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from consissr import restorer as restorer_module
 from consissr.errors import UserError
 from consissr.restorer import Restorer
 from consissr.weights import base
@@ -90,15 +89,6 @@ def test_damaged_prompts_are_told(tmp_path):
     (tmp_path / "prompts.safetensors").write_bytes(b"{")
     with pytest.raises(UserError, match="prompts.safetensors"):
         load_prompts(tmp_path)
-
-
-@pytest.mark.parametrize(("little", "times"), [(restorer_module.LITTLE, 0), (0, 2)])
-def test_only_large_models_hand_back_what_they_freed(monkeypatch, little, times):
-    calls = []
-    monkeypatch.setattr(restorer_module, "LITTLE", little)
-    monkeypatch.setattr(restorer_module, "give_back", lambda: calls.append(1))
-    Restorer.load("nano-ccsr", device="cpu")(torch.zeros(1, 3, 16, 16))
-    assert len(calls) == times
 
 
 def test_the_text_encoder_is_let_go(monkeypatch):

@@ -10,7 +10,7 @@ from PIL import Image
 from ccsr import nuts_plan
 from consissr.diffusion.plans import ddpm_plan
 from consissr.errors import UserError
-from consissr.inference.memory import Tiles, choose_tiles
+from consissr.models.tiles import Tiles, choose_tiles
 from consissr.restorer import Restorer
 
 

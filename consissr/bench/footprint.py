@@ -80,9 +80,9 @@ def start_peak(device: str) -> int:
         return torch.cuda.memory_allocated()
     import psutil
 
-    from consissr.inference.memory import give_back
+    from consissr.models.memory import trim_heap
 
-    give_back()
+    trim_heap()
     if CLEAR.exists():
         CLEAR.write_text("5")
     return psutil.Process().memory_info().rss
@@ -92,7 +92,7 @@ def peak(device: str) -> int:
     """Most bytes in use since `start_peak`, or since the process began where the system cannot start anew."""
     if not device.startswith("cuda") and STATUS.exists():
         return int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())[1]) * 1024
-    from consissr.inference.batch import peak_memory_mb
+    from consissr.models.memory import peak_memory_mb
 
     return peak_memory_mb() * MB
 

@@ -27,7 +27,7 @@ from consissr.diffusion.plans import Step
 from consissr.diffusion.sampler import seeded_draw
 from consissr.images import codec
 from consissr.images.geometry import finish, prepare, to_pil
-from consissr.inference.memory import GLIBC_KEPT, KEPT, keep_freed
+from consissr.models.memory import GLIBC_KEEPS, HEAP_KEEPS, set_heap
 from consissr.weights.precision import PRECISIONS
 
 
@@ -76,7 +76,7 @@ class Paths:
         """One batch, timed; the decoded images (B,3,H,W)."""
         lq, plan = pictures(self.question), self.question.method.plan
         if self.device.type == "cpu":  # a process's heap has one setting, and the releases leave it alone
-            keep_freed(KEPT if path == "ours" and self.made[path].keeps_freed else GLIBC_KEPT)
+            set_heap(HEAP_KEEPS if path == "ours" else GLIBC_KEEPS)
         with clock.part("total"):
             jobs = [prepare(one, 4, self.config.geometry, self.multiple) for one in lq.split(1)]
             x = torch.cat([job.x for job in jobs])

@@ -15,6 +15,7 @@ from consissr.diffusion.plans import Step
 from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.evaluation import complexity
 from consissr.models.denoiser import Denoiser
+from consissr.models.fast import for_inference
 from consissr.models.image_prompt import ImagePrompt
 from consissr.models.vae.latents import Latents
 from consissr.restorer import Restorer
@@ -56,6 +57,9 @@ class Networks:
         """Our path, with the embeddings of the prompts."""
         precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
         prompts = {prompt: self.text([prompt]).float().cpu() for prompt in {config.positive, config.negative}}
+        for network in (self.latents, self.denoiser, self.image_prompt):
+            if network is not None:
+                for_inference(network, self.device)
         return Restorer(
             self.latents, self.denoiser, self.schedule, prompts, self.image_prompt, config,
             device=self.device, precision=precision,

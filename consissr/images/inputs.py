@@ -42,12 +42,13 @@ def packed(inputs: Images, photos: list[Photo], results: list[Tensor]) -> Images
 
 
 def equal_sizes(shapes: Sequence[tuple], batch_size: int) -> list[list[int]]:
-    """Indices in batches of at most `batch_size` whose shapes are equal."""
+    """Indices in batches of at most `batch_size` whose shapes are equal; in order, where each is a batch of its own."""
+    if batch_size <= 1:
+        return [[i] for i in range(len(shapes))]
     groups: dict[tuple, list[int]] = {}
     for i, shape in enumerate(shapes):
         groups.setdefault(tuple(shape), []).append(i)
-    size = max(batch_size, 1)
-    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
 
 def stacked(rows: list[Tensor]) -> Tensor:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -24,8 +23,9 @@ from consissr import __version__
 from consissr.errors import UserError
 from consissr.images import codec
 from consissr.images.codec import Photo
+from consissr.images.inputs import equal_sizes
 from consissr.inference.jobs import Job
-from consissr.inference.memory import is_out_of_memory
+from consissr.models.memory import is_out_of_memory, peak_memory_mb
 
 READERS = 2
 WRITERS = 2
@@ -114,17 +114,8 @@ def run(restorer: Restores, jobs: Iterable[Job], settings: Settings, report: Rep
 
 def _groups(jobs: list[Job], batch_size: int) -> list[list[Job]]:
     """Jobs that can share a forward pass: equal size, same repeat, at most `batch_size`."""
-    if batch_size == 1:
-        return [[job] for job in jobs]
-
-    def alike(job: Job) -> tuple[int, int, int]:
-        return job.repeat, job.height, job.width
-
-    groups = []
-    for _, same in groupby(sorted(jobs, key=alike), alike):
-        same = list(same)
-        groups += [same[i : i + batch_size] for i in range(0, len(same), batch_size)]
-    return groups
+    alike = [(job.repeat, job.height, job.width) for job in jobs]
+    return [[jobs[i] for i in group] for group in equal_sizes(alike, batch_size)]
 
 
 def _read_ahead(readers: ThreadPoolExecutor, groups: list[list[Job]]) -> Iterator[tuple[list[Job], list[Future]]]:
@@ -277,17 +268,6 @@ def choose_device(name: str, local_rank: int = 0) -> str:
     if kind == "cuda":
         torch.cuda.set_device(name)
     return name
-
-
-def peak_memory_mb() -> int:
-    """The most memory used so far: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() // 2**20
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def open_log(path: Path, settings: dict[str, Any]) -> TextIO:

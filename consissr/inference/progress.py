@@ -6,7 +6,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from consissr.inference.batch import Outcome, peak_memory_mb
+from consissr.inference.batch import Outcome
+from consissr.models.memory import peak_memory_mb
 
 
 class Terminal:

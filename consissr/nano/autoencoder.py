@@ -70,7 +70,7 @@ class Autoencoder:
         self.phases = [
             Phase("autoencoder", dict(self.networks.named_parameters()), self.loss, config.optimizer),
         ]
-        self.hot = [self.networks.vae.encoder, self.networks.vae.decoder]
+        self.compile_modules = [self.networks.vae.encoder, self.networks.vae.decoder]
 
     def prepare(self, batch: Batch) -> None:
         """Nothing is shared: there is one phase."""

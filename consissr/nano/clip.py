@@ -135,7 +135,7 @@ class Clip:
         self.text = build_text(c, self.tokenizer)
         self.contrast = Contrast(c.text_width, c.embed_dim)
         self.networks = nn.ModuleDict({"tower": self.tower, "text": self.text, "contrast": self.contrast})
-        self.hot = [self.tower]
+        self.compile_modules = [self.tower]
         self.buffers: dict[str, Tensor] = {}
         # A key's bias adds the same to all of a query's logits: the softmax ignores it, so it has no gradient.
         trained = {n: p for n, p in self.networks.named_parameters() if not n.endswith("k_proj.bias")}

@@ -78,7 +78,7 @@ class Prior:
         self.config = config.prior
         self.text = read_text(config)
         self.networks = nn.ModuleDict({"latents": latents.requires_grad_(False), "unet": unet})
-        self.hot = [unet]
+        self.compile_modules = [unet]
         self.export_dtype = EXPORT[config.export_precision]
         self.buffers: dict[str, Tensor] = {}
         self.schedule = Schedule(alpha_bar())

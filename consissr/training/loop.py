@@ -23,7 +23,7 @@ from torch import Tensor
 
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.inference.memory import is_out_of_memory
+from consissr.models.memory import is_out_of_memory
 from consissr.training.checkpoints import find_checkpoint, last_good, load_checkpoint, save_checkpoint
 from consissr.training.checks import check_run, launched
 from consissr.training.feed import Feed
@@ -77,7 +77,9 @@ class Loop:
         self.since = 0
 
         # 2. Networks
-        with self.memory_told("out of memory while the networks were built (--dry-run estimates what they need)"):
+        with self.out_of_memory_in_one_line(
+            "out of memory while the networks were built (--dry-run estimates what they need)"
+        ):
             self.build(build)
             if resume:
                 self.load(find_checkpoint(self.output_dir, resume))
@@ -95,7 +97,7 @@ class Loop:
             from torch._functorch import config as functorch
 
             functorch.donated_buffer = False  # deft's adaptive weight goes backward through one graph several times
-            for network in self.stage.hot:
+            for network in self.stage.compile_modules:
                 network.compile()
         self.optimizers = {p.name: build_optimizer(p) for p in self.stage.phases}
         self.ema: dict[str, Tensor] = {k: v.detach().clone() for k, v in self.weights().items()} if config.ema else {}
@@ -109,7 +111,7 @@ class Loop:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
     @contextmanager
-    def memory_told(self, message: str = "") -> Iterator[None]:
+    def out_of_memory_in_one_line(self, message: str = "") -> Iterator[None]:
         """Makes a UserError of running out of memory: `message`, or what was done and what needs less."""
         try:
             yield
@@ -202,7 +204,7 @@ class Loop:
         self.report = None
         try:
             self.report = Report(self.config, self.step, self.describe()) if self.rank == 0 else None
-            with self.memory_told():
+            with self.out_of_memory_in_one_line():
                 self.train()
                 return self.finish()
         except OSError as error:

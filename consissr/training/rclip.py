@@ -39,7 +39,7 @@ class Rclip:
             student = load_tower(Path(config.init))[0] if config.init else deepcopy(self.teacher)
         self.student = student
         self.networks = nn.ModuleDict({"teacher": self.teacher, "student": self.student})
-        self.hot = [self.teacher, self.student]
+        self.compile_modules = [self.teacher, self.student]
         self.buffers: dict[str, Tensor] = {}
         self.phases = [Phase("tower", dict(self.student.named_parameters()), self.loss, config.optimizer)]
 

@@ -12,7 +12,7 @@ import torch
 
 from consissr.config.loading import changed_fields, load_config, save_config
 from consissr.config.training import TrainConfig
-from consissr.inference.batch import peak_memory_mb
+from consissr.models.memory import peak_memory_mb
 
 log = logging.getLogger(__name__)
 

@@ -129,7 +129,7 @@ class Restoration:
         networks = {"denoiser": self.denoiser, "latents": self.latents, "hint_latents": self.hint_latents}
         networks |= {"image_prompt": self.image_prompt, "soft_prompt": soft_prompt}
         self.networks = nn.ModuleDict({name: part for name, part in networks.items() if isinstance(part, nn.Module)})
-        self.hot = [model.unet, model.controlnet, model.latents.vae.encoder]
+        self.compile_modules = [model.unet, model.controlnet, model.latents.vae.encoder]
         self.buffers: dict[str, Tensor] = {}
         if config.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()

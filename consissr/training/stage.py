@@ -101,7 +101,7 @@ class Stage(Protocol):
     needs_lq: bool
     networks: nn.Module
     """Everything on the device, trained and frozen."""
-    hot: list[nn.Module]
+    compile_modules: list[nn.Module]
     """The networks that most time goes to, which `compile` compiles."""
     buffers: dict[str, Tensor]
     """Tensors beside parameters that training changes (spectral norm vectors); saved in checkpoints."""

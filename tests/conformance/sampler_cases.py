@@ -81,14 +81,14 @@ def ccsr_run(fixture: Fixture, run: str) -> Iterator[Check | Lack]:
         tile_weights="as_released",
         vae_tile=0,
     )
-    schedule, model = Recording(fixture.model.alpha_bar), fixture.model
+    schedule = Recording(fixture.model.alpha_bar)
     texts = {"positive": prompts["prompt_embeds"], "negative": prompts["negative_prompt_embeds"]}
     restorer = Restorer(fixture.latents, fixture.denoiser, schedule, texts, sampler=config)
     lq = to_image(inputs["lq_image_uint8"])
     tiles = restorer.tiles(config, tuple(lq.shape[2:]), 1)
     noises = ccsr_noises(inputs, plan)
     with predictions(TiledDenoiser if tile else Denoiser) as predicted:
-        z = restorer.restore_latent(lq, recorded_draw(noises), config, plan, tiles, model.latents)
+        z = restorer.restore_latent(lq, recorded_draw(noises), config, plan, tiles)
     yield from compare(run, stored, "final_latent", z)
     for i, (step, eps) in enumerate(zip(plan, predicted, strict=True)):
         yield from compare_like(run, stored, f"net_eps_{i}_t{step.t}", eps)
@@ -248,7 +248,7 @@ def consissr_run(fixture: Fixture) -> Iterator[Check | Lack]:
     )
     plan, tiles = ddpm_plan(config.steps), restorer.tiles(config, tuple(lq.shape[2:]), 1)
     yield Check("timesteps", [step.t for step in plan], said["sampler_timesteps_desc"], 0.0, "exact")
-    z = restorer.restore_latent(lq, recorded_draw(noises), config, plan, tiles, model.latents)
+    z = restorer.restore_latent(lq, recorded_draw(noises), config, plan, tiles)
     trajectory = torch.stack([z_t for _, z_t, _, _ in schedule.estimates[1:]] + [z])
     yield from compare(file, stored, "sampler_traj", trajectory, GUIDED_LATENT)
     yield from compare(file, stored, "final_latent", z, GUIDED_LATENT)

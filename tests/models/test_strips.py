@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 
+from consissr.models.fast import for_inference
 from consissr.models.vae import strips
-from consissr.models.vae.fast import for_inference
 from consissr.models.vae.latents import Latents
 
 
@@ -28,7 +28,7 @@ def latents():
 @pytest.mark.parametrize("size", [(1, 64, 72), (3, 33, 30)])
 def test_equal_within_rounding(latents, size, monkeypatch):
     fast = copy.deepcopy(latents)
-    for_inference(fast)
+    for_inference(fast, "cpu")
     z = torch.randn(size[0], 4, *size[1:])
     reads = []
     monkeypatch.setattr(strips, "convolve_rows", lambda *a, f=strips.convolve_rows: reads.append(a[1]) or f(*a))
@@ -56,6 +56,6 @@ def test_blocks_with_more_stay():
 
 def test_with_gradients_as_before(latents):
     fast = copy.deepcopy(latents)
-    for_inference(fast)
+    for_inference(fast, "cpu")
     z = torch.randn(1, 4, 64, 64)
     assert torch.allclose(fast.decode(z), latents.decode(z), atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -10,23 +12,29 @@ from consissr.models.vae.strips import use_strips
 from consissr.models.vae.winograd import use_winograd
 
 
-def for_inference(network: nn.Module) -> None:
-    """Prepare a network that only restores images, in place.
+def for_inference(network: nn.Module, device: str | torch.device) -> None:
+    """Prepare a network that will only restore images on `device`, in place.
 
     On accelerators all go into channels-last order. On the CPU 3x3 convolutions may take Winograd's way, and
     autoencoders that have such go into that order and work in strips; SD2.1's UNet would be slower so (many channels on
     small maps), and in small networks torch's norms lose digits in it. In the autoencoder activations overwrite their
     inputs, which are fresh results of norms; in the UNet they must not, because its blocks share the time embedding.
     """
-    accelerated = any(parameter.device.type != "cpu" for parameter in network.parameters())
-    fast = use_winograd(network)
-    if accelerated or (fast and isinstance(network, Latents)):
+    winograd = use_winograd(network)
+    if torch.device(device).type != "cpu" or (winograd and isinstance(network, Latents)):
         network.to(memory_format=torch.channels_last)
     if isinstance(network, Latents):
         use_strips(network)
         for layer in network.modules():
             if isinstance(layer, nn.SiLU):
                 layer.inplace = True
+
+
+def compile_all(networks: Iterable[nn.Module]) -> None:
+    """torch.compile what calling the networks computes, in place; an autoencoder's encoder and decoder one by one."""
+    for network in networks:
+        for part in (network.vae.encoder, network.vae.decoder) if isinstance(network, Latents) else (network,):
+            compile_forward(part)
 
 
 def compile_forward(network: nn.Module) -> None:

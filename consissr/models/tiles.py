@@ -1,33 +1,21 @@
-"""How much memory a device has, what tiles fit into it, and whether an error says that it ran out."""
+"""Which tiles the networks work in: as the settings ask, else what an image's size and the memory call for."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import nn
 
 from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
+from consissr.models.denoiser import Denoiser
+from consissr.models.memory import total_memory
+from consissr.models.vae.latents import Latents
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = -1, -3, 2**25
-"""glibc's names (malloc.h), and the largest value that it takes."""
-LITTLE, KEPT = 2**30, 2**28
-"""Models of fewer bytes keep so many freed ones on the CPU: the system takes a tenth of their time to provide them."""
-GLIBC_KEPT = 2**26
-"""What glibc keeps by itself once it has freed large blocks: twice LARGEST_MMAP_THRESHOLD."""
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 SMALLEST_TILE = 16
 """Latent pixels; smaller tiles are not tried when memory runs out."""
 LARGEST_TILE = 128
 """Latent pixels; larger autoencoder tiles save no time."""
-NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED")
-"""What plain RuntimeErrors say of it: the CPU's allocator, CUDA's driver, cuBLAS and cuDNN, which allocate by
-themselves."""
 UNTILED_AREA = 4
 """Latents up to this many times the area that the UNet was trained at are denoised in one piece, memory permitting."""
 
@@ -44,49 +32,25 @@ class Tiles:
         """Half the tiles, for a latent of height x width; None when they cannot get smaller."""
         largest = max(height, width)
         halves = [max(min(side or largest, largest) // 2, SMALLEST_TILE) for side in (self.diffusion, self.vae)]
-        shrunk = Tiles(halves[0], max(halves[0] * 3 // 4, 1), halves[1])
-        return None if shrunk == self or largest <= SMALLEST_TILE else shrunk
+        halved = Tiles(halves[0], max(halves[0] * 3 // 4, 1), halves[1])
+        return None if halved == self or largest <= SMALLEST_TILE else halved
 
 
-def total_memory(device: torch.device) -> int:
-    """Bytes of memory of a device; for the CPU what the container may use. The same at every call, so that choices
-    made from it, and with them the results, do not depend on what else is running."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    import psutil
-
-    limits = [psutil.virtual_memory().total]
-    for path in map(Path, CGROUP_LIMITS):
-        text = path.read_text().strip() if path.is_file() else ""
-        limits += [int(text)] if text.isdigit() else []
-    return min(limits)
-
-
-def weight_bytes(networks: Iterable[nn.Module]) -> int:
-    """Bytes of their parameters."""
-    return sum(parameter.nbytes for network in networks for parameter in network.parameters())
-
-
-def c_function(name: str) -> Callable[..., int]:
-    """A function of glibc's heap; one that does nothing where there is no glibc, whose ways they correct."""
-    found = getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
-    return found or (lambda *arguments: 0)
-
-
-def keep_freed(size: int) -> None:
-    """Let the heap keep up to `size` bytes that were freed: to take them again costs a page fault every 4 KB."""
-    c_function("mallopt")(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
-    c_function("mallopt")(M_TRIM_THRESHOLD, size)
-
-
-def give_back() -> None:
-    """Hand freed memory back to the system between stages: glibc keeps it, though the next needs other sizes."""
-    c_function("malloc_trim")(0)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not allocate memory, on an accelerator or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
+def tiles_for(
+    config: SamplerConfig, denoiser: Denoiser, latents: Latents, size: tuple[int, int], count: int, device: torch.device
+) -> Tiles:
+    """Tiles for `count` prepared images of `size` (H, W) in pixels."""
+    unet, vae, factor = denoiser.unet, latents.vae.config, latents.factor
+    one_size = any(name.endswith("position_emb") for name, _ in unet.named_parameters())
+    per_value = next(unet.parameters()).dtype.itemsize * count
+    bytes_per_latent_pixel = (
+        100 * unet.config.block_out_channels[0] * per_value,
+        8 * vae.block_out_channels[0] * (factor // latents.patch) ** 2 * per_value,
+    )
+    latent = (size[0] // factor, size[1] // factor)
+    trained = unet.config.sample_size
+    side = trained if isinstance(trained, int) else max(latent)
+    return choose_tiles(config, latent, factor, side, one_size, bytes_per_latent_pixel, total_memory(device))
 
 
 def choose_tiles(

@@ -1,0 +1,92 @@
+"""When a restoration runs out of memory or ends in NaN: smaller batches, then smaller tiles; float32."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from consissr.errors import UserError
+from consissr.models.memory import is_out_of_memory
+from consissr.models.tiles import Tiles
+
+log = logging.getLogger(__name__)
+
+Attempt = Callable[[slice, Tiles], Tensor]
+"""(rows of a batch, tiles) -> results (rows,3,H,W), float32 on the CPU; may run out of memory or hold NaN."""
+
+
+def within_memory(
+    attempt: Attempt, names: Sequence, tiles: Tiles, latent_size: tuple[int, int], splits: bool
+) -> Tensor:
+    """Results (B,3,H,W) of a batch with `names`; where memory runs out, of its halves, then in half the tiles.
+
+    splits: whether a batch may be halved. latent_size: (h, w). UserError if the smallest tiles are too large.
+    """
+
+    def run(rows: slice, tiles: Tiles) -> Tensor:
+        try:
+            return attempt(rows, tiles)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        count = rows.stop - rows.start
+        if count > 1 and splits:
+            log.warning("out of memory with %d images at once: halving the batch", count)
+            middle = rows.start + count // 2
+            return torch.cat([run(slice(rows.start, middle), tiles), run(slice(middle, rows.stop), tiles)])
+        smaller = tiles.smaller(*latent_size)
+        if smaller is None:
+            name = names[rows.start]
+            raise UserError(f"{name}: out of memory even in the smallest tiles; use another device or precision")
+        log.warning("out of memory: trying %s", smaller)
+        return run(rows, smaller)
+
+    return run(slice(0, len(names)), tiles)
+
+
+def finite(
+    restore: Callable[[], Tensor], names: Sequence, float32: Callable[[], AbstractContextManager] | None
+) -> Tensor:
+    """Results (B,3,H,W) of `restore()`; rows with NaN or infinity come from another run inside `float32()`.
+
+    float32: None where the weights are that already. UserError for rows that stay so.
+    """
+    y = restore()
+    bad = rows_not_finite(y)
+    if bad.any() and float32 is not None:
+        log.warning("%s: not a number in 16 bits, running again in float32", named(names, bad))
+        with float32():
+            y[bad] = restore()[bad]
+        bad = rows_not_finite(y)
+    if bad.any():
+        raise UserError(f"{named(names, bad)}: the result is not a number even in float32; check the input and model")
+    return y
+
+
+def rows_not_finite(y: Tensor) -> Tensor:
+    """Which rows (B,) of y (B,...) hold NaN or infinity."""
+    return ~torch.stack([row.isfinite().all() for row in y.flatten(1)])
+
+
+def named(names: Sequence, which: Tensor) -> str:
+    """The names of the rows that `which` (B,) marks."""
+    return ", ".join(str(name) for name, marked in zip(names, which.tolist(), strict=True) if marked)
+
+
+@contextmanager
+def as_float32(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """The networks' weights in float32 inside, in what they were after; what 16 bits rounded stays rounded."""
+    before = [next(network.parameters()).dtype for network in networks]
+    try:
+        for network in networks:
+            network.to(torch.float32)
+        yield
+    finally:
+        for network, dtype in zip(networks, before, strict=True):
+            network.to(dtype)
