@@ -55,11 +55,14 @@ def start_up(args: argparse.Namespace) -> tuple[Any, Iterable]:
 
 
 def training(args: argparse.Namespace) -> tuple[Any, Iterable]:
-    """Images per second and memory of a few steps of training stages"""
-    from consissr.bench.training import measure
+    """Images per second and memory of a few steps of training stages, or of their data path alone (--data)"""
+    from consissr.bench import feeding, training
 
-    found = measure(args.config, args.set, args.switch)
-    return found, [report.plain(found, "training")]
+    if args.data:
+        found = feeding.measure(args.data, args.set, args.workers, args.images)
+    else:
+        found = training.measure(args.config, args.set, args.switch)
+    return found, [report.plain(found, "images per second")]
 
 
 def sizes(args: argparse.Namespace) -> tuple[Any, Iterable]:
@@ -90,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
             if vars(args).get(name, 1) < 1:
                 raise UserError(f"--{name} {vars(args)[name]} is out of range: use at least 1")
         if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-            raise UserError(f"--json {args.json} is no file in a folder that exists: name one, or make the folder")
+            raise UserError(f"--json {args.json} is no file in a folder that exists: name another")
         found, shown = args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 
 from consissr.config.loading import check_word, load_config
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.training.checks import check_run
+from consissr.training.checks import check_changes, check_run
+from consissr.training.lock import claimed
 
 STAGES = ("autoencoder", "clip", "prior", "rclip", "tala", "nuts", "deft")
 
@@ -43,10 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run (see configs/)")
     parser.add_argument("--resume", default="", metavar="latest|PATH", help="continue from a checkpoint")
+    parser.add_argument("--allow-changes", action="store_true", help="resume although data, model or losses differ")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained, in what memory, from where")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # 1x1 convolutions have two names for one layout
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
         config = load_config(TrainConfig, options.config, options.overrides)
         if options.dry_run:
@@ -55,11 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(describe(config, stage_builder(config.stage))))
             return 0
         check_run(config, options.resume)  # again in Loop, but here before torch is imported
-        builder = stage_builder(config.stage)
+        if options.resume and not options.allow_changes:
+            check_changes(config, options.resume)
+        with claimed(config.output_dir):
+            builder = stage_builder(config.stage)
 
-        from consissr.training.loop import Loop
+            from consissr.training.loop import Loop
 
-        folder = Loop(config, builder, options.resume).run()
+            folder = Loop(config, builder, options.resume).run()
         logging.info("done: %s", folder)
     except UserError as error:
         logging.error("error: %s", error)

@@ -67,7 +67,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     monkeypatch.setattr(nn.Module, "to", moved)
     monkeypatch.setattr(consissr.models.tiles, "total_memory", lambda device: 2**34)
     monkeypatch.setattr(consissr.data.draws.SeededDraws, "_generator", lambda draws, device: None)
-    monkeypatch.setattr(consissr.data.noise, "distinct", lambda levels: 200)
+    monkeypatch.setattr(consissr.data.noise, "power_above", lambda levels: torch.full((len(levels),), 256.0))
     monkeypatch.setattr(consissr.data.jpeg, "_constants", consissr.data.jpeg._constants.__wrapped__)
     monkeypatch.setattr(ccsr.adversary, "draw_windows", lambda *_: [None, (1, 2)])
     constant = torch.tensor

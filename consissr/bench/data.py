@@ -15,7 +15,8 @@ from PIL import Image
 from consissr.bench import basicsr_path
 from consissr.data.datasets import PhotoDataset
 from consissr.data.degradation import degrade
-from consissr.data.files import decode, list_photos
+from consissr.data.listing import list_photos
+from consissr.data.photo import decode
 from consissr.data.settings import DegradationConfig
 
 CROP = 400  # basicsr's dataset knows no other

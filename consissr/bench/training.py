@@ -18,6 +18,8 @@ WARM = 2
 
 def measure(configs: list[str], overrides: list[str], switches: list[str]) -> list[dict[str, Any]]:
     """Every config as it is and with each switch (key=value), each in a process of its own."""
+    if not configs:
+        raise UserError("name stages to run (--config), or photographs to read (--data)")
     rows = []
     for config in configs:
         for switch in [[], *([switch] for switch in switches)]:

@@ -26,13 +26,19 @@ class DataConfig:
     """Training images and how their low-quality partners are made."""
 
     paths: list[str] = field(default_factory=list)
-    """Folders (recursive), text lists of files, or tar shards."""
+    """Folders (recursive), text lists of files, tar shards, or patterns of these with *, {000..099} or {a,b}."""
     probabilities: list[float] = field(default_factory=list)
     """How often each entry of `paths` is drawn; empty: in proportion to its image count."""
     lq_paths: list[str] = field(default_factory=list)
-    """For each entry of `paths`, the folder of low-quality partners (a quarter the side, by name); empty: degrade."""
+    """Own pairs: for each entry of `paths`, the folder of its low-quality partners, or '' to degrade its images; empty:
+    degrade all."""
+    scale: int = 4
+    """Own pairs: HQ side / LQ side, 1 (RealSR version 3, whose LQ images have the HQ size), 2 or 4."""
+    pair_names: list[str] = field(default_factory=lambda: ["NAME", "NAME"])
+    """Own pairs: file names without extension of an HQ and an LQ image; NAME is what they share, as are sub-folders.
+    DIV2K, LSDIR: [NAME,NAMEx4]; RealSR version 3, both in one folder: [NAME_HR,NAME_LR4]."""
     cache_mb: int = 1024
-    """Memory for decoded photographs, MiB."""
+    """Memory for decoded photographs, MiB; not used where it would hold less than a quarter of them."""
     crop: int = 512
     """Side of a training crop in pixels (512 in both papers)."""
     crop_rule: str = "random"
@@ -54,6 +60,8 @@ class DataConfig:
     stage 1 256); 0: no pool. A run with a pool cannot be resumed."""
     validation: str = ""
     """Folder of photographs for the fixed validation set; empty: no validation."""
+    validation_lq: str = ""
+    """Folder of their low-quality partners, named as `pair_names` says, at `scale`; empty: degrade."""
     validation_count: int = 8
     """Images of the fixed validation set."""
 
@@ -83,6 +91,13 @@ class TrainConfig:
     """Images per process and forward pass; accumulation = batch / (micro_batch * processes)."""
     processes: int = 0
     """Expected number of processes; another world size is an error. 0: take what was launched."""
+    engine: str = "ddp"
+    """Several processes: 'ddp' (each holds the optimisers' whole state) or 'zero1' (each holds a part of it, ZeRO stage
+    1: 8 bytes per trained parameter are shared out). Alone, both are the same."""
+    timeout: float = 10.0
+    """Minutes after which a process that the others do not hear of ends the run."""
+    skip_not_finite: bool = False
+    """Leave out a step whose loss or gradient is not finite, and count it in the log, instead of ending the run."""
     precision: str = "auto"
     """Autocast: 'bf16', 'fp32' or 'auto' (bf16 where the device computes it fast, else fp32)."""
     frozen_precision: str = "auto"
@@ -96,8 +111,8 @@ class TrainConfig:
     """Trade time for memory in the UNet and the ControlNet."""
     compile: bool = False
     """torch.compile the stage's networks: minutes at the start, faster steps after; validation stays uncompiled."""
-    workers: int = 1
-    """Threads that prepare batches ahead of the step."""
+    workers: int = 0
+    """Threads that read and prepare batches ahead of the step; 0: one per core of this process but one, 16 at most."""
     log_every: int = 50
     """Optimiser steps between log lines."""
     checkpoint_every: int = 1000
@@ -133,6 +148,7 @@ class TrainConfig:
     """Read by stage 'deft'."""
 
     def __post_init__(self) -> None:
+        check_word(self.engine, ("ddp", "zero1"), "engine")
         check_word(self.precision, ("auto", "bf16", "fp32"), "precision")
         check_word(self.frozen_precision, ("auto", "bf16", "fp32"), "frozen_precision")
         check_word(self.export_precision, ("fp32", "fp16"), "export_precision")

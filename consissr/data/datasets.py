@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from consissr.data.files import Photo, decode, list_photos, partners
+from consissr.data.listing import Photos, list_photos
+from consissr.data.pairs import check_names, pairs
+from consissr.data.photo import Photo, decode
 from consissr.errors import UserError
 from consissr.images.codec import resize
 
@@ -56,11 +59,13 @@ class PhotoDataset:
     of `paths` is drawn (images of an entry are then drawn with replacement), empty for epochs over all images;
     crop: side in pixels; crop_rule: 'random' (an image smaller than the crop is skipped) or 'center'; flips: 'none',
     'horizontal' or 'both'; shrink: least factor by which a random crop's photograph is shrunk first (1: never), drawn
-    evenly up to 1; lq_paths: for each entry of `paths` the folder of low-quality partners, empty for none;
-    scale: HQ side / LQ side of such pairs; cache_mb: memory for decoded images.
+    evenly up to 1; lq_paths: for each entry of `paths` the folder of low-quality partners, '' for an entry without,
+    empty for none at all; scale: HQ side / LQ side of such pairs; pair_names: their file names (`pairs.pairs`);
+    cache_mb: memory for decoded images, not used where it would hold less than a quarter of them.
 
     Images that cannot be read are replaced by another draw of the same sample number, counted in `skipped` (label ->
-    reason) and logged once each. Reading is safe from several threads.
+    reason) and logged once each. Damaged ones are remembered; one that could not be read is tried again when it is next
+    drawn. Reading is safe from several threads.
     """
 
     def __init__(
@@ -74,47 +79,59 @@ class PhotoDataset:
         probabilities: Sequence[float] = (),
         lq_paths: Sequence[str] = (),
         scale: int = 4,
+        pair_names: Sequence[str] = ("NAME", "NAME"),
         cache_mb: int = 1024,
     ):
-        self._check(paths, crop, crop_rule, shrink, probabilities, lq_paths, scale)
+        paired = any(lq_paths)
+        self._check(paths, crop, crop_rule, shrink, probabilities, lq_paths)
+        if paired:
+            self._check_pairs(crop, crop_rule, shrink, scale, pair_names)
         self.crop, self.seed, self.crop_rule, self.flips, self.scale = crop, seed, crop_rule, flips, scale
         self.shrink = shrink
-        groups = [list_photos(path) for path in paths]
-        self.photos: list[Photo] = [photo for group in groups for photo in group]
-        self.partners: list[Photo] | None = None
-        if lq_paths:
-            pairs = zip(groups, lq_paths, strict=True)
-            self.partners = [partner for group, folder in pairs for partner in partners(group, folder)]
+        groups: list[Photos | list[Photo]] = [list_photos(path) for path in paths]
+        self.partners: list[list[Photo]] = [[] for _ in groups]
+        """For each entry of `paths` the partners of its images, in their order; [] where there are none."""
+        for i, folder in enumerate(lq_paths):
+            if folder:
+                groups[i], self.partners[i] = pairs(groups[i], folder, pair_names)
+        self.groups = groups
         self._starts = np.cumsum([0, *map(len, groups)])
         self._edges = np.cumsum(probabilities) / np.sum(probabilities) if len(probabilities) else None
         self.skipped: dict[str, str] = {}
+        self._damaged: dict[str, str] = {}
         self._cache: dict[str, np.ndarray] = {}
-        self._cache_left = cache_mb * 2**20
+        self._cache_size = self._cache_left = cache_mb * 2**20
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         self._lock = threading.Lock()
 
     @staticmethod
-    def _check(paths, crop, crop_rule, shrink, probabilities, lq_paths, scale) -> None:
+    def _check(paths, crop, crop_rule, shrink, probabilities, lq_paths) -> None:
         if not paths:
             raise UserError("no training images: name at least one folder, list or shard in data.paths")
         if not 0 < shrink <= 1:
             raise UserError(f"data.shrink is {shrink}: use a factor above 0 and at most 1")
-        if shrink < 1 and (lq_paths or crop_rule != "random"):
-            raise UserError("data.shrink is for random crops without LQ partners: leave it at 1")
+        if shrink < 1 and crop_rule != "random":
+            raise UserError("data.shrink is for random crops: leave it at 1")
         if len(probabilities) not in (0, len(paths)):
             raise UserError(f"data.probabilities has {len(probabilities)} entries for {len(paths)} data.paths")
-        if len(probabilities) and (min(probabilities) < 0 or sum(probabilities) <= 0):
-            raise UserError("data.probabilities must be at least 0 and not all 0")
+        if len(probabilities) and not (all(0 <= p < math.inf for p in probabilities) and sum(probabilities) > 0):
+            raise UserError(f"data.probabilities is {list(probabilities)}: use numbers from 0 up, not all 0")
         if len(lq_paths) not in (0, len(paths)):
             raise UserError(f"data.lq_paths has {len(lq_paths)} entries for {len(paths)} data.paths")
-        if lq_paths and crop_rule != "random":
-            raise UserError("data.crop_rule must be 'random' for LQ/HQ pairs, which are never resized")
-        if lq_paths and crop % scale:
+
+    @staticmethod
+    def _check_pairs(crop, crop_rule, shrink, scale, pair_names) -> None:
+        if crop_rule != "random" or shrink < 1:
+            raise UserError("LQ/HQ pairs are never resized: data.crop_rule must be 'random', and data.shrink 1")
+        if scale not in (1, 2, 4):
+            raise UserError(f"data.scale is {scale}: the HQ sides of pairs are 1, 2 or 4 times the LQ sides")
+        if crop % scale:
             raise UserError(f"data.crop {crop} does not divide by the pairs' scale {scale}")
+        check_names(pair_names)
 
     def __len__(self) -> int:
         """Number of images; an epoch."""
-        return len(self.photos)
+        return int(self._starts[-1])
 
     def order(self, epoch: int) -> np.ndarray:
         """The image indices of an epoch, a permutation that depends on (seed, epoch)."""
@@ -134,6 +151,13 @@ class PhotoDataset:
         group = min(int(np.searchsorted(self._edges, rng.random(), side="right")), len(self._edges) - 1)
         return int(rng.integers(self._starts[group], self._starts[group + 1]))
 
+    def pair(self, index: int) -> tuple[Photo, Photo | None]:
+        """Image number `index` of all, and its low-quality partner, if it has one."""
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        place = int(index - self._starts[group])
+        partners = self.partners[group]
+        return self.groups[group][place], partners[place] if partners else None
+
     def __getitem__(self, n: int) -> dict[str, Any]:
         """Sample number `n` >= 0: hq [3,S,S] in [-1,1], name, and seed (for its degradation).
 
@@ -142,27 +166,25 @@ class PhotoDataset:
         Raises UserError when many replacements in a row cannot be read either.
         """
         for attempt in range(MAX_RETRIES):
-            index = self.index(n, attempt)
+            photo, partner = self.pair(self.index(n, attempt))
             try:
-                return self._sample(index, n)
+                return self._sample(photo, partner, n)
             except RejectedError as reason:
-                self._skip(self.photos[index].label, str(reason))
+                self._skip(photo.label, str(reason))
         label, reason = next(reversed(self.skipped.items()))
         raise UserError(f"{MAX_RETRIES} images in a row gave no sample, the last: {label}: {reason}; check data.paths")
 
     def batch(self, numbers: Iterable[int]) -> dict[str, Any]:
-        """Samples stacked: hq [B,3,S,S], names, seeds, and lq for pairs."""
+        """Samples stacked: hq [B,3,S,S], names, seeds, and lq where all are pairs."""
         samples = [self[n] for n in numbers]
         stacked = {"hq": torch.stack([s["hq"] for s in samples])}
-        if self.partners is not None:
+        if all("lq" in s for s in samples):
             stacked["lq"] = torch.stack([s["lq"] for s in samples])
         return stacked | {"names": [s["name"] for s in samples], "seeds": [s["seed"] for s in samples]}
 
-    def _sample(self, index: int, n: int) -> dict[str, Any]:
+    def _sample(self, photo: Photo, partner: Photo | None, n: int) -> dict[str, Any]:
         rng = generator(self.seed, 2, n)
-        images = [self._image(self.photos[index])]
-        if self.partners is not None:
-            images.append(self._image(self.partners[index]))
+        images = [self._image(p) for p in (photo, partner) if p is not None]
         if self.crop_rule == "center":
             images = [center_crop(images[0], self.crop)]
         elif self.shrink < 1:
@@ -175,9 +197,9 @@ class PhotoDataset:
         if self.flips == "both" and upend:
             images = [image[::-1] for image in images]
         sample: dict[str, Any] = {"hq": to_tensor(images[0])}
-        if self.partners is not None:
+        if partner is not None:
             sample["lq"] = resize(to_tensor(images[1]), (self.crop, self.crop))
-        return sample | {"name": self.photos[index].name, "seed": int(rng.integers(2**62))}
+        return sample | {"name": photo.name, "seed": int(rng.integers(2**62))}
 
     def _shrunk_crop(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A random window, larger than the crop by a random factor, brought to the crop's size."""
@@ -209,17 +231,34 @@ class PhotoDataset:
         cached = self._cache.get(photo.label)
         if cached is not None:
             return cached
-        if photo.label in self.skipped:
-            raise RejectedError(self.skipped[photo.label])
+        if photo.label in self._damaged:
+            raise RejectedError(self._damaged[photo.label])
         try:
-            image = decode(photo.read())
-        except (OSError, UserError) as error:
+            image = self._decoded(photo)
+        except OSError as error:  # perhaps not for ever
+            raise RejectedError(str(error)) from error
+        except UserError as error:
+            self._damaged[photo.label] = str(error)
             raise RejectedError(str(error)) from error
         with self._lock:
+            if image.nbytes * len(self) > 4 * self._cache_size:
+                self._cache_left = 0
             if image.nbytes <= self._cache_left and photo.label not in self._cache:
                 self._cache[photo.label] = image
                 self._cache_left -= image.nbytes
         return image
+
+    def _decoded(self, photo: Photo) -> np.ndarray:
+        """Pixels; bytes that cannot be decoded are read once more, as a hiccup may have cut them short."""
+        least = self.crop if self.crop_rule == "center" else 0
+        data = photo.read()
+        try:
+            return decode(data, least)
+        except UserError:
+            again = photo.read()
+            if again == data:
+                raise
+            return decode(again, least)
 
     def _skip(self, label: str, reason: str) -> None:
         with self._lock:

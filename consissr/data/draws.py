@@ -108,5 +108,5 @@ class ReleasedDraws:
         return torch.randn(tuple(shape), generator=self._torch).to(device)
 
     def poisson(self, levels, n):
-        rate = levels.cpu() / 255 * n.view(-1, 1, 1, 1)
+        rate = levels.cpu() / 255 * n.cpu().view(-1, 1, 1, 1)
         return torch.poisson(rate, generator=self._torch).to(levels.device)

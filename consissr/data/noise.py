@@ -30,14 +30,23 @@ def poisson_noise(x: torch.Tensor, draws: Draws, gray: bool) -> torch.Tensor:
     if gray:
         x = 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
     levels = (x * 255).round_().clamp_(0, 255).int()
-    n = torch.tensor([2.0 ** math.ceil(math.log2(distinct(image))) for image in levels])
+    n = power_above(levels)
     counts = draws.poisson(levels, n)
     return counts / n.to(x.device).view(-1, 1, 1, 1) - levels / 255
 
 
-def distinct(levels: torch.Tensor) -> int:
-    """How many different values an integer image in 0..255 has."""
-    return int((torch.bincount(levels.flatten(), minlength=256) > 0).sum())
+def power_above(levels: torch.Tensor) -> torch.Tensor:
+    """How many different values each integer image [B,...] in 0..255 has, up to the next power of two: [B] float32.
+
+    On the CPU, or on a GPU's images there, without waiting for it.
+    """
+    powers = torch.tensor([0.0] + [2.0 ** math.ceil(math.log2(count)) for count in range(1, 257)])
+    if levels.device.type == "cpu":
+        counts = torch.stack([(torch.bincount(image.flatten(), minlength=256) > 0).sum() for image in levels])
+        return powers[counts]
+    there = torch.zeros(len(levels), 256, device=levels.device)
+    counts = there.scatter_(1, levels.flatten(1).long(), 1.0).sum(1).long()
+    return powers.to(levels.device, non_blocking=True)[counts]
 
 
 @functools.cache

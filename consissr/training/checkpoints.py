@@ -2,19 +2,24 @@
 
 A checkpoint holds the trained tensors, the optimisers' states and the step. Nothing else is needed to go on: data
 order, crops, degradations and noise are functions of (seed, place in the sequence). Folders appear and go by renaming,
-which a kill or a loss of power cannot interrupt half-way.
+which a kill or a loss of power cannot interrupt half-way; `state.json` has the checksum of `state.pt`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from consissr.errors import UserError
+
+log = logging.getLogger(__name__)
 
 NAME = re.compile(r"checkpoint-(\d+)$")
 STALE = ".stale-*"
@@ -23,13 +28,13 @@ STALE = ".stale-*"
 
 def step_of(path: Path) -> int:
     """The optimiser steps that the checkpoint `path` has behind it."""
-    return int(json.loads((path / "state.json").read_text())["step"])
+    return int(NAME.search(path.name).group(1))
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [p for p in output_dir.glob("checkpoint-*") if NAME.match(p.name) and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(NAME.match(p.name).group(1)))
+    return sorted(found, key=step_of)
 
 
 def last_good(output_dir: Path) -> str:
@@ -38,10 +43,14 @@ def last_good(output_dir: Path) -> str:
     return f"last good checkpoint: {found[-1] if found else 'none'}"
 
 
-def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], limit: int) -> Path:
-    """Write `state` (tensors and plain values) as the checkpoint of `step`; keep the newest `limit`.
+# --- writing ----------------------------------------------------------------------------------------------------------
 
-    Raises UserError if the disk is full or cannot be written; earlier checkpoints are untouched.
+
+def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], limit: int) -> Path:
+    """Write `state` (tensors and plain values) as the checkpoint of `step`; keep the newest `limit` up to it.
+
+    Later ones go: they belong to no run that goes on from here (`damage` found them unusable). Raises UserError if the
+    disk is full or cannot be written; earlier checkpoints are untouched.
     """
     import torch
 
@@ -53,7 +62,7 @@ def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], limit: i
         partial.mkdir(parents=True)
         with open(partial / "state.pt", "wb") as file:  # given a path, torch would hide the system's words
             torch.save(state, file)
-        (partial / "state.json").write_text(json.dumps({"step": step}))
+        (partial / "state.json").write_text(described(step, partial / "state.pt"))
         for place in (*partial.iterdir(), partial):
             flush(place)
         if target.exists():
@@ -66,11 +75,62 @@ def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], limit: i
             f"checkpoint of step {step} could not be written to {output_dir} ({reason(error)}); "
             f"free some space and continue with --resume latest ({last_good(output_dir)})"
         ) from error
-    for old in list_checkpoints(output_dir)[:-limit]:
+    there = list_checkpoints(output_dir)
+    earlier = [path for path in there if step_of(path) <= step]
+    for old in [*earlier[:-limit], *there[len(earlier) :]]:
         os.rename(old, output_dir / f".stale-{old.name}")
     for left in output_dir.glob(STALE):
         shutil.rmtree(left, ignore_errors=True)
     return target
+
+
+class Writer:
+    """Writes checkpoints in a thread while training goes on, one after another."""
+
+    def __init__(self, output_dir: Path, limit: int) -> None:
+        self.output_dir, self.limit = output_dir, limit
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy `state` to the CPU, now, and start writing it. Raises what an earlier write ran into."""
+        self.finish()
+        self.pending = self.thread.submit(save_checkpoint, self.output_dir, step, snapshot(state), self.limit)
+
+    def check(self) -> None:
+        """Raise what the last write ran into, if it has ended."""
+        if self.pending is not None and self.pending.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the last write, and raise what it ran into."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for the last write; what it ran into is told by whoever asked for it."""
+        self.thread.shutdown()
+
+
+def snapshot(value: Any) -> Any:
+    """`value` with every tensor in it copied to the CPU: what is written later is what was true now."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(one) for one in value)
+    return value
+
+
+def described(step: int, file: Path) -> str:
+    """The text of `state.json`, in its only form."""
+    with open(file, "rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return json.dumps({"step": step, "sha256": digest})
 
 
 def flush(path: Path) -> None:
@@ -89,6 +149,20 @@ def reason(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
 
 
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a complete checkpoint's bytes; '' if they are those that were written."""
+    try:
+        told = (path / "state.json").read_text()
+        if told != described(step_of(path), path / "state.pt"):
+            return "its checksum is another"
+    except (OSError, ValueError) as error:
+        return reason(error)
+    return ""
+
+
 def find_checkpoint(output_dir: Path, resume: str) -> Path:
     """The checkpoint that `--resume` names: 'latest' or a path. Raises UserError if there is none."""
     if resume == "latest":
@@ -97,9 +171,21 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path:
             raise UserError(f"--resume latest: {output_dir} has no complete checkpoint; start anew without --resume")
         return found[-1]
     path = Path(resume)
-    if not (path / "state.json").is_file():
+    if not (path / "state.json").is_file() or not NAME.search(path.name):
         raise UserError(f"--resume {resume}: not a complete checkpoint folder; give 'latest' or .../checkpoint-STEP")
     return path
+
+
+def sound_checkpoint(output_dir: Path, resume: str) -> Path:
+    """As `find_checkpoint`, with every byte compared; 'latest' passes over damaged ones with a warning."""
+    path = find_checkpoint(output_dir, resume)
+    candidates = list_checkpoints(output_dir)[::-1] if resume == "latest" else [path]
+    for candidate in candidates:
+        if not (wrong := damage(candidate)):
+            return candidate
+        if resume == "latest":
+            log.warning("%s is damaged (%s): taking an earlier one", candidate, wrong)
+    raise UserError(f"--resume {resume}: {path} is damaged ({wrong}): name an earlier checkpoint, or start anew")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

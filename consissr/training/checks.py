@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from consissr.config.loading import changed_fields, load_config
 from consissr.config.training import TrainConfig
+from consissr.data.patterns import matching
 from consissr.data.settings import MODES, preset
 from consissr.errors import UserError
 from consissr.training.checkpoints import find_checkpoint, list_checkpoints, step_of
+
+log = logging.getLogger(__name__)
+
+FREE = (
+    *("output_dir", "steps", "processes", "engine", "timeout", "skip_not_finite", "micro_batch", "precision", "ema"),
+    *("frozen_precision", "export_precision", "gradient_checkpointing", "compile", "workers", "tracker", "log_every"),
+    *("validate_every", "checkpoint_every", "checkpoint_limit", "data.cache_mb", "data.validation"),
+    *("data.validation_lq", "data.validation_count"),
+)
+"""What may change in mid-run without the run being another one; beside the optimisers' numbers, which then count."""
 
 
 def check_run(config: TrainConfig, resume: str = "") -> None:
@@ -45,6 +57,12 @@ def check_launch(config: TrainConfig) -> None:
     if config.checkpoint_limit < 1:
         raise UserError(f"checkpoint_limit is {config.checkpoint_limit}: at least 1 checkpoint must be kept")
     accumulation(config, launched())
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16") or (asked == "bf16" and config.precision == "fp32"):
+        raise UserError(
+            f"accelerate was asked for mixed_precision={asked}, but the run's config decides, with "
+            f"precision={config.precision}: launch with --mixed_precision no"
+        )
 
 
 def check_numbers(config: TrainConfig) -> None:
@@ -53,6 +71,7 @@ def check_numbers(config: TrainConfig) -> None:
     rules = [
         ("seed", config.seed, config.seed >= 0, "a whole number from 0 up"),
         ("ema", config.ema, 0 <= config.ema < 1, "a decay below 1, or 0 for no averaged weights"),
+        ("timeout", config.timeout, config.timeout > 0, "a number of minutes above 0"),
         ("data.crop", data.crop, data.crop >= 1, "a side in pixels"),
         ("deft.perceptual_weight", config.deft.perceptual_weight, config.deft.perceptual_weight >= 0, "0 or more"),
         ("deft.adversarial_weight", config.deft.adversarial_weight, config.deft.adversarial_weight >= 0, "0 or more"),
@@ -106,11 +125,13 @@ def check_images(config: TrainConfig) -> None:
     data = config.data
     if not data.paths:
         raise UserError("no training images: name at least one folder, list or shard in data.paths")
-    named = [("data.paths", p) for p in data.paths] + [("data.lq_paths", p) for p in data.lq_paths]
-    named += [("data.validation", data.validation)] if data.validation else []
+    named = [("data.paths", p) for p in data.paths] + [("data.lq_paths", p) for p in data.lq_paths if p]
+    named += [(f"data.{key}", getattr(data, key)) for key in ("validation", "validation_lq") if getattr(data, key)]
+    if data.validation_lq and not data.validation:
+        raise UserError("data.validation_lq holds partners of data.validation, which is not set")
     for key, text in named:
         place = os.path.expanduser(text)
-        if not os.path.exists(place) and not (glob.has_magic(place) and glob.glob(place, recursive=True)):
+        if not os.path.exists(place) and not matching(place):
             raise UserError(f"{key}: {text} does not exist: give a folder, a text list, a tar shard or a pattern")
 
 
@@ -124,6 +145,8 @@ def check_models(config: TrainConfig) -> None:
 
 def check_packages(config: TrainConfig) -> None:
     """Optional packages that the config asks for."""
+    if config.engine == "zero1" and "adamw8bit" in (config.optimizer.kind, config.deft.optimizer.kind):
+        raise UserError("engine=zero1 shares out AdamW's own moments: use optimizer.kind=adamw, or engine=ddp")
     kinds = {config.optimizer.kind, config.deft.optimizer.kind if config.stage == "deft" else config.optimizer.kind}
     wanted = {"wandb": (config.tracker == "wandb", "tracker=tensorboard"),
               "bitsandbytes": ("adamw8bit" in kinds, "optimizer.kind=adamw"),
@@ -138,6 +161,23 @@ def check_resuming(config: TrainConfig, resume: str) -> None:
     if resume and config.data.pair_pool:
         raise UserError("data.pair_pool: the pool of pairs is not in checkpoints: resume with data.pair_pool=0")
     check_output(config, resume)
+
+
+def check_changes(config: TrainConfig, resume: str) -> None:
+    """UserError where the run that `resume` goes on with had another stage, seed, batch, data, model or loss."""
+    before = find_checkpoint(Path(config.output_dir), resume).parent / "train.yaml"
+    try:
+        differ = changed_fields(load_config(TrainConfig, before), config, FREE)
+    except UserError as error:
+        log.warning("%s cannot be compared with this run's settings: %s", before, error)
+        return
+    numbers = ("optimizer.", "deft.optimizer.")
+    differ = [name for name in differ if name.endswith(".kind") or not name.startswith(numbers)]
+    if differ:
+        raise UserError(
+            f"{before} differs from this run in {', '.join(differ)}: a run that goes on keeps these; use the same, "
+            "choose another output_dir, or give --allow-changes if this is meant"
+        )
 
 
 def check_output(config: TrainConfig, resume: str) -> None:

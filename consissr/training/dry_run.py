@@ -221,7 +221,7 @@ def needs(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     if config.stage == "deft" and config.deft.perceptual == "vgg":
         yield "VGG16", config.deft.weights or "deft.weights", here(config.deft.weights)
     for key, listed in (("photographs", config.data.paths), ("LQ partners", config.data.lq_paths)):
-        for name in listed:
+        for name in filter(None, listed):
             yield key, name, here(name)
     if not config.data.paths:
         yield "photographs", "data.paths", "none named"

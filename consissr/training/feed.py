@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,20 @@ from consissr.training.checks import accumulation
 from consissr.training.precision import without_autocast
 from consissr.training.stage import Batch, photographs, seed_of
 
+SPARE = 2
+"""Batches that wait ready, or are being made, beyond one per thread."""
+
+
+def cores() -> int:
+    """Cores that this process may use: its affinity's, shared with the other processes of its machine."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, mine // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def threads(workers: int) -> int:
+    """How many threads `workers` of the config means; decoding leaves the interpreter's lock, so that they scale."""
+    return workers or min(16, max(1, cores() - 1))
+
 
 class Feed:
     """Micro-batches of one of `world` processes; those of any step can be asked for."""
@@ -27,9 +43,12 @@ class Feed:
         self.degradation = preset(config.data.degradation)
         if config.data.enlarge:
             self.degradation = replace(self.degradation, enlarge=list(config.data.enlarge))
-        if needs_lq and not config.data.lq_paths:
+        if needs_lq and not (config.data.lq_paths and all(config.data.lq_paths)):
             check_size((config.data.crop, config.data.crop), self.degradation)
         self.dataset = photographs(config.data, config.seed)
+        self.workers = threads(config.workers)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and torch.cuda.is_available() else None
+        """Where batches are copied and degraded while the step computes."""
         self.pool = None
         if config.data.pair_pool and needs_lq:
             self.pool = PairPool(config.data.pair_pool, seed_of(config.seed, "pool", rank))
@@ -45,19 +64,34 @@ class Feed:
     def made(self, samples: list[dict[str, Any]]) -> Batch:
         """What `make_batch` gives, under the caller's autocast."""
         batch = Batch(
-            hq=torch.stack([s["hq"] for s in samples]).to(self.device, non_blocking=True),
+            hq=self.moved([s["hq"] for s in samples]),
             names=[s["name"] for s in samples],
             generators=[torch.Generator().manual_seed(seed_of(s["seed"], "loss")) for s in samples],
         )
         if self.needs_lq:
-            if "lq" in samples[0]:
-                batch.lq = torch.stack([s["lq"] for s in samples]).to(self.device, non_blocking=True)
-            elif self.config.data.draws == "per_batch":
-                _, batch.lq = degrade_as_released(batch.hq, self.degradation, ReleasedDraws(samples[0]["seed"] % 2**32))
-            else:
-                _, batch.lq = degrade(batch.hq, self.degradation, seeds=[s["seed"] for s in samples])
+            batch.lq = self.degraded(batch.hq, samples)
         batch.hq = batch.hq.contiguous(memory_format=torch.channels_last)
         return batch
+
+    def moved(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """Images as one tensor on the device; the copy does not keep the host waiting."""
+        stacked = torch.stack(images)
+        stacked = stacked if self.stream is None else stacked.pin_memory()
+        return stacked.to(self.device, non_blocking=True)
+
+    def degraded(self, hq: torch.Tensor, samples: list[dict[str, Any]]) -> torch.Tensor:
+        """The low-quality images (B, 3, S, S) in [-1, 1] of `hq`: the samples' own, or made here."""
+        own = [i for i, s in enumerate(samples) if "lq" in s]
+        rest = [i for i in range(len(samples)) if i not in own]
+        lq = torch.empty_like(hq)
+        if own:
+            lq[own] = self.moved([samples[i]["lq"] for i in own])
+        if rest and self.config.data.draws == "per_batch":
+            seed = samples[rest[0]]["seed"] % 2**32
+            lq[rest] = degrade_as_released(hq[rest], self.degradation, ReleasedDraws(seed))[1]
+        elif rest:
+            lq[rest] = degrade(hq[rest], self.degradation, seeds=[samples[i]["seed"] for i in rest])[1]
+        return lq
 
     def numbers(self, step: int, micro: int) -> range:
         """Sample numbers of this process in micro-batch `micro` of a step."""
@@ -75,14 +109,35 @@ class Feed:
 
     def prepared(self, step: int) -> Iterator[Batch]:
         """Micro-batches in order, prepared ahead in threads."""
-        c = self.config
-        with ThreadPoolExecutor(max_workers=max(1, c.workers)) as pool:
-            pending = []
-            for later in range(step, c.steps):
-                for micro in range(self.micro_batches):
-                    numbers = self.numbers(later, micro)
-                    pending.append(pool.submit(lambda n: self.make_batch([self.dataset[i] for i in n]), numbers))
-                    if len(pending) > max(1, c.workers):
-                        yield pending.pop(0).result()
-            for future in pending:
-                yield future.result()
+        places = ((later, micro) for later in range(step, self.config.steps) for micro in range(self.micro_batches))
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="feed")
+        pending: deque[Future] = deque()
+        try:
+            for place in places:
+                pending.append(pool.submit(self.prepare, self.numbers(*place)))
+                if len(pending) >= self.workers + SPARE:
+                    yield self.received(pending.popleft())
+            while pending:
+                yield self.received(pending.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def prepare(self, numbers: range) -> tuple[Batch, torch.cuda.Event | None]:
+        """One micro-batch, in a thread; on a GPU beside the step, and complete when the event has happened."""
+        samples = [self.dataset[n] for n in numbers]
+        if self.stream is None:
+            return self.make_batch(samples), None
+        with torch.cuda.stream(self.stream):
+            batch = self.make_batch(samples)
+            return batch, self.stream.record_event()
+
+    def received(self, future: Future) -> Batch:
+        """A prepared micro-batch, which the device's current work now waits for."""
+        batch, complete = future.result()
+        if complete is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(complete)
+            for tensor in (batch.hq, batch.lq):
+                if tensor is not None:
+                    tensor.record_stream(current)
+        return batch

@@ -1,19 +1,18 @@
 """The training loop, the only one. A stage (see stage.py) says what is trained and by which loss.
 
 One optimiser step sees the global batch: images number step * batch ... + batch - 1 of an endless sequence that
-depends on the seed alone, split over processes and accumulated in micro-batches. Gradients are summed over
-micro-batches and averaged over processes in one flat all-reduce just before the step, so stages call their networks
-freely and need no wrapper, and the result depends on the process count by rounding only.
+depends on the seed alone, split over processes and accumulated in micro-batches, so that the result depends on the
+process count by rounding only. How a loss becomes a step stands in engine.py; how processes wait for each other, and
+say what went wrong, in processes.py.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,23 +22,24 @@ from torch import Tensor
 
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.models.memory import is_out_of_memory
-from consissr.training.checkpoints import find_checkpoint, last_good, load_checkpoint, save_checkpoint
+from consissr.models.memory import peak_memory_mb
+from consissr.training.checkpoints import Writer, load_checkpoint, sound_checkpoint
 from consissr.training.checks import check_run, launched
+from consissr.training.engine import Average, Player
+from consissr.training.failures import not_finite, out_of_memory_in_one_line, step_errors_in_one_line
 from consissr.training.feed import Feed
-from consissr.training.optimisers import Averaged, build_optimizer, learning_rate
+from consissr.training.optimisers import Averaged, learning_rate, load_optimizer
 from consissr.training.precision import Frozen, use_autocast
+from consissr.training.processes import Processes, Signs
 from consissr.training.report import Report
 from consissr.training.stage import Batch, Stage, seed_of
 from consissr.training.validation import Validation
+from consissr.training.window import Window
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What asks a run to stop: a scheduler, and Ctrl-C."""
 AGAIN = 1.0
 """Seconds within which a second Ctrl-C counts as the first, which launchers pass on to processes that had it."""
-PATIENCE = timedelta(hours=6)
-"""How long processes wait for the first one, which alone validates, saves and exports; NCCL's own limit, 10 minutes,
-would end a run whose validation takes longer."""
 
 
 class Loop:
@@ -47,42 +47,53 @@ class Loop:
 
     def __init__(self, config: TrainConfig, build: type[Stage], resume: str = "") -> None:
         from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         self.config = config
         self.output_dir = Path(config.output_dir)
         check_run(config, resume)
+        # A process that hangs is told of by Processes first, after `timeout`.
+        settings = [
+            InitProcessGroupKwargs(timeout=timedelta(minutes=2 * config.timeout)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ]
         # Without `cpu`, several processes on CPUs would each train alone.
-        patience = InitProcessGroupKwargs(timeout=PATIENCE)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=settings)
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if launched() != self.world:
             raise UserError(f"{launched()} processes were launched, {self.world} joined: check the launcher's settings")
         self.autocast = use_autocast(config, self.device)
-
-        # 1. Data
-        self.feed = Feed(config, self.device, self.rank, self.world, build.needs_lq)
-        self.micro_batches = self.feed.micro_batches
-        self.validation = None
-        if config.data.validation and self.rank == 0:
-            self.validation = Validation(config, self.feed.make_batch)
+        self.processes = Processes(self.rank, self.world, self.device, config.timeout)
+        self.signs = Signs(self.processes)
+        self.signalled: str = ""
+        """What asked this process to stop."""
+        self.stopping = False
         self.files: list[str] = []
         """This process's images of the step that is being computed."""
-        self.signalled: signal.Signals | None = None
-        self.stopping = False
         self.step = 0
-        self.window: dict[str, float] = {}
-        """Sums of what is logged since the last line, at step `since`."""
-        self.since = 0
+        self.not_finite = 0
+        """Steps that were skipped because their loss or gradient was not finite."""
+        self.window = Window()
+        self.writer = Writer(self.output_dir, config.checkpoint_limit)
 
-        # 2. Networks
-        with self.out_of_memory_in_one_line(
-            "out of memory while the networks were built (--dry-run estimates what they need)"
-        ):
-            self.build(build)
-            if resume:
-                self.load(find_checkpoint(self.output_dir, resume))
+        with self.processes.one_line():
+            # 1. Data
+            with self.processes.machine_first(self.accelerator.local_process_index):
+                self.feed = Feed(config, self.device, self.rank, self.world, build.needs_lq)
+            self.micro_batches = self.feed.micro_batches
+            self.validation = None
+            if config.data.validation and self.rank == 0:
+                self.validation = Validation(config, self.feed.make_batch)
+
+            # 2. Networks
+            with out_of_memory_in_one_line(
+                "out of memory while the networks were built (--dry-run estimates what they need)"
+            ):
+                self.build(build)
+                if resume:
+                    found = sound_checkpoint(self.output_dir, resume) if self.rank == 0 else None
+                    self.load(self.processes.first(found))
 
     def build(self, build: type[Stage]) -> None:
         """Networks, optimisers, averages. Initial weights depend on the seed alone: they are equal in all processes."""
@@ -99,8 +110,8 @@ class Loop:
             functorch.donated_buffer = False  # deft's adaptive weight goes backward through one graph several times
             for network in self.stage.compile_modules:
                 network.compile()
-        self.optimizers = {p.name: build_optimizer(p) for p in self.stage.phases}
-        self.ema: dict[str, Tensor] = {k: v.detach().clone() for k, v in self.weights().items()} if config.ema else {}
+        self.players = [Player(phase, self.accelerator, config.engine == "zero1") for phase in self.stage.phases]
+        self.average = Average(self.weights(), config.ema)
 
     def batches(self) -> Iterator[Batch]:
         """Micro-batches of this process from the current step on."""
@@ -110,84 +121,53 @@ class Loop:
         """Context of forward passes; backward ones take each operation's precision from there."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
-    @contextmanager
-    def out_of_memory_in_one_line(self, message: str = "") -> Iterator[None]:
-        """Makes a UserError of running out of memory: `message`, or what was done and what needs less."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(message or self.memory_remedy()) from error
-
-    def memory_remedy(self) -> str:
-        """A line on a step that ran out of memory."""
-        c, ways = self.config, []
-        if c.micro_batch > 1:
-            shared = c.stage == "clip" or c.data.draws == "per_batch"  # else images of a micro-batch share nothing
-            ways.append("a smaller one" + ("" if shared else " (same result)"))
-        if c.stage in ("tala", "nuts") and not c.gradient_checkpointing:
-            ways.append("gradient_checkpointing=true")
-        remedy = " or ".join(ways) or "a smaller data.crop, or a device with more memory"
-        where = f"step {self.step}: out of memory with micro_batch={c.micro_batch}"
-        return f"{where}: use {remedy}; {last_good(self.output_dir)}"
-
     # --- one optimiser step -------------------------------------------------------------------------------------
 
-    def accumulate(self, batch: Batch, totals: dict[str, Tensor]) -> None:
-        """Backward of every phase's loss on one micro-batch; adds each part of the losses to `totals`."""
+    def accumulate(self, batch: Batch, totals: dict[str, Tensor | float], last: bool = True) -> None:
+        """Backward of every phase's loss on one micro-batch; adds each part of the losses to `totals`.
+
+        last: whether it is the step's last one, in which gradients are averaged over the processes.
+        """
         self.files += batch.names
         with self.mixed(), torch.no_grad():
             self.stage.prepare(batch)
-        for phase in self.stage.phases:
-            for other in self.stage.phases:
-                for parameter in other.parameters.values():
-                    parameter.requires_grad_(other is phase)
-            with self.mixed():
-                parts = phase.loss(batch, self.step)
-            if not torch.isfinite(parts["loss"]):
-                self.stop_not_finite(f"loss of '{phase.name}'", {k: float(v.detach()) for k, v in parts.items()})
-            (parts["loss"] / self.micro_batches).backward()
+        for player in self.players:
+            for other in self.players:
+                other.requires_grad(other is player)
+            with player.averaging(last):
+                with self.mixed():
+                    parts = player.module(batch, self.step)
+                (parts["loss"] / self.micro_batches).backward()
             for name, value in parts.items():
-                key = f"{phase.name}/{name}"
-                totals[key] = totals.get(key, 0) + value.detach() / self.micro_batches
+                key = f"{player.name}/{name}"
+                totals[key] = totals.get(key, 0.0) + value.detach() / self.micro_batches
 
-    def stop_not_finite(self, what: str, value: object) -> None:
-        """Stop, before it gets into a checkpoint, naming all that is needed to find out why."""
-        raise UserError(
-            f"step {self.step}: {what} is not finite ({value}); files: {', '.join(self.files)}; "
-            f"{last_good(self.output_dir)}: resume it with a lower learning rate"
-        )
-
-    def update(self, totals: dict[str, Tensor]) -> None:
-        """Average gradients (and what is logged) over processes, clip, and step every phase's optimiser in order."""
-        self.stopping = self.signalled is not None
-        if self.world > 1:  # a signal may reach one process a step before another: they agree here
-            totals["signalled"] = torch.tensor(float(self.stopping), device=self.device)
-            means = self.accelerator.reduce(torch.stack([v.float() for v in totals.values()]), reduction="mean")
-            totals.update(zip(totals, means, strict=True))
-            self.stopping = bool(totals.pop("signalled") > 0)
-        for phase in self.stage.phases:
-            parameters = [p for p in phase.parameters.values() if p.grad is not None]
-            if self.world > 1:
-                flat = torch.cat([p.grad.flatten() for p in parameters])
-                flat = self.accelerator.reduce(flat, reduction="mean")
-                for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                    p.grad.copy_(g.view_as(p))
-            clip = phase.optimizer.clip or math.inf
-            norm = totals[f"{phase.name}/grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, clip)
-            if not torch.isfinite(norm):
-                self.stop_not_finite(f"gradient of '{phase.name}'", float(norm))
-            optimizer = self.optimizers[phase.name]
-            rate = learning_rate(phase.optimizer, self.step, self.config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            totals[f"{phase.name}/lr"] = torch.tensor(rate)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        for name, value in self.weights().items() if self.ema else ():
-            self.ema[name].lerp_(value.detach(), 1 - self.config.ema)
+    def update(self, totals: dict[str, Tensor | float]) -> None:
+        """Step every phase's optimiser in order, move the averages, and agree with the others on going on."""
+        if not self.signalled and self.processes.orphaned():
+            self.signalled = "its launcher's end"
+        for player in self.players:
+            rate = learning_rate(player.phase.optimizer, self.step, self.config.steps)
+            totals[f"{player.name}/grad_norm"] = player.step(rate)
+            totals[f"{player.name}/lr"] = rate
+        self.average.update()
+        watched = [f"{player.name}/{what}" for what in ("loss", "grad_norm") for player in self.players]
+        bad = [~torch.isfinite(totals[name]) for name in watched]
+        self.signs.give((self.step, self.files, watched, totals), [float(bool(self.signalled)), *bad])
         self.files = []
+        self.heed()
+
+    def heed(self, all_of_them: bool = False) -> None:
+        """Stop where a process was asked to; what was not finite ends the run, or is counted."""
+        for (step, files, watched, totals), (stop, *bad) in self.signs.read(all_of_them):
+            self.stopping |= stop > 0
+            if not any(bad):
+                continue
+            if self.config.skip_not_finite:
+                self.not_finite += 1
+                continue
+            name = next(name for name, count in zip(watched, bad, strict=True) if count)
+            raise not_finite(self.config, self.processes, step, name, files, totals)
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -203,70 +183,75 @@ class Loop:
             signal.signal(number, self.on_signal)
         self.report = None
         try:
-            self.report = Report(self.config, self.step, self.describe()) if self.rank == 0 else None
-            with self.out_of_memory_in_one_line():
+            with self.processes.one_line(), step_errors_in_one_line(self.config, lambda: self.step, self.world):
+                self.report = Report(self.config, self.step, self.describe()) if self.rank == 0 else None
                 self.train()
                 return self.finish()
-        except OSError as error:
-            raise UserError(
-                f"step {self.step}: {error}; {last_good(self.output_dir)}; mend this and use --resume latest"
-            ) from error
         finally:
             for number in heard:
                 signal.signal(number, previous[number])
+            self.writer.close()
+            self.processes.close()
             if self.report:
                 self.report.close()
 
     def train(self) -> None:
         """Steps, lines, validations and checkpoints up to `config.steps`."""
         c = self.config
-        batches = self.batches()
-        if self.report and not self.report.validated:  # the last run stopped between checkpoint and validation
-            self.validate_if_due()
-        data_time, started, first = 0.0, time.perf_counter(), self.step
-        while self.step < c.steps:
-            totals: dict[str, Tensor] = {}
-            for _ in range(self.micro_batches):
-                waiting = time.perf_counter()
-                batch = next(batches)
-                data_time += time.perf_counter() - waiting
-                self.accumulate(batch, totals)
-            self.update(totals)
-            self.step += 1
-            for name, value in totals.items():
-                self.window[name] = self.window.get(name, 0.0) + float(value)
-            if self.report:
-                self.report.bar.update()
-            last = self.step == c.steps
-            if self.step % c.log_every == 0 or last:
+        if self.processes.first(bool(self.report and not self.report.validated)):
+            self.validate_if_due()  # the last run stopped between checkpoint and validation
+        self.window.restart(self.step)
+        with closing(self.batches()) as batches:
+            while self.step < c.steps:
+                totals: dict[str, Tensor | float] = {}
+                for micro in range(self.micro_batches):
+                    waiting = time.perf_counter()
+                    batch = next(batches)
+                    self.window.waited += time.perf_counter() - waiting
+                    self.accumulate(batch, totals, last=micro == self.micro_batches - 1)
+                self.update(totals)
+                self.step += 1
+                self.window.add(totals)
                 if self.report:
-                    means = {k: v / (self.step - self.since) for k, v in self.window.items()}
-                    times = [seconds / (self.step - first) for seconds in (time.perf_counter() - started, data_time)]
-                    self.report.means(means, self.step, *times, len(self.feed.dataset.skipped))
-                self.window, self.since = {}, self.step
-                data_time, started, first = 0.0, time.perf_counter(), self.step
-            if self.step % c.checkpoint_every == 0 or last or self.stopping:
-                self.save()
-            if self.stopping:
-                by = self.signalled.name if self.signalled else "a signal to another process"
-                raise UserError(f"stopped by {by} after step {self.step}, which is saved: use --resume latest")
-            self.validate_if_due()
+                    self.report.bar.update()
+                    self.writer.check()
+                if self.step % c.log_every == 0 or self.step == c.steps:
+                    self.tell()
+                if self.step % c.checkpoint_every == 0 or self.step == c.steps or self.stopping:
+                    self.save(wait=self.step == c.steps or self.stopping)
+                if self.stopping:
+                    by = self.signalled or "a signal to another process"
+                    raise UserError(f"stopped by {by} after step {self.step}, which is saved: use --resume latest")
+                self.validate_if_due()
+
+    def tell(self) -> None:
+        """A log line on the steps since the last one."""
+        self.window.share(self.processes)
+        means, *times = self.window.close(self.step)
+        peak = max(self.processes.gathered(peak_memory_mb()))
+        if self.config.skip_not_finite:
+            means["not_finite"] = self.not_finite
+        if self.report:
+            self.report.means(means, self.step, *times, len(self.feed.dataset.skipped), peak)
 
     def describe(self) -> dict[str, Any]:
         """What the run is, for run.json."""
         return {
             "device": str(self.device),
             "processes": self.world,
+            "engine": self.config.engine,
             "autocast": "bf16" if self.autocast else "fp32",
             "global_batch": self.config.batch,
             "micro_batches": self.micro_batches,
+            "workers": self.feed.workers,
         }
 
     def on_signal(self, number: int, _: object) -> None:
         """Finish the current step, save, stop. Another Ctrl-C, after AGAIN seconds, stops at once."""
-        if self.signalled is None:
-            self.signalled, self.signalled_at = signal.Signals(number), time.monotonic()
-            os.write(2, f"\n{self.signalled.name}: finishing this step and saving it first\n".encode())
+        if not self.signalled:
+            self.signalled, self.signalled_at = signal.Signals(number).name, time.monotonic()
+            if self.rank == 0:
+                os.write(2, f"\n{self.signalled}: finishing this step and saving it first\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self.signalled_at > AGAIN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
@@ -274,25 +259,29 @@ class Loop:
     def validate_if_due(self) -> None:
         """After the checkpoint of the same step, which a validation that fails then costs nothing."""
         every = self.config.validate_every
-        if self.validation and every and self.step % every == 0 and 0 < self.step < self.config.steps:
-            self.validate()
+        if self.config.data.validation and every and self.step % every == 0 and 0 < self.step < self.config.steps:
+            if self.validation:
+                self.validate()
+            self.processes.wait()
 
     def validate(self) -> None:
         """Images and PSNR/SSIM on the fixed set, with the averaged weights if there are any."""
         with self.averaged(), self.mixed(), torch.compiler.set_stance("force_eager"):
             metrics = self.validation.run(self.stage, self.step)
-        self.report.line({"step": self.step, **metrics})
+        self.report.validation(metrics, self.step, self.validation.picture(self.step))
 
     def finish(self) -> Path:
         """Validate once more and export the result: the averaged weights, if there are any."""
         if self.rank == 0:
             if self.validation:
                 self.validate()
-            self.optimizers.clear()  # their memory goes to the weights in full precision
+            for player in self.players:
+                player.free()  # its memory goes to the weights in full precision
             self.frozen.restore()
             with self.averaged(), torch.compiler.set_stance("force_eager"):
                 self.export()
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
+        self.processes.close()
         self.accelerator.end_training()
         return self.output_dir
 
@@ -311,24 +300,35 @@ class Loop:
         """Trained tensors of all phases by 'phase/name'."""
         return {f"{p.name}/{n}": v for p in self.stage.phases for n, v in p.parameters.items()}
 
+    @property
+    def ema(self) -> dict[str, Tensor]:
+        """The averaged weights by 'phase/name', if there are any."""
+        return self.average.values
+
     def averaged(self) -> Averaged:
         """Context in which the stage holds the averaged weights (a no-op without EMA)."""
         return Averaged(self.weights(), self.ema)
 
-    def save(self) -> None:
-        """Checkpoint of the current step, by the first process."""
+    def save(self, wait: bool) -> None:
+        """Checkpoint of the current step, by the first process, while training goes on unless it is to `wait`."""
+        self.heed(all_of_them=True)
+        self.window.share(self.processes)
+        optimizers = {player.name: player.optimizer_state() for player in self.players}
         if self.rank == 0:
             state = {
                 "step": self.step,
-                "weights": {k: v.detach().cpu().contiguous() for k, v in self.weights().items()},
-                "buffers": {k: v.cpu() for k, v in self.stage.buffers.items()},
-                "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
-                "ema": {k: v.cpu() for k, v in self.ema.items()},
-                "window": self.window,
-                "since": self.since,
+                "weights": self.weights(),
+                "buffers": self.stage.buffers,
+                "optimizers": optimizers,
+                "ema": self.ema,
+                "not_finite": self.not_finite,
+                **self.window.state(),
             }
-            save_checkpoint(self.output_dir, self.step, state, self.config.checkpoint_limit)
-        self.accelerator.wait_for_everyone()
+            self.writer.save(self.step, state)
+            if wait:
+                self.writer.finish()
+        if wait:
+            self.processes.wait()
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint."""
@@ -341,7 +341,8 @@ class Loop:
             with torch.no_grad():
                 for name, value in tensors.items():
                     value.copy_(state[part][name])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        for player in self.players:
+            load_optimizer(player.optimizer, state["optimizers"][player.name], player.phase)
         self.step = state["step"]
-        self.window, self.since = state.get("window", {}), state.get("since", self.step)
+        self.window.load(state)
+        self.not_finite = state.get("not_finite", 0)

@@ -7,14 +7,20 @@ import logging
 import subprocess
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import numpy as np
 import torch
+from PIL import Image
 
-from consissr.config.loading import changed_fields, load_config, save_config
+from consissr.config.loading import changed_fields, flat, load_config, save_config
 from consissr.config.training import TrainConfig
-from consissr.models.memory import peak_memory_mb
+from consissr.training.feed import cores, threads
 
 log = logging.getLogger(__name__)
+
+WAITING = 0.1
+"""Share of a step spent waiting for data from which it is told."""
 
 
 class Report:
@@ -27,7 +33,8 @@ class Report:
         from tqdm import tqdm
 
         self.folder = Path(config.output_dir)
-        self.batch = config.batch
+        self.config = config
+        self.quality, self.told_waiting = "", False
         self.folder.mkdir(parents=True, exist_ok=True)
         before = self.folder / "train.yaml"
         if step and before.is_file():
@@ -44,17 +51,44 @@ class Report:
         shortened = self.folder / ".log.jsonl"
         shortened.write_text("".join(json.dumps(line) + "\n" for line in kept))
         shortened.replace(self.lines)
-        self.tracker = tracker(config.tracker, self.folder, step)
+        self.tracker = tracker(config, self.folder, step)
         self.bar = tqdm(initial=step, total=config.steps, desc=config.stage, mininterval=2)
 
-    def means(self, values: dict[str, float], step: int, seconds: float, data_seconds: float, skipped: int) -> None:
-        """Means since the last line; seconds per step, in all and waiting for data; images found unusable so far."""
-        timing = {"steps_per_second": round(1 / seconds, 4), "data_seconds": round(data_seconds, 4)}
-        memory = {"peak_mb": peak_memory_mb()}
-        self.line({"step": step, "images": step * self.batch, **timing, **memory, "skipped": skipped, **values})
+    def means(
+        self, values: dict[str, float], step: int, seconds: float, data_seconds: float, skipped: int, peak_mb: int
+    ) -> None:
+        """Means since the last line; seconds per step, in all and waiting for data; images found unusable so far; the
+        most memory that any process has used."""
+        rate = self.config.batch / seconds
+        timing = {"steps_per_second": round(1 / seconds, 4), "data_seconds": round(data_seconds, 4), "peak_mb": peak_mb}
+        self.line({"step": step, "images": step * self.config.batch, **timing, "skipped": skipped, **values})
+        loss = next((f"loss {value:.4g}" for name, value in values.items() if name.endswith("/loss")), "")
+        told = [loss, self.quality, f"{rate:.3g} images/s", f"{peak_mb / 1024:.1f} GiB"]
+        self.bar.set_postfix_str(", ".join(word for word in told if word), refresh=False)
+        if data_seconds > WAITING * seconds and not self.told_waiting:
+            self.told_waiting = True
+            self.bar.clear()
+            log.warning(
+                "waiting for data takes %.0f %% of a step: raise workers (%d threads now, %d cores for this process), "
+                "or read from a local disk, tar shards or smaller JPEGs (scripts/bench.py training --data measures it)",
+                100 * data_seconds / seconds, threads(self.config.workers), cores(),
+            )  # fmt: skip
+
+    def validation(self, values: dict[str, float], step: int, picture: Path) -> None:
+        """Figures of the fixed set, and its picture."""
+        if "validation/restored_psnr" in values:
+            self.quality = f"PSNR {values['validation/restored_psnr']:.2f} dB"
+        self.line({"step": step, **values})
+        if self.tracker and picture.is_file():
+            with Image.open(picture) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            settings = {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
+            self.tracker.log_images({"validation": pixels[None]}, step=step, **settings)
 
     def line(self, values: dict[str, Any]) -> None:
-        """Append to log.jsonl and to the tracker."""
+        """Append to log.jsonl and to the tracker; nothing where `values` has a step alone."""
+        if len(values) == 1:
+            return
         with open(self.lines, "a") as handle:
             handle.write(json.dumps(values) + "\n")
         if self.tracker:
@@ -85,15 +119,26 @@ def commit() -> str:
     return done.stdout.strip() or "not a git checkout"
 
 
-def tracker(name: str, folder: Path, step: int) -> Any:
-    """accelerate's tracker of that name, started, or None. TensorBoard forgets what it was told of after `step`."""
-    if name == "none":
+def tracker(config: TrainConfig, folder: Path, step: int) -> Any:
+    """accelerate's tracker that the config names, started and told of the config, or None.
+
+    TensorBoard forgets what it was told of after `step`; wandb goes on with the run whose name is kept in the folder.
+    """
+    if config.tracker == "none":
         return None
     from accelerate import tracking
 
-    if name == "tensorboard":
+    if config.tracker == "tensorboard":
         made = tracking.TensorBoardTracker("tensorboard", logging_dir=str(folder), purge_step=step + 1)
     else:
-        made = tracking.WandBTracker("consissr", dir=str(folder))
+        name = folder / "wandb_id"
+        if not step or not name.is_file():
+            name.write_text(uuid4().hex[:8])
+        made = tracking.WandBTracker("consissr", dir=str(folder), id=name.read_text(), resume="allow")
     made.start()
+    if config.tracker == "tensorboard":
+        text = (folder / "train.yaml").read_text()
+        made.writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), global_step=step)
+    else:
+        made.store_init_configuration(flat(config))
     return made

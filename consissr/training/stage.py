@@ -38,13 +38,17 @@ def photographs(data: DataConfig, seed: int) -> PhotoDataset:
         shrink=data.shrink,
         probabilities=data.probabilities,
         lq_paths=data.lq_paths,
+        scale=data.scale,
+        pair_names=data.pair_names,
         cache_mb=data.cache_mb,
     )
 
 
 def held_out(data: DataConfig, seed: int) -> PhotoDataset:
-    """Crops of `data.validation`, whose degraded partners are made; upright, so that figures mean the same."""
-    return photographs(replace(data, paths=[data.validation], probabilities=[], lq_paths=[], flips="none"), seed)
+    """Crops of `data.validation` with own partners or ones to be made; upright, so that figures mean the same."""
+    partners = [data.validation_lq] if data.validation_lq else []
+    fixed = replace(data, paths=[data.validation], probabilities=[], lq_paths=partners, flips="none")
+    return photographs(fixed, seed)
 
 
 def check_crop(crop: int, factor: int) -> None:

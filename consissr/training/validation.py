@@ -27,7 +27,8 @@ class Validation:
         try:
             self.dataset[0]
         except UserError as error:
-            raise UserError(str(error).replace("data.paths", "data.validation")) from error
+            message = str(error).replace("data.paths", "data.validation").replace("lq_paths", "validation_lq")
+            raise UserError(message) from error
         self.count = min(config.data.validation_count, len(self.dataset))
         self.micro_batch = config.micro_batch
         self.make_batch = make_batch
@@ -62,4 +63,8 @@ class Validation:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         grid = torch.cat(list(rows), dim=1)  # (3, rows S, columns S)
-        Image.fromarray(to_uint8(grid).permute(1, 2, 0).cpu().numpy()).save(self.folder / f"step-{step}.png")
+        Image.fromarray(to_uint8(grid).permute(1, 2, 0).cpu().numpy()).save(self.picture(step))
+
+    def picture(self, step: int) -> Path:
+        """Where the images of a step are."""
+        return self.folder / f"step-{step}.png"

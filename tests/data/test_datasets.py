@@ -4,6 +4,7 @@ import io
 import logging
 import shutil
 import tarfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,13 +12,22 @@ import pytest
 import torch
 from PIL import Image
 
+from consissr.data import listing
+from consissr.data import photo as photo_module
 from consissr.data.datasets import PhotoDataset, center_crop
-from consissr.data.files import decode, list_photos
+from consissr.data.listing import MANY_SHARDS, list_photos, read_shard
+from consissr.data.photo import decode
 from consissr.errors import UserError
 
 
 def photo(seed: int, width: int = 60, height: int = 48) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path_factory, monkeypatch):
+    """Nothing is remembered of other tests' shards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -143,6 +153,37 @@ def test_folder_deleted_in_mid_run(folder):
         dataset[1]
 
 
+def test_a_read_that_fails_once_changes_nothing(folder, monkeypatch):
+    """A network's hiccup: the read is tried again, and the file again when it is next drawn."""
+    wanted = [PhotoDataset([str(folder)], crop=32, seed=0, cache_mb=0)[n] for n in range(16)]
+    monkeypatch.setattr(photo_module, "WAITS", (0, 0))
+    usual, calls, failing = photo_module.Photo._read, Counter(), {"a/1.png": 2, "b/c/5.png": 3}
+
+    def hiccup(self):
+        calls[self.name] += 1
+        if calls[self.name] <= failing.get(self.name, 0):
+            raise OSError(5, "Input/output error")
+        return usual(self)
+
+    monkeypatch.setattr(photo_module.Photo, "_read", hiccup)
+    dataset = PhotoDataset([str(folder)], crop=32, seed=0, cache_mb=0)
+    got = [dataset[n] for n in range(16)]
+    differ = [n for n in range(16) if not same(got[n], wanted[n])]
+    assert [wanted[n]["name"] for n in differ] == ["b/c/5.png"] and differ[0] < 8  # in the second epoch it is back
+    assert [label.rsplit("/", 1)[1] for label in dataset.skipped] == ["5.png"]
+
+
+def test_jpegs_that_shrink_are_decoded_small(tmp_path):
+    """The same picture, but for rounding, from a fraction of the pixels."""
+    y, x = np.mgrid[:480, :720]
+    smooth = np.stack([127 + 90 * np.sin(x / 60), 127 + 90 * np.cos(y / 50), (x + y) / 5], -1).astype(np.uint8)
+    Image.fromarray(smooth).save(tmp_path / "p.jpg", quality=95, subsampling=0)
+    assert decode((tmp_path / "p.jpg").read_bytes(), least=100).shape == (120, 180, 3)
+    dataset = PhotoDataset([str(tmp_path)], crop=100, seed=0, crop_rule="center", flips="none")
+    got = (dataset[0]["hq"] + 1) * 127.5
+    assert np.abs(got.permute(1, 2, 0).numpy() - center_crop(smooth, 100)).mean() < 1.5
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
 def test_modes(mode):
     picture = Image.fromarray(np.full((8, 6), 40000, dtype=np.uint16)) if mode == "I;16" else photo(0, 6, 8)
@@ -202,14 +243,39 @@ def test_shard_shortened_in_mid_run(folder, tmp_path):
     path = tmp_path / "x.tar"
     write_shard(path, folder)
     dataset = PhotoDataset([str(path)], crop=32, seed=0, cache_mb=0)
-    path.write_bytes(path.read_bytes()[: dataset.photos[1].offset])
-    assert {dataset[n]["name"] for n in range(3)} == {dataset.photos[0].name}
+    path.write_bytes(path.read_bytes()[: dataset.pair(1)[0].offset])
+    assert {dataset[n]["name"] for n in range(3)} == {dataset.pair(0)[0].name}
     assert all("before the end of" in reason for reason in dataset.skipped.values())
+
+
+def test_shards_are_read_once(folder, tmp_path, monkeypatch):
+    """What a shard holds is remembered until the shard changes; many are read side by side."""
+    for number in range(MANY_SHARDS):
+        write_shard(tmp_path / f"{number:02}.tar", folder)
+    first = list_photos(tmp_path / "*.tar")
+    assert len(first) == 8 * MANY_SHARDS and first[8].path.endswith("01.tar")
+    read = []
+    monkeypatch.setattr(listing, "read_shard", lambda path: read.append(path) or read_shard(path))
+    assert list(list_photos(tmp_path / "*.tar")) == list(first) and read == []
+    with tarfile.open(tmp_path / "03.tar", "a") as tar:
+        tar.add(folder / "a/0.png", "more.png")
+    assert [photo.name for photo in list_photos(tmp_path / "03.tar")][-1] == "more.png"
+    assert read == [str(tmp_path / "03.tar")]
+
+
+def test_braces(folder, tmp_path):
+    for number in range(3):
+        write_shard(tmp_path / f"{number:03}.tar", folder)
+    assert len(list_photos(tmp_path / "{000..001}.tar")) == 16
+    assert len(list_photos(f"{folder}/{{a,b}}")) == 8
+    assert [photo.name for photo in list_photos(f"{folder}/a/{{2..3}}.*")] == ["2.png", "3.png"]
+    with pytest.raises(UserError, match=r"includes .*/003.tar, which does not exist"):
+        list_photos(tmp_path / "{000..003}.tar")
 
 
 def test_text_list(folder, tmp_path):
     path = folder / "train.txt"
-    path.write_text(f"a/1.png\n\n{folder}/b/c/4.png\n")
+    path.write_text(f"# chosen by hand\na/1.png\n\n{folder}/b/c/4.png\n")
     assert [photo.path for photo in list_photos(path)] == [f"{folder}/a/1.png", f"{folder}/b/c/4.png"]
     path.write_text("gone/1.png\ngone/2.png\n")
     with pytest.raises(UserError, match="none of its first 2 files exists.*gone/1.png"):
@@ -223,6 +289,9 @@ def test_text_list(folder, tmp_path):
         ({"paths": []}, "data.paths"),
         ({"probabilities": [0.5, 0.5]}, "2 entries for 1"),
         ({"probabilities": [0.0]}, "not all 0"),
+        ({"probabilities": [float("nan")]}, "probabilities is .nan."),
+        ({"lq_paths": ["x"], "scale": 3}, "data.scale is 3"),
+        ({"lq_paths": ["x"], "pair_names": ["NAME_HR", "LR"]}, "data.pair_names is"),
         ({"lq_paths": ["x"], "crop_rule": "center"}, "must be 'random'"),
         ({"lq_paths": ["x"], "crop": 30}, "does not divide"),
     ],
@@ -252,6 +321,49 @@ def test_pairs_stay_aligned(tmp_path):
         assert (sample["hq"] - sample["lq"])[:, 4:-4, 4:-4].abs().max() < 0.02  # one HQ pixel is a step of 0.021
     batch = dataset.batch(range(3))
     assert batch["lq"].shape == (3, 3, 32, 32) and len(batch["names"]) == len(batch["seeds"]) == 3
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_pairs_of_other_scales(tmp_path, scale):
+    """Partners of the same size are taken as they are; of half the size they are enlarged."""
+    y, x = (np.mgrid[:96, :96] + 0.5) / 96 * 255
+    whole = Image.fromarray(np.stack([x, y, x], -1).round().astype(np.uint8))
+    whole.save(tmp_path / "Canon_001_HR.png")
+    part = np.clip(np.asarray(whole.resize((96 // scale, 96 // scale), Image.Resampling.BOX)).astype(int) + 9, 0, 255)
+    Image.fromarray(part.astype(np.uint8)).save(tmp_path / "Canon_001_LR4.png")
+    here = str(tmp_path)
+    with pytest.raises(UserError, match=r"use data.pair_names=\[NAME_HR,NAME_LR4\]"):
+        PhotoDataset([here], 32, 0, lq_paths=[here], scale=scale, pair_names=["NAME_HR", "NAME_LR"])
+    names = ["NAME_HR", "NAME_LR4"]
+    dataset = PhotoDataset([here], 32, 0, lq_paths=[here], scale=scale, pair_names=names)
+    assert len(dataset) == 1
+    for n in range(8):
+        sample = dataset[n]
+        inner = (sample["hq"] < 0.9).all(0)[4:-4, 4:-4]
+        difference = (sample["lq"] - sample["hq"])[:, 4:-4, 4:-4][:, inner] * 127.5
+        assert (difference - 9).abs().max() < (0.01 if scale == 1 else 2)
+
+
+def test_pairs_in_the_layout_of_lsdir(folder, tmp_path):
+    for file in folder.rglob("*.png"):
+        partner = tmp_path / "LR/X4" / file.relative_to(folder).with_stem(file.stem + "x4")
+        partner.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(file).resize((15, 12)).save(partner)
+    dataset = PhotoDataset([str(folder)], 32, 0, lq_paths=[str(tmp_path / "LR/X4")], pair_names=["NAME", "NAMEx4"])
+    photo, partner = dataset.pair(5)
+    assert (photo.name, partner.name) == ("b/c/5.png", "b/c/5x4.png")
+
+
+def test_pairs_beside_images_without(folder, tmp_path):
+    """Real pairs and images to degrade, drawn as their probabilities say."""
+    for kind, side in (("hq", 96), ("lq", 24)):
+        (tmp_path / kind).mkdir()
+        photo(0, side, side).save(tmp_path / kind / "p.png")
+    paths, partners = [str(folder), str(tmp_path / "hq")], ["", str(tmp_path / "lq")]
+    dataset = PhotoDataset(paths, 32, 0, lq_paths=partners, probabilities=[1, 3])
+    samples = [dataset[n] for n in range(200)]
+    assert all(("lq" in sample) == (sample["name"] == "p.png") for sample in samples)
+    assert 0.65 < sum("lq" in sample for sample in samples) / 200 < 0.85
 
 
 def test_pairs_without_partner_or_of_wrong_size(folder, tmp_path, caplog):

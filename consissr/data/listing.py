@@ -1,0 +1,226 @@
+"""Which photographs there are: folders, text lists, tar shards and patterns of them, as one list of references.
+
+Ten million references must neither fill the memory of every process nor take minutes: names are packed, and what a tar
+shard holds is noted in a cache, by its path, size and time of change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tarfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from consissr.data.patterns import matching
+from consissr.data.photo import EXTENSIONS, Photo
+from consissr.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MANY_SHARDS = 16
+"""From this many unknown shards on they are read by processes side by side (about 35 us per member and core)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The images of one folder, list or shard in order, packed."""
+
+    root: str
+    """What stands before every name to make a path (a folder with its slash); a shard's own path."""
+    text: bytes
+    """All names, one after another, UTF-8."""
+    ends: np.ndarray
+    """(n,) int64: where each name ends in `text`."""
+    places: np.ndarray | None = None
+    """(n, 2) int64: first byte and size of a shard's members; None for ordinary files."""
+
+    @classmethod
+    def pack(cls, root: str, names: Iterable[str], places: np.ndarray | None = None) -> Source:
+        """The names in order."""
+        encoded = [os.fsencode(name) for name in names]
+        return cls(root, b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64), places)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> Photo:
+        name = os.fsdecode(self.text[self.ends[i - 1] if i else 0 : self.ends[i]])
+        if self.places is None:
+            return Photo(name.replace(os.sep, "/"), os.path.join(self.root, name))
+        return Photo(name, self.root, int(self.places[i, 0]), int(self.places[i, 1]))
+
+
+class Photos(Sequence[Photo]):
+    """Several sources as one list."""
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        self.sources = [source for source in sources if len(source)]
+        self._starts = np.cumsum([0, *map(len, self.sources)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, i: int) -> Photo:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        which = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self.sources[which][int(i - self._starts[which])]
+
+
+def list_photos(entry: str | Path) -> Photos:
+    """The photographs of a folder (recursive), a text list, a tar shard, or a pattern of those; sorted.
+
+    A pattern has wildcards (*, ?, [abc], ** for any depth), ranges {000..099} or choices {a,b}. A text list has one
+    path per line, absolute or relative to the list; empty lines and lines that start with # are none. Raises UserError
+    where there are no photographs.
+    """
+    return Photos(sources(os.path.expanduser(str(entry))))
+
+
+def sources(entry: str) -> list[Source]:
+    """What `entry` names, as `list_photos` describes it."""
+    if not os.path.exists(entry):
+        matches = matching(entry)
+        if not matches:
+            raise UserError(f"data path {entry} does not exist: give a folder, a text list, a tar shard or a pattern")
+        note_shards([match for match in matches if match.endswith(".tar")])
+        return [source for match in matches for source in sources(match)]
+    if os.path.isdir(entry):
+        found = from_folder(entry)
+    elif entry.endswith(".tar"):
+        found = [from_shard(entry)]
+        if not len(found[0]):
+            raise UserError(f"shard {entry} holds no complete image: fetch it again or take it off the list")
+    elif entry.lower().endswith(EXTENSIONS):
+        found = [Source.pack(os.path.join(os.path.dirname(entry), ""), [os.path.basename(entry)])]
+    else:
+        found = [from_list(entry)]
+    if not any(map(len, found)):
+        raise UserError(f"data path {entry} holds no images ({', '.join(EXTENSIONS)}) and no tar shards with images")
+    return found
+
+
+def from_folder(folder: str) -> list[Source]:
+    """Images below `folder`, and in its tar shards, in the order of a sorted walk; hidden files are none."""
+    base = os.path.join(folder, "")
+    found: list[str | None] = []
+    shards: list[str] = []
+    for root, folders, names in os.walk(base, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        place = os.path.join(root, "")[len(base) :]
+        for name in sorted(names):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(EXTENSIONS):
+                found.append(place + name)
+            elif name.endswith(".tar"):
+                shards.append(base + place + name)
+                found.append(None)  # its images come here
+    if not shards:
+        return [Source.pack(base, found)]
+    note_shards(shards)
+    parts, names = [], []
+    for name in [*found, None]:
+        if name is not None:
+            names.append(name)
+            continue
+        parts.append(Source.pack(base, names))
+        names = []
+        if shards:
+            parts.append(from_shard(shards.pop(0)))
+    return parts
+
+
+def from_list(path: str) -> Source:
+    """Images of a text list; UserError if none of the first is there."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"data path {path} is no text list, image or tar shard; unpack other archives first") from error
+    base = os.path.join(os.path.dirname(os.path.abspath(path)), "")
+    names = [os.path.normpath(line) for line in lines if line and not line.startswith("#")]
+    head = [os.path.join(base, name) for name in names[:20]]
+    if head and not any(map(os.path.isfile, head)):
+        raise UserError(f"list {path}: none of its first {len(head)} files exists (looked for {head[0]} first)")
+    return Source.pack(base, names)
+
+
+# --- tar shards -------------------------------------------------------------------------------------------------------
+
+
+def from_shard(path: str) -> Source:
+    """Images of a tar file, from the cache or by its headers. A truncated shard gives what is whole, with a warning."""
+    noted = note_of(path)
+    try:
+        with np.load(noted) as arrays:
+            return Source(path, arrays["text"].tobytes(), arrays["ends"], arrays["places"])
+    except (OSError, ValueError, KeyError, EOFError):
+        pass
+    source, damage = read_shard(path)
+    if damage:
+        log.warning("shard %s is damaged (%s): its first %d images are used", path, damage, len(source))
+    else:
+        write_note(noted, source)
+    return source
+
+
+def read_shard(path: str) -> tuple[Source, str]:
+    """The complete images of a tar file, and what is wrong with it ('': nothing)."""
+    names, places, damage, total = [], [], "", os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members = []  # else it keeps every header
+                if not member.isfile() or not member.name.lower().endswith(EXTENSIONS):
+                    continue
+                if member.offset_data + member.size > total:
+                    raise tarfile.ReadError(f"it ends inside {member.name}")
+                names.append(member.name)
+                places.append((member.offset_data, member.size))
+    except tarfile.TarError as error:
+        damage = str(error)
+    return Source.pack(path, names, np.array(places, dtype=np.int64).reshape(-1, 2)), damage
+
+
+def note_of(path: str) -> Path:
+    """Where the cache has what this state of a shard holds."""
+    stat = os.stat(path)
+    key = hashlib.blake2b(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(), digest_size=16)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "consissr" / "shards" / f"{key.hexdigest()}.npz"
+
+
+def write_note(noted: Path, source: Source) -> None:
+    """Remember a shard; a cache that cannot be written is none."""
+    try:
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        partial = noted.with_name(f"{noted.stem}.{os.getpid()}.part.npz")
+        np.savez(partial, text=np.frombuffer(source.text, np.uint8), ends=source.ends, places=source.places)
+        partial.replace(noted)
+    except OSError:
+        log.debug("%s could not be written", noted)
+
+
+def note_shards(paths: list[str]) -> None:
+    """Bring many shards that the cache does not know into it, by several processes."""
+    unknown = [path for path in paths if not note_of(path).is_file()]
+    if len(unknown) < MANY_SHARDS:
+        return
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 32)
+    log.info("reading the headers of %d tar shards, once, in %d processes", len(unknown), workers)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        list(pool.map(note_shard, unknown, chunksize=4))
+
+
+def note_shard(path: str) -> None:
+    """One shard, in a process of its own; damage is told by the process that lists."""
+    source, damage = read_shard(path)
+    if not damage:
+        write_note(note_of(path), source)

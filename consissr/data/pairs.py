@@ -1,0 +1,69 @@
+"""Low-quality partners of photographs, by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from consissr.data.listing import Photos, list_photos
+from consissr.data.photo import Photo
+from consissr.errors import UserError
+
+KNOWN = (
+    ("NAME", "NAMEx4"),
+    ("NAME", "NAMEx2"),
+    ("NAME_HR", "NAME_LR4"),
+    ("NAME_HR", "NAME_LR2"),
+    ("NAME_HR", "NAME_LR"),
+)
+"""How data sets name pairs: DIV2K and LSDIR, RealSR version 3; what messages suggest."""
+
+
+def check_names(names: Sequence[str]) -> None:
+    """UserError unless `names` are the two patterns of an HQ and an LQ name, each with NAME."""
+    if len(names) != 2 or any(name.count("NAME") != 1 for name in names):
+        raise UserError(f"data.pair_names is {list(names)}: give an HQ and an LQ name, such as [NAME_HR,NAME_LR4]")
+
+
+def common(photo: Photo, pattern: str) -> str | None:
+    """What NAME stands for in a photo's file name without extension, with its folder; None where it does not match."""
+    folder, name = os.path.split(os.path.splitext(photo.name)[0])
+    before, after = pattern.split("NAME")
+    if not name.startswith(before) or not name.endswith(after) or len(name) < len(before) + len(after):
+        return None
+    return os.path.join(folder, name[len(before) : len(name) - len(after)])
+
+
+def pairs(photos: Photos, folder: str, names: Sequence[str] = ("NAME", "NAME")) -> tuple[list[Photo], list[Photo]]:
+    """The photographs that are HQ images by their name, and the LQ partner of each, below `folder`.
+
+    names: the HQ and the LQ file name without extension; NAME stands for what both share, as do their sub-folders. Both
+    may lie in one folder. Raises UserError for images without a partner, or with more than one.
+    """
+    check_names(names)
+    partners: dict[str, list[Photo]] = {}
+    for photo in list_photos(folder):
+        if (key := common(photo, names[1])) is not None:
+            partners.setdefault(key, []).append(photo)
+    keys = {photo: key for photo in photos if (key := common(photo, names[0])) is not None}
+    if not keys:
+        raise UserError(
+            f"none of {len(photos)} images, first {photos[0].name}, is named {names[0]}: see data.pair_names"
+        )
+    wrong = [photo for photo, key in keys.items() if len(partners.get(key, ())) != 1]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(keys)} images have no single partner of their name in {folder}, first "
+            f"{wrong[0].name}{hint(photos, folder, names)}"
+        )
+    return list(keys), [partners[key][0] for key in keys.values()]
+
+
+def hint(photos: Photos, folder: str, names: Sequence[str]) -> str:
+    """For a message: the known way of naming that fits these files, if one does."""
+    there = list_photos(folder)
+    for known in KNOWN:
+        keys = {common(photo, known[0]) for photo in photos} - {None}
+        if known != tuple(names) and keys and keys <= {common(photo, known[1]) for photo in there}:
+            return f": use data.pair_names=[{','.join(known)}]"
+    return f"; its first file is {there[0].name}: data.pair_names says how names differ"

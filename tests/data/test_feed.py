@@ -1,0 +1,63 @@
+"""Batches of the loop: own pairs beside degraded images, whatever the number of threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from consissr.config.training import TrainConfig
+from consissr.data.degradation import degrade
+from consissr.training import feed as feed_module
+from consissr.training.feed import Feed, threads
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """Four photographs to degrade, and four that have partners."""
+    rng = np.random.default_rng(0)
+    for kind, side in (("plain", 96), ("hq", 96), ("lq", 24)):
+        (tmp_path / kind).mkdir()
+        for number in range(4):
+            pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / kind / f"{kind if kind == 'plain' else 'pair'}{number}.png")
+    config = TrainConfig(steps=6, batch=4, micro_batch=2)
+    config.data.crop = 64
+    config.data.paths = [str(tmp_path / "plain"), str(tmp_path / "hq")]
+    config.data.lq_paths = ["", str(tmp_path / "lq")]
+    return config
+
+
+def test_own_pairs_are_not_degraded(config: TrainConfig) -> None:
+    feed = Feed(config, torch.device("cpu"), rank=0, world=1, needs_lq=True)
+    seen = set()
+    for n, batch in enumerate(feed.batches(0)):
+        for i in range(2):
+            sample = feed.dataset[2 * n + i]
+            assert torch.equal(batch.hq[i], sample["hq"]) and batch.names[i] == sample["name"]
+            made = degrade(sample["hq"][None], feed.degradation, [sample["seed"]])[1][0]
+            assert torch.equal(batch.lq[i], sample.get("lq", made))
+            seen.add("lq" in sample)
+    assert n == 11 and seen == {True, False}
+
+
+def test_threads_change_nothing(config: TrainConfig) -> None:
+    runs = []
+    for config.workers in (1, 5):
+        runs.append(list(Feed(config, torch.device("cpu"), rank=1, world=2, needs_lq=True).batches(2)))
+    for one, five in zip(*runs, strict=True):
+        assert torch.equal(one.hq, five.hq) and torch.equal(one.lq, five.lq) and one.names == five.names
+
+
+def test_threads_follow_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of eight processes on a node of 96 cores may use 12, and leaves one to the step."""
+    monkeypatch.setattr(feed_module.os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert threads(0) == 11 and threads(3) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert threads(0) == 16
+    monkeypatch.setattr(feed_module.os, "sched_getaffinity", lambda _: {0})
+    assert threads(0) == 1
