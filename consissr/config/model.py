@@ -24,6 +24,9 @@ class ModelConfig:
     unet_trained: list[str] = field(default_factory=list)
     """Parts of the base's UNet (prefixes of names) that are trained and stored with the ControlNet ("we first finetune
     the pre-trained SD", Sec. IV-A, CCSR); empty: the UNet stays as it is (both releases)."""
+    unet_lora: int = 0
+    """Rank of low-rank adapters (LoRA) of the UNet's attention that are trained and stored with the ControlNet, in
+    diffusers' format (needs peft to train): fits 24 GB where `unet_trained` does not; 0: none (both papers)."""
     residual: float = 0.0
     """Read the network's output as v of (z_hq - z_lq) / residual, the standard deviation of that difference, so that
     restoring starts from z_lq (`nano`: a small network copies it badly); 0: as v of z_hq (both papers)."""
@@ -47,6 +50,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_word(self.hint, ("conv", "stack"), "model.hint")
+        if self.unet_lora < 0:
+            raise UserError(f"model.unet_lora is {self.unet_lora}: use a rank, such as 16, or 0 for none")
+        if self.unet_lora and self.unet_trained:
+            raise UserError("model.unet_lora and model.unet_trained both change the UNet: use one of them")
         if self.residual < 0:
             raise UserError(f"model.residual is {self.residual}: use a standard deviation, or 0 to turn it off")
         if self.position_embedding < 0:

@@ -25,6 +25,7 @@ from consissr.evaluation.complexity import TOKENS, TOWER, UNET, VAE
 from consissr.evaluation.learned import LPIPS_VGG, find
 from consissr.models.controlnet import build_controlnet
 from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
+from consissr.models.lora import add_lora
 from consissr.models.surgery import replace_blocks
 from consissr.models.vae.narrow import empty_latents
 from consissr.training.checks import launched, problems
@@ -106,6 +107,8 @@ def untrained_model(config: TrainConfig) -> Model:
         network = UNet2DConditionModel.from_config(unet)
         controlnet = build_controlnet(network, config.model)
         replace_blocks(network, config.model)
+        if config.model.unet_lora:
+            add_lora(network, config.model.unet_lora)
         width = network.config.cross_attention_dim
         prompt = None
         if config.model.image_prompt != "none":

@@ -24,6 +24,7 @@ from consissr.diffusion.schedule import Schedule
 from consissr.diffusion.tala import probability, tala_inputs
 from consissr.errors import UserError
 from consissr.models.denoiser import Condition, SoftPrompt
+from consissr.models.lora import lora_parameters
 from consissr.models.surgery import added_parameters, trainable_parameters
 from consissr.models.vae.latents import Latents
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop
@@ -81,7 +82,7 @@ def learning(found: Model, model: ModelConfig, encoder_gradients: bool = True) -
         return not (found.text_free and idle_without_text(name))
 
     trained = {name: p for name, p in controlnet.named_parameters() if learns(name)}
-    of_unet = own_parameters(unet, model) - copies[unet]
+    of_unet = own_parameters(unet, model) - copies[unet] | lora_parameters(unet).keys()
     if not encoder_gradients:
         of_unet = {name for name in of_unet if not name.startswith(ENCODER)}
     trained |= {f"unet.{name}": p for name, p in unet.named_parameters() if name in of_unet}

@@ -3,6 +3,7 @@
     config.yaml                 model and sampler configuration, every field resolved
     controlnet/                 diffusers' layout, with our hint and additions
     unet_adapter.safetensors    only what was added to the base's UNet, or trained in it
+    pytorch_lora_weights.safetensors    low-rank adapters of the base's UNet, in diffusers' format
     image_encoder/              CLIP image tower and adapter, where the model has an image prompt
     vae/                        where the decoder was tuned: the decoder, or a whole autoencoder (converted releases)
     README.md                   model card
@@ -30,6 +31,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = ("nano-ccsr", "nano-consissr")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNET_ADAPTER = "unet_adapter.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
 
 
 def find_model(name: str | Path) -> Path:

@@ -17,9 +17,11 @@ from consissr.config.loading import changed, save_config
 from consissr.config.model import ModelConfig
 from consissr.errors import UserError
 from consissr.models.controlnet import build_controlnet, empty_controlnet
+from consissr.models.lora import add_lora, lora_state, merge_lora
 from consissr.models.surgery import added_parameters, renew_copies, replace_blocks
 from consissr.weights.base import load_base
 from consissr.weights.files import (
+    LORA,
     UNET_ADAPTER,
     WEIGHTS,
     base_of,
@@ -72,6 +74,11 @@ def load_model(
     found = load_base(base or base_of(folder, config), dtype, config.model.base_sha256, wanted if known is None else ())
     controlnet = load_controlnet(folder, config.model, dtype, before)
     load_unet_additions(folder, found.unet, config.model, before)
+    lora = read_weights(folder / LORA) if before.unet_lora else None
+    if additions is not None and config.model.unet_lora:
+        add_lora(found.unet, config.model.unet_lora, lora)
+    elif lora is not None:
+        merge_lora(found.unet, lora)
     tuned = folder / "vae"
     return Model(
         config=config,
@@ -97,6 +104,8 @@ def new_model(config: ModelConfig, tower: str = "") -> Model:
     base = load_base(config.base, sha256=config.base_sha256, prompts=[""])
     controlnet = build_controlnet(base.unet, config)
     replace_blocks(base.unet, config)
+    if config.unet_lora:
+        add_lora(base.unet, config.unet_lora)
     prompt = None
     if config.image_prompt != "none":
         visual = load_tower(Path(tower))[0] if tower else find_tower(config)
@@ -123,6 +132,8 @@ def save_model(folder: Path, model: Model, dtype: torch.dtype | None = None, car
     if stored:
         state = model.unet.state_dict()
         write_weights(folder / UNET_ADAPTER, {name: state[name] for name in stored}, dtype)
+    if model.unet is not None and (lora := lora_state(model.unet)):
+        write_weights(folder / LORA, lora, dtype)
     if model.decoder != "base":
         (save_decoder if model.decoder == "tuned" else save_latents)(folder / "vae", model.latents, dtype)
     if model.hint_latents is not None:
@@ -236,7 +247,7 @@ def load_known(network: nn.Module, weights: dict[str, Tensor], wanted: set[str],
 
 def check_additions(folder: Path, before: ModelConfig, model: ModelConfig) -> None:
     """UserError where `model` leaves out what the folder's model has, or reads its output in another way."""
-    words = ["hint", "position_embedding", "transposed_attention", "residual"]
+    words = ["hint", "position_embedding", "transposed_attention", "residual", "unet_lora"]
     words += ["image_prompt"] if model.image_prompt == "none" else []
     differ = {name: getattr(before, name) for name in words if getattr(before, name) != getattr(model, name)}
     lost = [f"model.{name}={value}" for name, value in differ.items() if value or name == "residual"]
