@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -40,6 +41,15 @@ def stage_builder(name: str) -> Callable:
     return Built
 
 
+def tune(config: TrainConfig) -> None:
+    """Settings of the whole process: cuDNN tries its kernels for each shape; TF32 on GPUs unless fp32 was asked for."""
+    import torch
+
+    torch.backends.cudnn.benchmark = True
+    if torch.cuda.is_available() and config.precision != "fp32":
+        torch.set_float32_matmul_precision("high")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,8 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
 
             from consissr.training.loop import Loop
 
+            tune(config)
             folder = Loop(config, builder, options.resume).run()
-        logging.info("done: %s", folder)
+        if os.environ.get("RANK", "0") == "0":
+            logging.info("done: %s", folder)
     except UserError as error:
         logging.error("error: %s", error)
         return 2

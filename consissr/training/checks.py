@@ -50,7 +50,7 @@ def check_launch(config: TrainConfig) -> None:
         if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
             raise UserError(
                 f"stage '{config.stage}' does not run under {name}, as no stage does (each fits one GPU): launch with "
-                "--config_file configs/accelerate/one_node.yaml or several_nodes.yaml"
+                "--config_file configs/accelerate/one_node.yaml or several_nodes.yaml, and engine=zero1 for less memory"
             )
     if min(config.steps, config.batch, config.micro_batch, config.log_every, config.checkpoint_every) < 1:
         raise UserError("steps, batch, micro_batch, log_every and checkpoint_every must be at least 1")
