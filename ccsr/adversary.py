@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ccsr.discriminator import Augmentation, ProjectedDiscriminator, ViT, condition_of, draw_windows, read_dino
 from ccsr.patchgan import PatchGAN
-from consissr.config.stages import DeftConfig
+from consissr.config.deft import DeftConfig
 from consissr.training.stage import Batch
 
 

@@ -6,6 +6,7 @@ of steps: later steps' latents are of the same kind.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccsr.adversary import ADVERSARIES
-from ccsr.losses import adaptive_weight, adversarial_weight, discriminator_hinge, generator_adversarial
 from ccsr.nuts import Nuts
 from ccsr.vgg import VggDistance
-from consissr.config.stages import DeftConfig
+from consissr.config.deft import DeftConfig
+from consissr.config.loading import changed_fields
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.learned import lpips_network
-from consissr.models.vae.narrow import narrow_decoder
 from consissr.training.stage import Batch, Phase
+from consissr.weights.files import base_of, find_model, read_config
+from consissr.weights.folder import load_model
 from consissr.weights.model import Model
 
 
 class Deft:
-    """Two phases: the decoder (pixels, features, adversarial), then the discriminator (hinge)."""
+    """Two phases: the decoder, and the discriminator that it is tuned against."""
 
     needs_lq = True
 
@@ -39,42 +41,62 @@ class Deft:
         lpips: nn.Module | None = None,
     ) -> None:
         """Without `model`, the trained model is `init`'s, and the other networks are found as the config says."""
-        if not config.init:
-            raise UserError("stage 'deft' tunes the decoder of a trained model: give init=MODEL_FOLDER (stage 'nuts')")
         self.config = config.deft
-        self.first = Nuts(config, model)
-        model, width = self.first.model, config.deft.decoder_width
-        if width != 1:
-            self.first.latents = self.first.networks["latents"] = narrow_decoder(model.latents, width)
-        model.decoder = "tuned" if model.decoder != "own" and width == 1 else "own"
+        model = model or trained_model(config)
+        self.first = Nuts(first_stage(config, model), model)
         self.latents = self.first.latents
+        model.decoder = "own" if model.decoder == "own" else "tuned"
         self.adversary = adversary or ADVERSARIES[config.deft.discriminator](config.deft)
         self.networks = nn.ModuleDict({"first": self.first.networks, "adversary": self.adversary})
-        self.lpips = lpips or perceptual_network(config.deft)
+        self.lpips = lpips or self.perceptual_network(config.deft)
         if self.lpips is not None:
             self.networks["lpips"] = self.lpips
         self.compile_modules = [*self.first.compile_modules, self.latents.vae.decoder]
         if config.deft.discriminator == "patchgan":
             self.compile_modules.append(self.adversary)
-        decoder = dict(self.latents.vae.decoder.named_parameters())
-        if self.latents.linear is not None:
-            decoder["synthesis"] = self.latents.linear.synthesis.weight
-        if config.deft.post_quant_conv:
-            convolution = self.latents.vae.post_quant_conv.named_parameters()
-            decoder |= {f"post_quant_conv.{name}": parameter for name, parameter in convolution}
         learned = dict(self.adversary.learned.named_parameters())
         self.phases = [
-            Phase("decoder", decoder, self.decoder_loss, config.optimizer),
+            Phase("decoder", self.decoder_parameters(), self.decoder_loss, config.optimizer),
             Phase("discriminator", learned, self.discriminator_loss, config.deft.optimizer),
         ]
 
-    @classmethod
-    def untrained(cls, config: TrainConfig, model: Model) -> Deft:
-        """The stage with `model` and, on the meta device, all other networks of the right sizes (dry runs)."""
-        with torch.device("meta"):
-            lpips = VggDistance(None) if config.deft.perceptual in ("lpips", "vgg") else None
-            adversary = ADVERSARIES[config.deft.discriminator](config.deft, untrained=True)
-        return cls(config, model, adversary, lpips)
+    def decoder_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The loss "the same as that of VAE" (Sec. III-C, CCSR): |D(z) - x| + LPIPS + weight * adversarial.
+
+        LDM's VAE training scales the adversarial term to the other two's gradient (`deft.adaptive`).
+        """
+        c = self.config
+        image = self.latents.decode(batch.cache["x0_T"]).float()  # (B, 3, S, S)
+        image = image.clamp(-1, 1) if c.clamp else image
+        batch.cache["image"] = image.detach()
+        view = self.adversary.view(batch)
+        logits, features = self.adversary(image, batch, view)
+        losses = {"pixel": F.l1_loss(image, batch.hq) if c.reconstruction == "l1" else F.mse_loss(image, batch.hq)}
+        reconstruction = losses["pixel"]
+        if c.perceptual != "none":
+            losses[c.perceptual] = self.perceptual(image, batch, view, features)
+            reconstruction = reconstruction + c.perceptual_weight * losses[c.perceptual]
+        losses["adversarial"] = generator_adversarial(logits)
+        weight = adversarial_weight(step, c.adversarial_weight, c.adversarial_start)
+        if c.adaptive and weight:
+            last_layer = self.latents.vae.decoder.conv_out.weight
+            losses["adaptive"] = adaptive_weight(reconstruction, losses["adversarial"], last_layer)
+            weight = weight * losses["adaptive"]
+        return {"loss": reconstruction + weight * losses["adversarial"], **losses}
+
+    def discriminator_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Hinge loss on photographs and on the decoder's images of this step; 0 before `deft.discriminator_start`."""
+        real, _ = self.adversary(batch.hq, batch, self.adversary.view(batch))
+        fake, _ = self.adversary(batch.cache["image"], batch, self.adversary.view(batch))
+        losses = discriminator_hinge(real, fake)
+        return losses | {"loss": losses["loss"] * (step >= self.config.discriminator_start)}
+
+    def perceptual(self, image: Tensor, batch: Batch, view: Any, features: list[Tensor]) -> Tensor:
+        """LPIPS (a scalar) between `image` (B, 3, S, S) and the photographs.
+
+        view, features: how the adversary saw `image`, and its features (for other losses).
+        """
+        return self.lpips(image, batch.hq, normalize=False).mean()
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -87,45 +109,29 @@ class Deft:
         batch.cache["x0_T"] = self.first.one_step(batch)
         self.adversary.prepare(batch)
 
-    def decoder_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Pixel loss + perceptual loss + adversarial loss, the last scaled to the others' gradient if `adaptive`."""
-        c = self.config
-        image = self.latents.decode(batch.cache["x0_T"]).float()  # (B, 3, S, S)
-        image = image.clamp(-1, 1) if c.clamp else image
-        batch.cache["image"] = image.detach()
-        view = self.adversary.view(batch)
-        logits, features = self.adversary(image, batch, view)
-        pixel = F.l1_loss(image, batch.hq) if c.reconstruction == "l1" else F.mse_loss(image, batch.hq)
-        parts = {"pixel": pixel}
-        reconstruction = pixel
-        if c.perceptual != "none":
-            parts[c.perceptual] = self.perceptual(image, batch, view, features)
-            reconstruction = reconstruction + c.perceptual_weight * parts[c.perceptual]
-        parts["adversarial"] = generator_adversarial(logits)
-        weight = adversarial_weight(step, c.adversarial_weight, c.adversarial_start)
-        if c.adaptive and weight:
-            last_layer = self.latents.vae.decoder.conv_out.weight
-            parts["adaptive"] = adaptive_weight(reconstruction, parts["adversarial"], last_layer)
-            weight = weight * parts["adaptive"]
-        return {"loss": reconstruction + weight * parts["adversarial"], **parts}
+    def perceptual_network(self, config: DeftConfig) -> nn.Module | None:
+        """The frozen network that compares images, if any. UserError where its weights are missing."""
+        if config.perceptual == "lpips":
+            return lpips_network(Path(config.weights) if config.weights else None)
+        return None
 
-    def perceptual(self, image: Tensor, batch: Batch, view: Any, features: list[Tensor]) -> Tensor:
-        """Distance (a scalar) of `image` (B, 3, S, S) to the photographs: LPIPS, VGG's or in the adversary's features.
+    def decoder_parameters(self) -> dict[str, nn.Parameter]:
+        """What the first phase trains, by name."""
+        decoder = dict(self.latents.vae.decoder.named_parameters())
+        if self.latents.linear is not None:
+            decoder["synthesis"] = self.latents.linear.synthesis.weight
+        if self.config.post_quant_conv:
+            convolution = self.latents.vae.post_quant_conv.named_parameters()
+            decoder |= {f"post_quant_conv.{name}": parameter for name, parameter in convolution}
+        return decoder
 
-        The photographs are shown to it under the same `view` that gave the image's `features`.
-        """
-        if self.lpips is not None:
-            return self.lpips(image, batch.hq, normalize=False).mean()
-        with torch.no_grad():
-            _, wanted = self.adversary(batch.hq, batch, view)
-        return feature_distance(features, wanted)
-
-    def discriminator_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Hinge loss on photographs and on the decoder's images of this step; 0 before `discriminator_start`."""
-        real, _ = self.adversary(batch.hq, batch, self.adversary.view(batch))
-        fake, _ = self.adversary(batch.cache["image"], batch, self.adversary.view(batch))
-        parts = discriminator_hinge(real, fake)
-        return parts | {"loss": parts["loss"] * (step >= self.config.discriminator_start)}
+    @classmethod
+    def untrained(cls, config: TrainConfig, model: Model) -> Deft:
+        """The stage with `model` and, on the meta device, all other networks of the right sizes (dry runs)."""
+        with torch.device("meta"):
+            lpips = VggDistance(None) if config.deft.perceptual in ("lpips", "vgg") else None
+            adversary = ADVERSARIES[config.deft.discriminator](config.deft, untrained=True)
+        return cls(config, model, adversary, lpips)
 
     def restore(self, batch: Batch) -> Tensor:
         """One-step result with the tuned decoder."""
@@ -134,27 +140,52 @@ class Deft:
     def export(self, folder: Path) -> None:
         """The first stage's model folder, with the tuned decoder."""
         self.first.export(folder)
-        if self.config.decoder_width != 1:
-            with open(folder / "README.md", "a") as card:
-                width = self.config.decoder_width
-                card.write(f"\nIts decoder is {width:g} times as wide: a different, faster model.\n")
 
 
-def perceptual_network(config: DeftConfig) -> nn.Module | None:
-    """The frozen network that compares images, if `config.perceptual` needs one. UserError where it lacks weights."""
-    if config.perceptual == "vgg":
-        if not config.weights:
-            raise UserError(
-                "deft.perceptual=vgg needs deft.weights=FILE: VGG16's weights, which `python -m ccsr.vgg` converts"
-            )
-        return VggDistance(Path(config.weights))
-    if config.perceptual == "lpips":
-        return lpips_network(Path(config.weights) if config.weights else None)
-    return None
+def trained_model(config: TrainConfig) -> Model:
+    """The model of `init`, as its own config.yaml describes it; `model.base` may name another place of its base."""
+    if not config.init:
+        raise UserError("stage 'deft' tunes the decoder of a trained model: give init=MODEL_FOLDER (stage 'nuts')")
+    fresh = type(config)()
+    own = [(name, changed_fields(getattr(config, name), getattr(fresh, name))) for name in ("model", "sampler", "nuts")]
+    given = [f"{name}.{field}" for name, fields in own for field in fields if (name, field) != ("model", "base")]
+    if given:
+        raise UserError(f"stage 'deft' has its model and sampler from init's config.yaml: leave out {', '.join(given)}")
+    base = config.model.base if config.model.base != fresh.model.base else None
+    folder = find_model(config.init)
+    stored = read_config(folder)
+    whole = replace(stored.model, base=base or base_of(folder, stored))
+    model = load_model(folder, additions=whole, prompts=[""])
+    if "" not in model.prompts:
+        raise UserError(f"{config.init} holds no embedding of the empty prompt, which training needs: convert it again")
+    return model
 
 
-def feature_distance(features: list[Tensor], wanted: list[Tensor]) -> Tensor:
-    """Mean over layers of the L1 distance between maps of equal shapes, relative to the wanted maps' mean size."""
-    pairs = zip(features, wanted, strict=True)
-    distances = [F.l1_loss(f.float(), w.float()) / w.float().abs().mean() for f, w in pairs]
-    return torch.stack(distances).mean()
+def first_stage(config: TrainConfig, model: Model) -> TrainConfig:
+    """The run's configuration with the frozen first stage's model and sampler."""
+    stored = model.config
+    nuts = replace(config.nuts, posterior=stored.sampler.posterior)
+    return replace(config, model=stored.model, sampler=stored.sampler, nuts=nuts)
+
+
+def generator_adversarial(logits_fake: Tensor) -> Tensor:
+    """-mean(D(fake)) of logits of any shape: what the decoder minimises against a hinge discriminator."""
+    return -logits_fake.mean()
+
+
+def adversarial_weight(step: int, weight: float = 0.05, begin: int = 100) -> float:
+    """The weight of the adversarial term at an optimiser step: 0 up to and including `begin`, then `weight`."""
+    return weight if step > begin else 0.0
+
+
+def discriminator_hinge(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """The discriminator's loss on logits of any shape: `loss` = (`loss_real` + `loss_fake`) / 2."""
+    loss_real, loss_fake = F.relu(1 - real).mean(), F.relu(1 + fake).mean()
+    return {"loss": 0.5 * (loss_real + loss_fake), "loss_real": loss_real, "loss_fake": loss_fake}
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, limit: float = 1e4) -> Tensor:
+    """||grad reconstruction|| / ||grad adversarial|| at the decoder's last layer, detached (LDM's VAE, CCSR v1)."""
+    (g_reconstruction,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (g_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (g_reconstruction.norm() / (g_adversarial.norm() + 1e-4)).clamp(0, limit).detach()

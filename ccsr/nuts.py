@@ -1,53 +1,113 @@
-"""Stage 'nuts': ControlNet and additions under non-uniform timestep sampling (Sec. III-B, CCSR).
+"""Stage 'nuts': non-uniform timestep sampling in training (Sec. III-B, CCSR). Its plan in sampling: timesteps.py.
 
-What is trained stands in consissr/training/restoration.py: the ControlNet, what the model config adds (ConsisSR's image
-branch, position embedding, transposed attention), and the parts of the UNet that `model.unet_trained` names. With
-`nuts.losses: [l_diff]` this is ordinary ControlNet pre-training, which CCSR's release starts from.
+What is trained stands in consissr/training/restoration.py: the ControlNet (as in both releases), what the model config
+adds (ConsisSR's image branch, position embedding, transposed attention), and the parts of the UNet that
+`model.unet_trained` names. With `nuts.losses: [l_diff]` this is ordinary ControlNet pre-training, which CCSR v2 starts
+from.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ccsr.losses import nuts_losses
 from ccsr.timesteps import sampler_plan, t_max_step, with_plan
 from consissr.config.folder import FolderConfig
 from consissr.config.training import TrainConfig
+from consissr.diffusion.augmentation import probability
+from consissr.diffusion.schedule import Schedule
 from consissr.errors import UserError
 from consissr.models.denoiser import SoftPrompt
-from consissr.training.restoration import Restoration, pixel_weights
+from consissr.training.restoration import Restoration
 from consissr.training.stage import Batch
 from consissr.weights.model import Model
 
 log = logging.getLogger(__name__)
+
+LOSSES = ("l_diff", "l_T", "l_tmax")
+
+
+def nuts_losses(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    z_hq: Tensor,
+    z_start: Tensor,
+    t: Tensor,
+    noises: Sequence[Tensor],
+    schedule: Schedule,
+    t_max: int,
+    losses: Sequence[str] = LOSSES,
+    error: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+) -> dict[str, Tensor]:
+    """Eq. 1 to 3 of CCSR: the wanted `losses` by name, each a mean over all elements; for no others the network runs.
+
+    denoise(z_t, t) -> eps_theta. Latents and noises are (B, C, h, w); t (B,) are l_diff's timesteps; z_start is the
+    latent that is noised to T; x0_from_T is noised again to `t_max`. The three noises are for t, T and t_max. The
+    gradient flows through x0_from_T into l_tmax.
+    """
+    T, tmax = torch.full_like(t, len(schedule) - 1), torch.full_like(t, t_max)
+    found = {}
+    if "l_diff" in losses:
+        z_t = schedule.add_noise(z_hq, noises[0], t)  # (Eq. 1)
+        found["l_diff"] = error(denoise(z_t, t), noises[0])  # (Eq. 2)
+    if "l_T" in losses or "l_tmax" in losses:
+        z_T = schedule.add_noise(z_start, noises[1], T)  # (Eq. 1)
+        x0_from_T = schedule.x0_from_eps(z_T, denoise(z_T, T), T)
+        found["l_T"] = error(x0_from_T, z_hq)
+    if "l_tmax" in losses:
+        z_tmax = schedule.add_noise(x0_from_T, noises[2], tmax)
+        x0_from_tmax = schedule.x0_from_eps(z_tmax, denoise(z_tmax, tmax), tmax)
+        found["l_tmax"] = error(x0_from_tmax, z_hq)  # l_T + l_tmax is l_diff at T (Eq. 3)
+    return {name: found[name] for name in losses}
 
 
 class Nuts(Restoration):
     """l_diff at uniform t (Eq. 2, CCSR), l_T and l_tmax from the noisiest timestep (Eq. 3)."""
 
     def __init__(self, config: TrainConfig, model: Model | None = None, soft_prompt: SoftPrompt | None = None) -> None:
-        super().__init__(config, model, soft_prompt)
-        self.posterior = config.nuts.posterior
-        self.weights = pixel_weights(self.latents) if config.nuts.metric == "pixels" else None
-        s = config.sampler
-        T = len(self.schedule)
+        super().__init__(config, model, soft_prompt, config.nuts.posterior)
+        s, T = config.sampler, len(self.schedule)
         self.plan = sampler_plan(s, T)
-        self.t_max = config.nuts.t_max_step or t_max_step(s.steps, config.nuts.t_max, s.grid, T)
+        self.t_max = config.nuts.t_max_step or t_max_step(s.steps, s.t_max, s.grid, T)
         if not 0 < self.t_max < T:
             raise UserError(f"nuts.t_max_step is {self.t_max}: use a timestep from 1 to {T - 1}, or 0")
-        trained = "l_tmax" in config.nuts.losses and not config.nuts.t_max_step
-        if trained and s.plan == "nuts" and not s.timesteps and self.t_max != t_max_step(s.steps, s.t_max, s.grid, T):
-            raise UserError(
-                f"nuts.t_max is {config.nuts.t_max:g}, sampler.t_max {s.t_max:g}: the sampler would use a timestep "
-                "that is not trained; make them equal, or set nuts.t_max_step"
-            )
-
         self.t_first, self.t_end = self.diff_range()
-        if self.augmentation != "off" and self.t_end <= self.t_max + 1:
+        if self.form("off") != "off" and self.t_end <= self.t_max + 1:
             log.warning("latent augmentation is rare at t < %d: nuts.l_diff_t=all draws every timestep", self.t_end)
+
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The configured losses (`nuts_losses`), each with weight 1."""
+        c = self.config.nuts
+        z_hq, z_lq = batch.cache["z_hq"], batch.cache["z_lq"]
+        condition = self.condition(batch)
+        noises = [batch.randn(*z_hq.shape[1:]) for _ in range(3)]
+        t = self.t_first + batch.randint(self.t_end - self.t_first)
+
+        def denoise(z_t: Tensor, t: Tensor) -> Tensor:
+            return self.denoiser(z_t, t, condition)
+
+        hybrid = "l_diff" in c.losses and self.form("off") != "off"
+        wanted = [name for name in c.losses if name != "l_diff"] if hybrid else c.losses
+        z_start = z_lq if c.start == "lq" else z_hq
+        losses = nuts_losses(denoise, z_hq, z_start, t, noises, self.schedule, self.t_max, wanted, self.error)
+        if hybrid:
+            losses["l_diff"] = self.augmented_loss(denoise, batch, t, noises[0])
+        return {"loss": torch.stack([losses[name] for name in c.losses]).sum(), **losses}
+
+    def augmented_loss(self, denoise: Callable[..., Tensor], batch: Batch, t: Tensor, eps: Tensor) -> Tensor:
+        """l_diff under ConsisSR's augmentation (Algorithm 1, lines 7 to 10, ConsisSR): a hybrid of ours."""
+        z_hq, z_lq, c = batch.cache["z_hq"], batch.cache["z_lq"], self.config.tala
+        r = batch.rand()[:1] if c.shared_draw else batch.rand()
+        from_lq = (r < probability(t, self.form("off"), c.gamma, len(self.schedule))).view(-1, 1, 1, 1)
+        z_t = self.schedule.add_noise(torch.where(from_lq, z_lq, z_hq), eps, t)
+        return self.error(denoise(z_t, t), self.schedule.eps_from_x0(z_t, z_hq, t))
+
+    def error(self, value: Tensor, target: Tensor) -> Tensor:
+        """Squared error of latents or noises (B, C, h, w), a mean over all elements."""
+        return F.mse_loss(value, target)
 
     def diff_range(self) -> tuple[int, int]:
         """First timestep that l_diff is trained at, and the one after the last."""
@@ -58,32 +118,17 @@ class Nuts(Restoration):
         return 0, self.t_max if c.l_diff_t == "released" and "l_T" in c.losses else T
 
     def prepare(self, batch: Batch) -> None:
-        """Latents of both images; the hint is z_lq, a sample where that is one."""
+        """Latents of both images; the hint is z_lq, a sample where that is one (CCSR v2)."""
         super().prepare(batch)
         if self.hint_latents is None:
             batch.cache["hint"] = batch.cache["z_lq"]
 
-    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The configured losses, each with weight 1."""
-        c = self.config.nuts
-        z_hq, z_lq = batch.cache["z_hq"], batch.cache["z_lq"]
-        condition = self.condition(batch)
-        noises = [batch.randn(*z_hq.shape[1:]) for _ in range(3)]
-        t = self.t_first + batch.randint(self.t_end - self.t_first)
-        parts = nuts_losses(
-            lambda z_t, t: self.denoiser(z_t, t, condition), z_hq, z_lq, t, noises, self.schedule, self.t_max, c.start,
-            c.losses, self.weights, self.augmented(batch, t, noises[0]),
-        )  # fmt: skip
-        used = {name: parts[name] for name in c.losses}
-        return {"loss": torch.stack(list(used.values())).sum(), **used}
-
     def one_step(self, batch: Batch) -> Tensor:
         """x0_from_T (B, C, h, w): the latent that one evaluation at the noisiest timestep gives."""
         z_lq = batch.cache["z_lq"]
-        condition = self.condition(batch)
-        last = torch.full((len(z_lq),), len(self.schedule) - 1, device=z_lq.device)
-        z_T = self.schedule.add_noise(z_lq, batch.randn(*z_lq.shape[1:]), last)
-        return self.schedule.x0_from_eps(z_T, self.denoiser(z_T, last, condition), last)
+        T = torch.full((len(z_lq),), len(self.schedule) - 1, device=z_lq.device)
+        z_T = self.schedule.add_noise(z_lq, batch.randn(*z_lq.shape[1:]), T)
+        return self.schedule.x0_from_eps(z_T, self.denoiser(z_T, T, self.condition(batch)), T)
 
     def restore(self, batch: Batch) -> Tensor:
         """One-step result, or the sampler's where one step is not trained, at noise that depends on the image alone."""

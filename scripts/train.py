@@ -12,25 +12,21 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from consissr.config.loading import check_word, load_config
+from consissr.config.loading import check_word
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
+from consissr.nano.config import STAGES as NANO_STAGES
+from consissr.nano.config import run_config
 from consissr.training.checks import check_changes, check_run
 from consissr.training.lock import claimed
 
-STAGES = ("autoencoder", "clip", "prior", "rclip", "tala", "nuts", "deft")
+STAGES = ("rclip", "tala", "nuts", "deft", *NANO_STAGES)
 
 
 def stage_builder(name: str) -> Callable:
     """The class of a stage. Imported here, late, so that --help stays fast and a stage loads only its own needs."""
     check_word(name, STAGES, "stage")
-    if name == "autoencoder":
-        from consissr.nano.autoencoder import Autoencoder as Built
-    elif name == "clip":
-        from consissr.nano.clip import Clip as Built
-    elif name == "prior":
-        from consissr.nano.prior import Prior as Built
-    elif name == "rclip":
+    if name in ("rclip", "nano_rclip"):
         from consissr.training.rclip import Rclip as Built
     elif name == "tala":
         from consissr.training.tala import Tala as Built
@@ -38,6 +34,18 @@ def stage_builder(name: str) -> Callable:
         from ccsr.nuts import Nuts as Built
     elif name == "deft":
         from ccsr.deft import Deft as Built
+    elif name == "nano_tala":
+        from consissr.nano.stages import NanoTala as Built
+    elif name == "nano_nuts":
+        from ccsr.nano import NanoNuts as Built
+    elif name == "nano_deft":
+        from ccsr.nano import NanoDeft as Built
+    elif name == "autoencoder":
+        from consissr.nano.autoencoder import Autoencoder as Built
+    elif name == "clip":
+        from consissr.nano.clip import Clip as Built
+    else:
+        from consissr.nano.prior import Prior as Built
     return Built
 
 
@@ -63,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     # 1x1 convolutions have two names for one layout
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
-        config = load_config(TrainConfig, options.config, options.overrides)
+        config = run_config(options.config, options.overrides)
         if options.dry_run:
             from consissr.training.dry_run import describe
 

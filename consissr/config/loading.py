@@ -25,6 +25,25 @@ def check_word(value: str, known: tuple[str, ...], name: str) -> None:
         raise UserError(f"{name} is '{value}', which it cannot be{nearest(str(value), list(known))}")
 
 
+def read_word(key: str, path: str | Path | None, overrides: list[str] | None = None) -> str:
+    """The word that a YAML file and `key=value` overrides give the top-level `key`; '' for none, or an unreadable file.
+
+    It says which dataclass the file is to be loaded as; what is wrong with the file is said then.
+    """
+    from yaml import YAMLError, safe_load
+
+    word = ""
+    try:
+        content = safe_load(Path(path).read_text()) if path is not None else {}
+        word = str(content.get(key, "")) if isinstance(content, dict) else ""
+    except (OSError, YAMLError, UnicodeDecodeError):
+        pass
+    for override in overrides or []:
+        name, _, value = override.partition("=")
+        word = value if name == key else word
+    return word
+
+
 def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: list[str] | None = None) -> ConfigT:
     """A checked `cls` from a YAML file and `key=value` overrides (both optional).
 

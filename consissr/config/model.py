@@ -27,9 +27,6 @@ class ModelConfig:
     unet_lora: int = 0
     """Rank of low-rank adapters (LoRA) of the UNet's attention that are trained and stored with the ControlNet, in
     diffusers' format (needs peft to train): fits 24 GB where `unet_trained` does not; 0: none (both papers)."""
-    residual: float = 0.0
-    """Read the network's output as v of (z_hq - z_lq) / residual, the standard deviation of that difference, so that
-    restoring starts from z_lq (`nano`: a small network copies it badly); 0: as v of z_hq (both papers)."""
     transposed_attention: bool = False
     """Channel-wise self-attention after the spatial one (Sec. 3.3, ConsisSR)."""
     image_prompt: str = "none"
@@ -44,9 +41,12 @@ class ModelConfig:
     with image_encoder/ (a run of stage 'rclip') or a bundled model (its tower alone: 'nano-consissr'), or
     'open_clip:NAME/TAG' or '/FILE' (open_clip's weights by tag or as a file; SD2.1's tower is
     open_clip:ViT-H-14/laion2b_s32b_b79k)."""
+    adapter: str = "mlp"
+    """Between image encoder and keys and values: 'none' (the paper: Sec. 3.3 feeds RCLIP's embedding to them as it is,
+    for which it must be as wide as the text's) or 'mlp' (the release's trained three layers, which the paper does not
+    mention)."""
     adapter_init: str = "default"
-    """How a new image adapter starts: 'default' (PyTorch's), 'unit' (tokens of unit deviation, as a text's; a run whose
-    `init` has another one begins it anew) or 'as_released' (last layer zero, which blocks all gradients)."""
+    """How a new adapter starts: 'default' (PyTorch's) or 'as_released' (last layer zero, no gradient passes)."""
 
     def __post_init__(self) -> None:
         check_word(self.hint, ("conv", "stack"), "model.hint")
@@ -54,11 +54,10 @@ class ModelConfig:
             raise UserError(f"model.unet_lora is {self.unet_lora}: use a rank, such as 16, or 0 for none")
         if self.unet_lora and self.unet_trained:
             raise UserError("model.unet_lora and model.unet_trained both change the UNet: use one of them")
-        if self.residual < 0:
-            raise UserError(f"model.residual is {self.residual}: use a standard deviation, or 0 to turn it off")
         if self.position_embedding < 0:
             raise UserError(f"model.position_embedding is {self.position_embedding}: use a side, or 0 to turn it off")
         check_word(self.image_prompt, ("none", "hpa", "hpa_separate", "ip_adapter"), "model.image_prompt")
         check_word(self.image_kv, ("shared", "separate"), "model.image_kv")
         check_word(self.image_tokens, ("pooled", "patches"), "model.image_tokens")
-        check_word(self.adapter_init, ("default", "unit", "as_released"), "model.adapter_init")
+        check_word(self.adapter, ("mlp", "none"), "model.adapter")
+        check_word(self.adapter_init, ("default", "as_released"), "model.adapter_init")

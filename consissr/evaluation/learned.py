@@ -195,7 +195,7 @@ def lpips_network(folder: Path | None):
     if lacking:
         raise UserError(
             f"LPIPS: weights missing: {', '.join(lacking)}; put them into one folder and name it: deft.weights=FOLDER "
-            "(or choose another perceptual loss: deft.perceptual=features)"
+            "(or do without a perceptual loss: deft.perceptual=none)"
         )
     return _pyiqa_metric("lpips-vgg", LPIPS_VGG, folder, "cpu").net
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consissr.config.model import ModelConfig
+from consissr.errors import UserError
 from consissr.models.attention import zeroed
 
 if TYPE_CHECKING:
@@ -18,9 +20,6 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Channel standard deviations of CLIP's training images."""
-
-GELU_GAIN = 1.534
-"""1 / sqrt(E[GELU(x)^2]) for x of unit variance."""
 
 
 def build_tower(embed_dim: int, vision: dict[str, Any]) -> VisionTransformer:
@@ -55,10 +54,9 @@ def tower_features(tower: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]
 class Adapter(nn.Module):
     """Features (B, N, E) -> image tokens (B, N, D): LayerNorm and three linear layers with GELU between them.
 
+    It is the release's: in the paper RCLIP's embedding is fed to keys and values as it is (`model.adapter: none`).
     `init` 'as_released' sets the last layer to zero. With the zero output layer of the image branch behind it, neither
-    then ever receives a gradient that depends on the image; 'default' keeps PyTorch's initialisation, whose tokens have
-    a tenth of the deviation of a text's; 'unit' starts with tokens of unit deviation, so that attention to them, by
-    the text's keys, tells them apart from the first step.
+    then ever receives a gradient that depends on the image; 'default' keeps PyTorch's initialisation.
     """
 
     def __init__(self, features: int, width: int, init: str = "default") -> None:
@@ -69,10 +67,6 @@ class Adapter(nn.Module):
         self.linear_3 = nn.Linear(width, width)
         if init == "as_released":
             zeroed(self.linear_3)
-        if init == "unit":
-            for layer, gain in ((self.linear_1, 1.0), (self.linear_2, GELU_GAIN), (self.linear_3, GELU_GAIN)):
-                nn.init.normal_(layer.weight, std=gain / layer.in_features**0.5)
-                nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, N, E) -> (B, N, D), every token on its own."""
@@ -80,10 +74,22 @@ class Adapter(nn.Module):
         return self.linear_3(F.gelu(self.linear_2(hidden)))
 
 
+def new_adapter(features: int, width: int, config: ModelConfig) -> nn.Module:
+    """What `config` puts between features (B, N, E) and image tokens (B, N, D), untrained; an Identity for nothing."""
+    if config.adapter == "mlp":
+        return Adapter(features, width, config.adapter_init)
+    if features != width:
+        raise UserError(
+            f"model.adapter is none, but the image encoder's embedding has {features} channels and the text's {width}: "
+            "use model.adapter=mlp, or an encoder of that width"
+        )
+    return nn.Identity()
+
+
 class ImagePrompt(nn.Module):
     """Image -> image tokens, with 'pooled' (one) or 'patches' (one per patch of the tower) `tokens`."""
 
-    def __init__(self, tower: VisionTransformer, adapter: Adapter, tokens: str = "pooled") -> None:
+    def __init__(self, tower: VisionTransformer, adapter: nn.Module, tokens: str = "pooled") -> None:
         super().__init__()
         self.tower = tower
         self.adapter = adapter
@@ -120,4 +126,7 @@ def tower_config(tower: VisionTransformer) -> dict[str, Any]:
 
 def prompt_config(prompt: ImagePrompt) -> dict[str, Any]:
     """Sizes of an image prompt: what `build_image_prompt` makes it from, and a model folder stores."""
-    return tower_config(prompt.tower) | {"width": prompt.adapter.linear_3.out_features}
+    adapter = prompt.adapter
+    return tower_config(prompt.tower) | {
+        "width": adapter.linear_3.out_features if isinstance(adapter, Adapter) else prompt.tower.output_dim
+    }

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from consissr.config.training import TrainConfig
 from consissr.models.vae.latents import Latents
+from consissr.nano.config import NanoConfig
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop, held_out, photographs
 from consissr.training.validation import VALIDATION_SEED
 from consissr.weights.latents import save_latents
@@ -17,7 +17,7 @@ MEASURED = 64
 """Training crops on which the scaling factor is measured where there is no validation set."""
 
 
-def build_vae(config: TrainConfig) -> torch.nn.Module:
+def build_vae(config: NanoConfig) -> torch.nn.Module:
     """A diffusers AutoencoderKL of the configured widths, without mid-block attention (any size costs linearly)."""
     from diffusers import AutoencoderKL
 
@@ -40,7 +40,7 @@ def build_vae(config: TrainConfig) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def start_linear(latents: Latents, config: TrainConfig) -> None:
+def start_linear(latents: Latents, config: NanoConfig) -> None:
     """Start as the linear code alone: principal components of the first crops, networks that add nothing."""
     dataset = photographs(config.data, config.seed)
     crops = torch.stack([dataset[n]["hq"] for n in range(256)])
@@ -57,7 +57,7 @@ class Autoencoder:
 
     needs_lq = False
 
-    def __init__(self, config: TrainConfig, fit: bool = True) -> None:
+    def __init__(self, config: NanoConfig, fit: bool = True) -> None:
         """fit=False leaves the linear path random, for which no photographs are needed."""
         self.config, self.data = config.autoencoder, config.data
         self.seed, self.micro_batch = config.seed, config.micro_batch

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.config.stages import ClipConfig
-from consissr.config.training import TrainConfig
 from consissr.models.image_prompt import build_tower, clip_input
 from consissr.nano.captions import WORDS, caption
+from consissr.nano.config import ClipConfig, NanoConfig
 from consissr.training.precision import without_autocast
 from consissr.training.stage import EXPORT, Batch, Phase, held_out, seed_of
 from consissr.weights.image_encoder import save_tower
@@ -121,7 +120,7 @@ class Clip:
 
     needs_lq = False
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: NanoConfig) -> None:
         from transformers import CLIPTokenizer
 
         c = self.config = config.clip

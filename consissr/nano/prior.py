@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.config.training import TrainConfig
 from consissr.diffusion.schedule import SD_BETAS, Schedule, alpha_bar
 from consissr.errors import UserError
 from consissr.nano.captions import caption
+from consissr.nano.config import NanoConfig
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop
 from consissr.weights.base import NullText, TextEncoder, idle_without_text, load_text
 from consissr.weights.folder import write_network, write_scheduler
@@ -29,7 +29,7 @@ ENCODERS = ("text_encoder", "tokenizer", "image_encoder")
 """Folders of a clip run that become part of the base."""
 
 
-def build_unet(config: TrainConfig, latent_channels: int) -> nn.Module:
+def build_unet(config: NanoConfig, latent_channels: int) -> nn.Module:
     """A diffusers UNet2DConditionModel of the configured widths."""
     from diffusers import UNet2DConditionModel
 
@@ -48,7 +48,7 @@ def build_unet(config: TrainConfig, latent_channels: int) -> nn.Module:
     )
 
 
-def read_text(config: TrainConfig) -> TextEncoder:
+def read_text(config: NanoConfig) -> TextEncoder:
     """The text encoder that `prior.text` names, or the one of a text-free base. UserError if it does not fit."""
     c = config.prior
     if not c.text:
@@ -68,7 +68,7 @@ class Prior:
 
     needs_lq = False
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: NanoConfig) -> None:
         vae = Path(config.init) / "vae"
         if not vae.is_dir():
             raise UserError(f"init='{config.init}': give the output_dir of an autoencoder run, which holds vae/")

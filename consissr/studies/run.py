@@ -20,12 +20,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from consissr.config.loading import changed_fields, load_config
+from consissr.config.loading import changed_fields
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.children import Job, threads_each
 from consissr.evaluation.folders import list_images, list_runs, pair
 from consissr.evaluation.workers import cores
+from consissr.nano.config import run_config
 from consissr.studies.spec import DATASETS, PLACES, Plan, Results, Training
 
 REALSR = {"count": 12, "crop": 72, "scale": 4}
@@ -128,7 +129,7 @@ def centre_crops(pairs: Path, output: Path) -> None:
 
 def planned(training: Training, overrides: Iterable[str]) -> TrainConfig:
     """The configuration that the training is to run."""
-    return load_config(TrainConfig, training.config, [*overrides, f"seed={training.seed}"])
+    return run_config(training.config, [*overrides, f"seed={training.seed}"])
 
 
 def done_record(model: Path | str) -> dict:
@@ -145,7 +146,7 @@ def is_trained(training: Training, overrides: Iterable[str] = ()) -> bool:
     """
     told = training.folder / "train.yaml"
     if told.is_file():
-        differ = changed_fields(load_config(TrainConfig, told), planned(training, overrides), PLACES)
+        differ = changed_fields(run_config(told), planned(training, overrides), PLACES)
         if differ:
             raise UserError(
                 f"{training.folder} was trained with other values of {', '.join(differ)}: remove it, or use another -o"

@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
-from consissr.config.loading import load_config, nearest
+from consissr.config.loading import nearest
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
+from consissr.nano.config import run_config
 
 ORDER = ("consissr_table4", "ccsr_table1", "consissr_table3", "hybrids", "ccsr_sweeps")
 """What 'all' runs, the headline comparisons first."""
@@ -224,7 +225,7 @@ class Plan:
         if not path.is_file():
             known = [f"{study}/{p.stem}" for p in sorted((self.folder / study).glob("*.yaml"))]
             raise UserError(f"there is no variant '{study}/{variant}'{nearest(f'{study}/{variant}', known)}")
-        config = load_config(TrainConfig, path)
+        config = run_config(path)
         seeded = seed is not None and seed != config.seed
         name = f"{variant}-seed{seed}" if seeded else variant
         folder = self.out / study / "models" / name

@@ -13,7 +13,7 @@ from pathlib import Path
 from consissr.config.loading import changed_fields, load_config
 from consissr.config.training import TrainConfig
 from consissr.data.patterns import matching
-from consissr.data.settings import MODES, preset
+from consissr.data.settings import preset
 from consissr.errors import UserError
 from consissr.training.checkpoints import find_checkpoint, list_checkpoints, step_of
 
@@ -115,9 +115,6 @@ def accumulation(config: TrainConfig, processes: int) -> int:
 def check_degradation(config: TrainConfig) -> None:
     """Words of the data pipeline."""
     preset(config.data.degradation)
-    for mode in config.data.enlarge:
-        if mode not in MODES:
-            raise UserError(f"data.enlarge names '{mode}': use {', '.join(MODES)}")
 
 
 def check_images(config: TrainConfig) -> None:
@@ -147,7 +144,8 @@ def check_packages(config: TrainConfig) -> None:
     """Optional packages that the config asks for."""
     if config.engine == "zero1" and "adamw8bit" in (config.optimizer.kind, config.deft.optimizer.kind):
         raise UserError("engine=zero1 shares out AdamW's own moments: use optimizer.kind=adamw, or engine=ddp")
-    kinds = {config.optimizer.kind, config.deft.optimizer.kind if config.stage == "deft" else config.optimizer.kind}
+    second = config.deft.optimizer if config.stage.endswith("deft") else config.optimizer
+    kinds = {config.optimizer.kind, second.kind}
     wanted = {"wandb": (config.tracker == "wandb", "tracker=tensorboard"),
               "bitsandbytes": ("adamw8bit" in kinds, "optimizer.kind=adamw"),
               "tensorboard": (config.tracker == "tensorboard", "tracker=none")}  # fmt: skip
@@ -167,7 +165,7 @@ def check_changes(config: TrainConfig, resume: str) -> None:
     """UserError where the run that `resume` goes on with had another stage, seed, batch, data, model or loss."""
     before = find_checkpoint(Path(config.output_dir), resume).parent / "train.yaml"
     try:
-        differ = changed_fields(load_config(TrainConfig, before), config, FREE)
+        differ = changed_fields(load_config(type(config), before), config, FREE)
     except UserError as error:
         log.warning("%s cannot be compared with this run's settings: %s", before, error)
         return

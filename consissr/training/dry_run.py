@@ -19,12 +19,13 @@ import torch
 
 from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.complexity import TOKENS, TOWER, UNET, VAE
 from consissr.evaluation.learned import LPIPS_VGG, find
 from consissr.models.controlnet import build_controlnet
-from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower
+from consissr.models.image_prompt import build_tower
 from consissr.models.lora import add_lora
 from consissr.models.surgery import replace_blocks
 from consissr.models.vae.narrow import empty_latents
@@ -32,8 +33,8 @@ from consissr.training.checks import launched, problems
 from consissr.training.estimate import memory
 from consissr.training.stage import Stage
 from consissr.weights.base import BUNDLED_BASES, find_base
-from consissr.weights.files import BUNDLED, find_model
-from consissr.weights.image_encoder import OPEN_CLIP, has_tower
+from consissr.weights.files import BUNDLED, find_model, read_config
+from consissr.weights.image_encoder import OPEN_CLIP, has_tower, new_image_prompt
 from consissr.weights.model import Model
 
 
@@ -54,14 +55,18 @@ def describe(config: TrainConfig, builder: Any) -> Iterator[str]:
 
 def build(config: TrainConfig, builder: Any) -> Stage:
     """The stage on the meta device."""
-    if config.stage == "rclip":
+    stage_kind = config.stage.removeprefix("nano_")
+    if stage_kind == "rclip":
         with torch.device("meta"):
             towers = [build_tower(*tower_sizes(config)) for _ in range(2)]
         stage = builder(config, *towers)
-    elif config.stage in ("tala", "nuts"):
+    elif stage_kind in ("tala", "nuts"):
         stage = builder(config, untrained_model(config))
-    elif config.stage == "deft":
-        stage = builder.untrained(replace(config, init=config.init or "(none)"), untrained_model(config))
+    elif stage_kind == "deft":
+        folder, stored = model_folder(config.init), FolderConfig(model=config.model)
+        if folder is not None and (folder / "config.yaml").is_file():
+            stored = read_config(folder)
+        stage = builder.untrained(config, untrained_model(replace(config, model=stored.model), stored.sampler))
     elif config.stage == "autoencoder":
         stage = builder(config, fit=False)
     elif config.stage == "prior":
@@ -94,7 +99,7 @@ def model_folder(name: str) -> Path | None:
     return find_model(name) if name in BUNDLED else Path(name) if name else None
 
 
-def untrained_model(config: TrainConfig) -> Model:
+def untrained_model(config: TrainConfig, sampler: SamplerConfig | None = None) -> Model:
     """The networks of `config.model` on the meta device."""
     from diffusers import UNet2DConditionModel
 
@@ -113,12 +118,12 @@ def untrained_model(config: TrainConfig) -> Model:
         prompt = None
         if config.model.image_prompt != "none":
             tower = build_tower(*tower_sizes(config))
-            adapter = Adapter(tower.output_dim, width, config.model.adapter_init)
-            prompt = ImagePrompt(tower, adapter, config.model.image_tokens)
+            prompt = new_image_prompt(tower, width, config.model)
         latents, text = empty_latents(vae), torch.empty(1, 1 if text_free else TOKENS, width)
-    predicted = "v_prediction" if config.model.residual else "epsilon"  # which it is changes no size
+    stored = FolderConfig(model=config.model, sampler=sampler or config.sampler)
+    predicted = "v_prediction" if stored.model.residual else "epsilon"  # which it is changes no size
     return Model(
-        config=FolderConfig(model=config.model), unet=network, controlnet=controlnet, latents=latents,
+        config=stored, unet=network, controlnet=controlnet, latents=latents,
         image_prompt=prompt, prompts={"": text}, text_free=text_free, prediction_type=predicted,
     )  # fmt: skip
 
@@ -193,12 +198,13 @@ def places(config: TrainConfig) -> Iterator[str]:
 
 def needs(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     """(what, name, whether it is here)."""
-    if config.stage in ("tala", "nuts", "deft"):
+    stage = config.stage.removeprefix("nano_")
+    if stage in ("tala", "nuts", "deft"):
         yield "base model", config.model.base, base_state(config.model)
-    uses_tower = config.stage == "rclip" or config.model.image_prompt != "none"
+    uses_tower = stage == "rclip" or config.model.image_prompt != "none"
     init = model_folder(config.init)
-    given = init is not None and (has_tower(init) or not init.exists() and config.stage != "rclip")
-    if config.stage in ("rclip", "tala", "nuts", "deft") and uses_tower and not given:
+    given = init is not None and (has_tower(init) or not init.exists() and stage != "rclip")
+    if stage in ("rclip", "tala", "nuts") and uses_tower and not given:
         name = config.model.image_encoder
         if name.startswith(OPEN_CLIP):
             rest = name.removeprefix(OPEN_CLIP).partition("/")[2]
@@ -212,16 +218,16 @@ def needs(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     if config.init:
         bundled = config.init in BUNDLED
         yield "init", config.init, "bundled" if bundled else hub_or_here(config.init, "config.yaml")
-    if config.stage == "prior" and config.prior.text:
+    if stage == "prior" and config.prior.text:
         yield "text encoder", config.prior.text, here(config.prior.text)
-    if config.stage == "deft" and config.deft.discriminator == "dino":
+    if stage == "deft" and config.deft.discriminator == "dino":
         for what, name in (("DINO", config.deft.dino), ("DINOv2", config.deft.dino_v2)):
             yield what, name, hub_or_here(name, "model.safetensors")
-    if config.stage == "deft" and config.deft.perceptual == "lpips":
+    if stage == "deft" and config.deft.perceptual == "lpips":
         folder = Path(config.deft.weights) if config.deft.weights else None
         for file in LPIPS_VGG:
             yield "LPIPS", file.name, str(find(file, folder) or f"missing; from {file.url}")
-    if config.stage == "deft" and config.deft.perceptual == "vgg":
+    if stage == "deft" and config.deft.perceptual == "vgg":
         yield "VGG16", config.deft.weights or "deft.weights", here(config.deft.weights)
     for key, listed in (("photographs", config.data.paths), ("LQ partners", config.data.lq_paths)):
         for name in filter(None, listed):

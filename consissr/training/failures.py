@@ -48,9 +48,9 @@ def memory_remedy(config: TrainConfig, step: int, world: int) -> str:
     """A line on a step that ran out of memory: what was done, and what needs less."""
     c, ways = config, []
     if c.micro_batch > 1:
-        shared = c.stage in ("clip", "deft") or c.data.draws == "per_batch"
+        shared = c.stage in ("clip", "deft", "nano_deft") or c.data.draws == "per_batch"
         ways.append("a smaller one" + ("" if shared else " (same result)"))
-    if c.stage in ("tala", "nuts") and not c.gradient_checkpointing:
+    if c.stage.removeprefix("nano_") in ("tala", "nuts") and not c.gradient_checkpointing:
         ways.append("gradient_checkpointing=true")
     if world > 1 and c.engine == "ddp":
         ways.append("engine=zero1")

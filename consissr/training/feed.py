@@ -40,9 +40,7 @@ class Feed:
     def __init__(self, config: TrainConfig, device: torch.device, rank: int, world: int, needs_lq: bool) -> None:
         self.config, self.device, self.rank, self.world, self.needs_lq = config, device, rank, world, needs_lq
         self.micro_batches = accumulation(config, world)
-        self.degradation = preset(config.data.degradation)
-        if config.data.enlarge:
-            self.degradation = replace(self.degradation, enlarge=list(config.data.enlarge))
+        self.degradation = replace(preset(config.data.degradation), **config.data.degradation_options())
         if needs_lq and not (config.data.lq_paths and all(config.data.lq_paths)):
             check_size((config.data.crop, config.data.crop), self.degradation)
         self.dataset = photographs(config.data, config.seed)

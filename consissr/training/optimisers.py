@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consissr.config.stages import OptimizerConfig
+from consissr.config.optimizer import OptimizerConfig
 from consissr.training.stage import Phase
 
 

@@ -38,7 +38,7 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         before = self.folder / "train.yaml"
         if step and before.is_file():
-            differ = changed_fields(load_config(TrainConfig, before), config, ("output_dir", "data.validation"))
+            differ = changed_fields(load_config(type(config), before), config, ("output_dir", "data.validation"))
             if differ:
                 log.warning("step %d goes on with other settings than before: %s", step, ", ".join(differ))
         save_config(config, before)

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from consissr.config.stages import OptimizerConfig
-from consissr.config.training import DataConfig
+from consissr.config.data import DataConfig
+from consissr.config.optimizer import OptimizerConfig
 from consissr.data.datasets import PhotoDataset
 from consissr.errors import UserError
 
@@ -35,12 +35,12 @@ def photographs(data: DataConfig, seed: int) -> PhotoDataset:
         seed=seed,
         crop_rule=data.crop_rule,
         flips=data.flips,
-        shrink=data.shrink,
         probabilities=data.probabilities,
         lq_paths=data.lq_paths,
         scale=data.scale,
         pair_names=data.pair_names,
         cache_mb=data.cache_mb,
+        **data.crop_options(),
     )
 
 

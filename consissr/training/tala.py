@@ -1,90 +1,84 @@
-"""Stage 'tala': ControlNet, additions and adapter under time-aware latent augmentation (Algorithm 1, ConsisSR)."""
+"""Stage 'tala': Algorithm 1 of ConsisSR, time-aware latent augmentation (Sec. 3.4).
+
+In its early timesteps a sampler's latents are closer to the low-quality image than DDPM's training on noised
+high-quality latents assumes. TALA therefore starts some training inputs from z_lq, the more often the noisier the
+timestep, and asks for the noise that leads to z_hq from there.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from consissr.config.training import TrainConfig
+from consissr.diffusion.augmentation import probability
 from consissr.diffusion.plans import check_plan, ddpm_plan
 from consissr.errors import UserError
-from consissr.models.denoiser import Condition, SoftPrompt
-from consissr.training.restoration import Restoration, pixel_weights
+from consissr.models.denoiser import SoftPrompt
+from consissr.training.restoration import Restoration
 from consissr.training.stage import Batch
 from consissr.weights.model import Model
 
 
-class Prediction(NamedTuple):
-    """One evaluation of the denoiser."""
-
-    z_t: Tensor
-    """Its input (B, C, h, w)."""
-    t: Tensor
-    """Timesteps (B,)."""
-    target: Tensor
-    """The noise that leads from z_t to z_hq (B, C, h, w)."""
-    eps: Tensor
-    """The noise predicted (B, C, h, w)."""
-
-
 class Tala(Restoration):
-    """Squared error of the noise that leads to z_hq, at uniform t (Eq. 4, ConsisSR).
+    """ControlNet, what is added to both networks, and the adapter, under Algorithm 1.
 
     soft_prompt: tokens appended to the text's, from an encoder of one's own (Table 3, ConsisSR: DAPE).
     """
 
-    probability = "power"
-
     def __init__(self, config: TrainConfig, model: Model | None = None, soft_prompt: SoftPrompt | None = None) -> None:
-        if config.sampler.plan == "nuts" and not config.sampler.timesteps:
-            raise UserError("stage 'tala' trains for sampler.plan=ddpm (or explicit sampler.timesteps), not nuts")
-        super().__init__(config, model, soft_prompt, config.tala.encoder_gradients)
-        self.posterior = config.tala.posterior
-        self.weights = pixel_weights(self.latents) if config.tala.metric == "pixels" else None
-        if config.tala.hint_dropout and self.image_prompt is None:
-            raise UserError(
-                "tala.hint_dropout needs image tokens to do without the hint: choose model.image_prompt=hpa"
-            )
         s = config.sampler
+        if s.plan == "nuts" and not s.timesteps:
+            raise UserError("stage 'tala' trains for sampler.plan=ddpm (or explicit sampler.timesteps), not nuts")
+        super().__init__(config, model, soft_prompt, config.tala.posterior)
+        if not config.tala.encoder_gradients:
+            self.cut_encoder()
         self.plan = check_plan(s.timesteps or ddpm_plan(s.steps, len(self.schedule)), len(self.schedule))
 
-    def predict(self, batch: Batch) -> Prediction:
-        """Lines 3 to 9 of Algorithm 1."""
-        t = batch.randint(len(self.schedule))
-        eps = batch.randn(*batch.cache["z_hq"].shape[1:])
-        if share := self.config.tala.plan_share:
-            times = t.new_tensor([step.t for step in self.plan])
-            t = torch.where(batch.rand() < share, times[batch.randint(len(times))], t)
-        z_t, target = self.augmented(batch, t, eps)
-        condition = self.condition(batch)
-        if self.config.tala.hint_dropout:
-            condition = self.some_blind(condition, batch.rand() < self.config.tala.hint_dropout)
-        return Prediction(z_t, t, target, self.denoiser(z_t, t, condition))
-
-    def some_blind(self, condition: Condition, blind: Tensor) -> Condition:
-        """The condition with the ControlNet's view of z_lq taken from the images (B,) that `blind` says."""
-        features = self.denoiser.controlnet.controlnet_cond_embedding(condition.hint)
-        return replace(condition, cache=condition.cache | {"hint": features * ~blind.view(-1, 1, 1, 1)})
-
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Line 10 of Algorithm 1."""
-        return {"loss": self.error(self.predict(batch))}
+        """Lines 2 to 10 of Algorithm 1, in latents; t counts 0..T-1.
 
-    def error(self, found: Prediction) -> Tensor:
-        """Squared (or absolute) error of a prediction, a mean over elements; weighted where the config says so."""
-        # eps_hat - (z_t - sqrt(a) z_hq) / sqrt(1 - a)  (Eq. 4, ConsisSR)
-        error = found.eps - found.target
-        if self.config.tala.weighting == "v":  # at given z_t, an error of v is one of the noise over sqrt(a)
-            error = error / self.schedule.alpha_bar.to(error.device)[found.t].view(-1, 1, 1, 1).to(error).sqrt()
-        if self.config.tala.error == "absolute":
-            return (error if self.weights is None else self.latents.linear.decode(error)).abs().mean()
-        error = error.square()
-        return (error if self.weights is None else error * self.weights.to(error).view(1, -1, 1, 1)).mean()
+        Training takes the empty prompt, as the release does (Algorithm 1 has a text prompt `Text`, and the paper does
+        not say which).
+        """
+        c = self.config.tala
+        z_hq, z_lq = batch.cache["z_hq"], batch.cache["z_lq"]  # line 2, (B, C, h, w)
+        t = self.timesteps(batch)  # line 3: uniform, (B,)
+        eps = batch.randn(*z_hq.shape[1:])  # line 4
+        condition = self.condition(batch)  # lines 5 and 6: c_img and c_txt; with them the hint
+        r = batch.rand()  # line 7, (B,)
+        r = r[:1] if c.shared_draw else r  # as released: one for all images
+        p = probability(t, self.form("power"), c.gamma, len(self.schedule))
+        from_lq = (r < p).view(-1, 1, 1, 1)
+        z_t = self.schedule.add_noise(torch.where(from_lq, z_lq, z_hq), eps, t)  # line 8
+        eps_hat = self.denoiser(z_t, t, condition)  # line 9
+        target = self.schedule.eps_from_x0(z_t, z_hq, t)  # (z_t - sqrt(a) z_hq) / sqrt(1 - a)  (Eq. 4, ConsisSR)
+        return {"loss": self.error(eps_hat, target, t)}  # line 10
+
+    def timesteps(self, batch: Batch) -> Tensor:
+        """Uniform over all, (B,)."""
+        return batch.randint(len(self.schedule))
+
+    def error(self, eps_hat: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """Squared error of predicted noise (B, C, h, w) at `t` (B,), a mean over all elements."""
+        return F.mse_loss(eps_hat, target)
 
     @torch.no_grad()
     def restore(self, batch: Batch) -> Tensor:
         """The sampler's result without guidance, at noise that depends on the image alone."""
         return self.latents.decode(self.sampled(batch, self.plan))
+
+    def cut_encoder(self) -> None:
+        """Let no gradient reach the UNet's encoder and middle, or pass through them, as ConsisSR's release trains."""
+        unet, (phase,) = self.denoiser.unet, self.phases
+        names = ("time_embedding", "conv_in", "down_blocks", "mid_block")
+        encoder = tuple(f"unet.{name}." for name in names)
+        phase.parameters = {name: p for name, p in phase.parameters.items() if not name.startswith(encoder)}
+        for module in (unet.time_embedding, unet.conv_in, *unet.down_blocks, unet.mid_block):
+            module.register_forward_hook(lambda module, given, output: detached(output))
+
+
+def detached(value: Tensor | tuple) -> Tensor | tuple:
+    """A tensor, or a tuple of tensors and tuples, cut off from its history."""
+    return value.detach() if isinstance(value, Tensor) else tuple(detached(inner) for inner in value)

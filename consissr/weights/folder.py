@@ -65,10 +65,10 @@ def load_model(
     folder = find_model(name)
     config = read_config(folder)
     before, sampler = config.model, changed(config.sampler, settings)
-    if additions is not None:
-        check_additions(folder, before, additions)
-        base = base or additions.base
     config = replace(config, model=additions or before, sampler=sampler)
+    if additions is not None:
+        check_additions(folder, before, config.model)
+        base = base or additions.base
     known = load_prompts(folder)
     wanted = (sampler.positive, sampler.negative) if prompts is None else prompts
     found = load_base(base or base_of(folder, config), dtype, config.model.base_sha256, wanted if known is None else ())
@@ -248,7 +248,7 @@ def load_known(network: nn.Module, weights: dict[str, Tensor], wanted: set[str],
 def check_additions(folder: Path, before: ModelConfig, model: ModelConfig) -> None:
     """UserError where `model` leaves out what the folder's model has, or reads its output in another way."""
     words = ["hint", "position_embedding", "transposed_attention", "residual", "unet_lora"]
-    words += ["image_prompt"] if model.image_prompt == "none" else []
+    words += ["image_prompt"] if model.image_prompt == "none" else ["adapter"] if before.image_prompt != "none" else []
     differ = {name: getattr(before, name) for name in words if getattr(before, name) != getattr(model, name)}
     lost = [f"model.{name}={value}" for name, value in differ.items() if value or name == "residual"]
     if lost:
@@ -256,19 +256,12 @@ def check_additions(folder: Path, before: ModelConfig, model: ModelConfig) -> No
 
 
 def image_prompt_of(folder: Path, model: ModelConfig, before: ModelConfig, width: int, dtype: torch.dtype):
-    """The folder's image tower and adapter; where `model` alone has an image branch a new one, on the named tower.
-
-    `model.adapter_init` unit begins the adapter anew, on the folder's tower, unless the folder's began so.
-    """
+    """The folder's image tower and adapter; where `model` alone has an image branch a new one, on the named tower."""
     if model.image_prompt == "none":
         return None
     if before.image_prompt == "none":
         return new_image_prompt(find_tower(model), width, model)
-    prompt = load_image_prompt(folder, model, dtype)
-    if model.adapter_init == "unit" != before.adapter_init:
-        log.info("%s: its image adapter begins anew (model.adapter_init=unit)", folder.name)
-        return new_image_prompt(prompt.tower, width, model)
-    return prompt
+    return load_image_prompt(folder, model, dtype)
 
 
 def own_parameters(unet: nn.Module, config: ModelConfig) -> set[str]:

@@ -10,7 +10,7 @@ import torch
 
 from consissr.config.model import ModelConfig
 from consissr.errors import UserError
-from consissr.models.image_prompt import Adapter, ImagePrompt, build_tower, prompt_config, tower_config
+from consissr.models.image_prompt import ImagePrompt, build_tower, new_adapter, prompt_config, tower_config
 from consissr.weights.base import find_base
 from consissr.weights.files import BUNDLED, find_model, load_strict, read_json, read_weights, write_weights
 
@@ -94,7 +94,7 @@ def open_clip_tower(name: str) -> VisionTransformer:
 
 def new_image_prompt(tower: VisionTransformer, width: int, model: ModelConfig) -> ImagePrompt:
     """A new adapter to tokens of `width` channels behind an image tower."""
-    return ImagePrompt(tower, Adapter(tower.output_dim, width, model.adapter_init), model.image_tokens)
+    return ImagePrompt(tower, new_adapter(tower.output_dim, width, model), model.image_tokens)
 
 
 def build_image_prompt(settings: dict[str, Any], model: ModelConfig) -> ImagePrompt:

@@ -12,10 +12,11 @@ import torch
 from ccsr import deft
 from ccsr.deft import Deft
 from ccsr.discriminator import ViT
-from consissr.config.loading import load_config
+from ccsr.nano import NanoDeft
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation import learned
+from consissr.nano.config import run_config
 from consissr.restorer import Restorer
 from consissr.training.stage import Batch
 from consissr.weights.base import load_base
@@ -27,7 +28,7 @@ def config(tiny_model: Path, tmp_path: Path, *words: str) -> TrainConfig:
     path = tmp_path / "deft.yaml"
     path.write_text("stage: deft\n")
     own = [f"init={tiny_model}", f"model.base={tiny_model.parent / 'base'}", "model.hint=conv", "sampler.plan=nuts"]
-    return load_config(TrainConfig, path, [*own, "deft.discriminator_width=8", *words])
+    return run_config(path, [*own, "deft.discriminator_width=8", "deft.perceptual=none", *words])
 
 
 @pytest.fixture
@@ -149,7 +150,8 @@ def test_features_of_equal_images_are_equal(
     tiny_model: Path, tmp_path: Path, dinos: list[str], discriminator: str
 ) -> None:
     """The perceptual loss sees both images under one view: it is 0 for the photograph itself and not for others."""
-    stage, batch = Deft(config(tiny_model, tmp_path, *dinos, f"deft.discriminator={discriminator}")), make_batch()
+    words = [*dinos, f"deft.discriminator={discriminator}", "stage=nano_deft", "deft.perceptual=features"]
+    stage, batch = NanoDeft(config(tiny_model, tmp_path, *words)), make_batch()
     with torch.no_grad():
         stage.prepare(batch)
         view = stage.adversary.view(batch)
@@ -187,10 +189,10 @@ def test_post_quant_conv_can_be_tuned(tiny_model: Path, tmp_path: Path) -> None:
 def test_missing_feature_networks_are_named(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     if importlib.util.find_spec("pyiqa"):  # an extra
-        with pytest.raises(UserError, match=r"vgg16-397923af.pth from https.*deft.perceptual=features"):
+        with pytest.raises(UserError, match=r"vgg16-397923af.pth from https.*deft.perceptual=none"):
             Deft(config(tiny_model, tmp_path, "deft.perceptual=lpips", f"deft.weights={tmp_path}"))
     with pytest.raises(UserError, match="deft.weights=FILE.*python -m ccsr.vgg"):
-        Deft(config(tiny_model, tmp_path, "deft.perceptual=vgg"))
+        NanoDeft(config(tiny_model, tmp_path, "stage=nano_deft", "deft.perceptual=vgg"))
     monkeypatch.setattr(learned, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs pyiqa"):
         Deft(config(tiny_model, tmp_path, "deft.perceptual=lpips"))

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccsr.patchgan import PatchGAN
-from consissr.config.loading import load_config
-from consissr.config.training import TrainConfig
 from consissr.models.denoiser import Condition, Denoiser
+from consissr.nano.config import run_config
 from scripts.train import stage_builder
 from tests.ccsr.test_nuts_values import LAST, SCALE, built, latent, predictor, text
 from tests.training import plain
 
-WORDS = ["stage=deft", "data.crop=64", "deft.discriminator_width=8"]
+WORDS = ["stage=nano_deft", "data.crop=64", "deft.discriminator_width=8"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def model(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tuning(base: Path, model: Path, *words: str) -> tuple:
     """The stage, its first part's noise prediction, its decoder as (z -> image), and its discriminator."""
-    config = load_config(TrainConfig, None, [f"model.base={base}", f"init={model}", *WORDS, *words])
+    config = run_config(None, [f"model.base={base}", f"init={model}", *WORDS, *words])
     torch.manual_seed(1)
     stage = stage_builder(config.stage)(config)
     vae = next(m for m in stage.networks.modules() if hasattr(m, "post_quant_conv") and hasattr(m, "decoder"))

@@ -11,9 +11,8 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Encoder
 from torch import Tensor
 
-from consissr.config.loading import load_config
-from consissr.config.training import TrainConfig
 from consissr.models.denoiser import Condition, Denoiser
+from consissr.nano.config import run_config
 from consissr.weights.base import load_text
 from scripts.train import stage_builder
 from tests.training import plain
@@ -24,7 +23,7 @@ LAST = 999
 
 def built(base: Path, *words: str) -> tuple:
     """The stage, all its layers awake, and its noise prediction."""
-    config = load_config(TrainConfig, None, ["stage=nuts", f"model.base={base}", "data.crop=64", *words])
+    config = run_config(None, ["stage=nuts", f"model.base={base}", "data.crop=64", *words])
     torch.manual_seed(1)
     stage = stage_builder(config.stage)(config)
     plain.wake(stage)
@@ -74,7 +73,7 @@ VARIANTS = {
     "nuts.losses=[l_T]": (["l_T"], 666, 666),
     "nuts.losses=[l_tmax]": (["l_tmax"], 666, 1000),
     "nuts.losses=[l_diff]": (["l_diff"], 666, 1000),
-    "nuts.t_max=0.8333 sampler.t_max=0.8333": (["l_diff", "l_T", "l_tmax"], 832, 832),
+    "sampler.t_max=0.8333": (["l_diff", "l_T", "l_tmax"], 832, 832),
 }
 """Words of the config: the losses that are summed, t_max, and how many timesteps l_diff is drawn from."""
 

@@ -10,8 +10,9 @@ from fixtures import GRADIENT, IMAGE, Check, Fixture, Lack, compare, lacking
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ccsr.deft import adversarial_weight, discriminator_hinge, generator_adversarial
 from ccsr.discriminator import Augmentation, ProjectedDiscriminator, read_discriminator
-from ccsr.losses import adversarial_weight, discriminator_hinge, generator_adversarial, nuts_losses
+from ccsr.nuts import nuts_losses
 from ccsr.timesteps import nuts_plan
 from consissr.diffusion.sampler import recorded_draw, sample, start_latent
 from consissr.diffusion.schedule import Schedule
@@ -55,9 +56,16 @@ def stage_1(fixture: Fixture, given: dict[str, Tensor]) -> Iterator[Check | Lack
 
     for prefix, start in (("hqstart", "hq"), ("lrstart", "lq")):
         controlnet.zero_grad(set_to_none=True)
-        found = nuts_losses(denoise, z_hq, z_lq, given["timesteps"], noises, schedule, T_MAX, start)
+        compared: list[Tensor] = []
+
+        def error(value: Tensor, target: Tensor, compared: list[Tensor] = compared) -> Tensor:
+            compared.append(value.detach())
+            return F.mse_loss(value, target)
+
+        z_start = z_lq if start == "lq" else z_hq
+        found = nuts_losses(denoise, z_hq, z_start, given["timesteps"], noises, schedule, T_MAX, error=error)
         loss = found["l_diff"] + found["l_T"] + found["l_tmax"]
-        named = {"cond": z_lq, "latents": z_hq, "x0_T": found["x0_T"], "x0_tmax": found["x0_tmax"]}
+        named = {"cond": z_lq, "latents": z_hq, "x0_T": compared[1], "x0_tmax": compared[2]}
         named |= {"loss_diff": found["l_diff"][None], "l_T": found["l_T"][None], "l_tmax": found["l_tmax"][None]}
         for name, got in (named | {"loss": loss[None]}).items():
             yield from compare(STAGE_1, outputs, f"{prefix}_{name}", got)

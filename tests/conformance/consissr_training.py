@@ -8,7 +8,7 @@ import torch
 from fixtures import GRADIENT, NETWORK, Check, Fixture, Lack, Stored, compare, lacking, to_image
 from torch import Tensor, nn
 
-from consissr.config.stages import TalaConfig
+from consissr.config.tala import TalaConfig
 from consissr.config.training import TrainConfig
 from consissr.models.image_prompt import build_tower, tower_features
 from consissr.training.rclip import Rclip
@@ -89,12 +89,18 @@ def stage_2(fixture: Fixture) -> Iterator[Check | Lack]:
     batch, stage = recorded(inputs), tala_stage(fixture)
     with torch.no_grad():
         stage.prepare(batch)
-    condition, step = stage.condition(batch), stage.predict(batch)
-    loss = stage.error(step)
+    seen: dict[str, Tensor] = {}
+
+    def error(eps_hat: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        seen.update(eps_pred=eps_hat, target=target)
+        return Tala.error(stage, eps_hat, target, t)
+
+    stage.error = error
+    stage.denoiser.register_forward_pre_hook(lambda module, given: seen.update(x_t=given[0]))
+    condition, loss = stage.condition(batch), stage.loss(batch, 0)["loss"]
     loss.backward()
     context = torch.cat([condition.image, condition.text], dim=1)
-    found = {"hint": condition.hint, "context": context, "x_t": step.z_t, "target": step.target}
-    for name, got in (found | {"eps_pred": step.eps, "loss": loss[None]}).items():
+    for name, got in ({"hint": condition.hint, "context": context, "loss": loss[None]} | seen).items():
         yield from compare(OUTPUTS, outputs, name, got, NETWORK)
     parameters = dict(by_released_name(fixture))
     for key in outputs:

@@ -10,11 +10,11 @@ from fixtures import IMAGE, Check, Fixture, Lack, lacking
 from PIL import Image
 from torch import Tensor
 
-from consissr.config.stages import OptimizerConfig
+from consissr.config.optimizer import OptimizerConfig
 from consissr.data.datasets import center_crop
+from consissr.diffusion.augmentation import probability
 from consissr.diffusion.plans import ddpm_plan
 from consissr.diffusion.schedule import Schedule, alpha_bar
-from consissr.diffusion.tala import probability, tala_inputs
 from consissr.images import color
 from consissr.images.codec import to_uint8
 from consissr.images.geometry import (
@@ -59,7 +59,10 @@ def tala(fixture: Fixture) -> Iterator[Check | Lack]:
     for mark in marks:
         t, r = inputs["tala_t"], torch.tensor([float(mark[1:].replace("p", "."))], dtype=torch.float64)
         p = probability(t, "as_released")
-        z_t, target, mask = tala_inputs(inputs["tala_hq"], inputs["tala_lq"], inputs["tala_noise"], t, r, p, table)
+        mask, z_hq = r < p, inputs["tala_hq"]
+        start = torch.where(mask.view(-1, 1, 1, 1), inputs["tala_lq"], z_hq)
+        z_t = table.add_noise(start, inputs["tala_noise"], t)
+        target = table.eps_from_x0(z_t, z_hq, t)
         name = f"outputs.safetensors:tala_{mark}"
         yield Check(f"{name}_mask", mask, outputs[f"tala_{mark}_mask"], 0.0, "exact")
         yield Check(f"{name}_x_t", z_t, outputs[f"tala_{mark}_x_t"])

@@ -15,6 +15,7 @@ from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.tables import comparison, load_table
 from consissr.inference import flags
+from consissr.nano.config import run_config
 from consissr.studies import run, spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ NAMES = spec.available(STUDIES)
 
 
 def variants(study: str) -> dict[str, TrainConfig]:
-    return {path.stem: load_config(TrainConfig, path) for path in sorted((STUDIES / study).glob("*.yaml"))}
+    return {path.stem: run_config(path) for path in sorted((STUDIES / study).glob("*.yaml"))}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from consissr.config.model import ModelConfig
+from consissr.errors import UserError
 from consissr.models.image_prompt import (
     MEAN,
     STD,
@@ -16,6 +17,7 @@ from consissr.models.image_prompt import (
     ImagePrompt,
     build_tower,
     clip_input,
+    new_adapter,
     prompt_config,
     tower_config,
     tower_features,
@@ -90,11 +92,17 @@ def test_adapter_is_its_formula():
 
 
 @torch.no_grad()
-def test_unit_initialisation_gives_tokens_of_unit_deviation():
-    torch.manual_seed(0)
-    tokens = Adapter(256, 192, "unit")(3 + 5 * torch.randn(8, 16, 256))
-    assert 0.9 < tokens.std() < 1.1 and tokens.std(dim=1).mean() > 0.7
-    assert Adapter(256, 192)(torch.randn(8, 16, 256)).std() < 0.3
+def test_without_an_adapter_the_embedding_is_the_token(tower):
+    """The literal paper (Sec. 3.3): RCLIP's embedding is fed to keys and values, which must be as wide."""
+    config = ModelConfig(image_prompt="hpa", adapter="none")
+    prompt = ImagePrompt(tower, new_adapter(20, 20, config))
+    x = images(1, 3, 50, 60)
+    assert torch.equal(prompt.encode(x)[:, 0], tower_features(tower, x)[0]) and not list(prompt.adapter.parameters())
+    again = build_image_prompt(json.loads(json.dumps(prompt_config(prompt))), config).eval()
+    again.load_state_dict(prompt.state_dict())
+    assert torch.equal(again.encode(x), prompt.encode(x))
+    with pytest.raises(UserError, match="has 20 channels and the text's 24"):
+        new_adapter(20, 24, config)
 
 
 @torch.no_grad()

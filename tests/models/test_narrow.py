@@ -4,12 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ccsr.deft import Deft
-from consissr.config.loading import load_config
-from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.models.vae.narrow import Selection, empty_latents, narrow_decoder, narrow_widths
-from consissr.restorer import Restorer
 from consissr.weights.latents import load_latents, save_latents
 
 SETTINGS = {
@@ -85,19 +81,3 @@ def test_mistakes_are_named(latents):
         narrow_decoder(narrow_decoder(latents, 0.5), 0.5)
     with pytest.raises(UserError, match="larger factor"):
         narrow_widths([16, 32], 0.1, 4)
-
-
-def test_the_stage_tunes_and_exports_it(tiny_model, tmp_path):
-    (tmp_path / "deft.yaml").write_text("stage: deft\n")
-    words = [f"init={tiny_model}", f"model.base={tiny_model.parent / 'base'}", "model.hint=conv", "sampler.plan=nuts"]
-    words += ["deft.discriminator_width=8", "deft.decoder_width=0.5", "deft.perceptual=features"]
-    stage = Deft(load_config(TrainConfig, tmp_path / "deft.yaml", words))
-    weight = stage.phases[0].parameters["conv_in.weight"]
-    assert weight.shape[0] == 4 and weight is stage.latents.vae.decoder.conv_in.weight
-    with torch.no_grad():
-        weight.add_(0.01)
-    stage.export(tmp_path / "narrow")
-    restorer = Restorer.load(str(tmp_path / "narrow"), device="cpu")
-    assert torch.equal(restorer.latents.vae.decoder.conv_in.weight, weight)
-    assert restorer(torch.zeros(1, 3, 8, 8), 2, plan=[[999, -1, "x0"]]).isfinite().all()
-    assert "different" in (tmp_path / "narrow" / "README.md").read_text()

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from consissr.config.stages import ClipConfig
-from consissr.config.training import TrainConfig
 from consissr.models.image_prompt import build_tower
+from consissr.nano.config import ClipConfig, NanoConfig
 from consissr.weights.image_encoder import save_tower
 from scripts.train import main
 from tests.training.tiny import SMALL, words
@@ -51,7 +50,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
-    config = TrainConfig()
+    config = NanoConfig()
     config.prior.widths, config.prior.attention = [16, 32], [False, True]
     config.prior.heads, config.prior.context_dim = 2, 8
     blocks = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}

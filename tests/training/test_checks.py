@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from consissr.config.loading import load_config
-from consissr.config.training import TrainConfig
 from consissr.errors import UserError
+from consissr.nano.config import run_config
 from consissr.training.checks import check_run
 from scripts.train import stage_builder
 from tests.training.tiny import SMALL, words
@@ -21,7 +20,7 @@ from tests.training.tiny import SMALL, words
 
 def refuse(photos: Path, tmp_path: Path, *changes: str) -> str:
     """What is said of a run of stage 'nuts' with `changes`."""
-    config = load_config(TrainConfig, None, ["batch=8", f"data.paths=[{photos}]", f"output_dir={tmp_path}", *changes])
+    config = run_config(None, ["batch=8", f"data.paths=[{photos}]", f"output_dir={tmp_path}", *changes])
     with pytest.raises(UserError) as caught:
         check_run(config)
     assert "\n" not in str(caught.value)
@@ -42,7 +41,6 @@ def refuse(photos: Path, tmp_path: Path, *changes: str) -> str:
         ("steps=0", "must be at least 1"),
         ("checkpoint_limit=0", "at least 1 checkpoint must be kept"),
         ("data.degradation=csr", "did you mean 'ccsr'"),
-        ("data.enlarge=[cubic]", "data.enlarge names 'cubic'"),
         ("optimizer.clip=-1", "optimizer.clip is -1.0: use a largest gradient norm, or 0"),
         ("deft.optimizer.clip=nan", "deft.optimizer.clip is nan"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0: use 0 or more"),
@@ -73,7 +71,7 @@ def test_what_cannot_be_is_named(photos: Path, tmp_path: Path, change: str, mess
 )
 def test_configs_that_cannot_be(change: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_config(TrainConfig, None, change)
+        run_config(None, change)
 
 
 def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +79,9 @@ def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ["output_dir", "init", "model.base", "model.image_encoder", "prior.text"]
     names += ["deft.weights", "deft.dino", "deft.dino_v2"]
-    config = load_config(TrainConfig, None, [f"{name}='~/a~b'" for name in names])
+    config = run_config(None, ["stage=prior", *(f"{name}='~/a~b'" for name in names)])
     assert [attrgetter(name)(config) for name in names] == [f"{tmp_path}/a~b"] * len(names)
-    assert load_config(TrainConfig, None, ["model.base=me/base~1"]).model.base == "me/base~1"
+    assert run_config(None, ["model.base=me/base~1"]).model.base == "me/base~1"
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "prior", "nuts"])
@@ -92,7 +90,8 @@ def test_crops_are_whole_latents(runs: Path, photos: Path, tmp_path: Path, stage
         (tmp_path / earlier).symlink_to(runs / earlier)
     _, path, *overrides = words(stage, photos, tmp_path, "data.crop=62", "data.degradation=ccsr")
     with pytest.raises(UserError, match="data.crop is 62: the autoencoder needs a multiple of 4, such as 64"):
-        stage_builder(stage)(load_config(TrainConfig, path, overrides))
+        config = run_config(path, overrides)
+        stage_builder(config.stage)(config)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from consissr.config.loading import load_config
 from consissr.config.training import TrainConfig
+from consissr.nano.config import run_config
 from consissr.training import dry_run, estimate
 from consissr.training.stage import Stage
 from scripts.train import main, stage_builder
@@ -25,7 +25,7 @@ def name_of(path: Path) -> str:
 @functools.cache
 def built(path: Path) -> tuple[TrainConfig, Stage]:
     """A recipe and its stage."""
-    config = load_config(TrainConfig, path)
+    config = run_config(path)
     return config, dry_run.build(config, stage_builder(config.stage))
 
 
@@ -63,7 +63,7 @@ def test_memory_counts_every_kind(tiny_model: Path) -> None:
     words = [f"model.base={tiny_model.parent / 'base'}", "model.hint=conv", "data.crop=64", "micro_batch=2", "ema=0.9"]
 
     def described(*more: str) -> dict[str, str]:
-        config = load_config(TrainConfig, None, ["stage=nuts", *words, *more])
+        config = run_config(None, ["stage=nuts", *words, *more])
         lines = estimate.memory(config, dry_run.build(config, stage_builder("nuts")))
         return {line[:44].strip(): line[44:].strip() for line in lines}
 
@@ -78,7 +78,7 @@ def test_activations_are_what_autograd_keeps(tiny_model: Path) -> None:
     base = ["stage=nuts", f"model.base={tiny_model.parent / 'base'}", "model.hint=conv", "data.crop=64"]
 
     def saved(*more: str) -> int:
-        config = load_config(TrainConfig, None, [*base, *more])
+        config = run_config(None, [*base, *more])
         return estimate.activations(config, dry_run.build(config, stage_builder("nuts")))
 
     one, two = saved("micro_batch=1"), saved("micro_batch=2")

@@ -17,16 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from consissr.config.loading import load_config
-from consissr.config.training import TrainConfig
 from consissr.errors import UserError
+from consissr.nano.config import run_config
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.loop import Loop
 from consissr.training.report import Report, read_log
 from consissr.training.validation import Validation
 from scripts.train import main, stage_builder
 from tests.training.children import finish, start, start_saving
-from tests.training.tiny import words
+from tests.training.tiny import started, words
 
 TIMING = {"steps_per_second", "data_seconds", "peak_mb"}
 
@@ -154,7 +153,7 @@ def test_a_loss_that_is_not_finite_names_files_and_checkpoint(
 
 def test_a_gradient_that_is_not_finite_stays_out_of_the_weights(photos: Path, tmp_path: Path) -> None:
     _, path, *overrides = words("autoencoder", photos, tmp_path)
-    loop = Loop(load_config(TrainConfig, path, overrides), stage_builder("autoencoder"))
+    loop = started(run_config(path, overrides))
     totals: dict[str, torch.Tensor] = {}
     loop.accumulate(next(loop.batches()), totals)
     next(p for p in loop.weights().values() if p.grad is not None).grad[0] = torch.inf

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from consissr.config.loading import load_config
 from consissr.config.training import TrainConfig
+from consissr.nano.config import run_config
 from consissr.training.checkpoints import load_checkpoint
 from consissr.training.loop import Loop
 from consissr.training.stage import Batch, Phase
@@ -130,7 +130,7 @@ def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """The run's folder, its stage, and what the loop by hand says of the same batches."""
     folder = tmp_path_factory.mktemp("toy")
     words = [f"data.paths=[{photos}]", f"data.validation={photos}", "data.validation_count=2", *WORDS]
-    run = Loop(load_config(TrainConfig, None, [f"output_dir={folder}", *words]), Toy)
+    run = Loop(run_config(None, [f"output_dir={folder}", *words]), Toy)
     stage = run.stage
     run.run()
     return folder, stage, by_hand(stage.seen, stage.before)

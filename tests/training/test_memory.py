@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from consissr.config.loading import load_config
-from consissr.config.training import TrainConfig
+from consissr.nano.config import run_config
 from consissr.training.checkpoints import load_checkpoint
-from consissr.training.loop import Loop
 from consissr.training.report import read_log
 from consissr.weights.files import WEIGHTS, read_weights
-from scripts.train import main, stage_builder
-from tests.training.tiny import SMALL, words
+from scripts.train import main
+from tests.training.tiny import SMALL, started, words
 
 
 def prepare(runs: Path, folder: Path, stage: str) -> Path:
@@ -43,7 +41,7 @@ def test_frozen_weights_in_bf16_change_nothing(runs: Path, photos: Path, tmp_pat
 def test_frozen_weights_take_half(runs: Path, photos: Path, tmp_path: Path) -> None:
     folder = prepare(runs, tmp_path, "deft")
     _, path, *overrides = words("deft", photos, folder, "precision=bf16", "frozen_precision=bf16")
-    loop = Loop(load_config(TrainConfig, path, overrides), stage_builder("deft"))
+    loop = started(run_config(path, overrides))
     trained = {id(p) for p in loop.weights().values()}
     frozen = [p for p in loop.stage.networks.parameters() if id(p) not in trained]
     assert not any(p.requires_grad for p in frozen) and {p.dtype for p in loop.weights().values()} == {torch.float32}
@@ -79,7 +77,7 @@ def test_the_last_validation_and_the_export_use_averaged_weights(
 ) -> None:
     _, path, *overrides = words("autoencoder", photos, tmp_path, "ema=0.5", "optimizer.lr=0.05", "optimizer.warmup=0")
     overrides += [f"data.validation={photos}", "data.validation_count=2", "validate_every=1"]
-    loop = Loop(load_config(TrainConfig, path, overrides), stage_builder("autoencoder"))
+    loop = started(run_config(path, overrides))
     seen: dict[str, list[bool]] = {"restore": [], "export": []}
     for what in seen:
         usual = getattr(loop.stage, what)
@@ -107,7 +105,7 @@ def test_validation_is_the_same_every_time(photos: Path, tmp_path: Path, runs: P
         folder = prepare(runs, tmp_path / name, "nuts")
         more = (f"data.validation={photos}", "data.validation_count=3")
         _, path, *overrides = words("nuts", photos, folder, *more, f"seed={len(found)}", f"init={runs}/nuts")
-        loop = Loop(load_config(TrainConfig, path, overrides), stage_builder("nuts"))
+        loop = started(run_config(path, overrides))
         found += [loop.validation.run(loop.stage, 0) for _ in range(2)]
     assert found[0] == found[1] == found[2] == found[3]
     names = {f"validation/{kind}_{metric}" for kind in ("lq", "restored") for metric in ("psnr", "ssim")}

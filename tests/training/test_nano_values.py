@@ -9,9 +9,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from consissr.config.loading import load_config
-from consissr.config.training import TrainConfig
 from consissr.nano.captions import caption
+from consissr.nano.config import run_config
 from consissr.weights.latents import load_latents
 from scripts.train import stage_builder
 from tests.training import plain
@@ -21,7 +20,7 @@ from tests.training.tiny import words
 def built(stage: str, photos: Path, runs: Path, *more: str) -> tuple:
     """The stage of the tiny configuration, and its phase."""
     _, path, *overrides = words(stage, photos, runs, *more)
-    config = load_config(TrainConfig, path, overrides)
+    config = run_config(path, overrides)
     torch.manual_seed(1)
     made = stage_builder(config.stage)(config)
     (phase,) = made.phases

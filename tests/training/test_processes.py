@@ -13,7 +13,6 @@ import torch
 
 from consissr.training.checkpoints import load_checkpoint
 from consissr.training.report import read_log
-from scripts.train import STAGES
 from tests.training.children import finish, start, start_several
 from tests.training.tiny import SMALL, words
 
@@ -44,7 +43,7 @@ def assert_same_figures(one: Path, two: Path, stage: str) -> None:
             assert first[key] == pytest.approx(second[key], rel=1e-5), key
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", list(SMALL))
 def test_two_processes_train_like_one(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
     one, two = (prepare(runs, tmp_path / name, stage) for name in ("one", "two"))
     out = tmp_path / "out.txt"

@@ -11,8 +11,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from consissr.config.loading import load_config
-from consissr.config.training import TrainConfig
+from consissr.nano.config import run_config
 from consissr.weights.image_encoder import load_tower
 from scripts.train import stage_builder
 from tests.training import plain
@@ -35,7 +34,7 @@ def features(tower: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("tokens", "weight"), [("pooled", 0.0), ("patches", 0.25)])
 def test_the_student_learns_what_the_teacher_says_of_the_photograph(base: Path, tokens: str, weight: float) -> None:
     words = ["stage=rclip", f"model.base={base}", f"model.image_tokens={tokens}", "rclip.patch_weight=0.25"]
-    config = load_config(TrainConfig, None, words)
+    config = run_config(None, words)
     stage = stage_builder(config.stage)(config)
     (phase,) = stage.phases
     teacher = load_tower(base)[0]

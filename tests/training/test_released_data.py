@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from consissr.config.loading import load_config
-from consissr.config.training import TrainConfig
 from consissr.errors import UserError
+from consissr.nano.config import run_config
 from consissr.training.checks import check_run
 from consissr.training.feed import Feed
 from consissr.training.stage import Batch
@@ -18,7 +17,7 @@ from consissr.training.stage import Batch
 def stream(photos: Path, *more: str) -> list[Batch]:
     """All micro-batches of a run of 12 steps."""
     words = [f"data.paths=[{photos}]", "data.crop=64", "batch=2", "micro_batch=2", "steps=12", "workers=2", *more]
-    config = load_config(TrainConfig, None, words)
+    config = run_config(None, words)
     return list(Feed(config, torch.device("cpu"), 0, 1, needs_lq=True).batches(0))
 
 
@@ -45,8 +44,8 @@ def test_the_pool_mixes_batches_and_keeps_partners(photos: Path) -> None:
 
 
 def test_a_pool_is_not_resumed_silently(photos: Path, tmp_path: Path) -> None:
-    config = load_config(TrainConfig, None, [f"data.paths=[{photos}]", f"output_dir={tmp_path}", "data.pair_pool=8"])
+    config = run_config(None, [f"data.paths=[{photos}]", f"output_dir={tmp_path}", "data.pair_pool=8"])
     with pytest.raises(UserError, match="not in checkpoints: resume with data.pair_pool=0"):
         check_run(config, "latest")
     with pytest.raises(UserError, match="pair_pool is 7: use 0 or a multiple of micro_batch"):
-        load_config(TrainConfig, None, ["data.pair_pool=7"])
+        run_config(None, ["data.pair_pool=7"])

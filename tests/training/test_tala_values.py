@@ -10,10 +10,9 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor
 
-from consissr.config.loading import load_config
-from consissr.config.training import TrainConfig
 from consissr.models.denoiser import Condition, Denoiser
 from consissr.models.image_prompt import ImagePrompt
+from consissr.nano.config import run_config
 from consissr.weights.base import load_text
 from scripts.train import stage_builder
 from tests.training import plain
@@ -36,7 +35,7 @@ ADAPTED = {
 
 def built(base: Path, *words: str) -> tuple:
     """The stage, all its layers awake, and its parts by kind."""
-    config = load_config(TrainConfig, None, [f"model.base={base}", *WORDS, *words])
+    config = run_config(None, [f"model.base={base}", *WORDS, *words])
     torch.manual_seed(1)
     stage = stage_builder(config.stage)(config)
     plain.wake(stage)

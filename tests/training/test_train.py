@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from consissr.config.loading import load_config
-from consissr.config.stages import OptimizerConfig
+from consissr.config.optimizer import OptimizerConfig
 from consissr.config.training import TrainConfig
 from consissr.nano.autoencoder import MEASURED
+from consissr.nano.config import run_config
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.checks import accumulation
 from consissr.training.loop import Loop
@@ -22,7 +22,7 @@ from consissr.training.stage import held_out, photographs
 from consissr.training.validation import VALIDATION_SEED
 from consissr.weights.latents import load_latents
 from scripts.train import main, stage_builder
-from tests.training.tiny import SMALL, words
+from tests.training.tiny import SMALL, started, words
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_exported_latents_have_unit_variance(photos: Path, tmp_path: Path, own: 
     """Over all crops of the validation set, its uneven last micro-batch included; else over training's first."""
     own = [word.format(photos=photos) for word in own]
     _, path, *overrides = words("autoencoder", photos, tmp_path, *own)
-    config = load_config(TrainConfig, path, overrides)
+    config = run_config(path, overrides)
     Loop(config, stage_builder("autoencoder")).run()
     numbers, dataset = range(MEASURED), photographs(config.data, config.seed)
     if own:
@@ -107,7 +107,7 @@ def test_trained_parameters_learn_and_frozen_ones_stay(runs: Path, photos: Path,
         (tmp_path / earlier).symlink_to(runs / earlier)
     # A hinge loss cancels exactly in the discriminator's last bias until a logit leaves [-1, 1]: a large step makes it.
     _, path, *overrides = words(stage, photos, tmp_path, "precision=fp32", "deft.optimizer.lr=0.1", "steps=3")
-    loop = Loop(load_config(TrainConfig, path, overrides), stage_builder(stage))
+    loop = started(run_config(path, overrides))
     trained = {id(p) for phase in loop.stage.phases for p in phase.parameters.values()}
     frozen = {n: p for n, p in loop.stage.networks.named_parameters() if id(p) not in trained}
     before = {name: p.detach().clone() for name, p in frozen.items()}

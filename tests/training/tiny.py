@@ -5,6 +5,7 @@ each other. A new stage needs a line in each of the two tables.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 COMMON = ["batch=2", "micro_batch=2", "steps=2", "log_every=1", "tracker=none", "data.crop=64", "checkpoint_every=1"]
 COMMON += ["compile=false", "precision=fp32", "frozen_precision=fp32"]
@@ -21,11 +22,19 @@ SMALL = {
         "prior.heads=2",
         "prior.context_dim=8",
     ],
-    "rclip": ["stage=rclip", "model.image_tokens=patches"],
-    "tala": ["stage=tala", "sampler.plan=ddpm", "sampler.steps=2", "nuts.metric=latents", "model.image_prompt=hpa"],
+    "rclip": ["model.image_tokens=patches"],
+    "tala": ["sampler.plan=ddpm", "sampler.steps=2", "model.image_prompt=hpa"],
     "nuts": [],
     "deft": ["deft.discriminator_width=8", "deft.adversarial_start=-1"],
 }
+
+
+def started(config: Any) -> Any:
+    """A run that has not begun."""
+    from consissr.training.loop import Loop
+    from scripts.train import stage_builder
+
+    return Loop(config, stage_builder(config.stage))
 
 
 def words(stage: str, photos: Path, runs: Path, *more: str) -> list[str]:

@@ -1,0 +1,31 @@
+"""p(t) of time-aware latent augmentation (Sec. 3.4, ConsisSR): how often a timestep is trained from z_lq.
+
+Algorithm 1 itself, which draws by it, is `training/tala.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from consissr.errors import UserError
+
+FORMS = ("power", "as_released", "linear", "off")
+
+
+def probability(t: Tensor, form: str = "power", gamma: float = 10.0, T: int = 1000) -> Tensor:
+    """p(t), the chance that timestep t (0..T-1) starts from the low-quality latent -> float64, shape of t.
+
+    `power`        ((t + 1) / T) ** gamma, the paper's (it counts 1..T): 1 at the noisiest step
+    `as_released`  (t / T) ** gamma, at most 0.990
+    `linear`       max(1 - 2.5 (1 - (t + 1) / T), 0): 1 at the noisiest step, 0 from 0.6 T down
+    `off`          0: ordinary DDPM training
+    """
+    if form not in FORMS:
+        raise UserError(f"TALA form {form!r} is unknown; choose one of {', '.join(FORMS)}")
+    t = t.double()
+    if form == "off":
+        return torch.zeros_like(t)
+    if form == "linear":
+        return (1 - 2.5 * (1 - (t + 1) / T)).clamp(min=0)
+    return ((t + (form == "power")) / T) ** gamma
