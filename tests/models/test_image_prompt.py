@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from consissr.config.model import ModelConfig
 from consissr.errors import UserError
 from consissr.models.image_prompt import (
-    GELU_GAIN,
     MEAN,
     STD,
     Adapter,
@@ -38,14 +37,10 @@ def images(*shape: int) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
-def test_constants():
-    """CLIP's own mean and deviation; the gain that keeps GELU's outputs at a mean square of 1, integrated here."""
+def test_clips_constants():
     from open_clip import constants
 
     assert (MEAN, STD) == (constants.OPENAI_DATASET_MEAN, constants.OPENAI_DATASET_STD)
-    x = torch.linspace(-8, 8, 10_001, dtype=torch.float64)
-    density = torch.exp(-x.square() / 2) / (2 * torch.pi) ** 0.5
-    assert torch.trapezoid(F.gelu(x).square() * density, x).rsqrt().item() == pytest.approx(GELU_GAIN, abs=5e-4)
 
 
 def test_clip_input_is_normalised_and_resized_without_antialiasing():
