@@ -1,9 +1,8 @@
 """Does a model restore, or does it only look so?  python scripts/check_model.py nano-ccsr --realsr DIR --photos DIR
 
-Restores real pairs (DIR/LR, DIR/HR) in one and two steps (or by the model's own plan), and degraded photographs (fixed
-seed) with and without the tuned decoder. Prints PSNR, SSIM, NIQE, the flat-block ratio and the loss under another
-image's condition beside bicubic and bicubic plus grain. Results and scores are kept in the output folder, results in
-folders named after the model, its weights and the images.
+Restores real pairs in one and two steps or by the model's own plan (RealSR guided choices of the bundled models: others
+tell more), and degraded photographs with and without the tuned decoder. Prints PSNR, SSIM, NIQE, ST-LPIPS, flat-block
+ratio and the loss under another image's condition beside bicubic and bicubic plus grain. Results are kept.
 """
 
 import argparse
@@ -81,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Restore, check, print two tables; one line per mistake and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="bundled name or model folder")
-    parser.add_argument("--realsr", type=Path, help="folder with LR/ and HR/ of real pairs")
+    parser.add_argument("--realsr", type=Path, help="folder with LR/ and HR/ of real pairs, RealSR's or others")
     parser.add_argument("--photos", help="folder of photographs to degrade")
     parser.add_argument("--base", help="another place of the base model")
     parser.add_argument("-o", "--output", type=Path, default=Path("results/check"))
@@ -101,6 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -15,8 +15,9 @@ ConfigT = TypeVar("ConfigT")
 
 def nearest(word: str, known: list[str]) -> str:
     """The known word most like `word`, as a phrase for an error message ("" when none is close)."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
+    lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.4)
+    return f"; did you mean '{lower[close[0]]}'?" if close else f"; known: {', '.join(sorted(known))}"
 
 
 def check_word(value: str, known: tuple[str, ...], name: str) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SD_BETAS = (1000, 0.00085, 0.012)
-"""Stable Diffusion's noise schedule: timesteps T, first and last beta of the "scaled linear" form."""
+from consissr.config.sd21 import SD_BETAS
 
 CLEAN = -1
 """The timestep after the last one: `alpha_bar[CLEAN]` is 1, nothing but signal."""

@@ -1,4 +1,4 @@
-"""Intervals by resampling images, and what they say about a claim."""
+"""Intervals by resampling, and what they say about a claim: over images, and over training seeds and images."""
 
 import math
 from dataclasses import dataclass
@@ -7,63 +7,76 @@ import numpy as np
 
 DRAWS = 10_000
 LEVEL = 0.95
-ONE_SEED = " (one training seed)"
-"""Follows a verdict behind which one training of each model stands: it may be training noise."""
+UNRESOLVED = "not resolvable at this budget"
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % points of Student's t for 1 to 9 degrees of freedom; the last serves for more."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over images and its interval."""
+    """A mean and its interval."""
 
     mean: float
     low: float
     high: float
 
 
-def interval(values: np.ndarray, seed: int = 0, draws: int = DRAWS, level: float = LEVEL) -> Estimate:
+def interval(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Estimate:
     """Mean of `values` (images,) and the percentile bootstrap interval of it: `draws` resamples of the images."""
+    return hierarchical(np.asarray(values)[None], seed, draws)
+
+
+def hierarchical(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Estimate:
+    """Mean of `values` (training seeds, images) and its percentile bootstrap interval.
+
+    Each of `draws` resamples draws seeds and images with replacement, independently: all seeds restore the same images.
+    """
     values = np.asarray(values, dtype=np.float64)
-    chosen = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    means = values[chosen].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    seeds, images = values.shape
+    random = np.random.default_rng(seed)
+    chosen = random.integers(0, images, (draws, images))
+    means = np.empty((draws, seeds))
+    for row in range(seeds):
+        means[:, row] = values[row][chosen].mean(axis=1)
+    if seeds > 1:
+        means = np.take_along_axis(means, random.integers(0, seeds, (draws, seeds)), axis=1)
+    low, high = np.quantile(means.mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(values.mean()), float(low), float(high))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference a - b over images: for each training seed, and for their mean, which the verdict is about."""
+    """A difference of two rows over training seeds and images."""
 
     overall: Estimate
-    seeds: list[Estimate]
+    seeds: tuple[float, ...]
+    """The mean of each training seed."""
+
+    @property
+    def least(self) -> float:
+        """The smallest difference that these seeds resolve: half of their 95 % interval by Student's t; inf for one.
+
+        Resampling a few seeds makes intervals too narrow, which this makes up for.
+        """
+        if len(self.seeds) < 2:
+            return math.inf
+        factor = STUDENT[min(len(self.seeds) - 1, len(STUDENT)) - 1]
+        return float(factor * np.std(self.seeds, ddof=1) / math.sqrt(len(self.seeds)))
 
 
 def paired(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Difference:
-    """Difference of two rows of values (training seeds, images), the k-th seed's with the k-th seed's, image by image.
-
-    Images are resampled, pairs kept. The overall difference of an image is the mean over the seeds.
-    """
+    """a - b, both (training seeds, images): the k-th seed's with the k-th seed's, image by image."""
     differences = np.atleast_2d(a) - np.atleast_2d(b)
-    seeds = [interval(row, seed, draws) for row in differences]
-    return Difference(interval(differences.mean(axis=0), seed, draws), seeds)
+    return Difference(hierarchical(differences, seed, draws), tuple(differences.mean(axis=1).tolist()))
 
 
-def verdict(found: Difference, expected: str, least: float, one_seed: bool = False) -> str:
-    """'appears', 'opposite' or 'not resolved': does the interval lie where the claim has it?
+def verdict(difference: Difference, expected: str) -> str:
+    """'appears', 'opposite' or UNRESOLVED: is the first row's value 'higher' or 'lower', as `expected`?
 
-    expected: 'higher' or 'lower' (the interval lies beyond `least` on that side of 0, or on the other, or neither), or
-    'unchanged' (it lies within +-`least`, or outside, or neither). `least` is the smallest difference that counts, in
-    the metric's unit. Training seeds whose differences disagree in sign resolve nothing, nor does a NaN.
-    one_seed: whether one training of each model is all there is, which the verdict then says.
+    Resolved is what lies beyond 0 in the interval over seeds and images, and beyond what the seeds' spread allows.
     """
-    low, high = found.overall.low, found.overall.high
-    if math.isnan(low) or math.isnan(high):
-        return "not resolved"
-    note = ONE_SEED if one_seed else ""
-    if expected == "unchanged":
-        if -least <= low and high <= least:
-            return "appears" + note
-        return "opposite" + note if low > least or high < -least else "not resolved"
-    signs = {np.sign(estimate.mean) for estimate in found.seeds}
-    if len(signs) > 1 or (low <= least and high >= -least):
-        return "not resolved"
-    return ("appears" if (low > 0) == (expected == "higher") else "opposite") + note
+    e = difference.overall
+    beyond = e.low > 0 or e.high < 0
+    if not beyond or abs(e.mean) <= difference.least:  # NaN is neither
+        return UNRESOLVED
+    return "appears" if (e.mean > 0) == (expected == "higher") else "opposite"

@@ -1,6 +1,7 @@
-"""Four figures that a learned restoration must reach and a simple trick cannot fake, beside two baselines.
+"""Figures that a learned restoration must reach and a simple trick cannot fake, beside two baselines.
 
 1. PSNR-Y, SSIM-Y and NIQE. Bicubic has the PSNR without the detail; bicubic plus grain has the NIQE without it.
+   ST-LPIPS, a learned distance to HR (not the LPIPS of tables), tells detail from either.
 2. Flat-block ratio: roughness where the photograph is smooth, which grain and hallucination raise. Of all 16x16 blocks
    of the set, the tenth in which HR's Y has the least standard deviation; mean deviation of the result over HR's.
 3. Wrong-condition drop: the PSNR lost when the model is fed another image's condition (0 for a model that ignores it).
@@ -21,6 +22,8 @@ from consissr.images import codec
 
 BLOCK = 16  # pixels per side
 FLATTEST = 0.1  # share of all blocks
+BICUBIC, GRAINY = "bicubic", "bicubic+grain"  # names of the baselines' rows
+METRICS = ["psnr", "ssim", "niqe", "st-lpips"]
 GRAIN = 3.0  # standard deviation in 8-bit levels
 GRAIN_BLUR = 0.7  # pixels: at these two, grain brings bicubic's NIQE from 9.0 to 5.9 for 0.2 dB
 
@@ -33,6 +36,8 @@ class Row:
     psnr: float
     ssim: float
     niqe: float
+    st_lpips: float
+    """NaN where its weights are not installed."""
     flat_ratio: float
     wrong_drop: float = float("nan")
 
@@ -90,7 +95,7 @@ def write_baselines(lr: Path, output: Path, scale: int = 4) -> dict[str, Path]:
 
     What is there may be of other images of the same names: it is written anew, and PNG files of other names go.
     """
-    makers = {"bicubic": bicubic_baseline, "bicubic+grain": bicubic_plus_grain}
+    makers = {BICUBIC: bicubic_baseline, GRAINY: bicubic_plus_grain}
     written, files = {}, folders.list_images(lr)
     for name, maker in makers.items():
         written[name] = output / name.replace("+", "-plus-")
@@ -123,13 +128,18 @@ def check(
     wrong = wrong or {}
     for name in wrong.keys() - results.keys():
         raise UserError(f"--wrong-condition {name}: no --sr folder of that name; write NAME=DIR")
+    for name in (BICUBIC, GRAINY):
+        if name in results:
+            raise UserError(
+                f"--sr {results[name]}: '{name}' names a row of the check itself; write NAME={results[name]}"
+            )
     given = folders.pair({"HR": hr}, hr, lr)
     first = given.images[0]
     scale = round(given.sizes[first][0] / folders.image_sizes({first: given.lr[first]})[first][0])
     named = write_baselines(lr, output / "baselines", scale) | results
     pairs = folders.pair(named, hr, None)
     cache = output / "scores.jsonl"
-    scores = evaluate(pairs, get_measures(["psnr", "ssim", "niqe"]), get_protocol("ccsr"), cache, jobs=jobs,
+    scores = evaluate(pairs, get_measures(METRICS), get_protocol("ccsr"), cache, jobs=jobs,
                       progress=progress)  # fmt: skip
     drops = {}
     for name, folder in wrong.items():
@@ -140,7 +150,7 @@ def check(
     return [
         Row(
             method.name,
-            *(scores.mean(method.name, metric) for metric in ("psnr", "ssim", "niqe")),
+            *(scores.mean(method.name, metric) for metric in METRICS),
             flat_block_ratio((folders.read_image(method.runs[0][i]) for i in pairs.images), photographs),
             drops.get(method.name, float("nan")),
         )
@@ -150,12 +160,15 @@ def check(
 
 def as_text(rows: list[Row]) -> str:
     """The rows as a Markdown table, with the definitions of the figures below it."""
-    titles = ("", "PSNR-Y dB", "SSIM-Y", "NIQE", "flat-block ratio", "wrong-condition drop dB")
+    titles = ("", "PSNR-Y dB", "SSIM-Y", "NIQE", "ST-LPIPS", "flat-block ratio", "wrong-condition drop dB")
     lines = [f"| {' | '.join(titles)} |", "|---" + "|--:" * (len(titles) - 1) + "|"]
     for row in rows:
         drop = f"{row.wrong_drop:.2f}" if row.wrong_drop == row.wrong_drop else "-"
         niqe = f"{row.niqe:.2f}" if row.niqe == row.niqe else "-"
-        figures = f"{row.psnr:.2f} | {row.ssim:.4f} | {niqe} | {row.flat_ratio:.2f} | {drop}"
+        distance = f"{row.st_lpips:.3f}" if row.st_lpips == row.st_lpips else "-"
+        figures = f"{row.psnr:.2f} | {row.ssim:.4f} | {niqe} | {distance} | {row.flat_ratio:.2f} | {drop}"
         lines.append(f"| {row.name} | {figures} |")
     grain = f"Grain: {GRAIN:g} levels, blurred by {GRAIN_BLUR:g} pixels. PSNR, SSIM: protocol ccsr."
+    if all(row.st_lpips != row.st_lpips for row in rows):
+        grain += " ST-LPIPS needs the weights in the package stlpips-pytorch 0.0.2."
     return "\n".join([*lines, "", __doc__.split("\n\n", 1)[1].strip(), grain])

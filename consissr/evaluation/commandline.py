@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from consissr.evaluation.output import PICTURES
-
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,7 +22,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
     group = made.add_argument_group("how")
     add = group.add_argument
-    add("--metrics", metavar="A,B,...", help="default: psnr,ssim,niqe with --hr, niqe without")
+    add(
+        "--metrics",
+        metavar="A,B,...",
+        help="default: psnr,ssim,niqe with --hr, niqe without; st-lpips is a learned distance that needs no download",
+    )
     add(
         "--protocol",
         metavar="NAME",
@@ -32,9 +34,17 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     add("--weights", type=Path, metavar="DIR", help="folder with weights of learned metrics (default: pyiqa's caches)")
     add("--device", default="cpu", help="device of learned metrics (cpu)")
-    add("--jobs", type=int, metavar="N", help="processes (default: one per core)")
+    add("--jobs", type=int, metavar="N", help="processes (default: as many as there are cores and memory for)")
+    add(
+        "--unranked",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="result folders left out of bold and rank, such as models of another size",
+    )
+    add("--small-fid", action="store_true", help="compute FID of fewer than 50 images, too")
     pictures = "images whose pictures the HTML report embeds (%(default)s)"
-    add("--report-images", type=int, default=PICTURES, metavar="N", help=pictures)
+    add("--report-images", type=int, default=24, metavar="N", help=pictures)
 
     group = made.add_argument_group("the papers' tables and figures")
     add = group.add_argument
@@ -50,7 +60,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
     group = made.add_argument_group("checks")
     add = group.add_argument
-    add("--check", action="store_true", help="four figures beside bicubic and bicubic plus grain (needs --hr and --lr)")
+    add("--check", action="store_true", help="figures beside bicubic and bicubic plus grain (needs --hr and --lr)")
     add(
         "--wrong-condition",
         nargs="+",

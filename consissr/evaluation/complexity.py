@@ -14,25 +14,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from consissr.config.model import ModelConfig
+from consissr.config.sd21 import TEXT, TOKENS, TOWER, UNET, VAE
 from consissr.evaluation import tables
 from consissr.evaluation.tables import Cell, Table
 
 SIDE = 512  # pixels of the output
 LATENT = SIDE // 8
-UNET = {
-    "sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20],
-    "use_linear_projection": True,
-}  # fmt: skip
-VAE = {
-    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "sample_size": 768,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
-TEXT = {
-    "vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
-    "num_attention_heads": 16, "projection_dim": 512, "hidden_act": "gelu",
-}  # fmt: skip
-TOWER = {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14}  # CLIP ViT-H/14
-TOKENS = 77
 MODELS = {
     "ccsr": ModelConfig(),
     "consissr": ModelConfig(hint="stack", position_embedding=64, transposed_attention=True, image_prompt="hpa"),

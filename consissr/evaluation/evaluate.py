@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from consissr.errors import UserError
-from consissr.evaluation import stability, workers
+from consissr.evaluation import stability, stlpips, workers
 from consissr.evaluation.folders import Method, Pairs
-from consissr.evaluation.protocols import MEASURES, Measure, Protocol
+from consissr.evaluation.protocols import FID_LEAST, MEASURES, PROCESS_GIGABYTES, Measure, Protocol
 from consissr.evaluation.scores import (
     LR_CLIP,
     REVISION,
@@ -79,13 +79,21 @@ def evaluate(
     device: str = "cpu",
     jobs: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    small_fid: bool = False,
 ) -> Evaluation:
-    """Compute what `cache` does not hold yet, in `jobs` processes (default: one per core; one on an accelerator)."""
+    """Compute what `cache` does not hold yet, in `jobs` processes (default: `workers.count`'s).
+
+    small_fid: whether to compute FID of fewer than FID_LEAST images, too. Raises UserError where none of the measures
+    can be computed.
+    """
     result = Evaluation(pairs, measures, protocol)
-    jobs = workers.count(jobs, device)
     setting, scores = Setting(protocol, weights, device), ScoreCache(cache)
     _check_references(measures, pairs)
-    result.unavailable = _unavailable(measures, weights, pairs)
+    result.unavailable = _unavailable(measures, weights, pairs, small_fid)
+    if measures and len(result.unavailable) == len(measures):
+        raise UserError("\n".join(f"{name} is not computed: {why}" for name, why in result.unavailable.items()))
+    taken = PROCESS_GIGABYTES + sum(m.gigabytes for m in measures if m.name not in result.unavailable)
+    jobs = workers.count(jobs, device, taken)
     metrics = _raw_metrics([m.name for m in measures if m.name not in result.unavailable])
     prints = {metric: _fingerprint(metric, weights) for metric in metrics}
     result.versions = _versions(measures, prints)
@@ -143,11 +151,13 @@ def _check_references(measures: list[Measure], pairs: Pairs) -> None:
             raise UserError(f"{measure.name} also needs LR images: give --lr FOLDER, or leave it out of --metrics")
 
 
-def _unavailable(measures: list[Measure], weights: Path | None, pairs: Pairs) -> dict[str, str]:
+def _unavailable(measures: list[Measure], weights: Path | None, pairs: Pairs, small_fid: bool) -> dict[str, str]:
     reasons = {}
     for measure in measures:
         reason = ""
-        if measure.source != "own":
+        if measure.source == "stlpips" and stlpips.weights_file() is None:
+            reason = "its weights come with a package that is not installed: pip install stlpips-pytorch==0.0.2"
+        if measure.source in ("pyiqa", "clip"):
             from consissr.evaluation.learned import missing_text
 
             reason = missing_text(measure.name, weights)
@@ -155,14 +165,19 @@ def _unavailable(measures: list[Measure], weights: Path | None, pairs: Pairs) ->
             reason = f"needs images of at least 96x192 pixels; smaller: {small}"
         if measure.name == "ssim" and (small := pairs.smaller_than(11, 11)):
             reason = f"needs images of at least 11x11 pixels; smaller: {small}"
+        if measure.name == "fid" and len(pairs.images) < FID_LEAST and not small_fid:
+            reason = f"of {len(pairs.images)} images it says nothing: use {FID_LEAST} or more, or --small-fid"
         if reason:
             reasons[measure.name] = reason
     return reasons
 
 
 def _fingerprint(metric: str, weights: Path | None) -> str:
-    if metric != LR_CLIP and MEASURES[metric].source == "own":
+    source = "clip" if metric == LR_CLIP else MEASURES[metric].source
+    if source == "own":
         return ""
+    if source == "stlpips":
+        return stlpips.DIGEST[:16]
     from consissr.evaluation.learned import fingerprint
 
     return fingerprint(metric, weights)

@@ -108,9 +108,13 @@ def extreme_rows(inputs: Inputs) -> list[Row]:
         for method in pairs.methods:
             values = [psnr(folders.read_image(run[name]), reference).item() for run in method.runs]
             order = [int(np.argmax(values)), int(np.argmin(values))] if len(values) > 1 else [0]
-            words = ("best", "worst") if len(values) > 1 else ("",)
+            words = ("best of {}", "worst of {}") if len(values) > 1 else ("",)
             row += [
-                (f"{method.name} {word} {values[i]:.2f} dB", _crop(method.runs[i][name], inputs.box), None)
+                (
+                    f"{method.name} {word.format(len(values))} {values[i]:.2f} dB",
+                    _crop(method.runs[i][name], inputs.box),
+                    None,
+                )
                 for word, i in zip(words, order, strict=True)
             ]
         rows.append([*row, ("HR", _crop(pairs.hr[name], inputs.box), None)])
@@ -169,7 +173,10 @@ def curves_figure(table: Table, inputs: Inputs, args: argparse.Namespace):
     shown = [m for m in measures if any(m.name in table for table in lines.values())]
     if not shown:
         raise UserError("none of the figure's metrics can be computed here: see --list-weights, or choose --metrics")
-    return curve_panels(lines, shown, flat)
+    figure = curve_panels(lines, shown, flat)
+    if absent := [m.label for m in measures if m not in shown]:
+        figure.supxlabel(f"not computed here (see --list-weights): {', '.join(absent)}", fontsize=7)
+    return figure
 
 
 def curve_panels(lines: dict, measures: list[Measure], flat: dict[str, float] | None = None):

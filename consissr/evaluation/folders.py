@@ -1,8 +1,8 @@
 """From folders to pairs of images. Anything that does not pair is an error that names the files; nothing is skipped."""
 
-import hashlib
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,8 @@ class Method:
     name: str
     runs: list[dict[str, Path]]
     note: str = ""
+    ranked: bool = True
+    """Whether it takes part in best, second best and rank (a model of another size does not)."""
 
 
 @dataclass(frozen=True)
@@ -100,27 +102,16 @@ def image_sizes(files: dict[str, Path]) -> dict[str, tuple[int, int]]:
     return sizes
 
 
-def fingerprint(place: Path, endings: tuple[str, ...] = ()) -> str:
-    """Hash of the names and contents of a folder's files (or of one file), hidden ones left out: 16 hexadecimal digits.
-
-    endings: of the files that count, such as ".safetensors"; none means all.
-    """
-    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-    digest = hashlib.sha256()
-    for path in files:
-        name = path.relative_to(place).as_posix()
-        if name.lower().endswith(endings or "") and not any(part.startswith(".") for part in Path(name).parts):
-            with path.open("rb") as file:
-                digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def pair(folders: dict[str, Path], hr: Path | None, lr: Path | None) -> Pairs:
+def pair(folders: dict[str, Path], hr: Path | None, lr: Path | None, unranked: Collection[str] = ()) -> Pairs:
     """Check every folder against HR (or against the first result folder) and return the pairs.
+
+    unranked: names of folders whose methods are left out of ranks.
 
     Raises UserError with one line per problem: missing and surplus names, files that cannot be read, a format that
     differs from its folder's other files, sizes that differ from HR's.
     """
+    if unknown := [name for name in unranked if name not in folders]:
+        raise UserError(f"no result folder is called '{unknown[0]}', which is not to be ranked: {', '.join(folders)}")
     runs = {name: [list_images(run) for run in list_runs(folder)] for name, folder in folders.items()}
     hr_files = list_images(hr) if hr else None
     lr_files = list_images(lr) if lr else None
@@ -143,7 +134,7 @@ def pair(folders: dict[str, Path], hr: Path | None, lr: Path | None) -> Pairs:
         _headers(lr_files, problems)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
-    methods = [Method(name, runs[name], notes.get(name, "")) for name in folders]
+    methods = [Method(name, runs[name], notes.get(name, ""), name not in unranked) for name in folders]
     return Pairs(methods, sorted(reference), hr_files, lr_files, sizes)
 
 

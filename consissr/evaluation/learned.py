@@ -32,18 +32,24 @@ class WeightFile:
     name: str
     place: str
     url: str
+    digest: str
+    """First digits of the SHA-256 of its contents, as its name or address carries them."""
 
 
 def _pyiqa(name: str) -> WeightFile:
-    return WeightFile(name, "pyiqa", PYIQA + name)
+    return WeightFile(name, "pyiqa", PYIQA + name, _named_digest(name))
 
 
 def _torchvision(name: str) -> WeightFile:
-    return WeightFile(name, "checkpoints", TORCHVISION + name)
+    return WeightFile(name, "checkpoints", TORCHVISION + name, _named_digest(name))
 
 
 def _clip(name: str, digest: str) -> WeightFile:
-    return WeightFile(name, "clip", f"{CLIP}{digest}/{name}")
+    return WeightFile(name, "clip", f"{CLIP}{digest}/{name}", digest)
+
+
+def _named_digest(name: str) -> str:
+    return name.rsplit("-", 1)[1].split(".")[0]
 
 
 VIT_B32 = _clip("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af")
@@ -103,12 +109,24 @@ def listing(folder: Path | None) -> list[tuple[str, str, str, str]]:
 
 @lru_cache
 def fingerprint(metric: str, folder: Path | None) -> str:
-    """Hash of the weights behind `metric` (16 hexadecimal digits), for records and caches."""
-    digest = hashlib.sha256()
-    for file in WEIGHTS[metric]:
-        with find(file, folder).open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
+    """Hash of the weights behind `metric` (16 hexadecimal digits), for records and caches.
+
+    Raises UserError for a file that is not what its name says.
+    """
+    digests = [checked(file, find(file, folder)) for file in WEIGHTS[metric]]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def checked(file: WeightFile, path: Path) -> str:
+    """SHA-256 of the file at `path`. Raises UserError if `file` is another one."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if not digest.startswith(file.digest):
+        raise UserError(
+            f"{path} is not {file.name}: its SHA-256 starts with {digest[:8]} instead of {file.digest[:8]}; "
+            f"download {file.url} again"
+        )
+    return digest
 
 
 def load(metric: str, folder: Path | None, device: str) -> Callable[..., float]:
@@ -116,6 +134,7 @@ def load(metric: str, folder: Path | None, device: str) -> Callable[..., float]:
     if reason := missing_text(metric, folder):
         raise UserError(f"{metric}: {reason}")
     if metric.startswith("clip-i"):
+        checked(VIT_B32, find(VIT_B32, folder))
         return ClipImageSimilarity(find(VIT_B32, folder), device)
     model = _pyiqa_metric("maniqa-pipal" if metric == "maniqa" else metric, WEIGHTS[metric], folder, device)
     return lambda *images: model(*images).item()
@@ -206,6 +225,8 @@ def _pyiqa_metric(pyiqa_name: str, wanted: tuple[WeightFile, ...], folder: Path 
 
     check_device(device)
     files = {file: find(file, folder) for file in wanted}
+    for file, path in files.items():
+        checked(file, path)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         for file, path in files.items():
             place = Path(scratch) / file.place

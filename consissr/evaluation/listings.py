@@ -23,9 +23,13 @@ def text(args: argparse.Namespace, tables: Path) -> str:
 
 def weights_text(folder: Path | None) -> str:
     """One line per weight file of the learned metrics: found where, or missing and where to get it."""
+    from consissr.evaluation import stlpips
     from consissr.evaluation.learned import listing
 
-    lines = []
+    path = stlpips.weights_file()
+    lines = [f"{'st-lpips':13} {Path(stlpips.FILE).name:38} {path or 'missing'}"]
+    if path is None:
+        lines.append(f"{'':14}get it with pip install stlpips-pytorch==0.0.2")
     for metric, name, place, advice in listing(folder):
         lines.append(f"{metric:13} {name:38} {place}" + (f"\n{'':14}get {advice}" if advice else ""))
     return "\n".join(lines)

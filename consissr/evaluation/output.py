@@ -1,38 +1,47 @@
-"""An evaluation written down: per-image CSV, JSON with versions, Markdown and LaTeX tables."""
+"""An evaluation written down: per-image CSV, JSON with versions, Markdown, LaTeX, a report and its summary as SVG."""
 
 import csv
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from consissr.evaluation.evaluate import Evaluation
-from consissr.evaluation.folders import some
+from consissr.evaluation.plots import summary_svg
 from consissr.evaluation.protocols import describe
-from consissr.evaluation.rank import average_ranks, places
+from consissr.evaluation.report import html_report
+from consissr.evaluation.summary import (
+    difference_lines,
+    differences,
+    markdown_escaped,
+    notes,
+    one_line,
+    per_image,
+    table_cells,
+)
 
-RANK, LOCAL_STD = "Rank", "L-STD"
-PICTURES = 24  # images whose pictures the HTML report embeds
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What makes a spreadsheet compute a text instead of showing it."""
+TEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "Δ": r"$\Delta$",
+}  # fmt: skip
 
 
-def write_all(evaluation: Evaluation, folder: Path, pictures: int = PICTURES) -> list[Path]:
-    """Write per_image.csv, summary.json, table.md, table.tex and report.html (with `pictures` images) into `folder`."""
-    from consissr.evaluation.report import html_report
-
+def write_all(evaluation: Evaluation, folder: Path, pictures: int = 24) -> list[Path]:
+    """Write everything into `folder`; the report embeds the pictures of `pictures` images."""
     contents = {
-        "per_image.csv": None,
         "summary.json": json.dumps(summary(evaluation), indent=1, ensure_ascii=False) + "\n",
         "table.md": markdown(evaluation),
         "table.tex": latex(evaluation),
         "report.html": html_report(evaluation, pictures),
+        "summary.svg": summary_svg(evaluation),
     }
     for name, text in contents.items():
-        if text is not None:
-            write_text(folder / name, text)
+        write_text(folder / name, text)
     write_csv(evaluation, folder / "per_image.csv")
-    return [folder / name for name in contents]
+    return [folder / name for name in ("per_image.csv", *contents)]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -45,7 +54,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_csv(evaluation: Evaluation, path: Path) -> None:
     """One row per method, run and image; L-STD stands in the row of run 0."""
-    metrics = [m.name for m in evaluation.measures if m.name not in evaluation.unavailable and m.needs != "set"]
+    metrics = [m.name for m in per_image(evaluation)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "run", "image", *metrics] + ["l-std"] * bool(evaluation.local_std))
@@ -53,11 +62,17 @@ def write_csv(evaluation: Evaluation, path: Path) -> None:
             table = evaluation.values[method.name]
             for run in range(len(method.runs)):
                 for column, image in enumerate(evaluation.pairs.images):
-                    row = [method.name, run, image, *(f"{table[m][run, column]:.6f}" for m in metrics)]
+                    names = [csv_text(method.name), run, csv_text(image)]
+                    row = [*names, *(f"{table[m][run, column]:.6f}" for m in metrics)]
                     if evaluation.local_std:
                         known = run == 0 and method.name in evaluation.local_std
                         row.append(f"{evaluation.local_std[method.name][column]:.6f}" if known else "")
                     writer.writerow(row)
+
+
+def csv_text(text: str) -> str:
+    """A name that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def summary(evaluation: Evaluation) -> dict:
@@ -76,96 +91,44 @@ def summary(evaluation: Evaluation) -> dict:
         "protocol": evaluation.protocol.as_text(),
         "images": len(evaluation.pairs.images),
         "methods": methods,
+        "differences to the first": {
+            name: {metric: asdict(e) for metric, e in line.items()} for name, line in differences(evaluation).items()
+        },
         "unavailable": evaluation.unavailable,
         "versions": evaluation.versions,
         "measures": describe(evaluation.measures),
     }
 
 
-def table_cells(evaluation: Evaluation) -> tuple[list[str], list[list[str]], list[list[int]]]:
-    """Header, texts and places (1 best, 2 second, 0 else) of the table of averages; "mean/G-STD" for repeated runs."""
-    names = [method.name for method in evaluation.pairs.methods]
-    shown = [m for m in evaluation.measures if m.name not in evaluation.unavailable]
-    columns = []
-    for measure in shown:
-        values = [evaluation.mean(name, measure.name) for name in names]
-        texts = []
-        for name, value in zip(names, values, strict=True):
-            spread = evaluation.global_std(name, measure.name)
-            text = "-" if math.isnan(value) else f"{value:.{measure.digits}f}"
-            texts.append(text + ("" if math.isnan(spread) else f"/{spread:.4f}"))
-        columns.append((f"{measure.label} {measure.arrow}", texts, places(values, measure.higher)))
-    if evaluation.local_std:
-        values = [evaluation.mean_local_std(name) for name in names]
-        texts = ["-" if math.isnan(value) else f"{value:.4f}" for value in values]
-        columns.append((f"{LOCAL_STD} ↓", texts, places(values, higher=False)))
-    if len(names) > 1 and len(shown) > 1:
-        averages = {name: {m.name: evaluation.mean(name, m.name) for m in shown} for name in names}
-        values = list(average_ranks(averages, shown).values())
-        columns.append((f"{RANK} ↓", [f"{value:.2f}" for value in values], places(values, higher=False)))
-    header = ["Method", *(title for title, _, _ in columns)]
-    rows = [[name, *(texts[index] for _, texts, _ in columns)] for index, name in enumerate(names)]
-    marks = [[0, *(places_[index] for _, _, places_ in columns)] for index in range(len(names))]
-    return header, rows, marks
-
-
 def markdown(evaluation: Evaluation) -> str:
-    """The table of averages: best bold, second best underlined."""
-    header, rows, marks = table_cells(evaluation)
+    """The table of averages: best bold, second best underlined; then differences to the first method, and notes."""
+    cells = table_cells(evaluation)
     wrap = {0: "{}", 1: "**{}**", 2: "<u>{}</u>"}
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]
-    for row, row_marks in zip(rows, marks, strict=True):
-        lines.append("| " + " | ".join(wrap[m].format(_escaped(t)) for t, m in zip(row, row_marks, strict=True)) + " |")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(evaluation))]) + "\n"
+    lines = ["| " + " | ".join(cells.header) + " |", "|---" + "|--:" * (len(cells.header) - 1) + "|"]
+    for row, marks in zip(cells.rows, cells.marks, strict=True):
+        texts = [wrap[mark].format(markdown_escaped(text)) for text, mark in zip(row, marks, strict=True)]
+        lines.append("| " + " | ".join(texts) + " |")
+    compared = difference_lines(evaluation)
+    return (
+        "\n".join([*lines, "", *compared, *[""] * bool(compared), *(f"- {note}" for note in notes(evaluation))]) + "\n"
+    )
 
 
 def latex(evaluation: Evaluation) -> str:
-    """The same table for a paper (booktabs): best bold, second best underlined."""
-    header, rows, marks = table_cells(evaluation)
+    """The table for a paper (booktabs): best bold, second best underlined."""
+    cells = table_cells(evaluation)
     wrap = {0: "{}", 1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}
-    lines = [f"% {note}" for note in notes(evaluation)]
-    lines += [r"\begin{tabular}{l" + "c" * (len(header) - 1) + "}", r"\toprule"]
-    lines += [" & ".join(tex_escaped(title) for title in header) + r" \\", r"\midrule"]
-    for row, row_marks in zip(rows, marks, strict=True):
-        cells = (wrap[m].format(tex_escaped(t)) for t, m in zip(row, row_marks, strict=True))
-        lines.append(" & ".join(cells) + r" \\")
+    lines = [f"% {one_line(note)}" for note in notes(evaluation)]
+    lines += [r"\begin{tabular}{l" + "c" * (len(cells.header) - 1) + "}", r"\toprule"]
+    lines += [" & ".join(tex_escaped(title) for title in cells.header) + r" \\", r"\midrule"]
+    for row, marks in zip(cells.rows, cells.marks, strict=True):
+        lines.append(" & ".join(wrap[m].format(tex_escaped(t)) for t, m in zip(row, marks, strict=True)) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def notes(evaluation: Evaluation) -> list[str]:
-    """What a reader needs to know beside the numbers."""
-    repeated = [f"{m.name} {len(m.runs)}" for m in evaluation.pairs.methods if len(m.runs) > 1]
-    lines = [f"{len(evaluation.pairs.images)} images. Protocol {evaluation.protocol.as_text()}"]
-    if repeated:
-        lines.append(f"Averages over runs, value/G-STD; number of runs: {', '.join(repeated)}.")
-    lines += [f"{m.name}: {m.note}." for m in evaluation.pairs.methods if m.note]
-    lines += [f"{metric} is not computed: {reason}." for metric, reason in evaluation.unavailable.items()]
-    lines += [
-        f"{name}: no mean {metric}, which is undefined for {which}." for name, metric, which in undefined(evaluation)
-    ]
-    lines += [f"{m.label}: {m.about}." for m in evaluation.measures if m.about and m.name not in evaluation.unavailable]
-    lines.append("Versions: " + ", ".join(f"{name} {number}" for name, number in evaluation.versions.items()) + ".")
-    return lines
-
-
-def undefined(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Method, metric and images of the values that do not exist: NIQE of images that are flat."""
-    found = []
-    for method, table in evaluation.values.items():
-        for metric, values in table.items():
-            if columns := np.flatnonzero(np.isnan(values).any(axis=0)).tolist():
-                found.append((method, metric, some([evaluation.pairs.images[column] for column in columns])))
-    return found
-
-
 def tex_escaped(text: str) -> str:
-    for character in "&%_#":
-        text = text.replace(character, "\\" + character)
-    return text.replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$").replace("Δ", r"$\Delta$")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+    """Text whose every character LaTeX prints as it is."""
+    return "".join(TEX.get(character, character) for character in one_line(text))
 
 
 def _plain(value: float) -> float | None:

@@ -16,12 +16,9 @@ from PIL import Image
 
 from consissr.config.loading import nearest
 from consissr.errors import UserError
-from consissr.evaluation.folders import EXTENSIONS, fingerprint
-from consissr.evaluation.output import write_text
+from consissr.evaluation import origin
+from consissr.evaluation.folders import EXTENSIONS
 from consissr.evaluation.tables import Table
-
-MODEL_FILES = (".safetensors", ".yaml", ".json")
-"""Endings of the files of a model folder that results depend on."""
 
 
 def ours(table: Table, args: argparse.Namespace, script: Path, find: Callable[[str], Path] = Path) -> dict[str, Path]:
@@ -87,16 +84,15 @@ def produce(
     flags: list[str],
     find: Callable[[str], Path] = Path,
 ) -> dict[str, Path]:
-    """Restore the LR folder once per row, `repeat` times with different noise; existing files are kept.
+    """Restore the LR folder once per row, `repeat` times with different noise; files of the same origin are kept.
 
-    Beside each folder stands what it was restored from. Raises UserError where that is something else, or infer.py
-    fails.
+    Raises UserError where infer.py fails.
     """
-    results, images = {}, fingerprint(lr, EXTENSIONS)
+    results, images = {}, origin.fingerprint(lr, EXTENSIONS)
     for row, model in models.items():
-        folder = output / "results" / re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-")
         own_flags = table.ours[row].get("flags", [])
-        keep_origin(folder, {"model": contents(find(model)), "images": images, "flags": [*own_flags, *flags]})
+        made_of = {"model": model, "weights": contents(find(model)), "images": images, "flags": [*own_flags, *flags]}
+        folder = origin.place(output / "results", re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-"), **made_of)
         command = [sys.executable, str(script), "-i", str(lr), "-o", str(folder), "-m", model, "--skip-existing"]
         command += [*own_flags, "--repeat", str(repeat), *flags]
         if subprocess.run(command).returncode != 0:
@@ -107,16 +103,4 @@ def produce(
 
 def contents(folder: Path) -> str:
     """Hash of the files of a model folder that results depend on; the name of one that is not on this machine."""
-    return fingerprint(folder, MODEL_FILES) if folder.is_dir() else str(folder)
-
-
-def keep_origin(folder: Path, origin: dict[str, str | list[str]]) -> None:
-    """Write down, beside `folder`, what its results come from; UserError if it holds results of another origin."""
-    record = folder.with_name(f"{folder.name}.json")
-    if not any(path.is_file() for path in folder.rglob("*")):
-        write_text(record, json.dumps(origin, indent=1) + "\n")
-    elif record.is_file():
-        known = json.loads(record.read_text())
-        if changed := [name for name in origin if origin[name] != known.get(name)]:
-            names = " and ".join(changed)
-            raise UserError(f"{folder} was restored otherwise (other {names}): remove it or use another -o")
+    return origin.fingerprint(folder, origin.MODEL_FILES) if folder.is_dir() else str(folder)

@@ -19,7 +19,9 @@ class Measure:
     needs: str
     """'hr' (full reference), 'none' (no reference), 'hr lr' or 'set' (compares two sets of images)."""
     source: str
-    """'own', 'pyiqa' or 'clip'."""
+    """'own', 'stlpips', 'pyiqa' or 'clip'."""
+    gigabytes: float = 0.0
+    """Memory that a process takes for it beside the 0.6 of every process: a share of 5.3, measured of all together."""
     digits: int = 4
     about: str = ""
 
@@ -33,20 +35,29 @@ MEASURES = {
     for measure in (
         Measure(name="psnr", label="PSNR", higher=True, span="20 to 30 dB", needs="hr", source="own", digits=2),
         Measure(name="ssim", label="SSIM", higher=True, span="0.5 to 0.85 of 1", needs="hr", source="own"),
-        Measure(name="lpips", label="LPIPS", higher=False, span="0.2 to 0.5", needs="hr", source="pyiqa"),
-        Measure(name="dists", label="DISTS", higher=False, span="0.15 to 0.35", needs="hr", source="pyiqa"),
+        Measure(name="lpips", label="LPIPS", higher=False, span="0.2 to 0.5", needs="hr", source="pyiqa",
+                gigabytes=0.3),
+        Measure(name="st-lpips", label="ST-LPIPS", higher=False, span="0.05 to 0.5", needs="hr", source="stlpips",
+                gigabytes=0.4, about="shift-tolerant LPIPS (Ghildyal and Liu 2022, on its AlexNet); not the LPIPS of "
+                "published tables"),
+        Measure(name="dists", label="DISTS", higher=False, span="0.15 to 0.35", needs="hr", source="pyiqa",
+                gigabytes=0.6),
         Measure(name="fid", label="FID", higher=False, span="25 to 180, strongly biased by the number of images",
-                needs="set", source="pyiqa", digits=2),
+                needs="set", source="pyiqa", digits=2,
+                about="of whole images, resized to 299 pixels in clean-fid's way (pyiqa's mode 'clean')"),
         Measure(name="niqe", label="NIQE", higher=False, span="3 to 10", needs="none", source="own"),
-        Measure(name="clipiqa", label="CLIPIQA", higher=True, span="0.3 to 0.8 of 1", needs="none", source="pyiqa"),
+        Measure(name="clipiqa", label="CLIPIQA", higher=True, span="0.3 to 0.8 of 1", needs="none", source="pyiqa",
+                gigabytes=0.7),
         Measure(name="musiq", label="MUSIQ", higher=True, span="40 to 75 of 100", needs="none", source="pyiqa",
-                digits=2),
+                digits=2, gigabytes=0.7),
         Measure(name="maniqa", label="MANIQA", higher=True, span="0.4 to 0.7 of 1", needs="none", source="pyiqa",
-                about="pyiqa's maniqa-pipal; 20 random crops up to pyiqa 0.1.11, a grid of crops since 0.1.12"),
+                gigabytes=1.4, about="pyiqa's maniqa-pipal; 20 random crops up to pyiqa 0.1.11, "
+                "a grid of crops since 0.1.12"),
         Measure(name="clip-i", label="CLIP-I", higher=True, span="0.8 to 1", needs="hr", source="clip",
-                about="cosine of the ViT-B/32 CLIP image embeddings of SR and HR"),
+                gigabytes=0.6, about="cosine of the ViT-B/32 CLIP image embeddings of SR and HR"),
         Measure(name="delta-clip-i", label="ΔCLIP-I", higher=True, span="0 to 0.02", needs="hr lr", source="clip",
-                about="CLIP-I(SR, HR) / CLIP-I(LR, HR) - 1 (Eq. 5, ConsisSR); the mean is the ratio of the means"),
+                gigabytes=0.6, about="CLIP-I(SR, HR) / CLIP-I(LR, HR) - 1 (Eq. 5, ConsisSR); the mean is the "
+                "ratio of the means"),
     )
 }  # fmt: skip
 
@@ -72,8 +83,16 @@ class Protocol:
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol(name="ccsr", about="CCSR's paper (Sec. IV-B); its published values follow this."),
-        Protocol(name="osediff", about="OSEDiff's released metric logs, reproduced exactly."),
+        Protocol(
+            name="ccsr",
+            about="CCSR's paper (Sec. IV-B); its published values follow this. FID of whole images, as for osediff.",
+        ),
+        Protocol(
+            name="osediff",
+            about="OSEDiff's released metric logs: PSNR and SSIM of this code equal "
+            "them to 1e-4 dB and 1e-5, NIQE to 0.002 at the median and 0.19 at most. FID of whole 512x512 images in "
+            "pyiqa's mode 'clean' is what the logs hold (123.49 and 135.30).",
+        ),
         Protocol(name="ccsr-v1", crop=4, local_std_crop=4, about="The metric scripts of CCSR's first release."),
         Protocol(name="seesr", crop=4, local_std_crop=4, about="SeeSR, by its author's words."),
         Protocol(name="consissr-text", psnr_space="rgb", about="ConsisSR as its Sec. 4.1 states it."),
@@ -84,6 +103,12 @@ PROTOCOLS = {
         ),
     )
 }
+
+
+FID_LEAST = 50
+"""Images below which FID says more of their number than of their quality."""
+PROCESS_GIGABYTES = 0.6
+"""Memory of a process that scores images of 512 pixels without learned metrics."""
 
 
 def get_protocol(name: str) -> Protocol:

@@ -1,7 +1,8 @@
 """The HTML report: one file that opens from disk without a network, pictures included.
 
-It holds the table of averages, a distribution plot per metric, every image's values, and a before/after slider for the
-worst and the best images (by the first metric of the first method); embedding all pictures would make it huge.
+It holds the table of averages, the conventions behind it, a distribution plot per metric, every image's values, and for
+the worst and the best images (by the first metric of the first method) a slider and all results at one crop; embedding
+all pictures would make it huge.
 """
 
 import base64
@@ -10,45 +11,65 @@ import io
 import json
 import math
 from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from consissr.evaluation.evaluate import Evaluation
-from consissr.evaluation.folders import read_image
+from consissr.evaluation.folders import Pairs, read_image
+from consissr.evaluation.plots import inline_svgs
 from consissr.evaluation.protocols import Measure
+from consissr.evaluation.summary import difference_lines, notes, one_line, per_image, shown, table_cells
 from consissr.images import codec
 
 JPEG_QUALITY = 92
-COLOURS = ("#2470c8", "#d1603d", "#2a9d5c", "#8e5bd0", "#b8860b", "#0f8b8d", "#c23b75", "#6b705c")
-PLOT_WIDTH, ROW_HEIGHT, MARGIN = 340, 26, 8
+LR, BICUBIC, HR = "LR", "bicubic (of LR)", "HR"
+"""Labels of the pictures that are no method's."""
 
 
 def html_report(evaluation: Evaluation, pictures: int) -> str:
     """The report of `evaluation` with the pictures of its `pictures` most telling images, half worst, half best."""
-    from consissr.evaluation.output import notes, table_cells
-
-    shown = [m for m in evaluation.measures if m.name not in evaluation.unavailable and m.needs != "set"]
-    header, rows, marks = table_cells(evaluation)
-    values = {name: {m.name: table[m.name].mean(axis=0) for m in shown} for name, table in evaluation.values.items()}
-    order = telling_images(evaluation, shown, pictures)
+    measures, cells = per_image(evaluation), table_cells(evaluation)
+    values = {name: {m.name: table[m.name].mean(axis=0) for m in measures} for name, table in evaluation.values.items()}
+    embedded = telling_images(evaluation, measures, pictures)
     data = {
-        "notes": notes(evaluation),
-        "table": {"header": header, "rows": rows, "marks": marks},
+        "notes": [one_line(note) for note in notes(evaluation)],
+        "differences": table_of(difference_lines(evaluation)),
+        "conventions": conventions(evaluation),
+        "table": {"header": cells.header, "rows": cells.rows, "marks": cells.marks},
         "measures": [{"name": m.name, "label": m.label, "arrow": m.arrow, "higher": m.higher, "digits": m.digits}
-                     for m in shown],
+                     for m in measures],
         "methods": [method.name for method in evaluation.pairs.methods],
         "images": evaluation.pairs.images,
         "sizes": evaluation.pairs.sizes,
         "values": {name: {k: json_values(v) for k, v in table.items()} for name, table in values.items()},
-        "labels": picture_labels(evaluation),
-        "pictures": {image: embedded_pictures(evaluation, image) for image in order},
+        "labels": picture_labels(evaluation.pairs),
+        "embedded": embedded,
     }  # fmt: skip
-    plots = "".join(distribution_plot(m, {name: table[m.name] for name, table in values.items()}) for m in shown)
+    # no "<" at all: a name may hold one that would end, or open, an element
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     template = files("consissr.evaluation").joinpath("report_template.html").read_text(encoding="utf-8")
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
-    return template.replace("@PLOTS@", plots).replace("@DATA@", text)
+    head, data_end = template.split("@DATA@")
+    elements = "\n".join(picture_elements(evaluation.pairs, embedded))
+    return head.replace("@PLOTS@", inline_svgs(evaluation)) + text + data_end.replace("@PICTURES@", elements)
+
+
+def conventions(evaluation: Evaluation) -> list[list[str]]:
+    """Term and definition: the protocol, and each metric's direction, range and particulars."""
+    lines = [["Protocol", evaluation.protocol.as_text()]]
+    for m in shown(evaluation):
+        better = "larger is better" if m.higher else "smaller is better"
+        lines.append([m.label, "; ".join(filter(None, (better, f"typically {m.span}", m.about)))])
+    return lines
+
+
+def table_of(lines: list[str]) -> dict:
+    """A Markdown table of `difference_lines` as its caption, header and rows."""
+    if not lines:
+        return {}
+    rows = [[html.unescape(cell.strip()) for cell in line[1:-1].split(" | ")] for line in lines if line.startswith("|")]
+    return {"caption": lines[0], "header": rows[0], "rows": rows[2:]}
 
 
 def json_values(values: np.ndarray) -> list[float | None]:
@@ -56,71 +77,50 @@ def json_values(values: np.ndarray) -> list[float | None]:
     return [None if math.isnan(value) else value for value in np.round(values, 6).tolist()]
 
 
-def telling_images(evaluation: Evaluation, shown: list[Measure], count: int) -> list[str]:
+def telling_images(evaluation: Evaluation, measures: list[Measure], count: int) -> list[str]:
     """The `count` worst and best images by the first metric of the first method, worst (or without value) first."""
     names = evaluation.pairs.images
-    if shown:
-        values = evaluation.values[evaluation.pairs.methods[0].name][shown[0].name].mean(axis=0)
-        merit = values if shown[0].higher else -values
+    if measures:
+        values = evaluation.values[evaluation.pairs.methods[0].name][measures[0].name].mean(axis=0)
+        merit = values if measures[0].higher else -values
         order = np.argsort(np.where(np.isnan(merit), -np.inf, merit), kind="stable")
         names = [names[index] for index in order]
     return names if len(names) <= count else names[: count - count // 2] + names[len(names) - count // 2 :]
 
 
-def picture_labels(evaluation: Evaluation) -> list[str]:
+def picture_labels(pairs: Pairs) -> list[str]:
     """Names of the pictures that each image has, in the order of the report's menus."""
-    labels = ["LR"] if evaluation.pairs.lr else []
-    labels += [method.name for method in evaluation.pairs.methods]
-    return labels + (["HR"] if evaluation.pairs.hr else [])
+    labels = [LR, BICUBIC] if pairs.lr else []
+    names = [one_line(method.name) for method in pairs.methods]
+    labels += [f"{name} (results)" if name in (LR, BICUBIC, HR) else name for name in names]
+    return labels + ([HR] if pairs.hr else [])
 
 
-def embedded_pictures(evaluation: Evaluation, image: str) -> dict[str, str]:
-    """The image's pictures as data URIs by label: LR as PNG, the others as JPEG; of repeated runs the first."""
-    pairs = evaluation.pairs
-    pictures = {"LR": data_uri(pairs.lr[image], "PNG")} if pairs.lr else {}
-    pictures |= {method.name: data_uri(method.runs[0][image], "JPEG") for method in pairs.methods}
-    return pictures | ({"HR": data_uri(pairs.hr[image], "JPEG")} if pairs.hr else {})
+def picture_elements(pairs: Pairs, images: list[str]) -> list[str]:
+    """A script element per picture, by the places of its image and its label, that holds its data URI as text.
+
+    Browsers do not look into them until asked: a page of many pictures opens at once.
+    """
+    return [
+        f'<script type="text/plain" id="p{number}-{label}">{uri}</script>'
+        for number, image in enumerate(images)
+        for label, uri in enumerate(data_uris(pairs, image))
+    ]
 
 
-def data_uri(path: Path, kind: str) -> str:
-    array = codec.to_uint8(read_image(path)[0] * 2 - 1).permute(1, 2, 0).numpy()
+def data_uris(pairs: Pairs, image: str) -> list[str]:
+    """The image's pictures in the order of `picture_labels`: LR as PNG, others as JPEG; of repeated runs the first."""
+    uris = []
+    if pairs.lr:
+        lr, (width, height) = read_image(pairs.lr[image]), pairs.sizes[image]
+        uris = [data_uri(lr, "PNG"), data_uri((codec.resize(lr * 2 - 1, (height, width)) + 1) / 2, "JPEG")]
+    uris += [data_uri(read_image(method.runs[0][image]), "JPEG") for method in pairs.methods]
+    return uris + ([data_uri(read_image(pairs.hr[image]), "JPEG")] if pairs.hr else [])
+
+
+def data_uri(picture: torch.Tensor, kind: str) -> str:
+    """(1, 3, H, W) in [0, 1] as a file of Pillow's `kind`, in a URI."""
     buffer = io.BytesIO()
+    array = codec.to_uint8(picture[0] * 2 - 1).permute(1, 2, 0).numpy()
     Image.fromarray(array).save(buffer, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {}))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def distribution_plot(measure: Measure, values: dict[str, np.ndarray]) -> str:
-    """SVG of one metric: per method a dot for each image that has a value, the quartile box and the mean (a rhomb)."""
-    values = {name: known for name, points in values.items() if len(known := points[~np.isnan(points)])}
-    if not values:
-        return ""
-    low = min(float(v.min()) for v in values.values())
-    high = max(float(v.max()) for v in values.values())
-    spread = (high - low) or 1.0
-    top = 18 * len(values) + ROW_HEIGHT * len(values) + 22
-
-    def x(value: float) -> float:
-        return MARGIN + (value - low) / spread * (PLOT_WIDTH - 2 * MARGIN)
-
-    parts = []
-    for index, (name, points) in enumerate(values.items()):
-        colour, y = COLOURS[index % len(COLOURS)], index * (ROW_HEIGHT + 18) + 18
-        middle = y + ROW_HEIGHT / 2
-        first, median, third = np.quantile(points, [0.25, 0.5, 0.75])
-        parts.append(f'<text x="{MARGIN}" y="{y - 4}" font-size="12">{html.escape(name)}</text>')
-        for number, point in enumerate(points):
-            height = middle + (number * 7 % 17 - 8) * 0.9  # spread the dots so that they stay apart
-            parts.append(f'<circle cx="{x(point):.1f}" cy="{height:.1f}" r="2" fill="{colour}" opacity=".45"/>')
-        box = f'x="{x(first):.1f}" y="{y + 5}" width="{x(third) - x(first):.1f}" height="{ROW_HEIGHT - 10}"'
-        parts.append(f'<rect {box} fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        parts.append(f'<path d="M{x(median):.1f} {y + 5}V{y + ROW_HEIGHT - 5}" stroke="{colour}" stroke-width="2"/>')
-        mean = x(float(points.mean()))
-        parts.append(f'<path d="M{mean - 5:.1f} {middle}l5 -5l5 5l-5 5z" fill="{colour}"/>')
-    base = top - 16
-    parts.append(f'<path d="M{MARGIN} {base}H{PLOT_WIDTH - MARGIN}" stroke="currentColor" opacity=".4"/>')
-    for anchor, value in (("start", low), ("middle", (low + high) / 2), ("end", high)):
-        text = f"{value:.{measure.digits}f}"
-        parts.append(f'<text x="{x(value):.1f}" y="{top - 3}" font-size="11" text-anchor="{anchor}">{text}</text>')
-    title = f"{measure.label} {measure.arrow} (typical: {measure.span})"
-    svg = f'<svg width="{PLOT_WIDTH}" height="{top}" role="img" fill="currentColor">{"".join(parts)}</svg>'
-    return f"<figure>{svg}<figcaption>{html.escape(title)}</figcaption></figure>"

@@ -4,29 +4,25 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from consissr.errors import UserError
-from consissr.evaluation import folders
-from consissr.evaluation.produce import MODEL_FILES
+from consissr.evaluation import folders, origin
+from consissr.evaluation.progress import progress
 from consissr.images import codec
 
 
 def results_folder(output: Path, name: str, model: Path, base: str | None, lr: Path) -> Path:
-    """Below `output`, a folder for the results of these weights and these images: its name ends in their hashes.
+    """Below `output`, a folder for the results of these weights and these images.
 
     name: what the user called the model; model: its folder; base: another place of the base model, where one is given.
     """
-    weights = folders.fingerprint(model, MODEL_FILES)
-    place = f"-{Path(base).resolve().name}" if base else ""
-    photos = folders.fingerprint(lr, folders.EXTENSIONS)
-    return output / f"{Path(name).resolve().name}{place}-{weights[:8]}-{photos[:8]}"
+    weights = origin.fingerprint(model, origin.MODEL_FILES)
+    images = origin.fingerprint(lr, folders.EXTENSIONS)
+    return origin.place(output, Path(name).resolve().name, model=name, weights=weights, base=base, images=images)
 
 
 def testset_folder(output: Path, photos: str, write: Callable[[Path], object]) -> Path:
     """The test set of these photographs below `output`, made by `write(folder)` unless it is there, and whole."""
-    place = output / f"testset-{folders.fingerprint(Path(photos))[:8]}"
+    place = origin.place(output, "testset", photos=origin.fingerprint(Path(photos)))
     if not (place / "testset.json").is_file():  # written last
         shutil.rmtree(place, ignore_errors=True)  # what an interrupted attempt left
         write(place)
@@ -66,12 +62,14 @@ def restore(
         names for names in groups or [[name] for name in files]
         if not all((folder / f"{name}.png").is_file() for name in names)
     ]  # fmt: skip
-    for names in track(missing, folder.name, console=Console(stderr=True)):
-        photos = [codec.read(files[name]) for name in names]
-        x = torch.stack([photo.pixels for photo in photos])
-        y = restorer(x, keys=names, plan=plan, batch_size=len(names))
-        for name, photo, result in zip(names, photos, y, strict=True):
-            codec.write(folder / f"{name}.png", codec.Photo(result, None, photo.form))
+    with progress(f"restoring {folder.name}") as tell:
+        for done, names in enumerate(missing, 1):
+            photos = [codec.read(files[name]) for name in names]
+            x = torch.stack([photo.pixels for photo in photos])
+            y = restorer(x, keys=names, plan=plan, batch_size=len(names))
+            for name, photo, result in zip(names, photos, y, strict=True):
+                codec.write(folder / f"{name}.png", codec.Photo(result, None, photo.form))
+            tell(done, len(missing))
     return folder
 
 

@@ -4,19 +4,23 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import get_context
 from pathlib import Path
 
 from consissr.errors import UserError
 from consissr.evaluation.protocols import MEASURES, Protocol
-from consissr.evaluation.workers import cores
+from consissr.evaluation.workers import cores, results
 
 REVISION = "2"  # of our own metrics: raise it whenever a value may change
-PACKAGES = {"own": ("torch",), "pyiqa": ("torch", "pyiqa", "timm"), "clip": ("torch", "open_clip_torch")}
+PACKAGES = {
+    "own": ("torch",),
+    "stlpips": ("torch", "stlpips-pytorch"),
+    "pyiqa": ("torch", "pyiqa", "timm"),
+    "clip": ("torch", "open_clip_torch"),
+}
 LR_CLIP = "clip-i-lr"  # CLIP-I(LR, HR), the denominator of delta-CLIP-I
 
 
@@ -49,16 +53,19 @@ class ScoreCache:
         self.path = path
         self.scores: dict[str, float] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text() if path.is_file() else ""
+        try:
+            text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not a score cache: remove it") from None
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # a killed run left half a line
             path.write_text(whole)
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 key, value = json.loads(line)
-            except ValueError:
+                self.scores[key] = math.nan if value is None else float(value)
+            except (ValueError, TypeError):
                 raise UserError(f"{path} is not a score cache (line {number}): remove it") from None
-            self.scores[key] = math.nan if value is None else value
 
     def __contains__(self, key: str) -> bool:
         return key in self.scores
@@ -97,7 +104,7 @@ def score_key(metric: str, protocol: Protocol, contents: list[str], weights: str
     """Where a score is kept: metric, our revision, the packages behind it, weights, conventions, the files' contents.
 
     It leaves out what is not expected to change a value by more than rounding: Pillow (which decodes JPEG files), the
-    device, and the parameter file of NIQE, of which one version exists.
+    device, and the numbers that NIQE compares with, of which one version exists.
     """
     source = "clip" if metric == LR_CLIP else MEASURES[metric].source
     measure = MEASURES.get(metric)
@@ -134,7 +141,7 @@ def score(task: Task, setting: Setting) -> dict[str, float]:
 @lru_cache
 def get_scorer(metric: str, setting: Setting) -> Callable[..., float]:
     """Callable on images (1, 3, H, W) in [0, 1]; learned metrics are loaded once per process."""
-    from consissr.evaluation import learned, metrics, niqe
+    from consissr.evaluation import learned, metrics, niqe, stlpips
 
     if metric == "psnr":
         return lambda sr, hr: metrics.psnr(sr, hr, space=setting.protocol.psnr_space).item()
@@ -142,6 +149,8 @@ def get_scorer(metric: str, setting: Setting) -> Callable[..., float]:
         return lambda sr, hr: metrics.ssim(sr, hr).item()
     if metric == "niqe":
         return lambda sr: niqe.niqe(sr).item()
+    if metric == "st-lpips":
+        return stlpips.ShiftTolerantLpips(stlpips.weights_file(), setting.device)
     return learned.load(metric, setting.weights, setting.device)
 
 
@@ -155,22 +164,8 @@ def score_all(
     """Score every task into the cache, over `jobs` processes (in this one when `jobs` is 1)."""
     if not tasks:
         return
-    if jobs == 1 or len(tasks) == 1:
-        for done, task in enumerate(tasks, 1):
-            cache.put(score(task, setting))
-            progress(done, len(tasks))
-        return
-    with ProcessPoolExecutor(min(jobs, len(tasks)), get_context("spawn"), _one_thread) as pool:
-        try:
-            for done, scores in enumerate(pool.map(score, tasks, [setting] * len(tasks)), 1):
-                cache.put(scores)
-                progress(done, len(tasks))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    measure = partial(score, setting=setting)
+    alone = jobs == 1 or len(tasks) == 1
+    for done, scores in enumerate(map(measure, tasks) if alone else results(measure, tasks, jobs), 1):
+        cache.put(scores)
+        progress(done, len(tasks))

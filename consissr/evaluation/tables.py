@@ -9,6 +9,7 @@ import yaml
 
 from consissr.config.loading import nearest
 from consissr.errors import UserError
+from consissr.evaluation.datasets import TEST_SETS, check_test_set
 from consissr.evaluation.evaluate import Evaluation
 from consissr.evaluation.protocols import MEASURES, get_measures
 from consissr.evaluation.rank import average_ranks
@@ -112,20 +113,36 @@ def measured_cells(evaluation: Evaluation, table: Table) -> dict[str, dict[str, 
     measures = [m for m in get_measures(table.metrics) if m.name not in evaluation.unavailable]
     names = [method.name for method in evaluation.pairs.methods]
     means = {name: {m.name: evaluation.mean(name, m.name) for m in measures} for name in names}
-    averages = average_ranks(means, measures)
+    ranked = [method.name for method in evaluation.pairs.methods if method.ranked]
+    averages = average_ranks({name: means[name] for name in ranked}, measures) if len(ranked) > 1 else {}
     for name in names:
         cells = {m.name: Cell(means[name][m.name], evaluation.global_std(name, m.name), m.digits) for m in measures}
         if table.last == "l-std":
             cells["l-std"] = Cell(evaluation.mean_local_std(name))
-        elif table.last == "rank" and len(names) > 1:
+        elif table.last == "rank" and name in averages:
             cells["rank"] = Cell(averages[name], digits=2)
         rows[name] = cells
     return rows
 
 
-def run_notes(evaluation: Evaluation, table: Table) -> list[str]:
-    """A note on each method with repeated runs that are not as many as the published values average."""
-    return [
+def measured_notes(evaluation: Evaluation, table: Table, dataset: str, hr: Path | None) -> list[str]:
+    """What was measured: how many images of which set, what is missing and why, and other numbers of runs.
+
+    hr: folder of the references.
+    """
+    own, columns = len(evaluation.pairs.images), [m for m in table.metrics if m in evaluation.unavailable]
+    lines = [f"Measured: {own} images" + (f" of {hr}" if hr else "") + f"; protocol {evaluation.protocol.name}."]
+    if dataset in TEST_SETS and hr and (problems := check_test_set(dataset, hr, None)):
+        lines[0] += (
+            f" This is not the test set of the published values ({'; '.join(p.split(': ', 1)[1] for p in problems)})."
+        )
+    lines += [f"{metric} is not measured: {evaluation.unavailable[metric]}." for metric in columns]
+    if aside := [m.name for m in evaluation.pairs.methods if not m.ranked]:
+        lines.append(f"Models of another size than the published ones: {', '.join(aside)}; their rows are not ranked.")
+    if "st-lpips" not in table.metrics and any("st-lpips" in values for values in evaluation.values.values()):
+        told = ", ".join(f"{m.name} {evaluation.mean(m.name, 'st-lpips'):.3f}" for m in evaluation.pairs.methods)
+        lines.append(f"ST-LPIPS, a learned distance (lower is closer; not the table's LPIPS): {told}.")
+    return lines + [
         f"{method.name}: {len(method.runs)} runs, the published values are of {table.runs}; G-STD and L-STD divide by "
         "the number of runs and come out smaller for few."
         for method in evaluation.pairs.methods
@@ -167,7 +184,7 @@ def comparison(
     lines += ["| " + " | ".join(["Method", "", *map(_title, table.columns, [table] * len(table.columns))]) + " |"]
     lines += ["|---|---" + "|--:" * len(table.columns) + "|", *("| " + " | ".join(row) + " |" for row in rows), ""]
     lines += [f"[{number}] {note}" for number, note in enumerate(remarks, 1)]
-    lines += [f"- {note}" for note in (*table.notes, *measured_notes)]
+    lines += [f"- {note}" for note in (*measured_notes, *table.notes)]
     return "\n".join(lines + [finding_text(f) for f in table.findings if f["dataset"] == dataset]) + "\n"
 
 

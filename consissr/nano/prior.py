@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.diffusion.schedule import SD_BETAS, Schedule, alpha_bar
+from consissr.config.sd21 import SD_BETAS
+from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.errors import UserError
 from consissr.nano.captions import caption
 from consissr.nano.config import NanoConfig

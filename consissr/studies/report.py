@@ -1,342 +1,270 @@
-"""A study written down: per-image values, means, comparisons with intervals and verdicts, beside what was published."""
+"""A study written down: levels beside bicubic, paired differences over training seeds and images, verdicts, crops."""
 
 from __future__ import annotations
 
 import csv
-import json
 import math
 import platform
 import shlex
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from consissr.evaluation.bootstrap import DRAWS, Estimate, interval
+from consissr.evaluation import figures, origin, tables
+from consissr.evaluation.bootstrap import DRAWS, Difference, hierarchical, paired, verdict
+from consissr.evaluation.check import BICUBIC, flat_block_ratio, write_baselines
+from consissr.evaluation.evaluate import evaluate
+from consissr.evaluation.folders import Method, Pairs, list_images, list_runs, pair, read_image
 from consissr.evaluation.output import write_text
-from consissr.evaluation.protocols import MEASURES
+from consissr.evaluation.progress import duration
+from consissr.evaluation.protocols import MEASURES, get_measures, get_protocol
 from consissr.evaluation.workers import cores
-from consissr.studies.run import PHOTOS, REALSR, Setting, note, record_of
-from consissr.studies.scores import (
-    PROTOCOL,
-    Finding,
-    Published,
-    Scores,
-    compare,
-    compare_steps,
-    measure,
-    measure_steps,
-    restored,
-)
-from consissr.studies.spec import COMPARED, DATASETS, LEAST, METRICS, Study
+from consissr.studies.run import SETS, Setting, is_restored, is_trained, model, results, test_set
+from consissr.studies.spec import METRICS, Comparison, Study
 
-LABELS = {
-    "realsr": f"RealSR, centre crops of {{}} of the 100 pairs, {REALSR['crop'] * REALSR['scale']} pixels",
-    "photos": f"{{}} degraded photographs, {PHOTOS['crop']} pixels",
-}
-"""Data sets in words, by name; to be filled with the number of images."""
-
+PROTOCOL = "ccsr"
+SCALE = 4
+NIQE_SIDE = 512
+"""Pixels below which NIQE, made of blocks of 96 pixels, is left out."""
 RULES = (
-    f"Paired differences over images, first row minus second, with 95 % bootstrap intervals ({DRAWS} resamples of the "
-    "images). Rows are compared at the training seeds that both have; with two the verdict is on the mean of both "
-    "differences, and differences of opposite signs resolve nothing. "
-    "'appears': the interval lies on the claim's side of 0, beyond the least difference that counts ("
-    + ", ".join(f"{metric.upper()} {least:g}" for metric, least in LEAST.items() if not metric.endswith("-gstd"))
-    + ", a tenth of it for a G-STD); 'opposite': the same on the other side; else 'not resolved'. 'unchanged' appears "
-    "where the interval lies within that least difference of 0. '(one training seed)': different models are compared "
-    "at a single training seed. The intervals are over images alone: training ConsisSR's rows again with arithmetic "
-    "that rounds otherwise moved them by up to 0.08 dB and differences by up to 0.12 (RealSR), so that one below 0.1 "
-    "to 0.2 dB may be training noise. And percentile intervals from so few images are narrower than 95 %: "
-    "of normal differences, those from 12 images hold the mean in about 91 % of all cases, those from 6 in about 86 %."
+    f"Differences are paired by training seed and image. Intervals (95 %, {DRAWS} resamples) draw training seeds and "
+    "images anew; a difference is resolved when it lies beyond 0 there, and beyond the least one that the spread of "
+    "the seeds' means allows (Student's t, in the column 'least'). 'appears': on the claim's side of 0; 'opposite': on "
+    "the other. Published values are the papers', of far larger models: compare differences, not levels."
 )
-FLAT = (
-    "Flat blocks: roughness of the smoothest blocks relative to HR's. Well above 1 is grain, which NIQE takes for "
-    "detail: read both together. The bicubic rows are for scale; the second has grain added."
-)
-LEVELS = "Published values are the papers', of far larger models on whole images: compare differences, not levels."
 
 
 @dataclass
-class Measured:
-    """What a study's page and table are written from."""
+class Scores:
+    """Per-image values of one test set: `values[row][metric]`, shape (training seeds, images)."""
 
-    setting: Setting
-    study: Study
-    scored: list[Scores]
-    """One per data set."""
-    findings: list[Finding]
-    published: Published
-    missing: list[str]
-    """Rows that are not there, a line each."""
+    name: str
+    images: list[str]
+    values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    seeds: dict[str, list[int]] = field(default_factory=dict)
+    flat: dict[str, float] = field(default_factory=dict)
+    """Flat-block ratio (see evaluation/check.py), mean over training seeds, of the first run."""
+    without: dict[str, str] = field(default_factory=dict)
+    """Metrics that are not there, and why."""
 
 
-def report(setting: Setting, name: str, papers: Path, data: Path | None = None) -> list[str]:
-    """Measure what is restored, write everything into OUT/<name>; returns one line for each row that is missing.
+@dataclass(frozen=True)
+class Finding:
+    """A comparison's outcome on one test set and metric."""
+
+    comparison: Comparison
+    metric: str
+    dataset: str
+    difference: Difference
+    verdict: str
+    published: float
+    """The papers' difference; NaN where there is none."""
+
+
+def report(setting: Setting, study: Study, papers: Path, data: Path | None = None) -> list[str]:
+    """Measure what is restored and write it into OUT/<study>; returns a line for each result that is missing.
 
     papers: folder of the papers' tables; data: where the results are also written as a table of the same kind.
     """
-    from consissr.studies import pictures
-
-    study, out = setting.plan.study(name), setting.plan.out / name
-    began = time.perf_counter()
-    missing, scored, shown = [], [], {}
-    for dataset in DATASETS:
-        ready, lacking = restored(setting, study, dataset)
-        missing += [line for line in lacking if line not in missing]
-        if ready:
-            scored.append(measure(setting, dataset, ready, study.repeats))
-            shown[dataset] = ready
-    published = Published(study, papers)
-    findings = [f for scores in scored for f in compare(study, scores, published)]
-    steps, lacking = measure_steps(setting, study, shown.get("realsr", []))
-    missing += lacking
-    findings += compare_steps(study, steps) if steps else []
-    if shown:
-        note(setting, name, "evaluate", name, time.perf_counter() - began)
-    write_csv(out / "per_image.csv", per_image(scored))
-    write_csv(out / "summary.csv", summary(study, scored, published))
-    write_csv(out / "comparisons.csv", comparison_rows(study, findings))
-    pictures = pictures.draw(setting, study, scored, shown, steps)
-    measured = Measured(setting, study, scored, findings, published, missing)
-    write_text(out / "summary.md", markdown(measured, pictures))
+    out, published = setting.out / study.name, _published(study, papers)
+    missing: list[str] = []
+    scored = [s for name in SETS if (s := measure(setting, study, name, missing)) is not None]
+    findings = [f for s in scored for f in compare(study, s, published)]
+    for name, rows in (("per_image", per_image(scored)), ("comparisons", [finding_row(f) for f in findings])):
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]) if rows else ["nothing measured"])
+            writer.writeheader()
+            writer.writerows(rows)
+    for s in scored:
+        draw_crops(setting, study, s, out / f"crops_{s.name}.png")
+    notes = [*costs(setting, study), *(f"missing: {line}" for line in missing)]
+    write_text(out / "summary.md", markdown(study, scored, findings, published, notes))
     if data is not None and scored:
-        write_text(data / f"{name}.yaml", table_file(measured))
-    return [f"{name}: {line}" for line in missing]
+        write_text(data / f"{study.name}.yaml", table_file(study, scored, findings, notes, setting))
+    return missing
+
+
+def measure(setting: Setting, study: Study, name: str, missing: list[str]) -> Scores | None:
+    """Every metric of every complete result and of bicubic enlargement; None where there is no result."""
+    data = test_set(setting, study, name)
+    if not data.is_dir():
+        missing.append(f"test set {name}")
+        return None
+    methods, where = [], {}
+    base = pair({"HR": data / "HR"}, data / "HR", data / "LR")
+    for row, one in study.rows.items():
+        for seed in study.seeds_of(one.variant):
+            folder = results(setting, study, row, seed, name)
+            if is_restored(folder, set(base.images), study.repeats):
+                runs = [list_images(run) for run in list_runs(folder)[: study.repeats]]
+                methods.append(Method(f"{row}, seed {seed}", runs))
+                where.setdefault(row, []).append(seed)
+            else:
+                missing.append(f"{row}, seed {seed}: not restored on {name}")
+    if not methods:
+        return None
+    enlarged = write_baselines(data / "LR", data.with_name(f"{data.name}-baselines"), SCALE)[BICUBIC]
+    methods.append(Method(BICUBIC, [list_images(enlarged)]))
+    names = [m for m in METRICS if m in MEASURES and (m != "niqe" or not base.smaller_than(NIQE_SIDE, NIQE_SIDE))]
+    pairs = Pairs(methods, base.images, base.hr, None, base.sizes)
+    cache = setting.out / "data" / f"{data.name}.jsonl"
+    done = evaluate(pairs, get_measures(names), get_protocol(PROTOCOL), cache, jobs=setting.jobs)
+    scores = Scores(name, base.images, without=dict(done.unavailable))
+    photographs = [read_image(base.hr[image]) for image in base.images]
+    for row, seeds in [*where.items(), (BICUBIC, [])]:
+        own = [f"{row}, seed {seed}" for seed in seeds] or [row]
+        values = {m: np.stack([done.values[n][m].mean(axis=0) for n in own]) for m in done.values[own[0]]}
+        if seeds:
+            # (Eq. 4 and 5, CCSR), image by image
+            values["psnr-gstd"] = np.stack([done.values[n]["psnr"].std(axis=0) for n in own])
+            values["l-std"] = np.stack([done.local_std[n] for n in own])
+        scores.values[row], scores.seeds[row] = values, seeds
+        first = [method.runs[0] for method in methods if method.name in own]
+        ratios = [flat_block_ratio((read_image(run[i]) for i in base.images), photographs) for run in first]
+        scores.flat[row] = float(np.mean(ratios))
+    return scores
+
+
+def compare(study: Study, scores: Scores, published: dict) -> list[Finding]:
+    """The study's comparisons on one test set, at the training seeds that both rows have."""
+    findings = []
+    for comparison in study.comparisons:
+        rows = [row for row in comparison.rows if row in scores.values]
+        common = set.intersection(*(set(scores.seeds[row]) for row in rows)) if len(rows) == 2 else set()
+        for metric, expected in comparison.expect.items() if common else ():
+            if not all(metric in scores.values[row] for row in rows):
+                continue
+            chosen = [[i for i, seed in enumerate(scores.seeds[row]) if seed in common] for row in rows]
+            a, b = (scores.values[row][metric][which] for row, which in zip(rows, chosen, strict=True))
+            found = paired(a, b)
+            told = [published.get(row, {}).get(metric, math.nan) for row in rows]
+            findings.append(
+                Finding(comparison, metric, scores.name, found, verdict(found, expected), told[0] - told[1])
+            )
+    return findings
+
+
+def _published(study: Study, papers: Path) -> dict[str, dict[str, float]]:
+    """The papers' values by row of the study and metric."""
+    if not study.published:
+        return {}
+    table = tables.load_table(study.published["table"], papers)
+    cells = table.datasets[table.dataset(study.published["dataset"])]
+    found = {}
+    for name, row in study.rows.items():
+        own = cells.get(row.published, {})
+        found[name] = {metric: cell.value for metric, cell in own.items()}
+        found[name] |= {f"{metric}-gstd": cell.spread for metric, cell in own.items()}
+    return found
 
 
 # --- files ---
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Rows of equal keys."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["nothing measured"])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def per_image(scored: list[Scores]) -> list[dict]:
-    """One line per data set, row, training seed, run and image; L-STD, which is over runs, in each run's."""
+    """One line per test set, row, training seed and image, averaged over runs."""
     return [
-        {"dataset": s.dataset, "row": row, "seed": seed, "run": run, "image": image}
-        | {name: round(float(table[name][run, i]), 6) for name in METRICS}
-        | {"l-std": _plain(float(s.values[row][seed]["l-std"][i]))}
+        {"set": s.name, "row": row, "seed": seed, "image": image}
+        | {m: round(float(table[m][k, i]), 6) if m in table else "" for m in METRICS}
         for s in scored
-        for row, seeds in s.runs.items()
-        for seed, table in seeds.items()
-        for run in range(len(table[METRICS[0]]))
+        for row, table in s.values.items()
+        for k, seed in enumerate(s.seeds[row] or [""])
         for i, image in enumerate(s.images)
     ]
 
 
-def summary(study: Study, scored: list[Scores], published: Published) -> list[dict]:
-    """One line per data set and row (over training seeds, and each): means, intervals, and published values."""
-    lines = []
-    for s in scored:
-        for row, seeds in s.values.items():
-            each = [("mean", {m: s.mean(row, m) for m in COMPARED})] if len(seeds) > 1 else []
-            runs = len(next(iter(s.runs[row].values()))["psnr"])
-            flat = {"mean": s.flat_mean(row), **s.flat[row]}
-            for seed, values in [*each, *seeds.items()]:
-                line = {"dataset": s.dataset, "row": row, "seed": seed, "images": len(s.images), "runs": runs}
-                for metric in COMPARED:
-                    e = interval(values[metric])
-                    parts = {metric: e.mean, f"{metric} low": e.low, f"{metric} high": e.high}
-                    line |= {name: _plain(value) for name, value in parts.items()}
-                line["flat-block ratio"] = round(flat[seed], 4)
-                lines.append(line | {f"{m} published": _plain(published.value(row, m)) for m in COMPARED})
-    return lines
+def finding_row(f: Finding) -> dict:
+    """A finding as plain data."""
+    e = f.difference.overall
+    return {
+        "dataset": f.dataset, "first": f.comparison.rows[0], "second": f.comparison.rows[1], "metric": f.metric,
+        "expected": f.comparison.expect[f.metric], "difference": round(e.mean, 6), "low": round(e.low, 6),
+        "high": round(e.high, 6), "least": round(f.difference.least, 6) if f.difference.least < math.inf else "",
+        "per seed": " ".join(f"{mean:+.4f}" for mean in f.difference.seeds), "verdict": f.verdict,
+        "published difference": "" if math.isnan(f.published) else round(f.published, 6),
+        "claim": f.comparison.claim, "source": f.comparison.source,
+    }  # fmt: skip
 
 
-def comparison_rows(study: Study, findings: list[Finding]) -> list[dict]:
-    """One line per finding."""
-    return [
-        {"study": study.name, "dataset": f.dataset, "first": f.comparison.rows[0], "second": f.comparison.rows[1],
-         "metric": f.metric, "expected": f.comparison.expect[f.metric], "difference": round(f.found.overall.mean, 6),
-         "low": round(f.found.overall.low, 6), "high": round(f.found.overall.high, 6), "verdict": f.verdict,
-         "per seed": "; ".join(f"{e.mean:.6f} [{e.low:.6f}, {e.high:.6f}]" for e in f.found.seeds),
-         "published first": _plain(f.published[0]), "published second": _plain(f.published[1]),
-         "published difference": _plain(f.published[0] - f.published[1]),
-         "claim": f.comparison.claim, "source": f.comparison.source}
-        for f in findings
-    ]  # fmt: skip
-
-
-def _dash(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4f}"
-
-
-def _plain(value: float) -> float | str:
-    return "" if math.isnan(value) else round(value, 6)
-
-
-def markdown(measured: Measured, pictures: list[Path]) -> str:
+def markdown(study: Study, scored: list[Scores], findings: list[Finding], published: dict, notes: list[str]) -> str:
     """The study on one page."""
-    study = measured.study
-    lines = [f"# {study.title}, at nano's scale", ""]
-    lines += [f"Study `{study.name}` (configs/nano/studies/{study.name}.yaml); each number is in summary.csv or",
-              "comparisons.csv beside this file, and each image's in per_image.csv.", ""]  # fmt: skip
-    for scores in measured.scored:
-        lines += [
-            f"## {LABELS[scores.dataset].format(len(scores.images))}",
-            "",
-            *means_table(study, scores, measured.published),
-            "",
-        ]
-    lines += ["## What the papers say, and what appears", ""]
-    lines += [RULES, ""]
-    lines += (
-        [*findings_table(measured.findings), ""]
-        if measured.findings
-        else ["No two rows of a comparison are there yet.", ""]
-    )
-    lines += ["## Missing", "", *[f"- {line}" for line in measured.missing or ["nothing"]], ""]
-    lines += ["## Time and machine", "", *[f"- {line}" for line in spent(measured.setting, study)], ""]
-    lines += ["## Pictures", "", *[f"![{path.stem}]({path.name})" for path in pictures], ""]
-    return "\n".join(lines)
-
-
-def means_table(study: Study, scores: Scores, published: Published) -> list[str]:
-    """Each row's means and G-STD, below it the papers' (on RealSR's table alone)."""
-    titles = [f"{MEASURES[m].label} {MEASURES[m].arrow} / G-STD" for m in METRICS]
-    lines = ["| row | " + " | ".join([*titles, "L-STD ↓", "flat blocks"]) + " |"]
-    lines += ["|---" + "|--:" * 5 + "|"]
-    for row, seeds in scores.values.items():
-        words = [about(study, row)] * bool(about(study, row))
-        words += [f"mean of {len(seeds)} training seeds"] * (len(seeds) > 1)
-        means = {metric: scores.mean(row, metric) for metric in COMPARED}
-        lines.append(_means_line(row + f" ({'; '.join(words)})" * bool(words), means, scores.flat_mean(row)))
-        for seed, values in seeds.items() if len(seeds) > 1 else ():
-            lines.append(_means_line(f"{row}, training seed {seed} alone", values, scores.flat[row][seed]))
-        if scores.dataset == "realsr" and (cells := published.cells(row)):
-            told = [str(cells.get(name, "-")) for name in (*METRICS, "l-std")] + ["-"]
-            lines.append(f"| *published: {study.rows[row].published}* | " + " | ".join(told) + " |")
-    lines += ["", FLAT]
-    return [*lines, *(["", LEVELS] if scores.dataset == "realsr" and study.published else [])]
-
-
-def _means_line(label: str, values: dict[str, np.ndarray], flat: float) -> str:
-    texts = []
-    for name in METRICS:
-        e, digits = interval(values[name]), MEASURES[name].digits
-        interval_text = f"[{e.low:.{digits}f}, {e.high:.{digits}f}]"
-        texts.append(f"{e.mean:.{digits}f} {interval_text} / {_dash(values[f'{name}-gstd'].mean())}")
-    return f"| {label} | " + " | ".join([*texts, _dash(values["l-std"].mean()), f"{flat:.2f}"]) + " |"
-
-
-def about(study: Study, row: str) -> str:
-    """What a row is, where its name does not say it."""
-    return study.rows[row].about if row in study.rows else "for scale"
-
-
-def findings_table(findings: list[Finding]) -> list[str]:
-    """One line per claim, metric and data set."""
-    lines = ["| claim | rows | metric | published | data | difference [95 %] | verdict |", "|---" * 7 + "|"]
+    lines = [f"# {study.title}, at nano's scale"]
+    for s in scored:
+        lines += ["", f"## {s.name}: {len(s.images)} images, {study.repeats} noise seeds each", ""]
+        metrics = [m for m in METRICS if any(m in table for table in s.values.values())]
+        lines += ["| row | training seeds | " + " | ".join([*metrics, "flat blocks"]) + " |"]
+        lines += ["|---" * 2 + "|--:" * (len(metrics) + 1) + "|"]
+        for row, table in s.values.items():
+            about = study.rows[row].about if row in study.rows else "for scale"
+            cells = [level(table[m]) if m in table else "-" for m in metrics] + [f"{s.flat[row]:.2f}"]
+            lines.append(f"| {row}{f' ({about})' * bool(about)} | {len(s.seeds[row]) or '-'} | {' | '.join(cells)} |")
+            if told := {m: v for m, v in published.get(row, {}).items() if not math.isnan(v)}:
+                cells = [f"{told[m]:.4f}" if m in told else "-" for m in metrics]
+                lines.append(f"| *published: {study.rows[row].published}* | | {' | '.join(cells)} | - |")
+        lines += [f"\n{metric} is not computed: {why}." for metric, why in s.without.items()]
+    lines += ["", "## What the papers say, and what appears", "", RULES, ""]
+    lines += ["| claim | rows | set | metric | published | difference [95 %] | least | verdict |", "|---" * 8 + "|"]
     for f in findings:
-        digits = 3 if f.metric.startswith("psnr") else 4
-        told = f"{f.published[0] - f.published[1]:+.{digits}f}" if not any(map(math.isnan, f.published)) else "-"
-        texts = [_difference(f.found.overall, digits)]
-        if len(f.found.seeds) > 1:
-            each = (_difference(e, digits) for e in f.found.seeds)
-            texts.append("seeds: " + ", ".join(each))
-        expected = f.comparison.expect[f.metric]
-        lines.append(f"| {f.comparison.claim} ({f.comparison.source}) | {' − '.join(f.comparison.rows)} | {f.metric} "
-                     f"{expected} | {told} | {f.dataset} | {'; '.join(texts)} | **{f.verdict}** |")  # fmt: skip
-    return lines
+        e, told = f.difference.overall, "-" if math.isnan(f.published) else f"{f.published:+.4f}"
+        least = f"{f.difference.least:.4f}" if f.difference.least < math.inf else "-"
+        cells = [f"{f.comparison.claim} ({f.comparison.source})", " − ".join(f.comparison.rows), f.dataset]
+        cells += [f"{f.metric} {f.comparison.expect[f.metric]}", told, f"{e.mean:+.4f} [{e.low:+.4f}, {e.high:+.4f}]"]
+        lines.append("| " + " | ".join([*cells, least, f"**{f.verdict}**"]) + " |")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
-def _difference(e: Estimate, digits: int) -> str:
-    return f"{e.mean:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
+def level(values: np.ndarray) -> str:
+    """Mean and interval of a row's values (training seeds, images)."""
+    e = hierarchical(values)
+    return f"{e.mean:.4f} [{e.low:.4f}, {e.high:.4f}]"
 
 
-def spent(setting: Setting, study: Study) -> list[str]:
-    """What the study took, in words, from the record that its children left."""
-    path = setting.plan.out / study.name / "times.jsonl"
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    lines = []
-    for kind, words in (("train", "training"), ("restore", "restoring"), ("evaluate", "evaluating")):
-        own = [entry for entry in entries if entry["kind"] == kind]
-        if own:
-            threads = sorted({entry["threads"] for entry in own})
-            seconds = sum(entry["seconds"] for entry in own)
-            each = f", each with {'/'.join(map(str, threads))} thread(s)" if kind != "evaluate" else ""
-            known = [entry.get("processor") for entry in own]
-            busy = f" ({sum(known):.0f} s of processor time)" if all(known) else ""
-            lines.append(f"{words}: {seconds:.0f} s{busy} in {len(own)} process(es){each}")
-    others = sorted({r.training for row in study.rows for r in setting.plan.results(study.name, row) if r.training
-                     and not r.training.startswith(f"{study.name}/")})  # fmt: skip
-    lines += [f"trained in other studies, and counted there: {', '.join(others)}"] if others else []
-    lines.append(f"precision of restoring: {', '.join(precisions(setting, study)) or 'nothing restored'}; "
-                 f"{study.repeats} noise seeds per image; metrics by protocol {PROTOCOL}")  # fmt: skip
-    return [*lines, f"machine: {machine()}"]
-
-
-def precisions(setting: Setting, study: Study) -> list[str]:
-    """The precisions that the results were restored with."""
-    found = set()
-    for row in study.rows:
-        for results, dataset in ((r, d) for r in setting.plan.results(study.name, row) for d in DATASETS):
-            if record_of(results, dataset).is_file():
-                found.add(json.loads(record_of(results, dataset).read_text())["precision"])
-    return sorted(found)
-
-
-def machine() -> str:
-    """The processor and the cores that were used, in words."""
+def costs(setting: Setting, study: Study) -> list[str]:
+    """What the study's models took, and where."""
+    trained = {(v, seed): model(setting, study, v, seed) for v in study.variants for seed in study.seeds_of(v)}
+    seconds = [origin.record(folder)["seconds"] for folder in trained.values() if is_trained(folder)]
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
-    return f"{names[0].split(': ')[-1] if names else platform.processor() or platform.machine()}, {cores()} core(s)"
+    machine = names[0].split(": ")[-1] if names else platform.machine()
+    where = f"{setting.jobs} at a time, {cores()} core(s) of {machine}"
+    return [f"{len(seconds)} models trained in {duration(sum(seconds))} ({where}); protocol {PROTOCOL}"]
 
 
-def table_file(measured: Measured) -> str:
-    """The results as a table of configs/tables: kind 'study', each row above the papers' row, and the findings."""
-    study, columns = measured.study, (*METRICS, "l-std")
-    datasets: dict[str, dict[str, str]] = {}
-    for scores in measured.scored:
-        rows = datasets.setdefault(scores.dataset, {})
-        for row in scores.values:
-            means = [f"{scores.mean(row, m).mean():.{MEASURES[m].digits}f}" for m in METRICS]
-            spreads = [_dash(scores.mean(row, f"{m}-gstd").mean()) for m in METRICS]
-            cells = ["/".join(both) for both in zip(means, spreads, strict=True)]
-            rows[row] = " ".join([*cells, _dash(scores.mean(row, "l-std").mean())])
-            if scores.dataset == "realsr" and (told := measured.published.cells(row)):
-                rows[f"{row}, published"] = " ".join(str(told.get(column, "-")) for column in columns)
+def draw_crops(setting: Setting, study: Study, scores: Scores, path: Path, shown: int = 3) -> None:
+    """A line per image: input, every row's first result of its first seed, reference."""
+    data = test_set(setting, study, scores.name)
+    folders = {row: list_runs(results(setting, study, row, seeds[0], scores.name))[0]
+               for row, seeds in scores.seeds.items() if seeds}  # fmt: skip
+    names = [scores.images[i] for i in np.unique(((np.arange(shown) + 0.5) * len(scores.images) / shown).astype(int))]
+    inputs = figures.Inputs(folders, data / "HR", data / "LR", names, None)
+    figure = figures.picture_grid(figures.crop_rows(inputs))
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figures.close(figure)
+
+
+def table_file(
+    study: Study, scored: list[Scores], findings: list[Finding], notes: list[str], setting: Setting
+) -> str:  # fmt: skip
+    """The results as a table of configs/tables, kind 'study'."""
+    columns = [m for m in METRICS if m in MEASURES]
+    rows = {
+        s.name: {row: " ".join([f"{t[m].mean():.4f}" if m in t else "-" for m in columns]
+                               + [f"{t['l-std'].mean():.4f}" if "l-std" in t else "-"]) for row, t in s.values.items()}
+        for s in scored
+    }  # fmt: skip
     content = {
-        "title": f"{study.title}, at nano's scale",
-        "kind": "study",
-        "protocol": PROTOCOL,
-        "runs": study.repeats,
-        "metrics": list(METRICS),
-        "last": "l-std",
-        "notes": [
-            *(f"{s.dataset}: {LABELS[s.dataset].format(len(s.images))}." for s in measured.scored),
-            *several_seeds(measured.scored),
-            *(f"missing: {line}" for line in measured.missing),
-            *spent(measured.setting, study),
-        ],  # fmt: skip
-        "datasets": datasets,
-        "findings": comparison_rows(study, measured.findings),
-    }
+        "title": f"{study.title}, at nano's scale", "kind": "study", "protocol": PROTOCOL, "runs": study.repeats,
+        "metrics": columns, "last": "l-std", "notes": [RULES, *notes], "datasets": rows,
+        "findings": [finding_row(f) for f in findings],
+    }  # fmt: skip
+    words = shlex.join(["--set", *setting.lines]) if setting.lines else ""
     header = (
         f"# {study.title}, at nano's scale: what a run of the study wrote.\n"
-        f"# Command: {command(measured.setting, study)} --tables configs/tables/nano\n"
+        f"# Command: python scripts/study.py {study.name} --photos PHOTOS --realsr REALSR {words}".rstrip()
+        + " --tables configs/tables/nano\n"
         f"# Shown by: python scripts/eval.py --table nano/{study.name} --dataset realsr\n"
     )
     return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
-
-
-def several_seeds(scored: list[Scores]) -> list[str]:
-    """Which rows are means over training seeds, in words."""
-    found = {row: sorted(seeds) for scores in scored for row, seeds in scores.values.items() if len(seeds) > 1}
-    return [f"{row}: mean of training seeds {', '.join(map(str, seeds))}; differences use common seeds"
-            for row, seeds in found.items()]  # fmt: skip
-
-
-def command(setting: Setting, study: Study) -> str:
-    """The call that makes such results, with what was not left as it is."""
-    words = ["--repeats", str(setting.plan.repeats)] if setting.plan.repeats else []
-    words += ["--set", *setting.overrides] if setting.overrides else []
-    return " ".join([f"python scripts/study.py {study.name} --photos PHOTOS --realsr REALSR", *map(shlex.quote, words)])

@@ -1,322 +1,217 @@
-"""A study's work in child processes: test images, trainings, restorations. What is done is not done again.
+"""A study's work in child processes, in stages: test images, trainings, restorations.
 
-OUT/data/{realsr,photos}/{LR,HR}                the test images, shared by all studies; source.txt: of which folder
-OUT/<study>/models/<variant>[-seed2]/           model folders, with study.json once they are complete
-OUT/<study>/results/<row>[-seed2]/<data set>/   sample0 ... ; beside them <data set>.json: how they were made
-OUT/<study>/logs/, times.jsonl                  each child's output, and its seconds
+Everything stands in a folder whose name ends in the hash of what it is made of (see evaluation/origin.py), with the
+record beside it: what is there is not made again, and nothing is taken for what was made of something else.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
+import yaml
 from PIL import Image
 
-from consissr.config.loading import changed_fields
-from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.evaluation.children import Job, threads_each
+from consissr.evaluation import origin
 from consissr.evaluation.folders import list_images, list_runs, pair
+from consissr.evaluation.progress import duration
 from consissr.evaluation.workers import cores
-from consissr.nano.config import run_config
-from consissr.studies.spec import DATASETS, PLACES, Plan, Results, Training
+from consissr.studies.spec import Study
 
-REALSR = {"count": 12, "crop": 72, "scale": 4}
-"""Every eighth of the 100 real pairs, LQ centre crops of 72x72 pixels."""
-PHOTOS = {"count": 6, "crop": 288, "preset": "ccsr", "seed": 0}
-"""Degraded photographs: HR crops of 288 pixels."""
-DONE = "study.json"
-SOURCE = "source.txt"
+SETS = ("realsr", "photos")
+PHOTOS = {"crop": 256, "preset": "ccsr", "seed": 0}
+"""How photographs are degraded: one HR crop of 256 pixels each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What the command line gives to every study."""
 
-    plan: Plan
+    out: Path
+    parents: Path
+    """Folder of the variants' parent configurations."""
     scripts: Path
-    """Folder of train.py, infer.py and make_testset.py."""
+    photos: Path
+    """Holds train/ to train on and val/ to degrade and restore."""
+    realsr: Path
+    """Real pairs: LR/ and HR/."""
     jobs: int = 2
-    photos: Path | None = None
-    realsr: Path | None = None
-    fast_bf16: bool = False
-    """Whether this machine computes bfloat16 fast."""
-    overrides: list[str] = field(default_factory=list)
+    lines: tuple[str, ...] = ()
     """key=value for every training (trials)."""
 
-    def precision(self, word: str) -> str:
-        """A study's word for the precision of restoring, decided for this machine."""
-        return "bf16" if word == "bf16" and self.fast_bf16 else "fp32"
 
-    def command(self, script: str, *words: object) -> list[str]:
-        """A call of one of the scripts."""
-        return [sys.executable, str(self.scripts / script), *map(str, words)]
+@dataclass(frozen=True)
+class Job:
+    """A command that makes `folder`, whose output goes to a log beside it."""
 
-
-# --- test images ---
+    name: str
+    folder: Path
+    command: list[str] = field(compare=False)
 
 
-def data_jobs(setting: Setting) -> list[Job]:
-    """Write what is missing of the test images; returns the jobs that are left to run.
-
-    Raises UserError if they are there, but of other folders than those given (where it was recorded).
-    """
-    data = setting.plan.out / "data"
-    for folder, given in ((data / "realsr", setting.realsr), (data / "photos", setting.photos)):
-        told = folder / SOURCE
-        if given and told.is_file() and (source := told.read_text().strip()) != str(given.resolve()):
-            raise UserError(f"{folder} was made of {source}, not of {given}: give that folder, or use another -o")
-    if not (data / "realsr").is_dir():
-        if setting.realsr is None:
-            raise UserError("the study restores real pairs: give their folder (LR/ and HR/) with --realsr")
-        centre_crops(setting.realsr, data / "realsr")
-    if (data / "photos").is_dir():
-        return []
-    source, scratch = part_of(setting.photos, "val"), data / ".photos"
-    shutil.rmtree(scratch, ignore_errors=True)
-    words = [word for name, value in PHOTOS.items() for word in (f"--{name}", value)]
-    command = setting.command("make_testset.py", "-i", source, "-o", scratch, *words)
-
-    def keep(_: float) -> None:
-        (scratch / SOURCE).write_text(f"{setting.photos.resolve()}\n")
-        scratch.rename(data / "photos")
-
-    return [Job("test photographs", command, data / "photos.log", done=keep)]
+# --- places: what everything is made of ---
 
 
-def part_of(photos: Path | None, name: str) -> Path:
-    """photos/train or photos/val."""
-    if photos is None:
-        raise UserError("studies train on photographs and test on others: give --photos, a folder with train/ and val/")
-    if not (photos / name).is_dir():
-        raise UserError(f"--photos {photos} has no folder {name}/: it needs train/ and val/")
-    return photos / name
+def test_set(setting: Setting, study: Study, name: str) -> Path:
+    """Folder with LR/ and HR/ of at most `study.images` pairs, evenly chosen; it may not be there yet."""
+    source = setting.realsr if name == "realsr" else setting.photos / "val"
+    settings = PHOTOS if name == "photos" else {}
+    return origin.place(
+        setting.out / "data", name, source=origin.fingerprint(source), images=study.images, **settings
+    )  # fmt: skip
 
 
-def centre_crops(pairs: Path, output: Path) -> None:
-    """Centre crops of evenly chosen real pairs, LQ and HR alike, below `output`/LR and /HR; a/b.png becomes a-b.png."""
-    scratch, scale = output.with_name(f".{output.name}"), REALSR["scale"]
-    shutil.rmtree(scratch, ignore_errors=True)
-    lr, hr = list_images(pairs / "LR"), list_images(pairs / "HR")
-    found = pair({"HR": pairs / "HR"}, pairs / "HR", pairs / "LR").images
-    for name in found[:: max(1, len(found) // REALSR["count"])][: REALSR["count"]]:
-        sizes = []
-        for part, path, side in (("LR", lr[name], REALSR["crop"]), ("HR", hr[name], REALSR["crop"] * scale)):
-            with Image.open(path) as image:
-                left, top = (image.width - side) // 2, (image.height - side) // 2
-                if min(left, top) < 0:
-                    raise UserError(f"{path} is smaller than {side}x{side}: use RealSR's 128 -> 512 pairs")
-                (scratch / part).mkdir(parents=True, exist_ok=True)
-                target = scratch / part / f"{name.replace('/', '-')}.png"
-                image.convert("RGB").crop((left, top, left + side, top + side)).save(target)
-                sizes.append(image.size)
-        if sizes[1] != (sizes[0][0] * scale, sizes[0][1] * scale):
-            raise UserError(f"{hr[name]} is not {scale} times as large as {lr[name]}: use RealSR's 128 -> 512 pairs")
-    (scratch / SOURCE).write_text(f"{pairs.resolve()}\n")
-    scratch.rename(output)
+def model(setting: Setting, study: Study, variant: str, seed: int) -> Path:
+    """Folder of a variant's model of one training seed; it may not be there yet."""
+    one = study.variants[variant]
+    start = _start(setting, study, variant, seed)
+    made_of = {"parent": yaml.safe_load((setting.parents / one.parent).read_text(encoding="utf-8")), "seed": seed}
+    made_of |= {"lines": [*study.lines, *one.lines, *setting.lines], "init": start.name if start else ""}
+    made_of |= {"photos": origin.fingerprint(setting.photos / "train")}
+    return origin.place(setting.out / "models", f"{study.name}-{variant}-seed{seed}", **made_of)
 
 
-# --- training ---
+def _start(setting: Setting, study: Study, variant: str, seed: int) -> Path | None:
+    """Folder of the model that a training starts from: its `init`'s of the same seed, or that one's only seed."""
+    init = study.variants[variant].init
+    if not init:
+        return None
+    seeds = study.seeds_of(init)
+    if seed not in seeds and len(seeds) > 1:
+        raise UserError(f"study {study.name}: {variant} has seed {seed}, and {init}, which it starts from, has not")
+    return model(setting, study, init, seed if seed in seeds else seeds[0])
 
 
-def planned(training: Training, overrides: Iterable[str]) -> TrainConfig:
-    """The configuration that the training is to run."""
-    return run_config(training.config, [*overrides, f"seed={training.seed}"])
+def results(setting: Setting, study: Study, row: str, seed: int, name: str) -> Path:
+    """Folder of a row's results of one training seed and test set; it may not be there yet."""
+    one = study.rows[row]
+    made_of = {"model": model(setting, study, one.variant, seed).name, "flags": list(one.flags)}
+    images = test_set(setting, study, name).name
+    return origin.place(setting.out / "results", f"{study.name}-{row}-seed{seed}-{name}", **made_of, images=images)
 
 
-def done_record(model: Path | str) -> dict:
-    """What `mark` wrote beside a trained model; {} where it is not complete."""
-    path = Path(model) / DONE
-    return json.loads(path.read_text()) if path.is_file() else {}
+def is_trained(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and "seconds" in origin.record(folder)
 
 
-def is_trained(training: Training, overrides: Iterable[str] = ()) -> bool:
-    """Whether the model is complete.
-
-    Raises UserError if its folder holds a run of another configuration, or one that started from another model than
-    its source's (which has been trained anew, or removed to be trained anew).
-    """
-    told = training.folder / "train.yaml"
-    if told.is_file():
-        differ = changed_fields(run_config(told), planned(training, overrides), PLACES)
-        if differ:
-            raise UserError(
-                f"{training.folder} was trained with other values of {', '.join(differ)}: remove it, or use another -o"
-            )
-    record = done_record(training.folder)
-    if training.source and "source" in record and record["source"] != done_record(training.source).get("finished", ""):
-        raise UserError(
-            f"{training.folder} was trained from another {training.after} than the one there: remove it, or use "
-            "another -o"
-        )
-    return bool(record) and (training.folder / "config.yaml").is_file()
+def is_restored(folder: Path, images: set[str], repeats: int) -> bool:
+    """Whether every image stands there in (at least) so many repeats."""
+    runs = list_runs(folder)[:repeats] if folder.is_dir() else []
+    return len(runs) == repeats and all(images <= {path.stem for path in run.glob("*.png")} for run in runs)
 
 
-def training_jobs(setting: Setting, trainings: dict[str, Training]) -> list[Job]:
-    """A job for every training whose model is not complete; one that was stopped goes on from its checkpoint."""
-    jobs = []
-    for key, training in trainings.items():
-        if is_trained(training, setting.overrides):
-            continue
-        words = [f"output_dir={training.folder}", f"data.paths=[{part_of(setting.photos, 'train')}]"]
-        words += [f"seed={training.seed}"]
-        after = trainings.get(training.after)
-        words += [f"init={after.folder}"] if after else []
-        begun = any(training.folder.glob("checkpoint-*/state.json"))
-        resume = ["--resume", "latest"] if begun else []
-        command = setting.command("train.py", "--config", training.config, *resume, *setting.overrides, *words)
-        log = training.folder.parent.parent / "logs" / f"train-{training.folder.name}.log"
-        needs = (f"train {after.key}",) if after and not is_trained(after, setting.overrides) else ()
-        jobs.append(Job(f"train {key}", command, log, needs, done=partial(mark, training, setting),
-                        ended=partial(note, setting, training.study, "train", key)))  # fmt: skip
-    return jobs
+# --- stages ---
 
 
-def mark(training: Training, setting: Setting, seconds: float) -> None:
-    """Say that a model is complete."""
-    record = {"finished": time.strftime("%Y-%m-%dT%H:%M:%S"), "seconds": round(seconds, 1), "cores": cores()}
-    if training.source:
-        record["source"] = done_record(training.source).get("finished", "")
-    (training.folder / DONE).write_text(json.dumps(record | {"threads": threads_each(setting.jobs)}) + "\n")
-
-
-def note(
-    setting: Setting,
-    study: str,
-    kind: str,
-    name: str,
-    seconds: float,
-    busy: float | None = None,
-    succeeded: bool = True,
-) -> None:
-    """Add a child's seconds, and those of processor time, to the study's record of time spent."""
-    entry = {"kind": kind, "name": name, "seconds": round(seconds, 1), "processor": busy and round(busy, 1),
-             "ok": succeeded, "cores": cores(), "threads": threads_each(setting.jobs)}  # fmt: skip
-    path = setting.plan.out / study / "times.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
-# --- restoring ---
-
-
-def recipe(results: Results, dataset: str, precision: str) -> dict:
-    """How results are made: what must be the same for results that are kept (further repeats may join them)."""
-    finished = done_record(results.model).get("finished", "") if results.training else ""
-    made = {"model": results.training or results.model, "trained": finished, "flags": list(results.flags),
-            "zero_tokens": results.zero_tokens, "precision": precision,
-            "save_steps": results.save_steps and dataset == "realsr"}  # fmt: skip
-    return made if results.training else made | {"weights": weights_digest(results.model)}
-
-
-def weights_digest(model: str) -> str:
-    """Digest of a model folder's weights and configuration, for models that another training may replace."""
-    from consissr.weights.files import find_model
-
-    folder, found = find_model(model), hashlib.sha256()
-    for path in sorted([*folder.rglob("*.safetensors"), folder / "config.yaml"]):
-        found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return found.hexdigest()[:16]
-
-
-def otherwise(results: Results, dataset: str, precision: str = "") -> list[str]:
-    """In which keys of `recipe` the record of results differs from what is wanted; [] without a record.
-
-    A key that the record lacks counts as equal (it may be older than the key), and so do pictures of sampling steps
-    that nobody asks for; not so lacking `weights`: the bundled model may have been another then. Without `precision`
-    the record's own will do.
-    """
-    if not record_of(results, dataset).is_file():
-        return []
-    told = json.loads(record_of(results, dataset).read_text())
-    wanted = recipe(results, dataset, precision or told["precision"])
-    differ = [key for key in wanted if told.get(key, "" if key == "weights" else wanted[key]) != wanted[key]]
-    return [key for key in differ if key != "save_steps" or wanted[key]]
-
-
-def is_restored(results: Results, dataset: str, images: set[str], repeats: int) -> bool:
-    """Whether every image stands there in (at least) so many repeats, and the record of how."""
-    folder = results.folder / dataset
-    if not record_of(results, dataset).is_file() or not folder.is_dir():
-        return False
-    runs = list_runs(folder)
-    complete = [images <= {path.stem for path in run.glob("*.png")} for run in runs[:repeats]]
-    return len(complete) == repeats and all(complete)
-
-
-def record_of(results: Results, dataset: str) -> Path:
-    """The file that says how results were made."""
-    return results.folder / f"{dataset}.json"
-
-
-def restoring_jobs(setting: Setting, study: str, rows: Iterable[str], training: list[str]) -> list[Job]:
-    """A job for every row, training seed and data set that is not restored; after the `training` that it needs."""
-    jobs: dict[str, Job] = {}
-    found = setting.plan.study(study)
-    repeats, precision = found.repeats, setting.precision(found.precision)
-    for results in (r for row in rows for r in setting.plan.results(study, row)):
-        for dataset in DATASETS:
-            lr, folder = setting.plan.out / "data" / dataset / "LR", results.folder / dataset
-            pending = f"train {results.training}" in training
-            if results.training and not pending and not (Path(results.model) / DONE).is_file():
-                continue  # its training has failed or was not asked for: the report names it
-            record = record_of(results, dataset)
-            if pending and record.is_file():
-                differ = f"{results.training}, which is to be trained anew"
-            else:
-                differ = ", ".join(otherwise(results, dataset, precision))
-            if differ:
-                raise UserError(
-                    f"{folder} was restored otherwise ({record}: {differ}): remove {results.folder}, or use another -o"
-                )
-            names = {path.stem for path in lr.glob("*.png")}
-            if names and not pending and is_restored(results, dataset, names, repeats):
+def stages(setting: Setting, study: Study, rows: list[str], restoring: bool = True) -> Iterator[list[Job]]:
+    """Lists of jobs to run one list after the other; a training that was stopped goes on from its checkpoint."""
+    call = [sys.executable]
+    for trainings in study.trainings(rows):
+        jobs = []
+        for variant, seed in trainings:
+            folder, start = model(setting, study, variant, seed), _start(setting, study, variant, seed)
+            if is_trained(folder) or (start and not is_trained(start)):
                 continue
-            place = Path(*results.folder.parts[-3:]) / dataset  # study/results/row/dataset
-            owner = place.parts[0]
-            model = str(results.folder / f"model-{dataset}") if results.zero_tokens else results.model
-            words = ["-i", lr, "-o", folder, "-m", model, "--skip-existing", "--quiet"]
-            words += ["--repeat", repeats, "--precision", precision, *results.flags]
-            words += ["--save-steps"] if results.save_steps and dataset == "realsr" else []
-            needs = tuple(n for n in (f"train {results.training}", "test photographs") if n in training)
-            name = f"restore {owner}/{results.folder.name} {dataset}"
-            log = setting.plan.out / owner / "logs" / f"restore-{results.folder.name}-{dataset}.log"
-            jobs[name] = Job(name, setting.command("infer.py", *words), log, needs,
-                             before=partial(begin, results, dataset, precision),
-                             ended=partial(note, setting, owner, "restore", name))  # fmt: skip
-    return list(jobs.values())
+            one = study.variants[variant]
+            lines = [*study.lines, *one.lines, *setting.lines, f"seed={seed}", f"init={start or ''}"]
+            lines += [f"output_dir={folder}", f"data.paths=[{setting.photos / 'train'}]"]
+            resume = ["--resume", "latest"] if any(folder.glob("checkpoint-*/state.json")) else []
+            config = ["--config", str(setting.parents / one.parent)]
+            jobs.append(Job(f"train {variant}, seed {seed}", folder,
+                            [*call, str(setting.scripts / "train.py"), *config, *resume, *lines]))  # fmt: skip
+        yield jobs
+    if not restoring:
+        return
+    for name in SETS:
+        write_test_set(setting, study, name)
+    jobs = {}
+    for row in rows:
+        for seed in study.seeds_of(study.rows[row].variant):
+            weights = model(setting, study, study.rows[row].variant, seed)
+            for name in SETS if is_trained(weights) else ():
+                lr, folder = test_set(setting, study, name) / "LR", results(setting, study, row, seed, name)
+                if is_restored(folder, {path.stem for path in lr.glob("*.png")}, study.repeats):
+                    continue
+                words = ["-i", lr, "-o", folder, "-m", weights, "--repeat", study.repeats, "--ext", "png"]
+                words += ["--skip-existing", "--quiet", *study.rows[row].flags]
+                jobs[folder] = Job(f"restore {row}, seed {seed}, {name}", folder,
+                                   [*call, str(setting.scripts / "infer.py"), *map(str, words)])  # fmt: skip
+    yield list(jobs.values())
 
 
-def begin(results: Results, dataset: str, precision: str) -> None:
-    """Record how results are made; and make the model without image tokens where that is what restores."""
-    record = record_of(results, dataset)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(recipe(results, dataset, precision)) + "\n")
-    if results.zero_tokens:
-        from consissr.weights.files import find_model
+def write_test_set(setting: Setting, study: Study, name: str) -> None:
+    """Make the test set `name` unless it is there."""
+    from consissr.data.testset import write_testset
 
-        without_tokens(find_model(results.model), results.folder / f"model-{dataset}")
+    folder = test_set(setting, study, name)
+    if folder.is_dir():
+        return
+    scratch = folder.with_name(f".{folder.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    if name == "photos":
+        write_testset([str(setting.photos / "val")], scratch, study.images, *PHOTOS.values())
+    else:
+        lr, hr = (list_images(setting.realsr / part) for part in ("LR", "HR"))
+        names = pair({"HR": setting.realsr / "HR"}, setting.realsr / "HR", setting.realsr / "LR").images
+        for part, files in (("LR", lr), ("HR", hr)):
+            (scratch / part).mkdir(parents=True)
+            for image in names[:: -(-len(names) // study.images)]:
+                with Image.open(files[image]) as picture:
+                    picture.convert("RGB").save(scratch / part / f"{image.replace('/', '-')}.png")
+    scratch.rename(folder)
 
 
-def without_tokens(model: Path, copy: Path) -> None:
-    """A copy of a model folder whose image adapter puts out zeros: its last layer is cleared."""
-    from consissr.weights.files import read_weights, write_weights
+def run_jobs(jobs: list[Job], count: int) -> dict[str, str]:
+    """Run jobs, `count` at a time, telling each one's end; returns the last line of the log of those that failed.
 
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(model, copy, ignore=shutil.ignore_patterns("checkpoint-*", "validation", DONE))
-    weights = copy / "image_encoder" / "model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{model} has no image prompt, whose tokens could be set to zero")
-    tensors = read_weights(weights)
-    for name in [name for name in tensors if name.startswith("adapter.linear_3.")]:
-        tensors[name] = tensors[name] * 0
-    write_weights(weights, tensors)
+    An interrupt ends the children (SIGTERM: a training saves its step); so does the end of this process, on Linux.
+    """
+    waiting, failed = list(reversed(jobs)), {}
+    running: list[tuple[Job, subprocess.Popen, float]] = []
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // count))}
+    try:
+        while waiting or running:
+            while waiting and len(running) < count:
+                job = waiting.pop()
+                with _log(job).open("w") as log:
+                    process = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                                               start_new_session=True, preexec_fn=_end_with_parent)  # fmt: skip
+                running.append((job, process, time.monotonic()))
+            for entry in [entry for entry in running if entry[1].poll() is not None]:
+                job, process, began = entry
+                running.remove(entry)
+                seconds = time.monotonic() - began
+                if process.returncode == 0:
+                    origin.note(job.folder, seconds=round(origin.record(job.folder).get("seconds", 0) + seconds, 1))
+                else:
+                    text = _log(job).read_text(errors="replace").replace("\r", "\n").split("\n")
+                    failed[job.name] = next((line for line in reversed(text) if line.strip()), "no output")
+                ended = "failed" if job.name in failed else "done"
+                sys.stderr.write(f"{ended}: {job.name} ({duration(seconds)}); {len(waiting) + len(running)} left\n")
+            time.sleep(0.1)
+    finally:
+        for _, process, _ in running:
+            process.terminate()
+        for _, process, _ in running:
+            process.wait()
+    return failed
+
+
+def _log(job: Job) -> Path:
+    return job.folder.with_name(f"{job.folder.name}.log")
+
+
+def _end_with_parent() -> None:
+    """In a child that is about to start: SIGTERM when the parent ends, however it does (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)

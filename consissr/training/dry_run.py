@@ -20,9 +20,9 @@ import torch
 from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
+from consissr.config.sd21 import TEXT, TOKENS, TOWER, UNET, VAE
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.evaluation.complexity import TOKENS, TOWER, UNET, VAE
 from consissr.evaluation.learned import LPIPS_VGG, find
 from consissr.models.controlnet import build_controlnet
 from consissr.models.image_prompt import build_tower
@@ -142,7 +142,7 @@ def tower_sizes(config: TrainConfig) -> tuple[int, dict[str, Any]]:
         settings = open_clip.get_model_config(name.removeprefix(OPEN_CLIP).split("/")[0])
         if settings:
             return settings["embed_dim"], settings["vision_cfg"]
-    return 1024, TOWER
+    return TEXT["hidden_size"], TOWER
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from consissr.config.loading import nearest
-from consissr.diffusion.schedule import SD_BETAS
+from consissr.config.sd21 import SD_BETAS
 from consissr.errors import UserError
 from consissr.models.vae.latents import Latents
 from consissr.weights.files import WEIGHTS

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from consissr.config.model import ModelConfig
-from consissr.diffusion.schedule import SD_BETAS
+from consissr.config.sd21 import SD_BETAS
 from consissr.errors import UserError
 from consissr.models.surgery import replace_blocks
 from consissr.models.text import OpenClipText

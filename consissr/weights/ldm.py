@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consissr.config.sd21 import SCALING_FACTOR
 from consissr.errors import UserError
 
 State = dict[str, Tensor]
@@ -277,5 +278,5 @@ def vae_config(state: State) -> dict[str, Any]:
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "norm_num_groups": 32,
-        "scaling_factor": 0.18215,
+        "scaling_factor": SCALING_FACTOR,
     }

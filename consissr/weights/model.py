@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from consissr.config.folder import FolderConfig
-from consissr.diffusion.schedule import SD_BETAS, alpha_bar
+from consissr.config.sd21 import SD_BETAS
+from consissr.diffusion.schedule import alpha_bar
 from consissr.models.denoiser import Denoiser
 from consissr.models.image_prompt import ImagePrompt
 from consissr.models.residual import denoiser_of

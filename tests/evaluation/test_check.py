@@ -57,6 +57,8 @@ def test_rows(sets: dict[str, Path], tmp_path: Path) -> None:
     assert [row.name for row in rows] == ["bicubic", "bicubic+grain", "good"]
     assert rows[1].flat_ratio > rows[0].flat_ratio and rows[1].psnr < rows[0].psnr
     assert rows[2].wrong_drop > 10 and rows[0].wrong_drop != rows[0].wrong_drop
+    with pytest.raises(UserError, match="'bicubic' names a row of the check itself"):
+        check.check({"bicubic": sets["good"]}, sets["hr"], sets["lr"], tmp_path / "out", jobs=1)
     text = check.as_text(rows)
     assert f"{rows[2].wrong_drop:.2f}" in text and "| bicubic+grain |" in text
     assert {path.name for path in (tmp_path / "out" / "baselines").rglob("*.png")} == {"a.png", "b.png", "c.png"}

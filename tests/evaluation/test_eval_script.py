@@ -10,7 +10,7 @@ import pytest
 from consissr.errors import UserError
 from consissr.evaluation.datasets import check_test_set
 
-OUTPUTS = {"per_image.csv", "summary.json", "table.md", "table.tex", "report.html", "scores.jsonl"}
+OUTPUTS = {"per_image.csv", "summary.json", "table.md", "table.tex", "report.html", "summary.svg", "scores.jsonl"}
 
 
 def test_folder_against_folder(root: Path, sets: dict[str, Path], tmp_path: Path) -> None:
@@ -41,6 +41,8 @@ def test_published_beside_measured(call, sets: dict[str, Path], tmp_path: Path) 
     assert status == 0
     published = text.index("| OSEDiff-S1 | published | 25.15 |")
     assert text.index("| OSEDiff-S1 | measured |") > published
+    assert f"- Measured: 3 images of {sets['hr']}" in text
+    assert "This is not the test set of the published values (3 images, the papers used 100; 3 unexpected names" in text
     assert (tmp_path / "out" / "ccsr_table6.md").read_text().strip() == text.strip()
 
 
@@ -54,7 +56,7 @@ def test_our_rows_are_restored_and_measured(call, sets: dict[str, Path], tiny_mo
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     value, spread = map(float, cells[2].split("/"))
     assert 3 < value < 40 and spread > 0 and float(cells[-1]) > 0
-    assert len(list((tmp_path / "out" / "results" / "CCSR-S1").glob("sample*/*.png"))) == 9
+    assert len(list((tmp_path / "out" / "results").glob("CCSR-S1-*/sample*/*.png"))) == 9
     assert "- CCSR-S1: 3 runs, the published values are of 10;" in text
 
 
@@ -75,6 +77,20 @@ def test_flags_for_infer_are_split_as_a_shell_does(monkeypatch: pytest.MonkeyPat
 def test_tables_without_results_print_what_is_published(call, tmp_path: Path) -> None:
     status, text, _ = call("--table", "consissr/table4", "-o", tmp_path)
     assert status == 0 and "TALA(gamma=10)" in text and "time axis reversed" in text
+
+
+def test_a_metric_without_weights_is_told_by_the_exit_status(call, sets, tmp_path: Path, monkeypatch) -> None:
+    from consissr.evaluation import learned
+
+    monkeypatch.setattr(learned, "find", lambda file, folder: None)
+    common = ("--sr", sets["good"], "--hr", sets["hr"], "-o", tmp_path / "out", "--jobs", 1)
+    status, text, errors = call(*common, "--metrics", "psnr,musiq")
+    assert status == 1 and "PSNR" in text and "musiq is not computed: weights missing" in errors
+    status, text, errors = call(*common, "--metrics", "musiq,lpips")
+    assert status == 2 and not text and errors.startswith("error: musiq is not computed: weights missing")
+    status, text, _ = call("--table", "ccsr/table6", "--dataset", "RealSR", *common)
+    assert status == 0 and "- musiq is not measured: weights missing" in text
+    assert "- fid is not measured: weights missing" in text or "- fid is not measured: of 3 images" in text
 
 
 def test_the_check(call, sets: dict[str, Path], tmp_path: Path) -> None:
@@ -104,6 +120,9 @@ def test_listings(call) -> None:
         (["--table", "consissr/figure7", "--sr", "SR", "--box", "1,2"], "not X,Y,W,H"),
         (["--table", "ccsr/table4", "--dataset", "RealSR", "--run", "nano-ccsr"], "give that folder"),
         (["--check-dataset", "RealSR", "--hr", "HR"], "3 images, the papers used 100"),
+        (["--check-dataset", "realsr", "--hr", "HR"], "did you mean 'RealSR'"),
+        (["--sr", "SR", "--hr", "HR", "--unranked", "nobody"], "no result folder is called 'nobody'"),
+        (["--sr", "SR", "--hr", "HR", "--metrics", "fid"], "fid is not computed"),
     ],
 )
 def test_mistakes_are_one_line(call, sets: dict[str, Path], tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from consissr.errors import UserError
 from consissr.evaluation import evaluate as module
-from consissr.evaluation import metrics, output, scores
+from consissr.evaluation import metrics, output, plots, scores, summary
 from consissr.evaluation.folders import pair, read_image
 from consissr.evaluation.protocols import PROTOCOLS, get_measures, get_protocol
 
@@ -112,6 +112,7 @@ def test_outputs(sets: dict[str, Path], tmp_path: Path) -> None:
     assert summary["methods"]["runs"]["g-std"]["psnr"] > 0 and summary["methods"]["good"]["l-std"] is None
     table = (tmp_path / "out" / "table.md").read_text()
     best = f"**{done.mean('good', 'psnr'):.2f}**"
+    assert "Rank: mean over PSNR, SSIM, NIQE." in table and "3 images of " in table
     assert best in table and "<u>" in table and "Protocol ccsr" in table and "Rank" in table
     tex = (tmp_path / "out" / "table.tex").read_text()
     assert rf"\textbf{{{done.mean('good', 'psnr'):.2f}}}" in tex and r"\underline{" in tex and r"\uparrow" in tex
@@ -131,10 +132,11 @@ def test_the_report_is_self_contained(sets: dict[str, Path], tmp_path: Path) -> 
     report = (tmp_path / "out" / "report.html").read_text()
     assert "http" not in report.replace("http-equiv", "") and "@DATA@" not in report and "@PLOTS@" not in report
     data = json.loads(report.split('type="application/json">')[1].split("</script>")[0])
-    assert data["labels"] == ["LR", "good", "bad", "HR"]
-    assert len(data["pictures"]) == 2 and all(set(p) == set(data["labels"]) for p in data["pictures"].values())
+    assert data["labels"] == ["LR", "bicubic (of LR)", "good", "bad", "HR"]
+    assert len(data["embedded"]) == 2 and report.count("data:image/") == 2 * len(data["labels"])
     psnr = dict(zip("abc", data["values"]["good"]["psnr"], strict=True))
-    assert list(data["pictures"]) == sorted(data["pictures"], key=psnr.get), "worst first"
+    assert data["embedded"] == sorted(data["embedded"], key=psnr.get), "worst first"
+    assert data["conventions"][0][1].startswith("ccsr:") and data["differences"]["rows"][0][0] == "bad"
 
 
 def test_a_flat_result_has_no_niqe(sets: dict[str, Path], tmp_path: Path, save) -> None:
@@ -146,12 +148,71 @@ def test_a_flat_result_has_no_niqe(sets: dict[str, Path], tmp_path: Path, save) 
     assert '"niqe|' in (tmp_path / "s.jsonl").read_text() and "NaN" not in (tmp_path / "s.jsonl").read_text()
     output.write_all(done, tmp_path / "out", pictures=1)
     report = (tmp_path / "out" / "report.html").read_text()
-    plots, data = report.split('type="application/json">')
+    drawn, data = report.split('type="application/json">')
     values = json.loads(data.split("</script>")[0], parse_constant=pytest.fail)
-    assert values["values"]["good"]["niqe"][1] is None and list(values["pictures"]) == ["b"]
-    assert plots.count("<circle") == 5 and "nan" not in plots.split("<svg")[1].split("</svg>")[0]
+    assert values["values"]["good"]["niqe"][1] is None and values["embedded"] == ["b"]
+    assert (
+        sum(path.split('"')[0].count("h0") for path in drawn.split('class="dots" d="')[1:]) == 5
+        and "nan" not in drawn.split("<svg")[1].split("</svg>")[0]
+    )
     assert "| good | - |" in (tmp_path / "out" / "table.md").read_text()
     assert "- good: no mean niqe, which is undefined for b." in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_hostile_names_come_out_as_names(sets: dict[str, Path], tmp_path: Path) -> None:
+    """In LaTeX, CSV, Markdown, JSON and the page's script."""
+    name = "=1+1 <!--<script> $a_b^c~d\\e{f} 100%|\n#"
+    pairs = pair({name: sets["good"], "bad": sets["bad"]}, sets["hr"], None)
+    done = module.evaluate(pairs, get_measures(["psnr"]), get_protocol("ccsr"), tmp_path / "s.jsonl", jobs=1)
+    output.write_all(done, tmp_path / "out")
+    report = (tmp_path / "out" / "report.html").read_text()
+    data = json.loads(report.split('type="application/json">')[1].split("</script>")[0])
+    assert data["methods"][0] == name and "<!--" not in report.split("<body>")[1]
+    tex = (tmp_path / "out" / "table.tex").read_text()
+    escaped = r"=1+1 <!--<script> \$a\_b\textasciicircum{}c\textasciitilde{}d\textbackslash{}e\{f\} 100\%| \#"
+    assert escaped in tex and all(line.startswith(("%", "\\", "Method")) or "&" in line for line in tex.splitlines())
+    with (tmp_path / "out" / "per_image.csv").open() as file:
+        assert next(csv.DictReader(file))["method"] == f"'{name}"
+    rows = [line for line in (tmp_path / "out" / "table.md").read_text().splitlines() if "=1+1" in line]
+    assert len(rows) >= 2 and "<script" not in rows[0] and r"100%\| #" in rows[0]
+
+
+def test_methods_of_another_size_are_not_ranked(sets: dict[str, Path], tmp_path: Path) -> None:
+    pairs = pair({"good": sets["good"], "bad": sets["bad"]}, sets["hr"], None, unranked=["good"])
+    done = module.evaluate(pairs, get_measures(["psnr", "ssim"]), get_protocol("ccsr"), tmp_path / "s.jsonl", jobs=1)
+    text = output.markdown(done)
+    assert "**" not in text and "Rank" not in text and "Not ranked (a model of another size): good." in text
+    with pytest.raises(UserError, match="no result folder is called 'x'"):
+        pair({"good": sets["good"]}, sets["hr"], None, unranked=["x"])
+
+
+def test_differences_are_paired(sets: dict[str, Path], tmp_path: Path) -> None:
+    done = run(sets, tmp_path / "s.jsonl")
+    (found,) = summary.differences(done).values()
+    values = done.values["bad"]["psnr"][0] - done.values["good"]["psnr"][0]
+    assert found["psnr"].mean == pytest.approx(values.mean()) and values.min() <= found["psnr"].low < found["psnr"].high
+    assert f"| bad | {values.mean():+.2f} [" in output.markdown(done)
+
+
+def test_identical_images_are_told(sets: dict[str, Path], tmp_path: Path) -> None:
+    (sets["good"] / "a.png").write_bytes((sets["hr"] / "a.png").read_bytes())
+    assert "- good: 1 of its images are identical to HR; their PSNR counts as 80 dB." in output.markdown(
+        run(sets, tmp_path / "s.jsonl")
+    )
+
+
+def test_a_cache_that_is_none_is_one_line(sets: dict[str, Path], tmp_path: Path) -> None:
+    for content in (b"\xff\xfe\x00\n", b"{}\n", b'["a", "b"]\n'):
+        (tmp_path / "s.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match="is not a score cache"):
+            run(sets, tmp_path / "s.jsonl")
+
+
+def test_many_images_are_drawn_as_histograms() -> None:
+    values = {"many": np.random.default_rng(0).normal(26, 2, 1000), "few": np.arange(5.0)}
+    drawn, height = plots.distribution_plot(get_measures(["psnr"])[0], values)
+    assert drawn.count('class="histogram"') == 1 == drawn.count('class="dots"') and height > 80
+    assert len(drawn) < 6000
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
@@ -161,10 +222,11 @@ def test_the_report_works_in_a_browser(sets: dict[str, Path], tmp_path: Path, sa
     output.write_all(run(sets, tmp_path / "s.jsonl"), tmp_path)
     report = tmp_path / "report.html"
     moves = 'by("method").value = "bad"; by("method").onchange({target: by("method")}); by("slider").value = 25; '
-    moves += 'by("slider").dispatchEvent(new Event("input")); by("best").click();'
+    moves += 'by("slider").dispatchEvent(new Event("input")); by("best").click(); location.hash = "#b"; step(1);'
     report.write_text(report.read_text().replace("</body>", f"<script>{moves}</script></body>"))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", report.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     page = done.stdout.split("<script")[0]
-    assert page.count("<tr") == 1 + 2 + 1 + 3, "two methods, three images, two headings"
+    assert page.count("<tr") == 1 + 2 + 1 + 3 + 1 + 1, "two methods, three images, a difference, three headings"
+    assert page.count("<figcaption") == 5, "LR, bicubic, two methods and HR at one crop"
     assert 'id="picture-left"' in page and "inset(0px 75% 0px 0px)" in page and "left: 25%" in page

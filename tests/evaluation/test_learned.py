@@ -1,16 +1,24 @@
 """Learned metrics without downloads: weights of random values in a given folder, and what happens without them."""
 
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from consissr.errors import UserError
 from consissr.evaluation import learned
 from consissr.evaluation.evaluate import evaluate
-from consissr.evaluation.folders import pair
+from consissr.evaluation.folders import pair, read_image
 from consissr.evaluation.output import markdown
 from consissr.evaluation.protocols import MEASURES, get_measures, get_protocol
+
+
+@pytest.fixture(autouse=True)
+def any_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of random values stand for the real ones, whose hash they lack."""
+    monkeypatch.setattr(learned, "checked", lambda file, path: hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 @pytest.fixture(autouse=True)
@@ -92,17 +100,66 @@ def test_clip_similarity(sets: dict[str, Path], tmp_path: Path) -> None:
 
 def test_everything_else_comes_out(sets: dict[str, Path], tmp_path: Path) -> None:
     done = run(sets, tmp_path / "s.jsonl", list(MEASURES), None)
-    assert set(done.unavailable) == {m.name for m in MEASURES.values() if m.source != "own"}
+    lacking = {m.name for m in MEASURES.values() if m.source in ("pyiqa", "clip")}
+    assert set(done.unavailable) - {"st-lpips"} == lacking
     assert done.mean("good", "niqe") > 0
 
 
 def test_listing_names_files_and_sources(tmp_path: Path) -> None:
     rows = learned.listing(None)
-    assert {metric for metric, *_ in rows} == {m.name for m in MEASURES.values() if m.source != "own"}
+    assert {metric for metric, *_ in rows} == {m.name for m in MEASURES.values() if m.source in ("pyiqa", "clip")}
     for _, name, place, advice in rows:
         assert place == "missing" and name in advice and advice.startswith("https://") and "--weights" in advice
     names = {name for _, name, *_ in rows}
     assert {"MANIQA_PIPAL-ae6d356b.pth", "RN50.pt", "pt_inception-2015-12-05-6726825d.pth"} <= names
+
+
+def test_a_file_is_what_its_hash_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DISTS' weights under LPIPS' name are refused; a file of the named hash is taken."""
+    monkeypatch.undo()
+    content = b"weights"
+    digest = hashlib.sha256(content).hexdigest()
+    (tmp_path / "a.pth").write_bytes(content)
+    assert learned.checked(learned.WeightFile("a", "", "https://x", digest[:8]), tmp_path / "a.pth") == digest
+    with pytest.raises(UserError, match=f"a.pth is not LPIPS.*starts with {digest[:8]} instead of df73285e"):
+        learned.checked(learned.WEIGHTS["lpips"][0], tmp_path / "a.pth")
+    assert all(len(file.digest) in (8, 64) for files in learned.WEIGHTS.values() for file in files)
+
+
+def test_fid_of_features_that_differ(monkeypatch: pytest.MonkeyPatch, sets: dict[str, Path]) -> None:
+    """pyiqa's distance of two sets of features in two dimensions, by hand: |m1-m2|^2 + tr(C1+C2-2(C1 C2)^.5)."""
+    fid_arch = pytest.importorskip("pyiqa.archs.fid_arch")
+    monkeypatch.setattr(learned, "_pyiqa_metric", lambda *_: distance)
+
+    def features(folder: str) -> np.ndarray:
+        means = [np.asarray(read_image(path)).mean(axis=(0, 2, 3))[:2] for path in sorted(Path(folder).iterdir())]
+        return np.array(means, dtype=np.float64) * [1.0, 3.0]
+
+    def distance(sr: str, hr: str, **_) -> float:
+        a, b = features(sr), features(hr)
+        return fid_arch.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+
+    bad, hr = (sorted(sets[name].iterdir()) for name in ("bad", "hr"))
+    found = learned.frechet_distance(bad, hr, None, "cpu")
+    a, b = (
+        np.array([np.asarray(read_image(p)).mean(axis=(0, 2, 3))[:2] for p in files]) * [1, 3] for files in (bad, hr)
+    )
+    product = np.cov(a.T) @ np.cov(b.T)
+    root = np.sqrt(np.abs(np.linalg.eigvals(product))).sum()
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T)) - 2 * root
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-9)
+    assert learned.frechet_distance(hr, hr, None, "cpu") == pytest.approx(0, abs=1e-6)
+
+
+def test_few_images_have_no_fid(sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned, "missing_text", lambda *_: "")
+    monkeypatch.setattr(learned, "fingerprint", lambda *_: "x")
+    monkeypatch.setattr(learned, "frechet_distance", lambda *_: 7.0)
+    pairs = pair({"good": sets["good"]}, sets["hr"], None)
+    how = (get_measures(["psnr", "fid"]), get_protocol("ccsr"), tmp_path / "s.jsonl")
+    refused, asked = (evaluate(pairs, *how, jobs=1, small_fid=small) for small in (False, True))
+    assert refused.unavailable == {"fid": "of 3 images it says nothing: use 50 or more, or --small-fid"}
+    assert asked.mean("good", "fid") == 7.0 and "clean-fid" in markdown(asked)
 
 
 def test_damaged_weights_are_named(sets: dict[str, Path], tmp_path: Path, lpips_weights: Path) -> None:

@@ -199,6 +199,19 @@ def test_hpa_uses_the_texts_projections_unless_separate(make_unet, kv, copies):
     assert sum(sizes.values()) == before + sum(sizes[name] for name in added)
 
 
+def test_additions_take_after_the_loaded_layers(make_unet):
+    """Their type, and a norm's epsilon; a new norm starts as one that only normalises."""
+    unet = make_unet().to(torch.bfloat16)
+    for layer in unet.modules():
+        if isinstance(layer, torch.nn.LayerNorm):
+            layer.eps = 0.25
+    replace_blocks(unet, EVERYTHING)
+    assert {unet.get_parameter(name).dtype for name in added_parameters(unet)} == {torch.bfloat16}
+    norm = unet.down_blocks[0].attentions[0].transformer_blocks[0].normT
+    assert norm.eps == 0.25 and (norm.weight == 1).all() and (norm.bias == 0).all()
+    assert norm(torch.tensor([[3.0, 5.0] * 16]).bfloat16())[0, 1].item() == pytest.approx(1 / 1.25**0.5, abs=0.005)
+
+
 def test_block_names_stay_diffusers_names(make_unet):
     unet = make_unet()
     names = set(unet.state_dict())
@@ -218,15 +231,18 @@ def test_wrong_uses_raise(make_unet):
     unet = make_unet()
     replace_blocks(unet, EVERYTHING)
     z, t, text = draw(1, 4, 16, 16), torch.tensor([5]), draw(1, 7, 24)
-    with pytest.raises(ValueError, match="image tokens"):
+    with pytest.raises(ValueError, match="^this network attends to image tokens"):
         unet(z, t, text)
-    with pytest.raises(ValueError, match="latent's size"):
+    for mask in ("attention_mask", "encoder_attention_mask"):
+        with pytest.raises(ValueError, match="^attention masks are not supported$"):
+            unet.mid_block.attentions[0].transformer_blocks[0](draw(1, 9, 64), **{mask: draw(1, 9)})
+    with pytest.raises(ValueError, match="^this network needs the latent's size"):
         unet(z, t, text, cross_attention_kwargs={"image": draw(1, 5, 24)})
-    with pytest.raises(ValueError, match="no level"):
+    with pytest.raises(ValueError, match="^no level of a 16x16 latent has 65 positions$"):
         attention.map_size((16, 16), 65)
     pooled = make_unet()
     replace_blocks(pooled, ModelConfig(image_prompt="ip_adapter"))
-    with pytest.raises(ValueError, match="one pooled image token"):
+    with pytest.raises(ValueError, match="^this network was made for one pooled image token, not 5$"):
         pooled(z, t, text, cross_attention_kwargs={"image": draw(1, 5, 24)})
 
 

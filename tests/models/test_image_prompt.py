@@ -37,6 +37,12 @@ def images(*shape: int) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
+def test_clips_constants():
+    from open_clip import constants
+
+    assert (MEAN, STD) == (constants.OPENAI_DATASET_MEAN, constants.OPENAI_DATASET_STD)
+
+
 def test_clip_input_is_normalised_and_resized_without_antialiasing():
     x = images(2, 3, 64, 64)
     got = clip_input(x, 64)

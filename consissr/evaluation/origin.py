@@ -1,0 +1,58 @@
+"""What results come from: a folder whose name ends in the hash of its origin, and beside it a record that says it.
+
+So nothing is taken for what was made of other weights, images or settings, and what is there need not be made again.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+MODEL_FILES = (".safetensors", ".yaml", ".json")
+"""Endings of the files of a model folder that results depend on."""
+
+
+def place(parent: Path, name: str, /, **origin: object) -> Path:
+    """The folder PARENT/NAME-HASH for what is made of `origin` (plain data); PARENT/NAME-HASH.json records that.
+
+    The folder itself is not made.
+    """
+    text = json.dumps(origin, sort_keys=True)
+    folder = parent / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    if not record_file(folder).is_file():
+        parent.mkdir(parents=True, exist_ok=True)
+        _write(folder, origin)
+    return folder
+
+
+def record_file(folder: Path) -> Path:
+    """The record beside `folder`."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def record(folder: Path) -> dict:
+    """What is recorded of `folder`."""
+    return json.loads(record_file(folder).read_text(encoding="utf-8"))
+
+
+def note(folder: Path, **facts: object) -> None:
+    """Add facts about how it came out, such as the seconds it took, to the record of `folder`."""
+    _write(folder, record(folder) | facts)
+
+
+def fingerprint(place: Path, endings: tuple[str, ...] = ()) -> str:
+    """Hash of the names and contents of a folder's files (or of one file), hidden ones left out: 16 hexadecimal digits.
+
+    endings: of the files that count, such as ".safetensors"; none means all.
+    """
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        name = path.relative_to(place).as_posix()
+        if name.lower().endswith(endings or "") and not any(part.startswith(".") for part in Path(name).parts):
+            with path.open("rb") as file:
+                digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _write(folder: Path, content: dict) -> None:
+    record_file(folder).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
