@@ -105,6 +105,19 @@ def test_overlapping_windows_are_averaged_by_their_weights(form):
     assert torch.equal(by_default, out) == (form == "symmetric")
 
 
+def test_four_windows_at_a_time_and_an_answer_for_each():
+    z, t, inner = torch.zeros(1, 4, 16, 48), torch.tensor([5]), Pointwise()
+    TiledDenoiser(inner, 16, 8)(z, t, condition(1, 16, 48))
+    assert sorted(shape[0] for shape in inner.shapes) == [2, 3], "five windows in two passes"
+
+    class Forgets(Pointwise):
+        def forward(self, z_t, t, given):
+            return super().forward(z_t, t, given)[:1]
+
+    with pytest.raises(ValueError, match="shorter"):
+        TiledDenoiser(Forgets(), 16, 8)(z, t, condition(1, 16, 48))
+
+
 def test_windows_on_another_device():
     """("meta" stands for any device.) Weights and rows are made where the latent is, two by two images and windows."""
     z, t = torch.zeros(2, 4, 24, 16, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
