@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -215,12 +215,19 @@ def note_shards(paths: list[str]) -> None:
         return
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 32)
     log.info("reading the headers of %d tar shards, once, in %d processes", len(unknown), workers)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(note_shard, unknown, chunksize=4))
+    code = "import sys; from consissr.data.listing import note_shard; [note_shard(line[:-1]) for line in sys.stdin]"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    call = [sys.executable, "-c", code]
+    readers = [subprocess.Popen(call, stdin=subprocess.PIPE, text=True, env=environment) for _ in range(workers)]
+    for number, reader in enumerate(readers):
+        reader.stdin.write("".join(f"{path}\n" for path in unknown[number::workers]))
+        reader.stdin.close()
+    for reader in readers:
+        reader.wait()
 
 
 def note_shard(path: str) -> None:
-    """One shard, in a process of its own; damage is told by the process that lists."""
+    """One shard, in a process of its own; damage, and what such a process missed, is told by the one that lists."""
     source, damage = read_shard(path)
     if not damage:
         write_note(note_of(path), source)

@@ -64,8 +64,8 @@ def show_overlap() -> None:
     """One of two processes: prints when each collective began and when the backward pass and the step ended."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
-
     from consissr.config.stages import OptimizerConfig
+
     from consissr.training.engine import Player
     from consissr.training.stage import Batch, Phase
 
@@ -106,10 +106,11 @@ def show_overlap() -> None:
 
 def test_gradients_are_sent_while_the_backward_pass_goes_on(root: Path) -> None:
     """And only in a step's last micro-batch."""
-    call = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.training.test_engine"]
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    call += ["-m", "tests.training.test_engine"]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(call, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:3000]
     for line in (line.split() for line in done.stdout.splitlines() if line.startswith("rank")):
         assert float(line[3]) < float(line[5]) - 0.15, "the first bucket waits for the whole backward pass"
     assert done.stdout.count("rank") == 2
