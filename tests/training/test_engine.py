@@ -64,8 +64,8 @@ def show_overlap() -> None:
     """One of two processes: prints when each collective began and when the backward pass and the step ended."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
-    from consissr.config.optimizer import OptimizerConfig
 
+    from consissr.config.optimizer import OptimizerConfig
     from consissr.training.engine import Player
     from consissr.training.stage import Batch, Phase
 
