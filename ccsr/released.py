@@ -48,11 +48,22 @@ AS_RELEASED_V2 = SamplerConfig(
     posterior="sample",
     posterior_rows=2,
     geometry="ccsr",
+    short_side=512,
+    tile=0,
 )
-"""How the authors sample with v2 in two steps (one step: steps 1, t_min 0, guidance 1)."""
+"""How the authors sample with v2 in two steps, by the README's command without tiles (one step: steps 1, t_min 0,
+guidance 1)."""
 
 AS_RELEASED_V1 = SamplerConfig(
-    plan="nuts", steps=45, t_max=2 / 3, t_min=1 / 3, grid="linspace", start="noise", geometry="ccsr_v1"
+    plan="nuts",
+    steps=45,
+    t_max=2 / 3,
+    t_min=1 / 3,
+    grid="linspace",
+    start="noise",
+    geometry="ccsr_v1",
+    short_side=512,
+    tile=0,
 )
 """How the authors sample with v1, in 16 evaluations."""
 

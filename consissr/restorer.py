@@ -127,11 +127,15 @@ class Restorer:
 
         results: dict[int, Tensor] = {}
         for batch in equal_sizes([lq.shape for lq in lqs], batch_size):
-            prepared = [prepare(lqs[i], scale, config.geometry, self.multiple, longest) for i in batch]
+            prepared = [self.prepared(lqs[i], scale, config, longest) for i in batch]
             y = self.restore_tensor(prepared, [keys[i] for i in batch], seed, repeat, config, steps, on_step=on_step)
             for i, image, decoded in zip(batch, prepared, y.split(1), strict=True):
                 results[i] = finish(image, decoded, config.geometry, config.color_fix)
         return packed(inputs, photos, [results[i] for i in range(len(lqs))])
+
+    def prepared(self, lq: Tensor, scale: float, config: SamplerConfig, longest: int | None) -> Prepared:
+        """The networks' input for one image (1,3,H,W)."""
+        return prepare(lq, scale, config.geometry, self.multiple, longest, config.short_side)
 
     @torch.no_grad()
     def restore_latent(
@@ -254,7 +258,7 @@ class Restorer:
 
     def step_picture(self, z: Tensor, lq: Tensor, scale: float, longest: int | None = None) -> Tensor:
         """What latents (1,C,h,w) of `lq` (1,3,H,W) show: (1,3,H',W') in [-1, 1], the result's size, its own colours."""
-        image = prepare(lq, scale, self.sampler.geometry, self.multiple, longest)
+        image = self.prepared(lq, scale, self.sampler, longest)
         return finish(image, self.decode(z), self.sampler.geometry, "none")
 
     def tiled_latents(self, tiles: Tiles, config: SamplerConfig, latents: Latents | None = None) -> Latents:

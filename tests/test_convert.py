@@ -130,7 +130,8 @@ def test_released_settings_equal_the_readers(root):
     known = {
         "consissr/infer_as_released.yaml": vars(AS_RELEASED) | {"tile": 0, "vae_tile": 0},
         "ccsr/infer_as_released_v1.yaml": vars(AS_RELEASED_V1),
-        "ccsr/infer_as_released_v2.yaml": vars(AS_RELEASED_V2) | tiles,
+        "ccsr/infer_as_released_v2.yaml": vars(AS_RELEASED_V2),
+        "ccsr/infer_as_released_v2_tiled.yaml": vars(AS_RELEASED_V2) | tiles,
     }
     for name, settings in known.items():
         assert vars(load_config(SamplerConfig, root / "configs" / name)) == settings

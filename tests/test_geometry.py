@@ -124,6 +124,18 @@ def test_colours_need_a_channel_for_each():
         transfer(x.clone(), x[:, :2].split(1, dim=1), "adain")
 
 
+def test_small_results_are_made_as_large_as_the_networks_were_trained_for():
+    """The short side is raised to `short_side`, and the result has the exact size, for every scale and shape."""
+    for size, scale, raised in (((37, 53), 4, (512, 733)), ((30, 20), 2.5, (768, 512)), ((128, 200), 4, (512, 800))):
+        found = prepare(image(*size), scale, "pad", 64, short_side=512)
+        assert found.upscaled == raised and all(side % 64 == 0 and side >= 512 for side in found.x.shape[2:])
+        result = finish(found, found.x.clone(), "pad", "adain")
+        assert tuple(result.shape[2:]) == found.size == tuple(int(scale * side + 0.5) for side in size)
+        want = prepare(image(*size), scale, "pad", 1).x  # enlarged and brought back: close to what it was
+        assert (result - want).abs().mean() < 0.02
+    assert prepare(image(37, 53), 4, "pad", 64).upscaled == (148, 212)
+
+
 def test_padding_reflects_and_the_image_stays():
     found = prepare(image(10, 70), 1, "pad", 64)
     assert found.x.shape[2:] == (64, 128)

@@ -78,7 +78,10 @@ class Paths:
         if self.device.type == "cpu":  # a process's heap has one setting, and the releases leave it alone
             set_heap(HEAP_KEEPS if path == "ours" else GLIBC_KEEPS)
         with clock.part("total"):
-            jobs = [prepare(one, 4, self.config.geometry, self.multiple) for one in lq.split(1)]
+            jobs = [
+                prepare(one, 4, self.config.geometry, self.multiple, None, self.config.short_side)
+                for one in lq.split(1)
+            ]
             x = torch.cat([job.x for job in jobs])
             if path == "ours":
                 y = self.ours(x, plan, clock)

@@ -44,6 +44,9 @@ class SamplerConfig:
     """Under guidance: 1 posterior sample for both halves, or 2 (CCSR v2 as released)."""
     geometry: str = "pad"
     """Size rules: 'pad' (ours: exact scale, reflection), or as released 'ccsr' (v2), 'ccsr_v1' or 'consissr'."""
+    short_side: int = 0
+    """Least short side of what the networks see, in pixels: smaller results are made that large and brought back to
+    their exact size. 512 for SD2.1's sizes (both releases; CCSR's author advises it); 0: never under 'pad'."""
     color_fix: str = "adain"
     """Colour transfer from the LQ image: 'adain', 'wavelet' or 'none'."""
     tile: int = -1
@@ -67,6 +70,8 @@ class SamplerConfig:
         check_word(self.color_fix, ("adain", "wavelet", "none"), "sampler.color_fix")
         check_word(self.tile_weights, ("symmetric", "as_released"), "sampler.tile_weights")
         check_word(self.vae_tiling, ("exact", "windowed", "as_released"), "sampler.vae_tiling")
+        if self.short_side < 0:
+            raise UserError(f"sampler.short_side is {self.short_side}: use pixels, or 0 for off")
         for name in ("tile", "tile_overlap", "vae_tile"):
             if getattr(self, name) < -1:
                 raise UserError(f"sampler.{name} is {getattr(self, name)}: use pixels, 0 for off or -1 for automatic")

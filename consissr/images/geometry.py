@@ -1,6 +1,7 @@
 """From a low-quality image to the network's input, and from its output to the restored image: sizes, padding, colours.
 
-`pad`       ours: bicubic to the result's size, reflection up to the networks' multiple, cropped back.
+`pad`       ours: bicubic to the result's size, reflection up to the networks' multiple, cropped back. A result whose
+            short side is below `short_side` is made that large for the networks, then brought to its size.
 `ccsr`      CCSR v2's test script: short side raised to 512, sides floored to multiples of 8 (slightly distorted),
             colours transferred in 8 bits, bicubic to the final size.
 `ccsr_v1`   CCSR v1's: as ConsisSR's, but instead of padding a Lanczos resize down to multiples of 64.
@@ -64,20 +65,23 @@ def prepare(
     rule: str,
     multiple: int,
     longest: int | None = None,
-    short_side: int = RELEASED_SHORT_SIDE,
+    short_side: int = 0,
 ) -> Prepared:
     """The network's input for one image (1,3,H,W) under a size rule.
 
     `multiple`: what the networks' input must be a multiple of (pad only). `longest`, where given, sets the result's
-    longest side instead of `scale`. `short_side`: what the released rules raise the short side to.
+    longest side instead of `scale`. `short_side`: what the short side is raised to; 0: `pad` leaves it, the released
+    rules raise it to RELEASED_SHORT_SIDE.
     """
     height, width = image.shape[2:]
     size = output_size(height, width, scale, longest)
     if longest is not None:
         scale = longest / max(height, width)
     if rule == "pad":
-        padded = tuple(-(-side // multiple) * multiple for side in size)
-        return Prepared(lambda part: pad_to_multiple(resize(image[:, part], size), multiple), padded, size, size)
+        raised = at_least(size, short_side)
+        padded = tuple(-(-side // multiple) * multiple for side in raised)
+        return Prepared(lambda part: pad_to_multiple(resize(image[:, part], raised), multiple), padded, size, raised)
+    short_side = short_side or RELEASED_SHORT_SIDE
     if rule == "ccsr":
         x = to_tensor(ccsr_input(to_pil(image), scale, short_side))
         return Prepared.of(x, size, tuple(x.shape[2:]))
@@ -102,13 +106,19 @@ def finish(prepared: Prepared, y: Tensor, rule: str, color_fix: str) -> Tensor:
     if rule == "pad":
         style = (crop(channel, prepared.upscaled) for channel in prepared.channels())
         y = transfer(crop(y, prepared.upscaled), style, color_fix)
-        return y.mul_(2).sub_(1).clamp_(-1, 1)
+        return resize(y.mul_(2).sub_(1).clamp_(-1, 1), prepared.size)
     if rule == "ccsr":
         y = y.clamp_(0, 1).mul_(255).round_().div_(255)
         y = truncated(transfer(y, prepared.channels(), color_fix)) if color_fix != "none" else y * 2 - 1
         return to_tensor(to_pil(y).resize(prepared.size[::-1], Image.Resampling.BICUBIC))
     y = crop(truncated(transfer(y, prepared.channels(), color_fix)), prepared.upscaled)
     return to_tensor(to_pil(y).resize(prepared.size[::-1], Image.Resampling.LANCZOS))
+
+
+def at_least(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """A size (H, W), or its nearest enlargement of the same shape whose short side is `short_side`."""
+    short = min(size)
+    return size if short >= short_side else tuple(round(side * short_side / short) for side in size)
 
 
 def transfer(content: Tensor, style: Iterable[Tensor], color_fix: str) -> Tensor:

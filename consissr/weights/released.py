@@ -42,6 +42,7 @@ AS_RELEASED = SamplerConfig(
     negative="dotted, noise, blur, lowres, smooth",
     first_prompt="guided",
     geometry="consissr",
+    short_side=512,
 )
 """How the authors sample."""
 
