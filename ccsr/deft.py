@@ -23,7 +23,8 @@ from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.learned import lpips_network
 from consissr.training.stage import Batch, Phase
-from consissr.weights.files import base_of, find_model, read_config
+from consissr.weights.files import base_of, read_config
+from consissr.weights.find import find_model
 from consissr.weights.folder import load_model
 from consissr.weights.model import Model
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ccsr.released import AS_RELEASED_V2
 from ccsr.timesteps import nuts_plan
 from consissr.bench.models import Method
 from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import ddpm_plan
 from consissr.weights.released import AS_RELEASED
+from consissr.weights.released_ccsr import AS_RELEASED_V2
 
 
 def guidance(sampler: SamplerConfig) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from consissr.models.recovery import as_float32, finite, within_memory
 from consissr.models.tiles import Tiles, tiles_for
 from consissr.models.vae.latents import Latents
 from consissr.models.vae.tiling import TiledLatents
+from consissr.weights.find import find_model
 from consissr.weights.folder import load_model
 from consissr.weights.precision import PRECISIONS, choose_precision
 
@@ -85,7 +86,7 @@ class Restorer:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         precision = choose_precision(precision, device)
-        model = load_model(name, base, PRECISIONS[precision], **settings)
+        model = load_model(find_model(name, precision != "fp32"), base, PRECISIONS[precision], **settings)
         denoiser = model.denoiser()
         for network in (model.latents, denoiser, model.image_prompt, model.hint_latents):
             if network is not None:

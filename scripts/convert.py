@@ -1,15 +1,15 @@
-"""Turn a model that the papers' authors published into a model folder that scripts/infer.py runs.
+"""Published models: list them, fetch them, turn the authors' files into model folders, publish your own.
 
-  python scripts/convert.py ConsisSR.ckpt models/consissr       ConsisSR's file
-  python scripts/convert.py preset/models models/ccsr           CCSR v2: a folder with controlnet/ and vae/
-  python scripts/convert.py real-world_ccsr.ckpt models/ccsr1   CCSR v1's file
+  python scripts/convert.py --list                              published models, and which are on this machine
+  python scripts/convert.py --prefetch ccsr-v2                  fetch and convert now, to be offline later
+  python scripts/convert.py ConsisSR.ckpt models/consissr       the authors' file, or for CCSR v2 their folder
+  python scripts/convert.py --push owner/name runs/deft         upload a model folder with its card
 
-Which of them SRC is, is read from its keys; every key is accounted for. Nothing stored in a file is executed. The base
-model is referred to by name; --base own writes the checkpoint's own beside the result instead.
+Which release a file is, is read from its keys; every key is accounted for. Nothing stored in a file is executed. The
+base model is the file's own where it has all of it (--base own), else a name that is looked up when the model is used.
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -17,39 +17,51 @@ from consissr.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, read, write, report."""
+    """Parse, do what was asked, report; one line per mistake and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="the authors' checkpoint file, or CCSR v2's folder")
-    parser.add_argument("target", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--base", default="sd21-base", help="name, folder or hub id, or 'own' (%(default)s)")
+    parser.add_argument("source", type=Path, nargs="?", help="the authors' checkpoint or folder; --push: model folder")
+    parser.add_argument("target", type=Path, nargs="?", help="folder to write; must not exist")
+    parser.add_argument("--list", action="store_true", help="published models: size, licence, steps, where they are")
+    parser.add_argument("--prefetch", metavar="NAME", help="fetch a published model or hub id with its base")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the model folder SOURCE to the hub")
+    parser.add_argument("--private", action="store_true", help="--push: into a private repository")
+    parser.add_argument("--base", default="auto", help="name, folder, hub id, 'own' (the source's) or 'auto'")
     parser.add_argument("--clip", type=Path, help="ConsisSR: open_clip's model config (JSON), if it is not ViT-H-14")
-    parser.add_argument("--half", action="store_true", help="store weights in 16 bits")
-    args, part = parser.parse_args(arguments), None
+    parser.add_argument("--half", action="store_true", help="store weights, or fetch them, in 16 bits")
+    args = parser.parse_args(arguments)
     try:
-        if args.target.exists():
-            raise UserError(f"{args.target} exists: remove it or name another folder")
-        if not args.source.exists():
-            raise UserError(f"{args.source} does not exist: give the authors' checkpoint file or folder")
-        if args.clip is not None and not args.clip.is_file():
-            raise UserError(f"--clip {args.clip} does not exist: give open_clip's JSON, or leave it out for ViT-H-14")
-        from ccsr.conversion import read, write
+        if args.list:
+            from consissr.weights.find import listing
 
-        part = args.target.with_name(f".{args.target.name}.part")
-        part.mkdir(parents=True)
-        found = read(args.source, args.clip)
-        write(found, part, args.target.name, args.base, args.half)
-        part.rename(args.target)
+            print("\n\n".join("\n".join(f"{key:9} {text}" for key, text in row.items()) for row in listing()))
+        elif args.prefetch:
+            from consissr.weights.find import prefetch
+
+            print(f"{args.prefetch} is in {prefetch(args.prefetch, args.half)}")
+        elif args.push:
+            from consissr.weights.publish import push
+
+            print(f"uploaded to {push(args.source, args.push, args.private)}")
+        elif args.source is None or args.target is None:
+            raise UserError("give SOURCE and TARGET, or --list, --prefetch NAME or --push OWNER/NAME SOURCE")
+        else:
+            convert(args)
     except (UserError, OSError, ValueError, KeyError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{args.source}: {type(error).__name__}: {error}"
         print(f"error: {reason.splitlines()[0]}", file=sys.stderr)
         return 2
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
+    return 0
+
+
+def convert(args: argparse.Namespace) -> None:
+    """SOURCE to TARGET, and what became of every key."""
+    from consissr.weights.conversion import convert
+    from consissr.weights.files import read_config
+
+    found = convert(args.source, args.target, args.base, args.clip, args.half)
     print(f"{args.source} is {found.kind}")
     print("\n".join(found.report.lines()))
-    print(f"written to {args.target}; base model: {args.base}")
-    return 0
+    print(f"written to {args.target}; base model: {read_config(args.target).model.base}")
 
 
 if __name__ == "__main__":

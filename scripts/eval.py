@@ -20,7 +20,7 @@ from consissr.evaluation import figures, folders, listings, output, produce, pro
 from consissr.evaluation.commandline import parse_box, parser
 from consissr.evaluation.evaluate import Evaluation, evaluate
 from consissr.evaluation.progress import progress
-from consissr.weights.files import BUNDLED, find_model
+from consissr.weights.find import BUNDLED, find_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES, INFER = ROOT / "configs" / "tables", ROOT / "scripts" / "infer.py"

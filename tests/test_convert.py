@@ -77,7 +77,7 @@ def test_ccsr_v1_becomes_a_folder(convert, shared, tmp_path, monkeypatch):
     """With a hint encoder and a text encoder of its own: parts and prompts are what the reader finds."""
     from open_clip.transformer import TextTransformer
 
-    from ccsr import released
+    from consissr.weights import released_ccsr as released
     from tests.models.conftest import autoencoder_to_ldm, unet_to_ldm
     from tests.models.test_released import v1_state
 
@@ -122,8 +122,9 @@ def test_existing_folders_stay(convert, tmp_path):
 
 
 def test_released_settings_equal_the_readers(root):
-    from ccsr.released import AS_RELEASED_V1, AS_RELEASED_V2
+    from ccsr.timesteps import sampler_plan
     from consissr.weights.released import AS_RELEASED
+    from consissr.weights.released_ccsr import AS_RELEASED_V1, AS_RELEASED_V2
 
     tiles = {"tile": 512, "tile_overlap": 256, "tile_weights": "as_released"}
     tiles |= {"vae_tile": 1792, "vae_tiling": "as_released"}
@@ -134,7 +135,9 @@ def test_released_settings_equal_the_readers(root):
         "ccsr/infer_as_released_v2_tiled.yaml": vars(AS_RELEASED_V2) | tiles,
     }
     for name, settings in known.items():
-        assert vars(load_config(SamplerConfig, root / "configs" / name)) == settings
+        config = load_config(SamplerConfig, root / "configs" / name)
+        assert vars(config) == settings | {"timesteps": []}
+        assert [list(step) for step in sampler_plan(config)] == settings["timesteps"], name
     assert {path.name for path in (root / "configs").glob("*/infer*.yaml")} >= {"infer.yaml"}
     for path in (root / "configs").glob("*/infer*.yaml"):
         load_config(SamplerConfig, path)
@@ -142,8 +145,8 @@ def test_released_settings_equal_the_readers(root):
 
 def test_ccsr_v1_samples_on_its_table():
     """Indices 29..15 of round(999 k / 44), after one evaluation at 999 and a jump to the first of them."""
-    from ccsr.released import AS_RELEASED_V1
     from ccsr.timesteps import sampler_plan
+    from consissr.weights.released_ccsr import AS_RELEASED_V1
 
     plan = sampler_plan(AS_RELEASED_V1)
     assert [step.t for step in plan[:3]] == [999, 658, 636] and plan[-1].t == 341

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from consissr.errors import UserError
 from consissr.restorer import Restorer
 from consissr.weights import base
+from consissr.weights.find import find_model
 from consissr.weights.folder import load_model, load_prompts
 
 LARGE = 4096
@@ -40,9 +41,9 @@ def test_networks_are_never_in_another_type(name, monkeypatch):
     The text encoder is left out: it runs on the CPU, in float32, and is let go.
     """
     encoder = SimpleNamespace(encode=lambda prompts: torch.zeros(1, 1, 64))
-    monkeypatch.setattr(base, "load_text", lambda place, dtype: encoder)
+    monkeypatch.setattr(base, "load_text", lambda folder: encoder)
     with Made() as made:
-        model = load_model(name, dtype=torch.bfloat16)
+        model = load_model(find_model(name), dtype=torch.bfloat16)
     assert torch.bfloat16 in made.dtypes and torch.float32 not in made.dtypes
     networks = [model.latents, model.unet, model.controlnet, model.image_prompt]
     for network in (network for network in networks if network is not None):
@@ -66,7 +67,8 @@ def test_loaded_weights_survive_their_file(tiny_model, tmp_path):
 @pytest.mark.parametrize("text", [None, "{", "[]"])
 def test_an_incomplete_folder_is_told(name, text, tmp_path):
     """A file that an interrupted copy left out, or cut off."""
-    from consissr.weights.files import find_model, read_config
+    from consissr.weights.files import read_config
+    from consissr.weights.find import find_model
     from consissr.weights.folder import load_controlnet
     from consissr.weights.image_encoder import load_image_prompt
     from consissr.weights.latents import load_latents
@@ -95,8 +97,8 @@ def test_the_text_encoder_is_let_go(monkeypatch):
     """After the prompts are encoded nothing of it is left, neither the module nor any of its weights."""
     kept, original = [], base.load_text
 
-    def load_text(place, dtype):
-        text = original(place, dtype)
+    def load_text(folder):
+        text = original(folder)
         kept.extend(weakref.ref(thing) for thing in (text, text.model, *text.model.parameters()))
         return text
 

@@ -19,6 +19,7 @@ from consissr.models.fast import for_inference
 from consissr.models.image_prompt import ImagePrompt
 from consissr.models.vae.latents import Latents
 from consissr.restorer import Restorer
+from consissr.weights.find import find_model
 from consissr.weights.folder import load_model
 from consissr.weights.precision import PRECISIONS
 
@@ -137,7 +138,7 @@ def from_folder(
     name: str, settings: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[Networks, SamplerConfig]:
     """The networks of a model folder or bundled model, and its own settings changed by `settings`."""
-    found = load_model(name, dtype=dtype, **settings)
+    found = load_model(find_model(name), dtype=dtype, **settings)
     networks = [found.latents, found.denoiser(), found.image_prompt]
     for network in networks:
         if network is not None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,7 +56,7 @@ def read_text(config: NanoConfig) -> TextEncoder:
     for name in ENCODERS:
         if not (Path(c.text) / name).is_dir():
             raise UserError(f"prior.text='{c.text}' has no {name}/: give the output_dir of a clip run")
-    text = load_text(c.text, torch.float32)
+    text = load_text(Path(c.text))
     width = text.model.config.hidden_size
     if width != c.context_dim:
         raise UserError(f"prior.context_dim={c.context_dim} must be the width of prior.text's encoder: use {width}")

@@ -33,7 +33,8 @@ from consissr.training.checks import launched, problems
 from consissr.training.estimate import memory
 from consissr.training.stage import Stage
 from consissr.weights.base import BUNDLED_BASES, find_base
-from consissr.weights.files import BUNDLED, find_model, read_config
+from consissr.weights.files import BUNDLED, read_config
+from consissr.weights.find import find_model
 from consissr.weights.image_encoder import OPEN_CLIP, has_tower, new_image_prompt
 from consissr.weights.model import Model
 

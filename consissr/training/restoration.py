@@ -24,6 +24,7 @@ from consissr.models.denoiser import Condition, SoftPrompt
 from consissr.models.lora import lora_parameters
 from consissr.models.surgery import added_parameters, trainable_parameters
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop
+from consissr.weights.find import find_model
 from consissr.weights.folder import load_model, new_model, own_parameters, save_model
 from consissr.weights.image_encoder import has_tower
 from consissr.weights.model import Model
@@ -42,7 +43,7 @@ def starting_model(config: TrainConfig) -> Model:
     """
     if not config.init or tower_only(config.init):
         return new_model(config.model, tower=config.init)
-    model = load_model(config.init, additions=config.model, prompts=[""])
+    model = load_model(find_model(config.init), additions=config.model, prompts=[""])
     if "" not in model.prompts:
         raise UserError(f"{config.init} holds no embedding of the empty prompt, which training needs: convert it again")
     if not config.stage.endswith("deft") and model.decoder != "base":

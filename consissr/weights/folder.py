@@ -25,7 +25,7 @@ from consissr.weights.files import (
     UNET_ADAPTER,
     WEIGHTS,
     base_of,
-    find_model,
+    build,
     load_strict,
     read_config,
     read_json,
@@ -49,20 +49,19 @@ PROMPTS = "prompts.safetensors"
 
 
 def load_model(
-    name: str | Path,
+    folder: Path,
     base: str | None = None,
     dtype: torch.dtype = torch.float32,
     additions: ModelConfig | None = None,
     prompts: Sequence[str] | None = None,
     **settings: Any,
 ) -> Model:
-    """A model by bundled name, folder or hub id, with its base: every network as `dtype` on the CPU, in memory once.
+    """The model of a folder (see `find.find_model`) with its base: every network as `dtype` on the CPU, in memory once.
 
     base: another place of the base. additions: what a run's model has, on its own base; what the folder's model lacks
     of it starts as a no-op. prompts: what the text encoder encodes before it is let go (default: the sampler's two).
     settings: fields of SamplerConfig, in place of the folder's. Raises UserError.
     """
-    folder = find_model(name)
     config = read_config(folder)
     before, sampler = config.model, changed(config.sampler, settings)
     config = replace(config, model=additions or before, sampler=sampler)
@@ -73,6 +72,7 @@ def load_model(
     wanted = (sampler.positive, sampler.negative) if prompts is None else prompts
     found = load_base(base or base_of(folder, config), dtype, config.model.base_sha256, wanted if known is None else ())
     controlnet = load_controlnet(folder, config.model, dtype, before)
+    check_fit(folder, controlnet, found.unet, known or {})
     load_unet_additions(folder, found.unet, config.model, before)
     lora = read_weights(folder / LORA) if before.unet_lora else None
     if additions is not None and config.model.unet_lora:
@@ -207,13 +207,30 @@ def load_controlnet(
     sizes, what = read_json(folder / "controlnet" / "config.json"), f"{folder.name}/controlnet"
     weights = read_weights(folder / "controlnet" / WEIGHTS)
     whole = before is None or before == model
-    with torch.device("meta" if whole else "cpu"):
-        controlnet = empty_controlnet(sizes, model)
+    file = folder / "controlnet" / "config.json"
+    controlnet = build(file, lambda: empty_controlnet(sizes, model), "meta" if whole else "cpu")
     if whole:
         load_strict(controlnet, weights, what, dtype=dtype)
     else:
         load_known(controlnet, weights, set(controlnet.state_dict()), what)
     return controlnet
+
+
+def check_fit(folder: Path, controlnet: Any, unet: Any, prompts: dict[str, Tensor]) -> None:
+    """UserError where ControlNet or prompts are made for another UNet than the base's."""
+    for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim"):
+        ours, base = getattr(controlnet.config, name), getattr(unet.config, name)
+        if as_tuple(ours) != as_tuple(base):
+            file = folder / "controlnet" / "config.json"
+            raise UserError(f"{file} says {name} {ours}, the base's UNet {base}: the model belongs to another base")
+    width = unet.config.cross_attention_dim
+    if wrong := [prompt for prompt, embedding in prompts.items() if embedding.shape[-1] != width]:
+        raise UserError(f"{folder / PROMPTS}: '{wrong[0]}' is not {width} wide: the model belongs to another base")
+
+
+def as_tuple(value: Any) -> Any:
+    """Lists of a config.json as tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def load_unet_additions(folder: Path, unet: nn.Module, model: ModelConfig, before: ModelConfig | None = None) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from consissr.config.model import ModelConfig
-from consissr.config.sd21 import SD_BETAS
+from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
 from consissr.models.surgery import replace_blocks
 from consissr.models.text import OpenClipText
@@ -40,8 +39,11 @@ SCHEDULE = (
 )
 """Tables that the authors' files carry and that follow from the noise schedule."""
 
-UNUSED = ("model_ema.", "loss.", "first_stage_model.loss.")
-"""Prefixes of what training leaves in a base's file and nobody samples with."""
+UNUSED = ("model_ema.", "loss.", "first_stage_model.loss.", "decoder_loss.")
+"""Prefixes of what training leaves in a file and nobody samples with."""
+
+SCHEDULE_TOLERANCE = 3e-3
+"""Two tables of alpha_bar are one schedule up to this: half-precision files round theirs by 2e-3 at most."""
 
 
 def read_base(
@@ -54,11 +56,7 @@ def read_base(
     state, report = ldm.read_state(path), Report()
     if "model.diffusion_model.input_blocks.0.0.weight" not in state:
         raise UserError(f"{path} is no Stable Diffusion base: it lacks model.diffusion_model.input_blocks.0.0.weight")
-    table = take_schedule(state, report)
-    if table is not None and (len(table) != SD_BETAS[0] or abs(1 - table[0].item() - SD_BETAS[1]) > 1e-6):
-        raise UserError(f"{path} was trained with another noise schedule than Stable Diffusion's")
-    for prefix in UNUSED:
-        report.ignored[f"training's own ({prefix}*)"] = list(ldm.take(state, prefix))
+    drop_training(state, report)
     unet, model = read_unet(ldm.take(state, "model.diffusion_model."), report, dtype=dtype)
     latents = read_latents(ldm.take(state, "first_stage_model."), report, dtype)
     text = read_text(ldm.take(state, "cond_stage_model.model."), report)  # in float32: it runs on the CPU
@@ -68,11 +66,21 @@ def read_base(
     return unet, latents, text, report
 
 
-def take_schedule(state: State, report: Report) -> Tensor | None:
-    """Removes the tables of the noise schedule; alpha_bar [T] as stored, or None."""
-    tables = {name: state.pop(name) for name in SCHEDULE if name in state}
-    report.ignored["tables of the noise schedule"] = list(tables)
-    return tables.get("alphas_cumprod")
+def drop_training(state: State, report: Report) -> None:
+    """Removes what only training needs: tables of the noise schedule, losses, averages. None of it has to be there.
+
+    UserError where the tables are not Stable Diffusion's.
+    """
+    names = [name for name in state if name.removesuffix("_inter") in SCHEDULE]
+    tables = {name: state.pop(name) for name in names}
+    report.ignored["tables of the noise schedule"] = names
+    stored, known = tables.get("alphas_cumprod"), alpha_bar()
+    if stored is not None and (
+        stored.shape != known.shape or (stored.double() - known).abs().max() > SCHEDULE_TOLERANCE
+    ):
+        raise UserError("the checkpoint was trained with another noise schedule than Stable Diffusion's")
+    for prefix in UNUSED:
+        report.ignored[f"training's own ({prefix}*)"] = list(ldm.take(state, prefix))
 
 
 def read_unet(
@@ -135,9 +143,11 @@ def read_text(state: State, report: Report, dtype: torch.dtype = torch.float32) 
         return None
     from open_clip.transformer import TextTransformer
 
-    unused = [name for name in ("logit_scale", "attn_mask") if state.pop(name, None) is not None]
-    report.ignored["CLIP's temperature and mask"] = unused
+    unused = [name for name in state if name in ("logit_scale", "attn_mask") or name.startswith("visual.")]
+    report.ignored["CLIP's temperature, mask and image tower"] = unused
+    state = {name: tensor for name, tensor in state.items() if name not in unused}
     length, width = ldm.require(state, "positional_embedding").shape
+    state.setdefault("text_projection", torch.zeros(width, width))  # not read: only pooled features are projected
     with torch.device("meta"):
         tower = TextTransformer(
             length,

@@ -12,7 +12,7 @@ from consissr.config.model import ModelConfig
 from consissr.errors import UserError
 from consissr.models.image_prompt import ImagePrompt, build_tower, new_adapter, prompt_config, tower_config
 from consissr.weights.base import find_base
-from consissr.weights.files import BUNDLED, find_model, load_strict, read_json, read_weights, write_weights
+from consissr.weights.files import ASSETS, BUNDLED, build, load_strict, read_json, read_weights, write_weights
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
@@ -39,7 +39,7 @@ def load_tower(folder: Path) -> tuple[VisionTransformer, dict[str, Any]]:
     if not (encoder / "config.json").is_file():
         raise UserError(f"{folder} has no image_encoder/config.json: give a folder with an image tower (stage 'clip')")
     settings = read_json(encoder / "config.json")
-    tower = build_tower(settings["embed_dim"], settings["vision_cfg"])
+    tower = build(encoder / "config.json", lambda: build_tower(settings["embed_dim"], settings["vision_cfg"]), "cpu")
     weights = read_weights(encoder / IMAGE_WEIGHTS)
     own = {name.removeprefix("tower."): value for name, value in weights.items() if name.startswith("tower.")}
     load_strict(tower, own, str(encoder))
@@ -56,7 +56,7 @@ def find_tower(config: ModelConfig) -> VisionTransformer:
     name = config.image_encoder
     if name.startswith(OPEN_CLIP):
         return open_clip_tower(name.removeprefix(OPEN_CLIP))
-    folders = find_base(config.base) if name == "base" else [str(find_model(name)) if name in BUNDLED else name]
+    folders = find_base(config.base) if name == "base" else [str(ASSETS / "nano" / name) if name in BUNDLED else name]
     for folder in folders:
         if has_tower(folder):
             return load_tower(Path(folder))[0]
@@ -112,7 +112,6 @@ def load_image_prompt(folder: Path, model: ModelConfig, dtype: torch.dtype = tor
     """Image tower and adapter of a model folder, as `dtype` on the CPU."""
     encoder = folder / "image_encoder"
     settings = read_json(encoder / "config.json")
-    with torch.device("meta"):
-        prompt = build_image_prompt(settings, model)
+    prompt = build(encoder / "config.json", lambda: build_image_prompt(settings, model))
     load_strict(prompt, read_weights(encoder / IMAGE_WEIGHTS), str(encoder), dtype=dtype)
     return prompt

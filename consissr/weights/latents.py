@@ -9,7 +9,7 @@ import torch
 from consissr.errors import UserError
 from consissr.models.vae.latents import Latents, decoder_names
 from consissr.models.vae.narrow import empty_latents
-from consissr.weights.files import WEIGHTS, load_strict, read_json, read_weights, write_weights
+from consissr.weights.files import WEIGHTS, build, load_strict, read_json, read_weights, write_weights
 
 LINEAR_PATH = "linear_path.safetensors"
 TUNED = "decoder.safetensors"
@@ -27,8 +27,8 @@ def load_latents(folder: Path, base: Latents | None = None, dtype: torch.dtype =
             raise UserError(f"{folder} holds a decoder only: give the model folder it is in, whose base has the rest")
         load_strict(base, read_weights(folder / TUNED), str(folder / TUNED), subset=decoder_names(base))
         return base
-    with torch.device("meta"):
-        latents = empty_latents(read_json(folder / "config.json"))
+    settings = read_json(folder / "config.json")
+    latents = build(folder / "config.json", lambda: empty_latents(settings))
     load_strict(latents.vae, read_weights(folder / WEIGHTS), str(folder), dtype=dtype)
     if latents.linear is not None:
         load_strict(latents.linear, read_weights(folder / LINEAR_PATH), str(folder / LINEAR_PATH), dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +107,8 @@ def read_pickle(path: Path) -> Any:
     """A torch file with `weights_only`; classes it names beside tensors are replaced by `Inert`."""
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+    if not zipfile.is_zipfile(path):  # torch before 1.6
+        return torch.load(path, map_location="cpu", weights_only=True)
     foreign = get_unsafe_globals_in_checkpoint(path)
     with safe_globals([(Inert, name) for name in foreign]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -122,8 +125,11 @@ def load_strict(module: nn.Module, state: State, part: str, report: Report, dtyp
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     wanted = module.state_dict()
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    wrong = sorted(n for n in wanted.keys() & state.keys() if wanted[n].shape != state[n].shape)
-    for names, what in ((missing, "lacks"), (unexpected, "has unknown"), (wrong, "has another shape for")):
+    both = sorted(wanted.keys() & state.keys())
+    wrong = [n for n in both if wanted[n].shape != state[n].shape]
+    kind = [n for n in both if wanted[n].is_floating_point() != state[n].is_floating_point()]
+    checks = ((missing, "lacks"), (unexpected, "has unknown"), (wrong, "has another shape for"))
+    for names, what in (*checks, (kind, "holds no floating-point numbers in")):
         if names:
             rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"the checkpoint {what} {names[0]}{rest} ({part}): it is not a model of this kind")

@@ -12,14 +12,14 @@ import torch
 from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
-from consissr.diffusion.schedule import alpha_bar
+from consissr.diffusion.plans import ddpm_plan
 from consissr.errors import UserError
 from consissr.models.controlnet import empty_controlnet
 from consissr.models.image_prompt import Adapter, ImagePrompt
 from consissr.models.text import OpenClipText
 from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
-from consissr.weights.from_ldm import read_latents, read_unet, take_schedule
+from consissr.weights.from_ldm import drop_training, read_latents, read_unet
 from consissr.weights.ldm import Report, State
 from consissr.weights.model import Model
 
@@ -36,6 +36,7 @@ HEAD_WIDTHS = {1280: 80}
 AS_RELEASED = SamplerConfig(
     plan="ddpm",
     steps=50,
+    timesteps=[list(step) for step in ddpm_plan(50)],
     start="noise",
     guidance=5.0,
     positive="clean, high-resolution, 8k",
@@ -76,7 +77,7 @@ def read(source: str | Path | State, clip: dict[str, Any] | None = None) -> Rele
     report = Report()
     teacher = ldm.take(state, "cond_stage_model.model.v_fix.")
     report.ignored["teacher of the RCLIP stage"] = list(teacher)
-    check_schedule(state, report)
+    drop_training(state, report)
     unet, model = read_unet(ldm.take(state, "model.diffusion_model."), report)
     controlnet = read_controlnet(ldm.take(state, "control_model."), unet, model, report)
     latents = read_latents(ldm.take(state, "first_stage_model."), report)
@@ -99,13 +100,6 @@ def read(source: str | Path | State, clip: dict[str, Any] | None = None) -> Rele
         text=OpenClipText(encoder).eval(),
         report=report,
     )
-
-
-def check_schedule(state: State, report: Report) -> None:
-    """Removes the tables of the noise schedule; UserError where they are not Stable Diffusion's."""
-    stored, known = take_schedule(state, report), alpha_bar()
-    if stored is not None and (stored.shape != known.shape or (stored.double() - known).abs().max() > 1e-6):
-        raise UserError("the checkpoint was trained with another noise schedule than Stable Diffusion's")
 
 
 def read_controlnet(state: State, unet: UNet2DConditionModel, model: ModelConfig, report: Report) -> ControlNetModel:

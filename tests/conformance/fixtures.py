@@ -173,7 +173,7 @@ class Fixture:
     def model(self) -> Any:
         """The fixture's model through the reader that users run (CCSR v2's, or ConsisSR's); Missing without weights."""
         if self.has("controlnet/config.json"):
-            from ccsr.released import read_v2
+            from consissr.weights.released_ccsr import read_v2
 
             return read_v2(self.folder)
         weights = self.weights_folder / "weights.safetensors"

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccsr.released import AS_RELEASED_V1, AS_RELEASED_V2
 from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
 from consissr.evaluation import restorations, workers
 from consissr.images import codec
 from consissr.weights.files import read_weights, write_weights
+from consissr.weights.released_ccsr import AS_RELEASED_V1, AS_RELEASED_V2
 
 
 @pytest.fixture

@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import ccsr.released
 from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
-from consissr.weights import ldm, released
+from consissr.weights import ldm, released, released_ccsr
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +143,7 @@ def v2(shared):
 
 
 def test_ccsr_v2_is_read_whatever_its_vae_calls_attention(v2, tmp_path):
-    new = ccsr.released.read_v2(v2)
+    new = released_ccsr.read_v2(v2)
     shutil.copytree(v2, tmp_path / "old", copy_function=shutil.copyfile)
     weights = tmp_path / "old" / "vae" / "diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -154,18 +153,18 @@ def test_ccsr_v2_is_read_whatever_its_vae_calls_attention(v2, tmp_path):
     weights.parent.chmod(0o755)
     weights.unlink()
     save_file(state, weights)
-    again = ccsr.released.read_v2(tmp_path / "old")
+    again = released_ccsr.read_v2(tmp_path / "old")
     assert all(torch.equal(a, b) for a, b in zip(new.latents.parameters(), again.latents.parameters(), strict=True))
     assert torch.equal(new.alpha_bar, alpha_bar())
     with pytest.raises(UserError, match="not CCSR v2's"):
-        ccsr.released.read_v2(tmp_path)
+        released_ccsr.read_v2(tmp_path)
 
 
 @torch.no_grad()
 def test_a_v2_controlnet_renamed_into_v1s_layout_gives_identical_residuals(v2, to_ldm, vae_to_ldm):
     """v1 takes z_t and hint in one convolution of eight channels; everything else is the same network."""
-    v2_model = ccsr.released.read_v2(v2)
-    model = ccsr.released.read_v1(v1_state(v2_model, to_ldm, vae_to_ldm), heads=(2, 4, 4, 4))
+    v2_model = released_ccsr.read_v2(v2)
+    model = released_ccsr.read_v1(v1_state(v2_model, to_ldm, vae_to_ldm), heads=(2, 4, 4, 4))
     assert tuple(model.controlnet.config.block_out_channels) == tuple(v2_model.controlnet.config.block_out_channels)
     z, hint, text = torch.randn(2, 4, 16, 24), torch.randn(2, 4, 16, 24), torch.randn(2, 7, 32)
     t = torch.tensor([999, 3])
@@ -175,7 +174,7 @@ def test_a_v2_controlnet_renamed_into_v1s_layout_gives_identical_residuals(v2, t
         assert torch.allclose(want, got, atol=1e-6 * want.abs().max().item() + 1e-7)
     assert torch.equal(v2_model.unet(z, t, text).sample, model.unet(z, t, text).sample)
     with pytest.raises(UserError, match="not CCSR v1's"):
-        ccsr.released.read_v1({"control_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)})
+        released_ccsr.read_v1({"control_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)})
 
 
 def v1_state(model, to_ldm, vae_to_ldm) -> dict[str, torch.Tensor]:

@@ -64,6 +64,8 @@ class Latents(nn.Module):
         super().__init__()
         self.vae = vae
         self.scale: float = vae.config.scaling_factor
+        if type(self.scale) not in (int, float) or not 0 < self.scale < 1e6:
+            raise UserError(f"the autoencoder's scaling_factor is {self.scale!r}: it must be a number above 0")
         self.channels: int = vae.config.latent_channels
         self.patch: int = isqrt(vae.config.in_channels // 3)
         if 3 * self.patch**2 != vae.config.in_channels:

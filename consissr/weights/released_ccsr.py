@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,17 @@ import torch
 from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
+from consissr.diffusion.schedule import CLEAN
 from consissr.errors import UserError
 from consissr.models.controlnet import empty_controlnet
 from consissr.models.surgery import replace_blocks
 from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
 from consissr.weights.base import schedule_of
-from consissr.weights.from_ldm import read_latents, read_text, read_unet
+from consissr.weights.files import build, read_json, weights_file
+from consissr.weights.from_ldm import drop_training, read_latents, read_text, read_unet
 from consissr.weights.ldm import Report, State
-from consissr.weights.released import Released, check_schedule, read_controlnet, read_hint_encoder
+from consissr.weights.released import Released, read_controlnet, read_hint_encoder
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -28,14 +30,19 @@ if TYPE_CHECKING:
 HINT = "condition_conv_in"
 """CCSR v2's name of the hint convolution."""
 
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-"""File names that diffusers 0.21 writes, in order of preference."""
-
 MODEL = ModelConfig(hint="conv")
 """What CCSR's ControlNet has: the hint convolution and nothing else."""
 
+
+def jump(times: Sequence[int]) -> list[list[int | str]]:
+    """The plan of one evaluation at 999, a jump to the first of `times`, and DDPM steps to the x0 of the last."""
+    steps = [[t, t_next, "step"] for t, t_next in pairwise(times)]
+    return [[999, times[0], "renoise"], *steps, [times[-1], CLEAN, "x0"]]
+
+
 AS_RELEASED_V2 = SamplerConfig(
     plan="nuts",
+    timesteps=jump([499]),
     steps=6,
     t_max=2 / 3,
     t_min=1 / 2,
@@ -56,6 +63,7 @@ guidance 1)."""
 
 AS_RELEASED_V1 = SamplerConfig(
     plan="nuts",
+    timesteps=jump([round(999 * k / 44) for k in range(29, 14, -1)]),
     steps=45,
     t_max=2 / 3,
     t_min=1 / 3,
@@ -71,7 +79,7 @@ AS_RELEASED_V1 = SamplerConfig(
 def is_v2(source: Path) -> bool:
     """Whether `source` is a folder with CCSR v2's ControlNet in it."""
     config = source / "controlnet" / "config.json"
-    return config.is_file() and "use_vae_encode_condition" in json.loads(config.read_text())
+    return config.is_file() and "use_vae_encode_condition" in read_json(config)
 
 
 def is_v1(state: State) -> bool:
@@ -103,17 +111,14 @@ def read_v2(source: str | Path) -> Released:
     if scheduler.is_file():
         # The release trains and takes its first step as if the UNet predicted noise, whatever is said here; only a
         # model of someone else's may mean more by it.
-        found.betas, found.prediction_type = schedule_of(json.loads(scheduler.read_text()))
+        found.betas, found.prediction_type = schedule_of(scheduler)
     return found
 
 
 def read_part(folder: Path) -> tuple[dict[str, Any], State]:
     """config.json and weights of one part."""
-    config = json.loads((folder / "config.json").read_text())
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise UserError(f"{folder} has no weights: it needs {WEIGHTS[0]}")
-    return {name: value for name, value in config.items() if not name.startswith("_")}, ldm.read_state(weights)
+    config = {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
+    return config, ldm.read_state(weights_file(folder))
 
 
 def read_v2_controlnet(folder: Path, report: Report) -> ControlNetModel:
@@ -123,8 +128,7 @@ def read_v2_controlnet(folder: Path, report: Report) -> ControlNetModel:
         raise UserError(
             f"{folder} was made for pixel hints (use_vae_encode_condition is false): give CCSR v2's ControlNet"
         )
-    with torch.device("meta"):
-        controlnet = empty_controlnet(config, MODEL)
+    controlnet = build(folder / "config.json", lambda: empty_controlnet(config, MODEL))
     renamed = {
         name.replace(HINT, "controlnet_cond_embedding.0") if name.startswith(HINT) else name: tensor
         for name, tensor in state.items()
@@ -138,8 +142,7 @@ def read_v2_vae(folder: Path, report: Report) -> Latents:
     from diffusers import AutoencoderKL
 
     config, state = read_part(folder)
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(config)
+    vae = build(folder / "config.json", lambda: AutoencoderKL.from_config(config))
     ldm.load_strict(vae, {ldm.modern(name): tensor for name, tensor in state.items()}, "vae", report)
     return Latents(vae.eval())
 
@@ -149,8 +152,8 @@ def read_v2_unet(folder: Path, report: Report) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     config, state = read_part(folder)
+    unet = build(folder / "config.json", lambda: UNet2DConditionModel.from_config(config))
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
         replace_blocks(unet, MODEL)
     ldm.load_strict(unet, state, "unet", report)
     return unet.eval()
@@ -165,9 +168,7 @@ def read_v1(source: str | Path | State, heads: Sequence[int] | None = None) -> R
     if not is_v1(state):
         raise UserError("the checkpoint is not CCSR v1's: its ControlNet does not take latent and hint together")
     report = Report()
-    check_schedule(state, report)
-    for prefix in ("first_stage_model.loss.", "loss."):
-        report.ignored[f"training losses ({prefix}*)"] = list(ldm.take(state, prefix))
+    drop_training(state, report)
     unet, _ = read_unet(ldm.take(state, "model.diffusion_model."), report, heads)
     control = split_first(ldm.take(state, "control_model."))
     controlnet = read_controlnet(control, unet, MODEL, report)

@@ -1,0 +1,79 @@
+"""Published models by name, as names.yaml lists them, and this project's own cache."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place on the hub."""
+
+    hub: str
+    revision: str
+    layout: str
+    """'released' or 'base'."""
+    file: str = ""
+    """The checkpoint in the repository, where it is one file."""
+    half: bool = False
+    """Whether the file is in half precision."""
+
+    @property
+    def place(self) -> str:
+        """owner/name, with the revision where one is pinned."""
+        return self.hub if self.revision == "main" else f"{self.hub}@{self.revision}"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One entry of names.yaml."""
+
+    name: str
+    what: str
+    method: str
+    licence: str
+    steps: str
+    gigabytes: dict[str, float]
+    by_hand: dict[str, str]
+    sources: list[Source] = field(default_factory=list)
+
+    def in_order(self, half: bool) -> list[Source]:
+        """The places to try; files in half precision first where `half` will do."""
+        return sorted(self.sources, key=lambda source: source.half != half) if half else self.sources
+
+    def how(self) -> str:
+        """What to do on a machine with a network, and what by hand."""
+        page, files = self.by_hand["page"], self.by_hand["files"]
+        return (
+            f"where there is a network run scripts/convert.py --prefetch {self.name} (about "
+            f"{self.gigabytes['full']:g} GB) and copy {cache_folder()}, or download {files} from {page} and put "
+            f"{'it' if '.' in files else 'them'} into {by_hand_folder(self.name)}"
+        )
+
+
+@cache
+def published() -> dict[str, Published]:
+    """Every entry by name."""
+    listed: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "names.yaml").read_text("utf-8"))
+    return {
+        name: Published(name=name, **{**entry, "sources": [Source(**source) for source in entry["sources"]]})
+        for name, entry in listed.items()
+    }
+
+
+def cache_folder() -> Path:
+    """Where converted models stand: CONSISSR_HOME, or consissr/ in the user's cache."""
+    if home := os.environ.get("CONSISSR_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "consissr"
+
+
+def by_hand_folder(name: str) -> Path:
+    """Where files that can only be downloaded by hand are put."""
+    return cache_folder() / "by-hand" / name
