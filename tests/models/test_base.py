@@ -1,6 +1,8 @@
 """Where a base model comes from: one file, mirrors in order, a pinned digest, and what is said when there is none."""
 
 import hashlib
+import json
+import shutil
 
 import pytest
 import torch
@@ -9,8 +11,7 @@ from safetensors.torch import save_file
 
 from consissr.errors import UserError
 from consissr.models.text import OpenClipText
-from consissr.weights import base
-from consissr.weights.base import SD21_MIRRORS, Base, load_base
+from consissr.weights.base import load_base
 
 
 @pytest.fixture
@@ -84,32 +85,10 @@ def test_other_files_are_refused_by_name(state, tmp_path):
         load_base(str(path))
 
 
-def test_mirrors_are_tried_in_order(monkeypatch):
-    asked = []
-
-    def load_folder(place, dtype, prompts):
-        asked.append(place)
-        if len(asked) < 3:
-            raise OSError(f"{place} is not a local folder\nand more")
-        return Base(None, None, {}, True, (1000, 0.00085, 0.012), "epsilon", place)
-
-    monkeypatch.setattr(base, "load_folder", load_folder)
-    assert load_base("sd21-base").source == SD21_MIRRORS[2]
-    assert asked == list(SD21_MIRRORS)
-
-
-def test_without_a_network_one_message_says_what_to_do(monkeypatch):
-    def load_folder(place, dtype, prompts):
-        raise OSError("no connection")
-
-    monkeypatch.setattr(base, "load_folder", load_folder)
-    with pytest.raises(UserError) as error:
-        load_base("sd21-base")
-    said = str(error.value)
-    assert "\n" not in said and "Download stable-diffusion-2-1-base" in said and "model.base=FOLDER" in said
-    assert all(mirror in said for mirror in SD21_MIRRORS)
-    with pytest.raises(UserError, match="nor a known name; did you mean 'sd21-base'"):
-        load_base("sd21base")
+def test_a_name_that_can_be_none_gets_one_line():
+    for name, said in (("sd21base", "did you mean 'sd21-base'"), ("a b/c d", "nor a known name")):
+        with pytest.raises(UserError, match=said):
+            load_base(name)
 
 
 def test_a_pinned_digest_is_checked(state, tmp_path):
@@ -121,23 +100,42 @@ def test_a_pinned_digest_is_checked(state, tmp_path):
         load_base(str(path), sha256="0" * 64)
 
 
-def test_a_pinned_digest_is_checked_of_what_a_mirror_gave(monkeypatch, tmp_path):
-    file = tmp_path / "weights"
-    file.write_bytes(b"a UNet")
-    known = {(SD21_MIRRORS[0], "unet/diffusion_pytorch_model.safetensors"): str(file)}
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda place, name: known.get((place, name)))
-    loaded = Base(None, None, {}, True, (1000, 0.00085, 0.012), "epsilon", SD21_MIRRORS[0])
-    monkeypatch.setattr(base, "load_folder", lambda place, dtype, prompts: loaded)
-    assert load_base("sd21-base", sha256=hashlib.sha256(b"a UNet").hexdigest()) is loaded
-    with pytest.raises(UserError, match="it is another file"):
-        load_base("sd21-base", sha256="0" * 64)
-    known.clear()
-    with pytest.raises(UserError, match=r"has no unet/diffusion_pytorch_model\.safetensors to check"):
-        load_base("sd21-base", sha256="0" * 64)
-
-
 def test_a_folder_that_lacks_its_text_encoder_is_refused(tmp_path):
     """It would pass for one that was trained without text, and restore everything wrongly."""
     (tmp_path / "model_index.json").write_text('{"text_encoder": ["transformers", "CLIPTextModel"]}')
     with pytest.raises(UserError, match="text_encoder/.*copy that folder"):
         load_base(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("unet/config.json", None),
+        ("unet/config.json", "[]"),
+        ("unet/config.json", '{"block_out_channels": [8, 24]}'),
+        ("unet/config.json", '{"block_out_channels": [0, 16]}'),
+        ("unet/config.json", '{"block_out_channels": "8"}'),
+        ("unet/config.json", '{"attention_head_dim": 0}'),
+        ("unet/config.json", '{"act_fn": "nothing"}'),
+        ("unet/config.json", '{"cross_attention_dim": 9}'),
+        ("unet/config.json", '{"norm_num_groups": 5}'),
+        ("vae/config.json", '{"scaling_factor": "0.18215"}'),
+        ("scheduler/scheduler_config.json", '{"beta_start": "x"}'),
+        ("scheduler/scheduler_config.json", '{"beta_end": NaN}'),
+        ("scheduler/scheduler_config.json", '{"beta_end": -1}'),
+        ("scheduler/scheduler_config.json", '{"beta_start": null}'),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": [1000]}'),
+    ],
+)
+def test_damaged_parts_are_one_line_that_names_the_file(tiny_model, tmp_path, file, text):
+    folder = shutil.copytree(tiny_model.parent / "base", tmp_path / "base")
+    path = folder / file
+    known = json.loads(path.read_text())
+    path.unlink()
+    if text is not None:
+        changed = json.loads(text)
+        path.write_text(json.dumps(known | changed if isinstance(changed, dict) else changed))
+    with pytest.raises(UserError) as error:
+        load_base(str(folder))
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value) or str(path.parent) in str(error.value) or "scaling_factor" in str(error.value)
