@@ -1,7 +1,9 @@
 """What loading a model leaves in memory: every weight once, in the type asked for, and no text encoder."""
 
 import gc
+import json
 import re
+import shutil
 import weakref
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from consissr.errors import UserError
 from consissr.restorer import Restorer
 from consissr.weights import base
 from consissr.weights.find import find_model
-from consissr.weights.folder import load_model, load_prompts
+from consissr.weights.folder import load_model, load_prompts, save_prompts
 
 LARGE = 4096
 """Elements of a tensor that counts as a weight, not as a small table."""
@@ -53,8 +55,6 @@ def test_networks_are_never_in_another_type(name, monkeypatch):
 
 def test_loaded_weights_survive_their_file(tiny_model, tmp_path):
     """They are copies: the file may be written anew while the model is in use."""
-    import shutil
-
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     controlnet = load_model(folder).controlnet
     before = {name: value.clone() for name, value in controlnet.state_dict().items()}
@@ -87,8 +87,35 @@ def test_an_incomplete_folder_is_told(name, text, tmp_path):
             load_latents(tmp_path / "vae")
 
 
-def test_damaged_prompts_are_told(tmp_path):
-    (tmp_path / "prompts.safetensors").write_bytes(b"{")
+def test_nothing_in_a_downloaded_config_is_resolved(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "secret")
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    for text in ("model: {base: 'owner/${oc.env:MY_SECRET}'}\n", "\xff\xfe"):
+        (folder / "config.yaml").write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match="config.yaml") as error:
+            Restorer.load(str(folder))
+        assert "secret" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_parts_that_do_not_fit_are_told(tiny_model, tmp_path):
+    """A ControlNet of another width, with weights that are its own, and prompts of another base."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    file = folder / "controlnet" / "config.json"
+    good = json.loads(file.read_text())
+    for change in ({"cross_attention_dim": 9}, {"block_out_channels": [8, 32]}, {"norm_num_groups": "x"}):
+        file.write_text(json.dumps(good | change))
+        with pytest.raises(UserError, match="controlnet") as error:
+            load_model(folder)
+        assert "\n" not in str(error.value)
+    file.write_text(json.dumps(good))
+    save_prompts(folder, {"": torch.zeros(1, 77, 9)})
+    with pytest.raises(UserError, match=r"prompts\.safetensors.*another base"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b""])
+def test_damaged_prompts_are_told(tmp_path, content):
+    (tmp_path / "prompts.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="prompts.safetensors"):
         load_prompts(tmp_path)
 

@@ -69,7 +69,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--model",
         "--model_path",
         default="nano-ccsr",
-        help="bundled name, model folder or hub id (%(default)s)",
+        help="nano-ccsr, nano-consissr, ccsr-v2, ccsr-v1, consissr, a folder, checkpoint or hub id (%(default)s)",
     )
     add("--base", help="where the model's base is: name, folder, file or hub id (default: as the model says)")
     add("-s", "--scale", "--outscale", "--upscale", type=float, default=4.0, help="any factor (%(default)g)")

@@ -37,6 +37,7 @@ from consissr.weights.files import BUNDLED, read_config
 from consissr.weights.find import find_model
 from consissr.weights.image_encoder import OPEN_CLIP, has_tower, new_image_prompt
 from consissr.weights.model import Model
+from consissr.weights.names import published
 
 
 def describe(config: TrainConfig, builder: Any) -> Iterator[str]:
@@ -257,6 +258,8 @@ def hub_or_here(name: str, file: str) -> str:
     """Whether `name` is a path that exists, a hub id in the cache, or one that would be downloaded."""
     if os.path.exists(os.path.expanduser(name)):
         return "here"
+    if name in published():
+        return "a published model: scripts/convert.py --list says where it is"
     if name.count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
         return "missing"
     from huggingface_hub import try_to_load_from_cache

@@ -152,5 +152,12 @@ def base_of(folder: Path, config: FolderConfig) -> str:
 
 
 def read_config(folder: Path) -> FolderConfig:
-    """config.yaml of a model folder."""
-    return load_config(FolderConfig, folder / "config.yaml")
+    """config.yaml of a model folder, taken literally: it may have been downloaded, so nothing in it is resolved."""
+    path = folder / "config.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text ({error}): copy or download the model again") from error
+    if "${" in text:
+        raise UserError(f"{path} holds an interpolation, '${{...}}', which a model's settings never need: not loaded")
+    return load_config(FolderConfig, path)
