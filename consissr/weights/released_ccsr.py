@@ -12,6 +12,7 @@ import torch
 from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
+from consissr.diffusion.plans import grid
 from consissr.diffusion.schedule import CLEAN
 from consissr.errors import UserError
 from consissr.models.controlnet import empty_controlnet
@@ -63,7 +64,7 @@ guidance 1)."""
 
 AS_RELEASED_V1 = SamplerConfig(
     plan="nuts",
-    timesteps=jump([round(999 * k / 44) for k in range(29, 14, -1)]),
+    timesteps=jump(grid(45, "linspace")[29:14:-1]),
     steps=45,
     t_max=2 / 3,
     t_min=1 / 3,
