@@ -88,8 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not args.realsr and not args.photos:
             raise UserError("nothing to check: give --realsr DIR (with LR/ and HR/), --photos DIR, or both")
-        from consissr.weights.files import base_of, read_config
-        from consissr.weights.find import find_model
+        from consissr.weights.find import base_of, find_model, read_config
 
         model = find_model(args.model)
         config = read_config(model)

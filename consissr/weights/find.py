@@ -14,7 +14,7 @@ from consissr.errors import UserError
 from consissr.weights.base import BASE_NETWORKS, SD21, base_path
 from consissr.weights.base import choose as choose_base
 from consissr.weights.conversion import CONVERTER, convert
-from consissr.weights.files import ASSETS, BUNDLED, weight_names
+from consissr.weights.files import ASSETS, BUNDLED, base_of, read_config, weight_names
 from consissr.weights.hub import UnreachableError, check_free, fetch, is_place, split_place
 from consissr.weights.names import Published, Source, by_hand_folder, cache_folder, published
 
@@ -226,8 +226,6 @@ def locked(name: str) -> Iterator[None]:
 
 def prefetch(name: str, half: bool = False) -> str:
     """Fetch everything that `name` needs, its base included, for a machine that will be offline: where it stands."""
-    from consissr.weights.files import base_of, read_config
-
     if name == SD21:
         return base_path(SD21, half)
     folder = find_model(name, half)
