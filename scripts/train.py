@@ -9,10 +9,11 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
-from consissr.config.loading import check_word
+from consissr.config.loading import check_word, read_word
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.nano.config import STAGES as NANO_STAGES
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     # 1x1 convolutions have two names for one layout
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
+        check_word(read_word("stage", options.config, options.overrides) or "nuts", STAGES, "stage")
         config = run_config(options.config, options.overrides)
         if options.dry_run:
             from consissr.training.dry_run import describe
@@ -90,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             logging.info("done: %s", folder)
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0" and "torch" not in sys.modules:
+            time.sleep(5)  # the first process tells of the same mistake, and the launcher then ends this one
         logging.error("error: %s", error)
         return 2
     except KeyboardInterrupt:

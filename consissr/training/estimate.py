@@ -28,6 +28,8 @@ def memory(config: TrainConfig, stage: Stage) -> Iterator[str]:
         for phase in stage.phases
         for p in phase.parameters.values()
     )
+    if config.engine == "zero1" and config.processes:
+        moments //= config.processes
     count = sum(p.numel() for p in trained.values())
     parts = {
         "frozen weights" + (" (matrices in bf16)" if halved else ""): sum(
@@ -51,7 +53,7 @@ def memory(config: TrainConfig, stage: Stage) -> Iterator[str]:
     yield f"  {'activations':42s}{saved / GIB:>16.2f}"
     yield f"  {'sum':42s}{total / GIB:>16.2f}"
     rule = "all that autograd keeps of one micro-batch in the larger phase, in float32"
-    yield f"  activations: {rule}{'; autocast to bf16 needs about half' if low else ''}; buffers come on top"
+    yield f"  activations: {rule}{'; autocast to bf16 needs 0.65 to 0.85 of it' if low else ''}; buffers come on top"
 
 
 class Attention(torch.autograd.Function):

@@ -13,6 +13,8 @@ from consissr.config.training import TrainConfig
 from consissr.data.degradation import degrade
 from consissr.training import feed as feed_module
 from consissr.training.feed import Feed, threads
+from consissr.training.stage import Batch
+from consissr.training.validation import Validation
 
 
 @pytest.fixture
@@ -42,6 +44,24 @@ def test_own_pairs_are_not_degraded(config: TrainConfig) -> None:
             assert torch.equal(batch.lq[i], sample.get("lq", made))
             seen.add("lq" in sample)
     assert n == 11 and seen == {True, False}
+
+
+def test_validation_on_own_pairs(config: TrainConfig, tmp_path: Path) -> None:
+    config.data.validation, config.data.validation_lq = str(tmp_path / "hq"), str(tmp_path / "lq")
+    config.output_dir, config.data.validation_count = str(tmp_path / "run"), 4
+    feed = Feed(config, torch.device("cpu"), rank=0, world=1, needs_lq=True)
+    validation = Validation(config, feed.make_batch)
+
+    class Stage:
+        def prepare(self, batch: Batch) -> None:
+            self.batch = batch
+
+        def restore(self, batch: Batch) -> torch.Tensor:
+            return batch.hq
+
+    figures = validation.run(stage := Stage(), 7)
+    assert torch.equal(stage.batch.lq, torch.stack([validation.dataset[n]["lq"] for n in (2, 3)]))
+    assert figures["validation/restored_psnr"] > 60 > figures["validation/lq_psnr"]
 
 
 def test_threads_change_nothing(config: TrainConfig) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from consissr.training.report import read_log
 from scripts.train import main
@@ -16,6 +20,22 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
     found = EventAccumulator(str(folder)).Reload()
     return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_pictures_and_the_config(photos: Path, tmp_path: Path) -> None:
+    """Those that lie in the run's folder, too."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = (f"data.validation={photos}", "data.validation_count=2", "validate_every=1", "tracker=tensorboard")
+    assert main(words("autoencoder", photos, tmp_path, *more)) == 0
+    (folder,) = {path.parent for path in tmp_path.rglob("*tfevents*")}
+    found = EventAccumulator(str(folder)).Reload()
+    shown = found.Images("validation")
+    assert [image.step for image in shown] == [1, 2]
+    picture = np.asarray(Image.open(io.BytesIO(shown[1].encoded_image_string)))
+    assert (picture == np.asarray(Image.open(tmp_path / "autoencoder/validation/step-2.png"))).all()
+    (text,) = found.Tensors("config/text_summary")
+    assert b"output_dir" in text.tensor_proto.string_val[0]
 
 
 def test_tensorboard_shows_every_step_once(photos: Path, tmp_path: Path) -> None:

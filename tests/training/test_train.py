@@ -93,7 +93,8 @@ def test_other_settings_of_a_resumed_run_are_said(
     arguments = words("autoencoder", photos, tmp_path)
     assert main([*arguments, "checkpoint_limit=9"]) == 0
     shutil.rmtree(tmp_path / "autoencoder" / "checkpoint-2")
-    assert main(["--resume", "latest", *arguments, "checkpoint_limit=9", "optimizer.lr=1e-5", "seed=8"]) == 0
+    changed = ["--resume", "latest", "--allow-changes", *arguments, "checkpoint_limit=9", "optimizer.lr=1e-5", "seed=8"]
+    assert main(changed) == 0
     assert "step 1 goes on with other settings than before: optimizer.lr, seed" in caplog.text
 
 
