@@ -243,7 +243,7 @@ def listing(tell: Callable[[Published], str] = lambda entry: here(entry)) -> lis
             "steps": entry.steps,
             "licence": entry.licence,
             "here": tell(entry),
-            "from": ", ".join(source.place for source in entry.sources) or entry.by_hand["page"],
+            "from": ", ".join(dict.fromkeys(source.place for source in entry.sources)) or entry.by_hand["page"],
         }
         for entry in published().values()
     ]

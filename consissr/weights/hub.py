@@ -84,7 +84,8 @@ def fetch(place: str, choose: Choose, reachable: bool = True) -> tuple[Path, str
         return folder_of(known, files), known.commit
     check_space(known, missing)
     for name in missing:
-        download(known, name)
+        folder = download(known, name).parents[name.count("/")]
+        known.commit = folder.name  # what the file came with, should the listing have said another
     record(place, known)
     return folder_of(known, files), known.commit
 
@@ -107,8 +108,8 @@ def ask(place: str) -> Listing:
     return Listing(repository, info.sha or revision, files)
 
 
-def download(known: Listing, name: str) -> None:
-    """One file into the hub's cache; what is damaged does not stay there."""
+def download(known: Listing, name: str) -> Path:
+    """One file into the hub's cache: its place there. What is damaged does not stay."""
     from huggingface_hub import hf_hub_download
 
     place = f"{known.repository}@{known.commit[:12]}"
@@ -129,6 +130,7 @@ def download(known: Listing, name: str) -> None:
     if damage:
         remove(path)
         raise UserError(f"{name} of {known.repository} came damaged ({damage}) and was not kept: try again")
+    return path
 
 
 def what_is_wrong(path: Path) -> str:

@@ -44,8 +44,8 @@ class Published:
     sources: list[Source] = field(default_factory=list)
 
     def in_order(self, half: bool) -> list[Source]:
-        """The places to try; files in half precision first where `half` will do."""
-        return sorted(self.sources, key=lambda source: source.half != half) if half else self.sources
+        """The places to try: first those in half precision where `half` will do, else those in full."""
+        return sorted(self.sources, key=lambda source: source.half != half)
 
     def how(self) -> str:
         """What to do on a machine with a network, and what by hand."""

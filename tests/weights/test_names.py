@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +129,53 @@ def test_without_a_network_and_a_cache_one_line_says_what_to_do(machine):
         find_model("a b/c d")
 
 
+@pytest.fixture
+def all_in_one(shared, tmp_path) -> Path:
+    """CCSR v2 with its base in one repository, small: the reference's networks, a text encoder and a tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder = tmp_path / "v2"
+    for part in ("controlnet", "vae", "unet"):
+        shutil.copytree(shared / "conformance" / "ccsr_A" / part, folder / part, copy_function=shutil.copyfile)
+    for part in ("tokenizer", "scheduler"):
+        shutil.copytree(find.ASSETS / "nano" / part, folder / part)
+    width = json.loads((folder / "unet" / "config.json").read_text())["cross_attention_dim"]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
+    CLIPTextModel(CLIPTextConfig(vocab_size=49408, **sizes)).save_pretrained(folder / "text_encoder")
+    said = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(said | {"prediction_type": "epsilon"}))
+    return folder
+
+
+def test_v2_with_its_base_from_one_repository(machine, all_in_one):
+    """Its own base stays in the hub's cache; both prompts are encoded; the second time nothing is asked."""
+    serve(machine, V2, *all_in_one.iterdir())
+    first = restored("ccsr-v2")
+    assert first.isfinite().all()
+    config = (find_model("ccsr-v2") / "config.yaml").read_text()
+    assert f"base: {V2}@{commit(V2)}" in config and "guidance: 4.5" in config
+    machine.gone()
+    assert torch.equal(restored("ccsr-v2"), first)
+    with pytest.raises(UserError, match="is no repository of the hub|could not be fetched"):
+        find_model("someone/else")
+
+
+def test_two_processes_convert_once(machine, v1, tmp_path):
+    """Started together through the environment that people set; one converts, the other waits."""
+    serve(machine, CAMENDURU, v1["ckpt"])
+    code = "import logging; logging.basicConfig(); from consissr.weights.find import find_model; "
+    code += "print(find_model('ccsr-v1'))"
+    environment = os.environ | {"HF_ENDPOINT": machine.address, "HF_HOME": str(tmp_path / "home2")}
+    environment |= {"CONSISSR_HOME": str(tmp_path / "both"), "PYTHONPATH": str(Path(find.__file__).parents[2])}
+    call = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    both = [subprocess.Popen(call, **pipes) for _ in range(2)]
+    told = [process.communicate(timeout=600) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert told[0][0] == told[1][0] and sum(said.count("converting ccsr-v1") for _, said in told) == 1
+
+
 def test_a_file_put_there_by_hand_is_converted(machine, shared):
     """ConsisSR's place is no hub; a folder of CCSR v2 by hand works the same way."""
     target = by_hand_folder("ccsr-v2")
@@ -134,6 +184,10 @@ def test_a_file_put_there_by_hand_is_converted(machine, shared):
     folder = find_model("ccsr-v2")
     assert (folder / "vae").is_dir() and "base: sd21-base" in (folder / "config.yaml").read_text()
     assert find_model("ccsr-v2") == folder and machine.asked == []
+    by_hand_folder("consissr").mkdir()
+    weights = shared / "conformance" / "consissr_A" / "weights.safetensors"
+    shutil.copyfile(weights, by_hand_folder("consissr") / "ConsisSR.safetensors")
+    assert (find_model("consissr") / "image_encoder").is_dir() and machine.asked == []
 
 
 def test_a_full_disk_is_told_before_anything_is_fetched(machine, v1, monkeypatch):
