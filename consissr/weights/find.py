@@ -52,12 +52,11 @@ def find_model(name: str | Path, half: bool = False) -> Path:
 
 
 def published_model(entry: Published, half: bool) -> Path:
-    """A model of names.yaml: converted before, put there by hand, or from the first place on the hub that has it."""
+    """A model of names.yaml: put there by hand, converted before, or from the first place on the hub that has it."""
+    if (by_hand := by_hand_source(entry.name)) is not None:
+        return converted(by_hand, *stamp(by_hand), label=entry.name)
     if (ready := ready_model(entry.name)) is not None:
         return ready
-    by_hand = by_hand_source(entry.name)
-    if by_hand is not None:
-        return converted(by_hand, *stamp(by_hand), label=entry.name)
     reasons, reachable = [], True
     for source in entry.in_order(half):
         try:

@@ -169,7 +169,7 @@ def clip_config(state: State) -> dict[str, Any]:
             "patch_size": patch,
             "width": width,
             "layers": ldm.indices(state, "visual.transformer.resblocks"),
-            "head_width": HEAD_WIDTHS.get(width, 64),
+            "head_width": HEAD_WIDTHS.get(width, min(width, 64)),
         },
         "text_cfg": {
             "context_length": length,
