@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from consissr.data.noise import poisson_counts
+from consissr.data.poisson import poisson_counts
 
 
 class Draws(Protocol):

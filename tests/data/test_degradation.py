@@ -17,7 +17,7 @@ from consissr.data.degradation import add_noise, blur, degrade, draw_kernel, dra
 from consissr.data.draws import ReleasedDraws, SeededDraws
 from consissr.data.jpeg import jpeg
 from consissr.data.kernels import FAMILIES, SIZES, gaussian_like, low_pass
-from consissr.data.noise import poisson_counts
+from consissr.data.poisson import poisson_counts
 from consissr.errors import UserError
 
 WITH_BASICSR = find_spec("basicsr") is not None
