@@ -22,11 +22,11 @@ from consissr.diffusion.schedule import Schedule
 from consissr.diffusion.tiling import TiledDenoiser
 from consissr.errors import UserError
 from consissr.images.geometry import Prepared, finish, prepare
-from consissr.images.inputs import Images, equal_sizes, packed, stacked, unpacked
+from consissr.images.inputs import Images, equal_sizes, network_input, packed, unpacked
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
 from consissr.models.fast import compile_all, for_inference
 from consissr.models.recovery import as_float32, finite, within_memory
-from consissr.models.tiles import Tiles, tiles_for
+from consissr.models.tiles import OnTile, Tiles, tiles_for
 from consissr.models.vae.latents import Latents
 from consissr.models.vae.tiling import TiledLatents
 from consissr.weights.find import find_model
@@ -67,6 +67,8 @@ class Restorer:
         self.device, self.dtype = torch.device(device), PRECISIONS[precision]
         for network in self.networks():
             network.eval().requires_grad_(False).to(self.device, self.dtype)
+        self.precision = precision
+        """What `load` was asked for, or chose."""
         self.multiple = latents.factor * 2 ** (len(denoiser.unet.config.block_out_channels) - 1)
         """What the sides of the network's input are multiples of, in pixels."""
 
@@ -108,6 +110,7 @@ class Restorer:
         plan: Sequence[Step] | None = None,
         batch_size: int = 1,
         on_step: Callable | None = None,
+        on_tile: OnTile | None = None,
         **settings: Any,
     ) -> Images:
         """Restore a PIL image, a list of them, or a tensor (B,3,H,W) in [-1, 1]; the same kind comes back (tensors:
@@ -115,7 +118,8 @@ class Restorer:
 
         Sides become floor(scale * side + 0.5), or the longest one `longest`. Noise depends on (seed, key, repeat) and
         nothing else; keys default to indices. plan: see diffusion.plans and ccsr.timesteps; settings: fields of
-        SamplerConfig. Images of equal size run together, `batch_size` at a time. Raises UserError.
+        SamplerConfig. Images of equal size run together, `batch_size` at a time. on_step: see diffusion.sampler;
+        on_tile(tiles done, in all, share of the work) tells how far a large image is. Raises UserError.
         """
         config = changed(self.sampler, settings)
         steps = self.plan(config, plan, settings)
@@ -129,7 +133,8 @@ class Restorer:
         results: dict[int, Tensor] = {}
         for batch in equal_sizes([lq.shape for lq in lqs], batch_size):
             prepared = [self.prepared(lqs[i], scale, config, longest) for i in batch]
-            y = self.restore_tensor(prepared, [keys[i] for i in batch], seed, repeat, config, steps, on_step=on_step)
+            names = [keys[i] for i in batch]
+            y = self.restore_tensor(prepared, names, seed, repeat, config, steps, on_step=on_step, on_tile=on_tile)
             for i, image, decoded in zip(batch, prepared, y.split(1), strict=True):
                 results[i] = finish(image, decoded, config.geometry, config.color_fix)
         return packed(inputs, photos, [results[i] for i in range(len(lqs))])
@@ -149,7 +154,8 @@ class Restorer:
         on_step: Callable | None = None,
     ) -> Tensor:
         """The methods themselves, from prepared images (B,3,H,W) to restored latents (B,C,h,w) for the decoder."""
-        x = (x if isinstance(x, Tensor) else stacked([image.x for image in x])).to(self.device, self.dtype)
+        x = x if isinstance(x, Tensor) else network_input(x, self.dtype)
+        x = x.to(self.device, self.dtype)
         z_lq, hints = self.encode(x, draw, config, tiles)
         positive, negative = self.conditions(x, hints, config)
         del x, hints
@@ -167,15 +173,17 @@ class Restorer:
         two_samples = config.posterior_rows == 2 and config.posterior == "sample" and config.guidance != 1
         names = ("posterior", "posterior_positive") if two_samples else ("posterior",)
         # One pass could serve both samples, but its rounding is not that of the release's batch of two.
-        latents = self.tiled_latents(tiles, config)
-        mean, logvar = (part.float() for part in latents.moments(x.repeat(2, 1, 1, 1) if two_samples else x))
+        latents = self.tiled_latents(tiles)
+        moments = latents.moments(x.repeat(2, 1, 1, 1) if two_samples else x)
+        mean = moments[0].float()
         if config.posterior == "sample":
-            shape = (len(x), *mean.shape[1:])
-            mean = mean + torch.exp(0.5 * logvar) * torch.cat([draw(name, shape) for name in names]).to(mean)
+            noise = torch.cat([draw(name, (len(x), *mean.shape[1:])) for name in names]).to(mean)
+            mean = mean + torch.exp(0.5 * moments[1].float()) * noise
+        del moments
         z_lq, z_positive = (mean * latents.scale).split(len(x)) if two_samples else 2 * [mean * latents.scale]
         if self.hint_latents is self.latents:
             return z_lq, (z_lq, z_positive)
-        return z_lq, 2 * (self.tiled_latents(tiles, config, self.hint_latents).encode(x).float(),)
+        return z_lq, 2 * (self.tiled_latents(tiles, self.hint_latents).encode(x).float(),)
 
     def conditions(
         self, x: Tensor, hints: tuple[Tensor, Tensor], config: SamplerConfig
@@ -198,9 +206,10 @@ class Restorer:
     ) -> tuple[Denoise, Denoise | None]:
         """eps(z_t, t) under guidance, and what the first step takes in its place where that is unguided."""
         denoiser = self.denoiser
-        if tiles.diffusion:
+        if max(tiles.diffusion):
             together = 1 if self.device.type == "cpu" else 4  # batches save time on accelerators only
-            denoiser = TiledDenoiser(denoiser, tiles.diffusion, tiles.stride, config.tile_weights, together)
+            windows = (tiles.diffusion, tiles.stride, config.tile_weights, together, tiles.count)
+            denoiser = TiledDenoiser(denoiser, *windows)
         denoise, first = guided(denoiser, positive, negative, config.guidance), None
         if negative is not None and config.first_prompt != "guided" and plan[0].kind != "step":
             text = negative.text if config.first_prompt == "negative" else positive.text
@@ -217,6 +226,7 @@ class Restorer:
         plan: Sequence[Step] | None = None,
         draw: Draw | None = None,
         on_step: Callable | None = None,
+        on_tile: OnTile | None = None,
     ) -> Tensor:
         """Prepared images (B,3,H,W) in [-1, 1], sides multiples of `multiple` -> decoded (B,3,H,W) float32, on the CPU.
 
@@ -231,8 +241,9 @@ class Restorer:
         @torch.no_grad()
         def attempt(rows: slice, tiles: Tiles) -> Tensor:
             noise = draw or seeded_draw(seed, keys[rows], repeat)
+            tiles = tiles.told(on_tile, *latent_size, len(plan))
             z = self.restore_latent(x[rows], noise, config=config, plan=plan, tiles=tiles, on_step=on_step)
-            return self.tiled_latents(tiles, config).decode(z).float().cpu()
+            return self.tiled_latents(tiles).decode(z).float().cpu()
 
         def restore() -> Tensor:
             tiles = self.tiles(config, (height, width), len(x))
@@ -255,17 +266,17 @@ class Restorer:
         """Latents (B,C,h,w) -> images (B,3,H,W), about [-1, 1], float32 on the CPU."""
         factor = self.latents.factor
         tiles = self.tiles(self.sampler, (z.shape[2] * factor, z.shape[3] * factor), len(z))
-        return self.tiled_latents(tiles, self.sampler).decode(z.to(self.device, self.dtype)).float().cpu()
+        return self.tiled_latents(tiles).decode(z.to(self.device, self.dtype)).float().cpu()
 
     def step_picture(self, z: Tensor, lq: Tensor, scale: float, longest: int | None = None) -> Tensor:
         """What latents (1,C,h,w) of `lq` (1,3,H,W) show: (1,3,H',W') in [-1, 1], the result's size, its own colours."""
         image = self.prepared(lq, scale, self.sampler, longest)
         return finish(image, self.decode(z), self.sampler.geometry, "none")
 
-    def tiled_latents(self, tiles: Tiles, config: SamplerConfig, latents: Latents | None = None) -> Latents:
+    def tiled_latents(self, tiles: Tiles, latents: Latents | None = None) -> Latents:
         """An autoencoder (the model's own by default), in tiles where there are any."""
         latents = latents or self.latents
-        return TiledLatents(latents, tiles.vae, config.vae_tiling) if tiles.vae else latents
+        return TiledLatents(latents, tiles.vae, tiles.vae_tiling, tiles.count) if tiles.vae else latents
 
     def tiles(self, config: SamplerConfig, size: tuple[int, int], count: int) -> Tiles:
         """Tile sizes for `count` prepared images of `size` (H, W)."""

@@ -35,15 +35,14 @@ def decoder(args: argparse.Namespace) -> tuple[Any, Iterable]:
 
 
 def tiles(args: argparse.Namespace) -> tuple[Any, Iterable]:
-    """How time and memory grow with the size of a result in tiles"""
-    from consissr.bench.tiles import grow
+    """CPU seconds and memory per megapixel of results from small to very large"""
+    from dataclasses import asdict
 
-    found = grow(args.model, args.sides, args.tile, args.runs, args.device)
-    fits = "exponents over area: " + ", ".join(f"{kind} {p:.3f}" for kind, p in found["exponents"].items())
-    largest = max(found["rows"], key=lambda row: row["side"])
-    grown = largest["peak_mb"] / found["untiled_peak_mb"]
-    memory = f"{largest['side']} px in tiles: {grown:.2f} times the memory of {min(args.sides)} px in one piece"
-    return found, [report.plain(found["rows"], f"{args.model} in tiles of {args.tile} px"), fits, memory]
+    from consissr.bench.tiles import table
+
+    load = {"device": args.device, "precision": args.precision}
+    rows = [asdict(row) for row in table(args.model, args.megapixels, load, args.scale)]
+    return rows, [report.plain(rows, f"{args.model}, {args.scale:g} times larger")]
 
 
 def start_up(args: argparse.Namespace) -> tuple[Any, Iterable]:

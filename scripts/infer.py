@@ -51,14 +51,15 @@ def restore(args: argparse.Namespace) -> int:
         settings = replace(settings, plan=sampling_plan(args, restorer))
 
     # 3. the files
-    with progress.Terminal(err, len(missing), quiet=args.quiet or rank > 0) as terminal:
-        report = batch.Report(tell=terminal.tell, log=log, seed=args.seed)
+    quiet = args.quiet or rank > 0
+    with progress.Terminal(err, len(missing), quiet, jobs.overlooked(args.input, args.recursive)) as terminal:
+        report = batch.Report(tell=terminal.tell, on_tile=terminal.on_tile, log=log, seed=args.seed)
         for job in existing:
             report.add(batch.Outcome(job, "skipped"))
         batch.run(restorer, missing, settings, report)
     process = f"process {rank + 1} of {world}: " if world > 1 else ""
     if not args.quiet:
-        out.print(process + terminal.summary(report.counts), markup=False)
+        out.print(process + terminal.summary(report.counts, restorer.precision if restorer else ""), markup=False)
     failed = report.counts["failed"] > 0
     batch.leave(failed, world)
     return 1 if failed else 0

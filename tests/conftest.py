@@ -37,6 +37,14 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def float32_on_the_cpu() -> None:
+    """Automatic precision is float32 here, also on processors that compute bfloat16 fast."""
+    from consissr.weights import precision
+
+    precision.cpu_computes_bf16 = lambda: False
+
+
 @pytest.fixture
 def script() -> Callable[[str], ModuleType]:
     """Imports a script by its name, such as "infer", for tests that call its `main`."""

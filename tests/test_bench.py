@@ -1,6 +1,8 @@
 """What the benchmark compares is the same mathematics: our fast path and the plain reference agree within rounding."""
 
 import json
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +13,13 @@ from consissr.bench.clock import Clock
 from consissr.bench.inference import Question, compare
 from consissr.bench.models import Networks, from_folder
 from consissr.bench.reference import Reference
-from consissr.bench.tiles import exponent
 from consissr.bench.work import macs_of
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import ddpm_plan
 from consissr.diffusion.sampler import seeded_draw
 from consissr.diffusion.schedule import Schedule, alpha_bar
+from consissr.errors import UserError
 from consissr.evaluation import complexity
 from consissr.models.controlnet import build_controlnet
 from consissr.models.denoiser import Denoiser
@@ -125,11 +127,6 @@ def test_work_counts_what_is_saved(ccsr_parts):
     assert 0 < work["ours"]["step"] < work["reference"]["step"]
 
 
-def test_exponent():
-    assert exponent([1.0, 4.0, 16.0], [3.0, 12.0, 48.0]) == pytest.approx(1)
-    assert exponent([1.0, 4.0, 16.0], [1.0, 16.0, 256.0]) == pytest.approx(2)
-
-
 def test_inference_from_the_command_line(script, tiny_model, tmp_path, capsys):
     log = tmp_path / "bench.json"
     script("bench").main(["inference", "--size", str(tiny_model), "--pixels", "32", "--runs", "1", "--json", str(log)])
@@ -180,7 +177,7 @@ def test_full_size_is_asked_for_in_full(script, capsys):
     ("words", "message"),
     [
         (["inference", "--runs", "0"], "--runs 0"),
-        (["tiles", "--runs", "-1"], "--runs -1"),
+        (["start-up", "--runs", "-1"], "--runs -1"),
         (["degradation", "--images", "0"], "--images 0"),
         (["sizes", "--json", "{folder}/none/x.json"], "x.json is no file"),
         (["sizes", "--json", "{folder}"], "is no file"),
@@ -193,12 +190,19 @@ def test_mistakes_come_before_the_measurement(script, capsys, tmp_path, words, m
     assert caught.value.code == 2 and said.out == "" and message in said.err and said.err.count("\n") == 1
 
 
-def test_memory_in_tiles_is_that_of_the_largest_side(script, capsys, monkeypatch):
+def test_sizes_of_pictures_and_their_ratios(script, capsys, monkeypatch):
     from consissr.bench import tiles
 
-    sizes = {1024: 300.0, 512: 200.0}
-    rows = [{"side": side, "wall": 1.0, "cpu": 1.0, "peak_mb": mb} for side, mb in sizes.items()]
-    found = {"rows": rows, "exponents": {"wall": 1.0}, "untiled_peak_mb": 100.0}
-    monkeypatch.setattr(tiles, "grow", lambda *_: found)
-    script("bench").main(["tiles", "--sides", "1024", "512"])
-    assert "1024 px in tiles: 3.00 times the memory of 512 px in one piece" in " ".join(capsys.readouterr().out.split())
+    assert tiles.sides(48.77, 2) == (4032, 3024)
+
+    def run(call, **how):
+        size = json.loads(call[-1])["megapixels"]
+        row = tiles.Row(size, 1, 1, 3 * size**2, 3 * size, 1.0, 900.0, 0, "bf16")
+        return SimpleNamespace(returncode=0, stdout=json.dumps(asdict(row)), stderr="")
+
+    monkeypatch.setattr(tiles.subprocess, "run", run)
+    script("bench").main(["tiles", "--megapixels", "0.25", "0.5"])
+    assert "2.000" in capsys.readouterr().out
+    monkeypatch.setattr(tiles.subprocess, "run", lambda *_, **how: SimpleNamespace(returncode=1, stderr="a\nno room"))
+    with pytest.raises(UserError, match="0.5 megapixels with m failed: no room"):
+        tiles.table("m", [0.5], {})

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from consissr.images import color, formats
-from consissr.images.codec import resize
 from consissr.images.geometry import Prepared, finish, prepare, to_pil, to_tensor, transfer
+from consissr.images.resize import resize
 
 SIZES = [(1, 1), (37, 53), (27, 140), (20, 300)]
 

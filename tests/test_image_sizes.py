@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from consissr.images import codec, formats
+from consissr.images.resize import crop, pad_to_multiple
 
 
 @pytest.mark.parametrize("size", [(97, 31), (40, 200), (13, 9), (1, 1)])
@@ -30,10 +31,10 @@ def test_resize_conformance(shared):
 )
 def test_pad_and_crop(height, width, multiple):
     x = torch.rand(2, 3, height, width)
-    padded = codec.pad_to_multiple(x, multiple)
+    padded = pad_to_multiple(x, multiple)
     assert padded.shape[-2] % multiple == 0 and padded.shape[-1] % multiple == 0
     assert padded.shape[-2] - height < multiple and padded.shape[-1] - width < multiple
-    assert torch.equal(codec.crop(padded, (height, width)), x)
+    assert torch.equal(crop(padded, (height, width)), x)
     expected = np.pad(
         x.numpy(), [(0, 0), (0, 0), (0, padded.shape[-2] - height), (0, padded.shape[-1] - width)], "reflect"
     )
@@ -41,7 +42,7 @@ def test_pad_and_crop(height, width, multiple):
 
 
 def test_pad_to_a_minimum():
-    assert codec.pad_to_multiple(torch.rand(3, 20, 90), 8, minimum=64).shape == (3, 64, 96)
+    assert pad_to_multiple(torch.rand(3, 20, 90), 8, minimum=64).shape == (3, 64, 96)
 
 
 def test_output_size():

@@ -10,7 +10,7 @@ from PIL import Image
 from ccsr import nuts_plan
 from consissr.diffusion.plans import ddpm_plan
 from consissr.errors import UserError
-from consissr.models.tiles import Tiles, choose_tiles
+from consissr.models.tiles import Needs, Tiles, choose_tiles, evenly
 from consissr.restorer import Restorer
 
 
@@ -160,21 +160,48 @@ def test_tiles_change_little(restorer):
 
 
 def test_chosen_tiles():
-    def choose(size, memory=2**34, one_size=False, **settings):
+    def choose(size, memory=2**34, one_size=False, trained=64, vae_bytes=2**18, on_cpu=False, **settings):
         from consissr.config.sampler import SamplerConfig
 
-        return choose_tiles(SamplerConfig(**settings), size, 8, 64, one_size, (2**17, 2**18), memory)
+        needs = Needs(trained, one_size, 4, 2**17, vae_bytes)
+        return choose_tiles(SamplerConfig(**settings), size, 8, needs, memory, on_cpu)
 
-    assert choose((64, 64)) == Tiles(0, 0, 0)
-    assert choose((64, 90)).diffusion == 0
-    assert choose((64, 90), one_size=True) == Tiles(64, 48, 0)
-    assert choose((200, 200)).diffusion == 64
+    whole = ((0, 0), (0, 0), 0)
+    for size in ((64, 64), (64, 90)):
+        assert choose(size) == Tiles(*whole)
+    assert choose((64, 90), one_size=True) == Tiles((64, 64), (48, 48), 0)
+    # Windows of about 64 that overlap by 8 share 200 evenly: round(192 / 56) = 3 of 72, (200 + 16) / 3
+    assert choose((64, 90), one_size=True, trained=16) == Tiles(*whole)
+    for trained in (64, 0, 16):  # what a configuration does not say, or says of small crops, costs nothing
+        assert choose((200, 200), trained=trained).diffusion == (72, 72)
+        assert choose((200, 60), trained=trained).diffusion == (72, 60)
     assert choose((200, 200)).vae > 0
     assert choose((100, 100), memory=2**28).vae >= 16
-    assert choose((200, 200), tile=0, vae_tile=0) == Tiles(0, 0, 0)
-    assert choose((200, 200), tile=512, tile_overlap=256, vae_tile=400) == Tiles(64, 32, 50)
-    assert Tiles(0, 0, 0).smaller(64, 48) == Tiles(32, 24, 32)
-    assert Tiles(16, 12, 16).smaller(64, 64) is None
+    assert choose((200, 200), tile=0, vae_tile=0) == Tiles(*whole)
+    assert choose((200, 200), tile=512, tile_overlap=256, vae_tile=400) == Tiles((64, 64), (32, 32), 50)
+    # The autoencoder on the CPU: in one piece up to four megapixels; sampled where 64 patches of 48 x 48 fit
+    assert choose((256, 256), vae_bytes=2**12, on_cpu=True).vae == 0
+    large = choose((260, 260), vae_bytes=2**12, on_cpu=True)
+    assert (large.vae, large.vae_tiling) == (128, "sampled")
+    assert choose((200, 200)).vae_tiling == "exact"
+    assert Tiles().smaller(64, 48) == Tiles((32, 32), (24, 24), 32)
+    assert Tiles((16, 16), (12, 12), 16).smaller(64, 64) is None
+
+
+def test_even_windows():
+    for length in range(20, 500, 7):
+        side, stride = evenly(length, 64, 8, 4)
+        number = -(-(length - side) // stride) + 1
+        assert side % 4 == 0 and side >= min(length, 43) and (number - 1) * stride + side - length < 4 * number
+
+
+def test_progress_counts_every_tile(restorer):
+    x, told = torch.zeros(1, 3, 48, 40), []
+    restorer(x, 2, tile=64, tile_overlap=16, vae_tile=32, vae_tiling="sampled", on_tile=lambda *now: told.append(now))
+    # 96 x 80 pixels: 2 x 2 windows in two evaluations, 3 x 3 autoencoder tiles both ways
+    assert [done for done, *_ in told] == list(range(1, 27)) and {number for _, number, _ in told} == {26}
+    shares = [share for *_, share in told]
+    assert shares == sorted(shares) and shares[-1] == 1 and 0 < shares[0] < 0.1
 
 
 def failing(restorer, monkeypatch, times):
@@ -197,7 +224,7 @@ def test_memory_running_out_halves_the_batch_then_the_tiles(restorer, monkeypatc
     tried = failing(restorer, monkeypatch, 2)
     result = restorer(x, 2, tile=0, vae_tile=0, batch_size=2)
     assert [count for count, _ in tried] == [2, 1, 1, 1]
-    assert [tiles.diffusion for _, tiles in tried] == [0, 0, 16, 0]
+    assert [tiles.diffusion[0] for _, tiles in tried] == [0, 0, 16, 0]
     assert torch.allclose(result[1], whole[1], atol=1e-4)
     assert result.isfinite().all()
 

@@ -52,13 +52,15 @@ class SamplerConfig:
     tile: int = -1
     """Side of a diffusion tile in output pixels; 0 turns tiles off, -1 chooses from image size and memory."""
     tile_overlap: int = -1
-    """How far diffusion tiles overlap, in output pixels (CCSR: half the tile); -1: a quarter of the tile."""
+    """How far diffusion tiles overlap, in output pixels (CCSR: half the tile); -1: a quarter of the tile; of automatic
+    tiles of a model that takes any size an eighth."""
     tile_weights: str = "symmetric"
     """Gaussian weights of a tile: 'symmetric' (ours) or 'as_released' (CCSR v2, centred half a pixel low)."""
     vae_tile: int = -1
     """Side of an autoencoder tile in output pixels; 0 turns tiles off, -1 chooses from image size and memory."""
-    vae_tiling: str = "exact"
-    """Autoencoder tiles: 'exact', 'windowed' (attention in windows) or 'as_released' (CCSR v2, decoder only)."""
+    vae_tiling: str = "auto"
+    """Autoencoder tiles: 'exact', 'windowed' (attention in windows), 'sampled' (one pass, norms from a sample of the
+    image), 'as_released' (CCSR v2, decoder only); 'auto': sampled where a sample fits into the memory, else exact."""
 
     def __post_init__(self) -> None:
         check_word(self.plan, ("nuts", "ddpm"), "sampler.plan")
@@ -69,7 +71,7 @@ class SamplerConfig:
         check_word(self.geometry, ("pad", "ccsr", "ccsr_v1", "consissr"), "sampler.geometry")
         check_word(self.color_fix, ("adain", "wavelet", "none"), "sampler.color_fix")
         check_word(self.tile_weights, ("symmetric", "as_released"), "sampler.tile_weights")
-        check_word(self.vae_tiling, ("exact", "windowed", "as_released"), "sampler.vae_tiling")
+        check_word(self.vae_tiling, ("auto", "exact", "windowed", "sampled", "as_released"), "sampler.vae_tiling")
         if self.short_side < 0:
             raise UserError(f"sampler.short_side is {self.short_side}: use pixels, or 0 for off")
         for name in ("tile", "tile_overlap", "vae_tile"):

@@ -16,7 +16,7 @@ from consissr.data.listing import Photos, list_photos
 from consissr.data.pairs import check_names, pairs
 from consissr.data.photo import Photo, decode
 from consissr.errors import UserError
-from consissr.images.codec import resize
+from consissr.images.resize import resize
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ trained for, whatever the image's size. Text and image tokens are those of the w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise, product
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 WEIGHTS = ("symmetric", "as_released")
+Sides = tuple[int, int]
 
 
 class Window(NamedTuple):
@@ -36,10 +38,14 @@ def starts(size: int, tile: int, stride: int) -> list[int]:
     return at if at[-1] + tile >= size else [*at, size - tile]
 
 
-def windows(height: int, width: int, tile: int, stride: int) -> list[Window]:
-    """Windows of one size that cover a latent of height x width; none is larger than the latent."""
-    h, w = min(tile, height), min(tile, width)
-    rows, columns = starts(height, h, min(stride, h)), starts(width, w, min(stride, w))
+def windows(height: int, width: int, tile: int | Sides, stride: int | Sides) -> list[Window]:
+    """Windows of one size that cover a latent of height x width; none is larger than the latent.
+
+    tile, stride: down and across, or one number for both.
+    """
+    tile, stride = (value if isinstance(value, tuple) else (value, value) for value in (tile, stride))
+    h, w = min(tile[0], height), min(tile[1], width)
+    rows, columns = starts(height, h, min(stride[0], h)), starts(width, w, min(stride[1], w))
     return [Window(top, left, h, w) for top, left in product(rows, columns)]
 
 
@@ -60,12 +66,21 @@ def gaussian_weights(height: int, width: int, form: str = "symmetric") -> Tensor
 class TiledDenoiser(nn.Module):
     """A denoiser of the same call, (z_t, t, condition) -> eps, that works through windows of the latent.
 
-    tile, stride: in latent pixels. batch: windows per forward pass, each of all images. Latents no larger than a tile
-    go straight through.
+    tile, stride: in latent pixels, as `windows` takes them. batch: windows per forward pass, each of all images.
+    on_tile: called with the area of each window that is done. Latents no larger than a tile go straight through.
     """
 
-    def __init__(self, denoiser: nn.Module, tile: int, stride: int, weights: str = "symmetric", batch: int = 4):
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        tile: int | Sides,
+        stride: int | Sides,
+        weights: str = "symmetric",
+        batch: int = 4,
+        on_tile: Callable[[int], None] = lambda area: None,
+    ) -> None:
         super().__init__()
+        self.on_tile = on_tile
         self.denoiser, self.tile, self.stride, self.weights, self.batch = (
             denoiser,
             tile,
@@ -94,6 +109,7 @@ class TiledDenoiser(nn.Module):
             eps = self.denoiser(_crops(z_t, chunk), t[rows], _pick(condition, rows, chunk))
             for place, part in zip(chunk, eps.split(images), strict=True):
                 place.crop(total).add_(weights * part)
+                self.on_tile(place.height * place.width)
         return total.div_(norm)
 
 

@@ -17,6 +17,7 @@ import io
 import os
 import struct
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,9 +29,11 @@ from torch import Tensor
 from consissr.errors import UserError
 from consissr.images import formats, png16
 from consissr.images.formats import Form
+from consissr.images.resize import resize
+from consissr.images.transparency import fill_hidden
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
-_STRIP = 256  # rows that are resized at once
+_ROWS = 512  # that are converted at once
 _EXIF_LIMIT_JPEG = 65533  # bytes of one JPEG segment
 
 
@@ -52,6 +55,14 @@ class Photo:
         return replace(self, pixels=pixels, alpha=alpha)
 
 
+@dataclass
+class Samples:
+    """An image as it will stand in its file: values (H, W, C) uint8 or uint16, alpha last."""
+
+    values: np.ndarray
+    form: Form
+
+
 # --- files ---
 
 
@@ -67,7 +78,8 @@ def read(path: str | Path) -> Photo:
             deep_colour = form.bits == 16 and not image.mode.startswith("I")
             image.load()  # checks the whole file, and lets PNG find metadata that stands behind the pixels
             samples = _deep_samples(path) if deep_colour else _samples(image, form)
-            form = replace(form, exif=formats.kept_exif(image))
+            form = replace(form, exif=formats.kept_exif(image), chunks=formats.png_chunks(path))
+            form = replace(form, lossless=formats.is_lossless_webp(path))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         samples = _upright(samples, formats.orientation(image))
@@ -80,6 +92,15 @@ def write(path: str | Path, photo: Photo, quality: int = 95) -> None:
     Raises:
         UserError: NaN or infinite pixels; a format that is not written or cannot hold the image; a full disk;
             metadata that cannot be written.
+    """
+    write_samples(path, samples_for(path, photo), quality)
+
+
+def samples_for(path: str | Path, photo: Photo) -> Samples:
+    """What the file `path` will hold of `photo`: much smaller, for waiting until it is written.
+
+    Raises:
+        UserError: as `write`, about pixels and formats.
     """
     path = Path(path)
     target = formats.WRITABLE.get(path.suffix.lower())
@@ -94,18 +115,29 @@ def write(path: str | Path, photo: Photo, quality: int = 95) -> None:
         raise UserError(f"{path}: not written, the result has NaN or infinite pixels; try --precision fp32")
 
     form = photo.form if target.cmyk or not photo.form.cmyk else replace(photo.form, cmyk=False, profile=None)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    return Samples(_quantised(photo), form)
+
+
+def write_samples(path: str | Path, samples: Samples, quality: int = 95) -> None:
+    """Write `samples` under `path`, whole or not at all, in the format of the suffix.
+
+    Raises:
+        UserError: a full disk, a name that the file system refuses, metadata that cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")  # short, whatever the name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            _encode(file, replace(photo, form=form), target, quality)
+            _encode(file, samples, formats.WRITABLE[path.suffix.lower()], quality)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     except (ValueError, SyntaxError, struct.error) as error:  # Pillow, about profiles and EXIF
         raise UserError(f"{path}: cannot be written ({error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be made cannot be removed
+            temporary.unlink(missing_ok=True)
 
 
 def from_pil(image: Image.Image) -> Photo:
@@ -126,65 +158,18 @@ def to_pil(photo: Photo) -> Image.Image:
     form = photo.form
     if form.bits == 16 and (not form.grey or form.alpha):
         form = replace(form, bits=8)
-    samples = _quantised(replace(photo, form=form))
-    image = Image.fromarray(samples[..., 0] if samples.shape[-1] == 1 else samples)
+    return _pil(Samples(_quantised(replace(photo, form=form)), form))
+
+
+def _pil(samples: Samples) -> Image.Image:
+    """Samples that Pillow can hold, as its image."""
+    values, form = samples.values, samples.form
+    image = Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
     if form.cmyk:
         image = _convert_cmyk(image, form.profile, to="CMYK")
     if form.profile:
         image.info["icc_profile"] = form.profile
     return image
-
-
-# --- geometry ---
-
-
-def resize(x: Tensor, size: tuple[int, int], limits: tuple[float, float] | None = (-1.0, 1.0)) -> Tensor:
-    """Bicubic resize as Pillow does it (antialiased when shrinking), in float32: (..., H, W) -> (..., *size).
-
-    The cubic overshoots at edges; the result is clamped to `limits` after the horizontal and after the vertical pass,
-    as Pillow does on 8-bit images (so the two differ by rounding only); None does not clamp. Computed on the CPU, one
-    channel after the other, so that a result depends neither on the device nor on the batch.
-    """
-    if tuple(x.shape[-2:]) == tuple(size):
-        return x
-    planes = x.detach().to("cpu", torch.float32).reshape(-1, *x.shape[-2:])
-    result = torch.empty(len(planes), *size)
-    for plane, resized in zip(planes, result, strict=True):
-        wide = _bicubic(plane, (size[1], x.shape[-2]), (0, 0, x.shape[-1], x.shape[-2]), limits)
-        for top in range(0, size[0], _STRIP):  # Pillow needs several times the memory of what it makes
-            bottom = min(top + _STRIP, size[0])
-            rows = (0, top * x.shape[-2] / size[0], size[1], bottom * x.shape[-2] / size[0])
-            resized[top:bottom] = _bicubic(wide, (size[1], bottom - top), rows, limits)
-    return result.reshape(*x.shape[:-2], *size).to(x)
-
-
-def _bicubic(
-    plane: Tensor, shape: tuple[int, int], box: tuple[float, ...], limits: tuple[float, float] | None
-) -> Tensor:
-    """The part `box` (left, top, right, bottom) of a plane (H, W), resized to `shape` (width, height) and clamped."""
-    image = Image.fromarray(plane.numpy()).resize(shape, Image.Resampling.BICUBIC, box=box)
-    resized = torch.from_numpy(np.array(image))
-    return resized if limits is None else resized.clamp_(*limits)
-
-
-def pad_to_multiple(x: Tensor, multiple: int, minimum: int = 1) -> Tensor:
-    """Pad (..., H, W) at the bottom and right to multiples of `multiple`, at least `minimum`, by reflection.
-
-    Works for any size: an axis shorter than its padding is reflected again and again, an axis of 1 is repeated.
-    """
-    for axis in (-2, -1):
-        size = x.shape[axis]
-        padded = -(-max(size, minimum) // multiple) * multiple
-        if padded != size:
-            period = max(2 * (size - 1), 1)
-            position = torch.arange(padded, device=x.device) % period
-            x = x.index_select(axis, torch.minimum(position, period - position) if size > 1 else position * 0)
-    return x
-
-
-def crop(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """The top left (H, W) of (..., H', W'): undoes `pad_to_multiple`."""
-    return x[..., : size[0], : size[1]]
 
 
 # --- samples ---
@@ -198,9 +183,11 @@ def to_uint8(x: Tensor) -> Tensor:
 def _photo(samples: np.ndarray, form: Form) -> Photo:
     """uint8 or uint16 (H, W, 1..4), alpha last, to a Photo."""
     planes = torch.from_numpy(samples.transpose(2, 0, 1).copy())
-    values = planes.to(torch.float32) / (2**form.bits - 1)
+    values = planes.to(torch.float32).div_(2**form.bits - 1)
     colours, alpha = (values[:-1], values[-1:]) if form.alpha else (values, None)
-    return Photo((colours * 2 - 1).expand(3, -1, -1).contiguous(), alpha, form)
+    if alpha is not None:
+        colours = fill_hidden(colours, alpha)
+    return Photo((colours * 2).sub_(1).expand(3, -1, -1).contiguous(), alpha, form)
 
 
 def _samples(image: Image.Image, form: Form) -> np.ndarray:
@@ -212,6 +199,9 @@ def _samples(image: Image.Image, form: Form) -> np.ndarray:
         return samples.astype(np.uint16)[..., None]
     if form.cmyk:
         return np.asarray(_convert_cmyk(image, form.profile, to="RGB"))
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return np.asarray(ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
     mode = ("L" if form.grey else "RGB") + ("A" if form.alpha else "")
     return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1)
 
@@ -245,7 +235,7 @@ def _swapped(arguments: str | tuple) -> str | tuple:
 def _quantised(photo: Photo) -> np.ndarray:
     """Photo -> (H, W, C) uint8 or uint16, rounded to the nearest; grey as luma; alpha last.
 
-    Channel by channel, because large images in several float copies are what memory would run out for.
+    A few rows at a time, because large images in several float copies are what memory would run out for.
     """
     pixels = photo.pixels.detach().to("cpu", torch.float32)
     if photo.form.grey:
@@ -254,7 +244,9 @@ def _quantised(photo: Photo) -> np.ndarray:
     kind = np.uint8 if photo.form.bits == 8 else np.uint16
     samples = np.empty((*pixels.shape[1:], len(pixels) + photo.form.alpha), kind)
     for i, plane in enumerate(pixels):
-        samples[..., i] = plane.clamp(-1, 1).add_(1).div_(2).mul_(top).round_().numpy()
+        for first in range(0, len(plane), _ROWS):
+            rows = slice(first, first + _ROWS)
+            samples[rows, :, i] = plane[rows].clamp(-1, 1).add_(1).div_(2).mul_(top).round_().numpy()
     if photo.form.alpha:
         alpha = photo.alpha[0].detach().to("cpu", torch.float32)
         samples[..., -1] = alpha.clamp(0, 1).mul_(top).round_().numpy()
@@ -290,25 +282,29 @@ def _convert_cmyk(image: Image.Image, profile: bytes | None, to: str) -> Image.I
 # --- encoding ---
 
 
-def _encode(file: io.BufferedWriter, photo: Photo, target: formats.Format, quality: int) -> None:
-    form = photo.form
+def _encode(file: io.BufferedWriter, samples: Samples, target: formats.Format, quality: int) -> None:
+    form = samples.form
     if form.bits == 16 and (not form.grey or form.alpha):
         if target.name == "TIFF":
-            _write_deep_tiff(file, _quantised(photo), form)
+            _write_deep_tiff(file, samples.values, form)
         else:
-            file.write(png16.encode(_quantised(photo), form.profile, form.exif))
+            png16.write(file, samples.values, form.profile, form.exif, form.chunks)
         return
+    if form.chunks and target.name == "PNG":
+        file = png16.WithChunks(file, form.chunks)
     options = {
         "JPEG": {"quality": quality, "subsampling": 0},
-        "WEBP": {"quality": quality},
+        "WEBP": {"lossless": True} if form.lossless else {"quality": quality},
         "PNG": {"compress_level": 4},
         "TIFF": {} if form.exif else {"compression": "tiff_deflate"},  # Pillow's libtiff cannot nest EXIF blocks
     }.get(target.name, {})
     if form.profile:
         options["icc_profile"] = form.profile
+    if form.dpi and target.name in ("JPEG", "PNG", "TIFF"):
+        options["dpi"] = form.dpi
     if form.exif and target.exif and not (target.name == "JPEG" and len(form.exif) > _EXIF_LIMIT_JPEG):
         options["exif"] = form.exif
-    to_pil(photo).save(file, format=target.name, **options)
+    _pil(samples).save(file, format=target.name, **options)
 
 
 def _write_deep_tiff(file: io.BufferedWriter, samples: np.ndarray, form: Form) -> None:

@@ -3,12 +3,14 @@
 `probe` reads a file's header; `Form` says how an image was stored, so that its result can be stored likewise.
 """
 
+import importlib.util
 import os
+import re
 import stat
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
@@ -27,6 +29,9 @@ class Form:
     bits: int = 8  # per sample: 8 or 16
     cmyk: bool = False
     profile: bytes | None = None  # embedded ICC profile
+    chunks: tuple[tuple[bytes, bytes], ...] = ()  # of a PNG file, about its colours: see png_chunks
+    dpi: tuple[float, float] | None = None
+    lossless: bool = False  # a WebP file that is
     exif: bytes | None = None  # descriptive tags only; the orientation is applied to the pixels and left out
 
 
@@ -57,9 +62,20 @@ WRITABLE = {
     ".tiff": _TIFF,
     ".bmp": Format(name="BMP", exif=False),
 }
-READABLE = frozenset(WRITABLE) | {".avif", ".gif", ".jfif", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm", ".tga"}
+READABLE = frozenset(WRITABLE) | {
+    ".apng", ".avif", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm",
+    ".pgm", ".pnm", ".ppm", ".tga",
+}  # fmt: skip
+PLUGINS = {".heic": "pillow_heif", ".heif": "pillow_heif", ".jxl": "pillow_jxl"}
+"""Pictures that Pillow reads where such a module is installed."""
+READABLE |= {ending for ending, module in PLUGINS.items() if importlib.util.find_spec(module)}
+UNREADABLE = frozenset({".arw", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".nef", ".orf", ".psd", ".raf", ".rw2", ".svg"})
+"""Pictures that are not read: a folder's are counted, so that nobody takes them for restored."""
 
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error)
+DAMAGE = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, ArithmeticError, AssertionError,
+    AttributeError, struct.error, zlib.error,
+)  # fmt: skip
 """What Pillow raises, in practice, on damaged files."""
 
 _KEPT_TAGS = (
@@ -72,6 +88,7 @@ _KEPT_TAGS = (
     ExifTags.Base.HostComputer,
     ExifTags.Base.Copyright,
 )
+COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI")
 _BITS_PER_SAMPLE = 258  # a TIFF tag
 _PIXEL_TAGS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
 
@@ -103,10 +120,14 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         kind = os.stat(path).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
             raise UserError(f"{path}: not a file")  # opening a pipe would wait for ever
+        if Path(path).suffix.lower() in PLUGINS:
+            read_plugins()
         with Image.open(path) as image:
             yield image
     except UnidentifiedImageError:
         reason = "not an image that can be read" if Path(path).stat().st_size else "the file is empty"
+        if module := PLUGINS.get(Path(path).suffix.lower()):
+            reason += f"; install {module.replace('_', '-')}"
         raise UserError(f"{path}: {reason}") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
@@ -122,17 +143,17 @@ def form_of(image: Image.Image) -> Form:
     """How `image` (opened, not necessarily loaded) is stored, except for `exif`; its pixels are not looked at.
 
     Raises:
-        UserError: a mode whose range is not known (floating point) or that is no colour image (LAB, HSV); a TIFF
-            that Pillow misreads.
+        UserError: a mode whose range is not known (floating point) or that is no colour image (HSV); a TIFF that
+            Pillow misreads.
     """
     mode = image.mode
-    if mode in ("F", "LAB", "HSV"):
+    if mode in ("F", "HSV"):
         raise UserError(f"{mode} pixels are not supported; save the image as 8- or 16-bit grey or RGB first")
     packing = _raw_modes(image)
     if image.format == "TIFF" and 16 in image.tag_v2.get(_BITS_PER_SAMPLE, ()) and "16" not in "".join(packing):
         raise UserError("16-bit TIFF in separate planes is not supported; save its samples interleaved")
     grey = mode in ("1", "L", "LA", "La", "I") or mode.startswith("I;16") or "LA;16B" in packing
-    deep = mode.startswith("I") or (mode in ("RGB", "RGBA") and any(";16" in raw for raw in packing))
+    deep = mode.startswith("I") or (mode in ("RGB", "RGBA") and any(re.search(";16[BLN]$", raw) for raw in packing))
     # a transparent colour (not a channel) is honoured in 8-bit images only
     keyed = "transparency" in image.info and not deep and mode != "CMYK"
     return Form(
@@ -140,8 +161,67 @@ def form_of(image: Image.Image) -> Form:
         alpha=keyed or mode in ("LA", "PA", "La", "RGBA", "RGBa"),
         bits=16 if deep else 8,
         cmyk=mode == "CMYK",
-        profile=image.info.get("icc_profile") or None,
+        profile=None if mode == "LAB" else image.info.get("icc_profile") or None,
+        dpi=_dpi(image),
     )
+
+
+def _dpi(image: Image.Image) -> tuple[float, float] | None:
+    """Dots per inch, where a file says them; nothing where it says what files say that know none."""
+    try:
+        across, down = (float(value) for value in image.info["dpi"])
+    except (LookupError, TypeError, ValueError, ArithmeticError):
+        return None
+    return (across, down) if 0 < across < 1e5 and 0 < down < 1e5 else None
+
+
+def png_chunks(path: str | Path) -> tuple[tuple[bytes, bytes], ...]:
+    """What a PNG file says of its colours beside an ICC profile, as (type, data); () for other files."""
+    found = []
+    with open(path, "rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            return ()
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind in (b"IDAT", b"IEND"):
+                break
+            if kind in COLOUR_CHUNKS and length <= 64:
+                found.append((kind, file.read(length)))
+                file.seek(4, os.SEEK_CUR)
+            else:
+                file.seek(length + 4, os.SEEK_CUR)
+    return tuple(found)
+
+
+def is_lossless_webp(path: str | Path) -> bool:
+    """Whether a WebP file's (first) picture is stored without loss."""
+    with open(path, "rb") as file:
+        if file.read(12)[8:] != b"WEBP":
+            return False
+        while len(head := file.read(8)) == 8:
+            kind, length = struct.unpack("<4sI", head)
+            if kind in (b"VP8L", b"VP8 "):
+                return kind == b"VP8L"
+            inside = 16 if kind == b"ANMF" else length + length % 2  # a frame holds chunks behind its own header
+            file.seek(inside, os.SEEK_CUR)
+    return False
+
+
+def read_plugins() -> None:
+    """Let Pillow read what installed plug-ins know, once."""
+    for name in set(PLUGINS.values()):
+        with suppress(ImportError):
+            module = importlib.import_module(name)  # pillow_jxl registers itself
+            getattr(module, "register_heif_opener", lambda: None)()
+
+
+def more_than_one_picture(image: Image.Image) -> str:
+    """What of a file is not restored: further frames, or what phones store beside the picture; "" where nothing is."""
+    try:
+        frames = getattr(image, "n_frames", 1)
+    except DAMAGE:
+        return ""
+    return f"only the first of {frames} pictures in the file was restored" if frames > 1 else ""
 
 
 def orientation(image: Image.Image) -> int:
@@ -153,8 +233,8 @@ def orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def probe(path: str | Path) -> tuple[int, int, Form]:
-    """Height and width (as seen: after rotation) and form of an image file, from its header.
+def probe(path: str | Path) -> tuple[int, int, Form, str]:
+    """Height and width (as seen: after rotation), form, and what is not restored of an image file, from its header.
 
     Raises:
         UserError: as `opened` and `form_of`.
@@ -167,7 +247,7 @@ def probe(path: str | Path) -> tuple[int, int, Form]:
         width, height = image.size
         if orientation(image) >= 5 and image.format != "TIFF":  # Pillow swaps TIFF's sides itself
             width, height = height, width
-        return height, width, form
+        return height, width, form, more_than_one_picture(image)
 
 
 def _raw_modes(image: Image.Image) -> list[str]:
@@ -193,5 +273,5 @@ def kept_exif(image: Image.Image) -> bytes | None:
             if tags:
                 new[ifd] = tags
         return new.tobytes() if len(new) else None
-    except (*DAMAGE, AttributeError):
+    except DAMAGE:
         return None

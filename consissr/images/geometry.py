@@ -24,8 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from consissr.images import color
-from consissr.images.codec import crop, pad_to_multiple, resize, to_uint8
+from consissr.images.codec import to_uint8
 from consissr.images.formats import output_size
+from consissr.images.resize import crop, pad_to_multiple, resize
 
 RELEASED_SHORT_SIDE = 512
 """What both releases raise the short side to, in pixels."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from consissr.errors import UserError
 from consissr.images import codec
 from consissr.images.codec import Photo
+from consissr.images.geometry import Prepared
 
 Images = Image | list[Image] | Tensor
 
@@ -49,6 +50,15 @@ def equal_sizes(shapes: Sequence[tuple], batch_size: int) -> list[list[int]]:
     for i, shape in enumerate(shapes):
         groups.setdefault(tuple(shape), []).append(i)
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+
+
+def network_input(images: Sequence[Prepared], dtype: torch.dtype) -> Tensor:
+    """Prepared images of one size as (B,3,H,W); made channel by channel, so that float32 needs room for one only."""
+    x = torch.empty(len(images), 3, *images[0].shape, dtype=dtype)
+    for i, image in enumerate(images):
+        for c, channel in enumerate(image.channels()):
+            x[i, c] = channel[0, 0]
+    return x
 
 
 def stacked(rows: list[Tensor]) -> Tensor:

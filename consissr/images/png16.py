@@ -1,29 +1,74 @@
-"""16-bit PNG files, which Pillow cannot write in colour. After the W3C PNG specification, third edition."""
+"""What Pillow cannot write of PNG: 16 bits in colour, and chunks about colours. After the W3C's third edition."""
+
+from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 
 _COLOUR_TYPE = {1: 0, 2: 4, 3: 2, 4: 6}  # channels -> grey, grey + alpha, RGB, RGBA
 _UP = 2  # filter type: each row is stored as its difference from the row above
+_ROWS = 256  # compressed at once: a large picture need not be in memory again
 
 
-def encode(samples: np.ndarray, profile: bytes | None = None, exif: bytes | None = None) -> bytes:
-    """(H, W, 1..4) uint16, alpha last, to the bytes of a PNG file; optional ICC profile and EXIF block."""
+def write(
+    file: BinaryIO,
+    samples: np.ndarray,
+    profile: bytes | None = None,
+    exif: bytes | None = None,
+    chunks: Sequence[tuple[bytes, bytes]] = (),
+) -> None:
+    """(H, W, 1..4) uint16, alpha last, as a PNG file; optional ICC profile, EXIF block and other chunks."""
     height, width, channels = samples.shape
-    rows = np.frombuffer(samples.astype(">u2").tobytes(), np.uint8).reshape(height, -1)
-    above = np.vstack([np.zeros_like(rows[:1]), rows[:-1]])
-    filtered = np.hstack([np.full((height, 1), _UP, np.uint8), rows - above])  # differences wrap, as they must
-
-    chunks = [_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, _COLOUR_TYPE[channels], 0, 0, 0))]
+    file.write(b"\x89PNG\r\n\x1a\n")
+    _chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 16, _COLOUR_TYPE[channels], 0, 0, 0))
+    for kind, data in chunks:
+        _chunk(file, kind, data)
     if profile:
-        chunks.append(_chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(profile)))
+        _chunk(file, b"iCCP", b"ICC Profile\0\0" + zlib.compress(profile))
     if exif:
-        chunks.append(_chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")))
-    chunks += [_chunk(b"IDAT", zlib.compress(filtered.tobytes(), 4)), _chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+        _chunk(file, b"eXIf", exif.removeprefix(b"Exif\0\0"))
+    packer, above = zlib.compressobj(4), np.zeros((1, 2 * width * channels), np.uint8)
+    for top in range(0, height, _ROWS):
+        some = samples[top : top + _ROWS]
+        rows = np.frombuffer(some.astype(">u2").tobytes(), np.uint8).reshape(len(some), -1)
+        different = rows - np.vstack([above, rows[:-1]])  # differences wrap, as they must
+        filtered = np.hstack([np.full((len(rows), 1), _UP, np.uint8), different])
+        if packed := packer.compress(filtered.tobytes()):
+            _chunk(file, b"IDAT", packed)
+        above = rows[-1:]
+    _chunk(file, b"IDAT", packer.flush())
+    _chunk(file, b"IEND", b"")
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+class WithChunks:
+    """A file that `chunks`, as (type, data), are written into where a PNG file's header ends, whoever writes it."""
+
+    HEADER = 8 + 25
+    """Bytes of the signature and of IHDR."""
+
+    def __init__(self, file: BinaryIO, chunks: Sequence[tuple[bytes, bytes]]) -> None:
+        self.file, self.chunks, self.written = file, chunks, 0
+
+    def write(self, data: bytes) -> int:
+        """As a file's."""
+        before, self.written = self.written, self.written + len(data)
+        if before < self.HEADER <= self.written:
+            rest = data[self.HEADER - before :]
+            self.file.write(data[: self.HEADER - before])
+            for kind, content in self.chunks:
+                _chunk(self.file, kind, content)
+            self.file.write(rest)
+            return len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        """As a file's."""
+        self.file.flush()
+
+
+def _chunk(file: BinaryIO, kind: bytes, data: bytes) -> None:
+    file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))

@@ -22,9 +22,9 @@ from torch import Tensor
 from consissr import __version__
 from consissr.errors import UserError
 from consissr.images import codec
-from consissr.images.codec import Photo
-from consissr.images.inputs import equal_sizes
-from consissr.inference.jobs import Job
+from consissr.images.codec import Photo, Samples
+from consissr.images.inputs import equal_sizes, stacked
+from consissr.inference.jobs import Job, check_place
 from consissr.models.memory import is_out_of_memory, peak_memory_mb
 
 READERS = 2
@@ -77,6 +77,8 @@ class Report:
     """Counts the outcomes, and passes each on: to a log (one JSON object per line) and to `tell`."""
 
     tell: Callable[[Outcome], None] = lambda outcome: None
+    on_tile: Callable[[Job, int, int, float], None] = lambda *now: None
+    """How far the image under way is: see models.tiles.OnTile."""
     log: TextIO | None = None
     seed: int = 0
     counts: dict[str, int] = field(default_factory=lambda: {"done": 0, "skipped": 0, "failed": 0})
@@ -84,8 +86,12 @@ class Report:
     def add(self, outcome: Outcome) -> None:
         self.counts[outcome.status] += 1
         if self.log:
-            self.log.write(json.dumps(_logged(outcome, self.seed)) + "\n")
-            self.log.flush()
+            try:
+                self.log.write(json.dumps(_logged(outcome, self.seed)) + "\n")
+                self.log.flush()
+            except OSError as error:  # results matter more than their log
+                logging.getLogger(__name__).warning("--json: the log ends here (%s)", error.strerror)
+                self.log = None
         self.tell(outcome)
 
 
@@ -101,8 +107,9 @@ def run(restorer: Restores, jobs: Iterable[Job], settings: Settings, report: Rep
         writing: deque[tuple[Outcome, Future]] = deque()
         try:
             for group, futures in _read_ahead(readers, groups):
-                for outcome, photo in _restore_group(restorer, group, futures, settings, report):
-                    writing.append((outcome, writers.submit(_write, outcome.job, photo, settings)))
+                for outcome, samples in _restore_group(restorer, group, futures, settings, report):
+                    target, quality = outcome.job.target, settings.quality
+                    writing.append((outcome, writers.submit(codec.write_samples, target, samples, quality)))
                 while len(writing) > 2 * WRITERS * batch_size:
                     _finish(*writing.popleft(), report)
             while writing:
@@ -130,13 +137,13 @@ def _read_ahead(readers: ThreadPoolExecutor, groups: list[list[Job]]) -> Iterato
 
 def _restore_group(
     restorer: Restores, group: list[Job], futures: list[Future], settings: Settings, report: Report
-) -> list[tuple[Outcome, Photo]]:
-    """The restored photos of a group; files that turn out damaged, or for which memory runs out, are reported."""
+) -> list[tuple[Outcome, Samples]]:
+    """What to write of a group; files that turn out damaged, or for which memory runs out, are reported."""
     read: list[tuple[Job, Photo]] = []
     for job, future in zip(group, futures, strict=True):
         try:
             photo = future.result()
-        except (UserError, MemoryError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever a file makes a reader raise concerns this file alone
             report.add(Outcome(job, "failed", _reason(error, job)))
             continue
         if tuple(photo.pixels.shape[-2:]) != (job.height, job.width):
@@ -148,20 +155,22 @@ def _restore_group(
 
     begin = time.perf_counter()
     try:
-        results = _restore(restorer, read, settings)
+        results = _restore(restorer, read, settings, report)
     except (UserError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise  # a defect of the program
         for job, _ in read:
             report.add(Outcome(job, "failed", _reason(error, job)))
         return []
     seconds = (time.perf_counter() - begin) / len(read)
-    return [(Outcome(job, "done", seconds=seconds), photo) for (job, _), photo in zip(read, results, strict=True)]
+    return [(Outcome(job, "done", seconds=seconds), samples) for (job, _), samples in zip(read, results, strict=True)]
 
 
-def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settings) -> list[Photo]:
+def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settings, report: Report) -> list[Samples]:
     """The model on photos of one size; transparency is enlarged beside it."""
     jobs = [job for job, _ in read]
     y = restorer(
-        torch.stack([photo.pixels for _, photo in read]),
+        stacked([photo.pixels[None] for _, photo in read]),
         scale=settings.scale,
         longest=settings.longest,
         seed=settings.seed,
@@ -170,8 +179,10 @@ def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settin
         plan=settings.plan,
         batch_size=len(jobs),
         on_step=_step_writer(restorer, *read[0], settings) if settings.save_steps else None,
+        on_tile=lambda *now: report.on_tile(jobs[0], *now),
     ).cpu()
-    return [photo.restored(pixels) for pixels, (_, photo) in zip(y, read, strict=True)]
+    # As samples, a fourth of the size: a large result may wait for its predecessor to be written.
+    return [codec.samples_for(job.target, photo.restored(pixels)) for pixels, (job, photo) in zip(y, read, strict=True)]
 
 
 def _step_writer(restorer: Restores, job: Job, photo: Photo, settings: Settings) -> Callable:
@@ -185,24 +196,20 @@ def _step_writer(restorer: Restores, job: Job, photo: Photo, settings: Settings)
     return write
 
 
-def _write(job: Job, photo: Photo, settings: Settings) -> None:
-    codec.write(job.target, photo, settings.quality)
-
-
 def _finish(outcome: Outcome, future: Future, report: Report) -> None:
     try:
         future.result()
-    except (UserError, MemoryError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 - the others' results must not be lost
         outcome = replace(outcome, status="failed", error=_reason(error, outcome.job))
     report.add(outcome)
 
 
 def _reason(error: Exception, job: Job) -> str:
-    """One line about this file, without the path that the report names anyway; defects of the program go on."""
+    """One line about this file, without the path that the report names anyway."""
     if isinstance(error, UserError):
         return str(error).removeprefix(f"{job.source}: ").removeprefix(f"{job.target}: ")
-    if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-        raise error
+    if not is_out_of_memory(error):
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return (
         f"{job.width}x{job.height} to {job.out_width}x{job.out_height}: memory ran out; use --tile or a smaller --scale"
     )
@@ -257,9 +264,11 @@ def choose_device(name: str, local_rank: int = 0) -> str:
     Raises:
         UserError: no such device here.
     """
-    gpus = torch.cuda.device_count()
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if gpus else "cpu"
+        name = "cuda" if gpus else "mps" if mps else "cpu"
+    if name == "mps" and mps:
+        return name
     if name == "cuda":
         name = f"cuda:{local_rank}"
     kind, _, index = name.partition(":")
@@ -276,10 +285,15 @@ def open_log(path: Path, settings: dict[str, Any]) -> TextIO:
     Raises:
         UserError: the file cannot be written.
     """
+    check_place(path, "--json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         log = path.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written ({error.strerror}); name another file") from None
-    log.write(json.dumps({"event": "run", "version": __version__, "settings": settings}, default=str) + "\n")
+    try:
+        log.write(json.dumps({"event": "run", "version": __version__, "settings": settings}, default=str) + "\n")
+        log.flush()
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror}); name another file") from None
     return log

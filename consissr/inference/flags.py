@@ -100,8 +100,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     add("--tile-overlap", type=tile_size, metavar="PX", help="how far they overlap")
     add("--vae-tile", type=tile_size, metavar="PX", help="autoencoder tiles; 0 off, auto")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (%(default)s)")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="auto: fp32 on CPU, bf16 on GPU")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="auto: bf16 where computed fast")
     add("--batch-size", type=int, default=1, metavar="N", help="images of equal size restored together (%(default)s)")
     add("--compile", action="store_true", help="torch.compile the networks: slow start, then faster")
     return p

@@ -6,6 +6,7 @@ distributed run makes the same plan and takes its share of it.
 
 import glob
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,8 +19,9 @@ from PIL import Image
 from consissr.errors import UserError
 from consissr.images import formats
 
-BYTES_PER_PIXEL = 80
-"""What one pixel of a result takes beside the networks: several float RGB copies, and the samples to write."""
+BYTES_PER_PIXEL, BYTES_IN_ONE_PIECE, ONE_PIECE = 24, 350, 2**22
+"""What a pixel of a result takes (its input, latents, float values and samples), what the networks of nano take for it
+in float32 where they see an image as a whole, and up to how many pixels they do: measured up to 48 megapixels."""
 
 _LISTS = (".txt", ".lst")
 _ENVIRONMENT = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
@@ -39,6 +41,7 @@ class Job:
     ext: str = ""  # of the target
     target: Path | None = None  # None: nothing will be written
     error: str = ""  # why this file cannot be restored, where its header already says so
+    note: str = ""  # what of this file is not restored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +62,9 @@ class Naming:
             raise UserError(f"--longest-side {self.longest} is out of range: use at least 1")
         if self.repeat < 1:
             raise UserError(f"--repeat {self.repeat} is out of range: use at least 1")
-        if self.suffix and ("/" in self.suffix or os.sep in self.suffix):
-            raise UserError(f"--suffix '{self.suffix}' has a path separator: use plain characters such as _x4")
+        if self.suffix and ({"/", os.sep, "\0"} & set(self.suffix)):
+            raise UserError(f"--suffix {self.suffix!r} has a path separator or NUL: use plain characters such as _x4")
+        check_place(self.output, "--output")
 
     @property
     def label(self) -> str:
@@ -91,7 +95,9 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_re
     for text in inputs:
         for job in _find(text, recursive, naming.output):
             found.setdefault(os.path.abspath(job.source), job)
-    jobs = [_measured(job, naming) for job in found.values()]
+    fresh = without_earlier_results(found.values(), inputs)
+    earlier = [] if skip_results else [job for job in found.values() if job not in fresh]
+    jobs = [_measured(job, naming) for job in fresh]
     if not jobs:
         hint = "" if recursive else " (sub-folders are searched with --recursive)"
         raise UserError(
@@ -108,8 +114,37 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_re
     ]
     if skip_results:
         jobs = _without_results(jobs)
-    _check_targets(jobs)
+    _check_targets(jobs, earlier)
     return jobs
+
+
+def check_place(path: Path, flag: str) -> None:
+    """UserError where no file can be made at or below `path`, as far as that shows before anything is written."""
+    if "\0" in str(path):
+        raise UserError(f"{flag} {str(path)!r} has a NUL: use another name")
+    first = next((place for place in (path, *path.absolute().parents) if os.path.lexists(place)), None)
+    if first is None or first == path:
+        return
+    if not os.path.isdir(first):
+        raise UserError(f"{flag} {path}: {first} is no folder; use another name")
+    if not os.access(first, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {first} may not be written to; use another place")
+
+
+def overlooked(inputs: Sequence[str], recursive: bool) -> str:
+    """A line on pictures in the input folders whose kind is not read; "" where there are none."""
+    kinds = (formats.UNREADABLE | formats.PLUGINS.keys()) - formats.READABLE
+    counts: Counter[str] = Counter()
+    for folder in (Path(text) for text in inputs if os.path.isdir(text)):
+        for _, folders, files in os.walk(folder):
+            endings = (Path(name).suffix.lower() for name in files if not name.startswith("."))
+            counts.update(ending for ending in endings if ending in kinds)
+            if not recursive:
+                folders.clear()
+    words = [f"{count} {ending}" for ending, count in sorted(counts.items())]
+    missing = sorted({formats.PLUGINS[kind].replace("_", "-") for kind in counts if kind in formats.PLUGINS})
+    help_ = f" (pip install {' '.join(missing)})" if missing else ""
+    return f"not read: {', '.join(words)}{help_}" if words else ""
 
 
 def share(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
@@ -134,7 +169,7 @@ def drop_existing(jobs: Iterable[Job], skip: bool, overwrite: bool) -> tuple[lis
     jobs = list(jobs)
     if overwrite:
         return jobs, []
-    existing = [job for job in jobs if job.target is not None and job.target.exists()]
+    existing = [job for job in jobs if job.target is not None and os.path.exists(job.target)]
     if existing and not skip:
         which = f"{existing[0].target} exists"
         if len(existing) > 1:
@@ -215,14 +250,15 @@ def _measured(job: Job, naming: Naming) -> Job:
     if job.error:
         return job
     try:
-        height, width, form = formats.probe(job.source)
+        height, width, form, note = formats.probe(job.source)
     except UserError as error:
         return replace(job, error=str(error).removeprefix(f"{job.source}: "))
     rows, columns = formats.output_size(height, width, naming.scale, naming.longest)
-    job = replace(job, height=height, width=width, out_height=rows, out_width=columns)
+    job = replace(job, height=height, width=width, out_height=rows, out_width=columns, note=note)
     wanted = job.source.suffix if naming.ext == "auto" else f".{naming.ext.removeprefix('.')}"
     job = replace(job, ext=formats.suffix_for(wanted, form, max(rows, columns)))
-    needed, free = rows * columns * BYTES_PER_PIXEL / 2**30, psutil.virtual_memory().available / 2**30
+    area, free = rows * columns, psutil.virtual_memory().available / 2**30
+    needed = (area * BYTES_PER_PIXEL + min(area, ONE_PIECE) * BYTES_IN_ONE_PIECE) / 2**30
     if needed > free:
         size = f"{width}x{height} to {columns}x{rows}"
         return replace(job, error=f"{size} needs about {needed:.0f} GB, {free:.0f} are free; use a smaller --scale")
@@ -241,6 +277,22 @@ def _named(jobs: list[Job], naming: Naming) -> list[Job]:
 
     taken = Counter(target(job, False) for job in jobs if job.ext)
     return [replace(job, target=target(job, taken[target(job, False)] > 1)) if job.ext else job for job in jobs]
+
+
+def without_earlier_results(jobs: Iterable[Job], named: Sequence[str]) -> list[Job]:
+    """`jobs` less files like a_x2.png beside a.png: what an earlier run put there, at whatever scale.
+
+    Files that the user named are no such.
+    """
+    jobs = list(jobs)
+    stems = {(os.path.dirname(os.path.abspath(job.source)), job.source.stem) for job in jobs}
+    kept = []
+    for job in jobs:
+        mark = re.fullmatch(r"(.+)_(?:x[\d.]+|\d+px)", job.source.stem)
+        earlier = mark and (os.path.dirname(os.path.abspath(job.source)), mark[1]) in stems
+        if not earlier or str(job.source) in named:
+            kept.append(job)
+    return kept
 
 
 def _to_file(job: Job, output: Path) -> Job:
@@ -266,9 +318,9 @@ def _without_results(jobs: list[Job]) -> list[Job]:
     return [job for job in jobs if makers.get(os.path.realpath(job.source), job.source) == job.source]
 
 
-def _check_targets(jobs: list[Job]) -> None:
-    """Refuse results that would replace an input, or each other."""
-    sources = {os.path.realpath(job.source) for job in jobs}
+def _check_targets(jobs: list[Job], others: list[Job]) -> None:
+    """Refuse results that would replace an input or one of the `others`, or each other."""
+    sources = {os.path.realpath(job.source) for job in [*jobs, *others]}
     seen: dict[Path, Job] = {}
     for job in jobs:
         if job.target is None:

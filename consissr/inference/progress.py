@@ -1,28 +1,41 @@
 """What a user sees of a run over files: a progress bar, one line per failure, one line at the end."""
 
+from __future__ import annotations
+
+import statistics
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from consissr.inference.batch import Outcome
+from consissr.inference.jobs import Job
 from consissr.models.memory import peak_memory_mb
+
+SILENCE = 30
+"""Seconds after which a large image under way gets a line of its own where no bar can be shown."""
 
 
 class Terminal:
-    """A progress bar over `total` images while the context is open; `tell` moves it and names failures."""
+    """A progress bar over `total` images while the context is open; `tell` moves it and names failures.
 
-    def __init__(self, console: Console, total: int, quiet: bool = False) -> None:
-        self.console = console
-        columns = (TextColumn("restoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    remark: a line to say before.
+    """
+
+    def __init__(self, console: Console, total: int, quiet: bool = False, remark: str = "") -> None:
+        self.console, self.quiet = console, quiet
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         # without a terminal the bar would only leave its last state in a log file
         self.progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
-        self.task = self.progress.add_task("restoring", total=total)
-        self.begin = time.perf_counter()
-        self.model_seconds = 0.0
+        self.total, self.ended = total, 0
+        if remark and not quiet:
+            console.print(remark, markup=False)
+        self.task = self.progress.add_task(f"restoring 0/{total}", total=total)
+        self.begin = self.spoke = time.perf_counter()
+        self.model_seconds: list[float] = []
 
-    def __enter__(self) -> "Terminal":
+    def __enter__(self) -> Terminal:
         self.progress.start()
         return self
 
@@ -31,16 +44,33 @@ class Terminal:
 
     def tell(self, outcome: Outcome) -> None:
         """Take note of one finished image."""
-        self.model_seconds += outcome.seconds
+        if outcome.status == "done" and outcome.job.note and not self.quiet:
+            self.console.print(f"note: {outcome.job.source}: {outcome.job.note}", markup=False)
+        if outcome.status == "done":
+            self.model_seconds.append(outcome.seconds)
         if outcome.status == "failed":
             self.console.print(f"failed: {outcome.job.source}: {outcome.error}", markup=False)
         if outcome.status != "skipped":
-            self.progress.advance(self.task)
+            self.ended += 1
+            self.progress.update(self.task, completed=self.ended, description=f"restoring {self.ended}/{self.total}")
 
-    def summary(self, counts: dict[str, int]) -> str:
-        """One line: what was done, how fast, in how much memory."""
+    def on_tile(self, job: Job, done: int, number: int, share: float) -> None:
+        """Show how far a large image is: tiles done, and the time left by the share of the work done."""
+        words = f"{job.source.name}: tile {done} of {number}"
+        self.progress.update(self.task, completed=min(self.ended + share, self.total), description=words)
+        now = time.perf_counter()
+        if not self.quiet and not self.console.is_terminal and now - self.spoke > SILENCE:
+            self.spoke = now
+            self.console.print(f"{words}, {share:.0%} done", markup=False)
+
+    def summary(self, counts: dict[str, int], precision: str = "") -> str:
+        """One line: what was done, how fast, in which precision, in how much memory.
+
+        The pace is the median of the images after the first, which also warms the model up.
+        """
         total = time.perf_counter() - self.begin
-        done = counts["done"]
-        pace = f", {self.model_seconds / done:.2f} s per image in the model" if done else ""
+        times = self.model_seconds[1:] or self.model_seconds
+        pace = f", {statistics.median(times):.2f} s per image in the model" if times else ""
         words = ", ".join(f"{status} {number}" for status, number in counts.items())
-        return f"{words} in {total:.1f} s{pace}, at most {peak_memory_mb()} MB"
+        ran = f" ({precision})" if precision and times else ""
+        return f"{words} in {total:.1f} s{pace}{ran}, at most {peak_memory_mb()} MB"

@@ -29,12 +29,13 @@ ENCODERS = ("text_encoder", "tokenizer", "image_encoder")
 """Folders of a clip run that become part of the base."""
 
 
-def build_unet(config: NanoConfig, latent_channels: int) -> nn.Module:
-    """A diffusers UNet2DConditionModel of the configured widths."""
+def build_unet(config: NanoConfig, latent_channels: int, factor: int) -> nn.Module:
+    """A diffusers UNet2DConditionModel of the configured widths, for latents `factor` times smaller than images."""
     from diffusers import UNet2DConditionModel
 
     c = config.prior
     return UNet2DConditionModel(
+        sample_size=config.data.crop // factor,
         in_channels=latent_channels,
         out_channels=latent_channels,
         block_out_channels=list(c.widths),
@@ -74,7 +75,7 @@ class Prior:
             raise UserError(f"init='{config.init}': give the output_dir of an autoencoder run, which holds vae/")
         latents = load_latents(vae)
         check_crop(config.data.crop, latents.factor)
-        unet = build_unet(config, latents.channels)
+        unet = build_unet(config, latents.channels, latents.factor)
         self.config = config.prior
         self.text = read_text(config)
         self.networks = nn.ModuleDict({"latents": latents.requires_grad_(False), "unet": unet})

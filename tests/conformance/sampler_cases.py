@@ -22,7 +22,8 @@ from consissr.images.codec import to_uint8
 from consissr.images.geometry import Prepared, finish, transfer
 from consissr.models.denoiser import Denoiser
 from consissr.models.vae.latents import Latents
-from consissr.models.vae.tiling import RELEASED_MARGIN, PooledTiles, TiledLatents
+from consissr.models.vae.released import RELEASED_MARGIN, PooledTiles
+from consissr.models.vae.tiling import TiledLatents
 from consissr.restorer import Restorer
 
 TILED_VAE = "tiled_vae.safetensors"

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from consissr.models.vae.exact import Packed
 from consissr.models.vae.latents import Latents
 from consissr.models.vae.operations import WINDOW_MARGIN, Box
-from consissr.models.vae.tiling import Packed, PooledTiles, TiledLatents, best_size
+from consissr.models.vae.released import PooledTiles, best_size
+from consissr.models.vae.tiling import TiledLatents
 
 
 def autoencoder(channels, widths):

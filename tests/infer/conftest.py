@@ -17,10 +17,11 @@ class Enlarger:
 
     def __init__(self, spoil: dict[str, str] | None = None) -> None:
         self.sampler = SamplerConfig()
+        self.precision = "fp32"
         self.spoil = spoil or {}
         self.calls = []
 
-    def __call__(self, x, *, scale, longest, seed, keys, repeat, plan, batch_size, on_step):
+    def __call__(self, x, *, scale, longest, seed, keys, repeat, plan, batch_size, on_step, on_tile=None):
         self.calls.append(SimpleNamespace(shape=tuple(x.shape), keys=keys, plan=plan, repeat=repeat))
         troubles = {self.spoil[key] for key in keys if key in self.spoil}
         if "memory" in troubles:

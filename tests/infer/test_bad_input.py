@@ -87,7 +87,7 @@ def test_transparency_into_a_named_jpeg(infer, folder, tmp_path):
 
 
 def test_result_larger_than_memory(infer, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=80 * 16 * 12 * 9))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=(24 + 350) * 16 * 12 * 9))
     status, _, err = infer("-i", folder / "a.png", "-o", tmp_path / "1")
     assert status == 0
     status, _, err = infer("-i", folder / "a.png", "-o", tmp_path / "2", "-s", 5)

@@ -60,7 +60,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     text = build_text(ClipConfig(text_width=8, text_layers=1, text_heads=2, text_length=8, embed_dim=8), tokenizer)
     vae = AutoencoderKL(**blocks, **kinds)
-    parts = {"unet": build_unet(config, 4), "vae": vae, "scheduler": scheduler, "text_encoder": text}
+    parts = {"unet": build_unet(config, 4, 4), "vae": vae, "scheduler": scheduler, "text_encoder": text}
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     save_tower(folder, build_tower(12, VISION))

@@ -1,0 +1,205 @@
+"""Tiles whose result is that of the whole map, up to rounding: every norm sees the statistics of all tiles.
+
+How they save memory: the network is a list of operations, cut into segments. A segment's output is computed tile by
+tile from its stored input, each tile read with the margin that its convolutions need. Before that, each norm in the
+segment gets its statistics from a pass over the same tiles that ends at this norm. A map is stored, in 16 bits
+(`Packed`), wherever it is of the latent's size or takes no more memory than a few tiles do; where maps are larger,
+segments grow longer and work is repeated instead.
+"""
+
+from __future__ import annotations
+
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+
+from consissr.models.vae.operations import Box, Op, Tile, advance, box_before, channels_after, size_after
+
+KEEP_TILES = 4
+"""A map is stored if it is no larger than this many tiles at full resolution."""
+
+
+class Statistics:
+    """Mean and variance per image and group, gathered over tiles without loss (Chan's parallel formula), float64."""
+
+    def __init__(self, groups: int):
+        self.groups, self.count = groups, 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in the values of a tile (B,C,h,w)."""
+        variance, mean = torch.var_mean(x.reshape(len(x), self.groups, -1).float(), dim=2, correction=0)
+        count, mean, spread = x[0].numel() // self.groups, mean.double(), variance.double()
+        if not self.count:
+            self.count, self.mean, self.spread = count, mean, spread * count
+            return
+        delta, total = mean - self.mean, self.count + count
+        self.spread += spread * count + delta**2 * (self.count * count / total)
+        self.mean, self.count = self.mean + delta * (count / total), total
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(mean, variance), each (B, groups), float32."""
+        return self.mean.float(), (self.spread / self.count).float()
+
+
+class Packed:
+    """A map (B,C,H,W) in 16-bit whole numbers, each piece of a row in steps of its own.
+
+    A piece is `side` columns of one row and channel; what is read lies within half a 65534th of the piece's range of
+    what was written. NaN and infinity come back as NaN.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], side: int, like: Tensor) -> None:
+        batch, channels, height, width = shape
+        self.shape, self.side, self.dtype = shape, side, like.dtype
+        self.values = torch.empty(shape, dtype=torch.int16, device=like.device)
+        pieces = (batch, channels, height, ceil(width / side))
+        self.middle, self.step = (torch.empty(pieces, device=like.device) for _ in range(2))
+
+    def write(self, box: Box, x: Tensor) -> None:
+        """Store x (B,C,h,w) at `box`, whose left side is a multiple of `side` and which ends so, or at the border."""
+        for left in range(box.left, box.right, self.side):
+            right, piece = min(left + self.side, box.right), left // self.side
+            part = x[..., left - box.left : right - box.left].float()
+            low, high = part.amin(3), part.amax(3)
+            middle = (low + high) / 2
+            step = ((high - low) / 65534).clamp_(min=torch.finfo(torch.float32).tiny)
+            self.middle[:, :, box.top : box.bottom, piece], self.step[:, :, box.top : box.bottom, piece] = middle, step
+            part = (part - middle[..., None]).div_(step[..., None]).round_()
+            self.values[:, :, box.top : box.bottom, left:right] = part.clamp_(-32767, 32767)
+
+    def read(self, box: Box) -> Tensor:
+        """The map at any box, a copy."""
+        first, last = box.left // self.side, ceil(box.right / self.side)
+        x = box.of(self.values).float()
+        for piece in range(first, last):
+            left, right = max(piece * self.side, box.left) - box.left, (piece + 1) * self.side - box.left
+            step, middle = (s[:, :, box.top : box.bottom, piece, None] for s in (self.step, self.middle))
+            x[..., left:right].mul_(step).add_(middle)
+        return x.to(self.dtype)
+
+
+class Plain:
+    """A map as it is: the first of a run, and the last. Reads and writes as `Packed` does."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.shape = x, tuple(x.shape)
+
+    def write(self, box: Box, x: Tensor) -> None:
+        """Store x at `box`."""
+        box.of(self.x).copy_(x)
+
+    def read(self, box: Box) -> Tensor:
+        """The map at `box`, a view."""
+        return box.of(self.x)
+
+
+class TileRunner:
+    """Runs a list of operations on a map (B,C,H,W) through tiles; `tile` is a side in latent pixels."""
+
+    def __init__(self, ops: list[Op], tile: int, latent_size: tuple[int, int], windowed: bool) -> None:
+        self.ops, self.tile, self.latent_size, self.windowed = ops, tile, latent_size, windowed
+        self.statistics: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def run(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W) through all operations; it is left as it is."""
+        self.measure(x)
+        source, start = Plain(x), 0
+        del x
+        for stop in self.cuts():
+            source, start = self.segment(source, start, stop), stop
+        return source.x
+
+    def measure(self, x: Tensor) -> None:
+        """Work out the size and channels of the map after each operation."""
+        self.sizes, self.channels = [tuple(x.shape[2:])], [x.shape[1]]
+        for op in self.ops:
+            self.sizes.append(size_after(op, self.sizes[-1]))
+            self.channels.append(channels_after(op, self.channels[-1]))
+        self.like = x.new_empty(len(x), 0)
+
+    def empty(self, i: int) -> Packed | Plain:
+        """What the map after i operations is stored in."""
+        shape = (len(self.like), self.channels[i], *self.sizes[i])
+        return Plain(self.like.new_empty(shape)) if i == len(self.ops) else Packed(shape, self.side(i), self.like)
+
+    def cuts(self) -> list[int]:
+        """Where maps are stored: after these many operations. Never inside a residual block."""
+        values = [channels * prod(size) for channels, size in zip(self.channels, self.sizes, strict=True)]
+        budget = KEEP_TILES * max(values) * self.tile**2 / prod(self.latent_size)
+        found, depth = [], 0
+        for i, op in enumerate(self.ops):
+            depth += (op.kind == "push") - (op.kind == "add")
+            stored = values[i + 1] <= budget or self.sizes[i + 1] == self.latent_size
+            following = self.ops[i + 1].kind if i + 1 < len(self.ops) else None
+            if not depth and (stored or following in (None, "attention")):
+                found.append(i + 1)
+        return found
+
+    def segment(self, source: Packed | Plain, start: int, stop: int) -> Packed | Plain:
+        """Operations start..stop-1 on a stored map."""
+        whole = Box(0, self.sizes[start][0], 0, self.sizes[start][1])
+        if self.ops[start].kind == "attention" and not self.windowed:
+            tile = advance(Tile(source.read(whole), whole, self.sizes[start]), self.ops[start], None)
+            source.write(whole, tile.x)
+            return source
+        for i in range(start, stop):
+            if self.ops[i].kind in ("norm", "attention"):
+                norm = self.ops[i].module if self.ops[i].kind == "norm" else self.ops[i].module.group_norm
+                gathered = Statistics(norm.num_groups)
+                for box in self.boxes(i):
+                    gathered.add(self.part(source, start, i, box))
+                self.statistics[i] = gathered.result()
+        same = source.shape[1:] == (self.channels[stop], *self.sizes[stop])
+        windows = any(op.kind == "attention" for op in self.ops[start:stop])  # strips would be windows of full width
+        if 0 < start and stop < len(self.ops) and same and not windows:
+            return self.overwrite(source, start, stop)
+        out = self.empty(stop)
+        for box in self.boxes(stop):
+            out.write(box, self.part(source, start, stop, box))
+        return out
+
+    def overwrite(self, source: Packed, start: int, stop: int) -> Packed:
+        """The same in place: strips from top to bottom, each read together with the old rows above it."""
+        height, width = self.sizes[stop]
+        margin = height - 1 - self.needed(Box(height - 1, height, 0, width), start, stop).top
+        rows = max(self.side(stop) ** 2 // width, margin, 1)
+        above = source.read(Box(0, 0, 0, width))
+        for top in range(0, height, rows):
+            box = Box(top, min(top + rows, height), 0, width)
+            needed = self.needed(box, start, stop)
+            fresh = source.read(Box(top, needed.bottom, 0, width))
+            strip = torch.cat([above[:, :, above.shape[2] - top + needed.top :], fresh], 2)
+            above = fresh[:, :, : box.bottom - top].clone()
+            source.write(box, self.through(Tile(strip, needed, self.sizes[start]), start, stop, box))
+        return source
+
+    def side(self, i: int) -> int:
+        """The side of a tile of the map after i operations."""
+        return max(self.tile * self.sizes[i][0] // self.latent_size[0], 1)
+
+    def boxes(self, i: int) -> list[Box]:
+        """Tiles of the map after i operations."""
+        (height, width), side = self.sizes[i], self.side(i)
+        return [
+            Box(top, min(top + side, height), left, min(left + side, width))
+            for top in range(0, height, side)
+            for left in range(0, width, side)
+        ]
+
+    def part(self, source: Packed | Plain, start: int, stop: int, box: Box) -> Tensor:
+        """The part `box` (B,C,h,w) of the map after `stop` operations, from the stored map after `start`."""
+        needed = self.needed(box, start, stop)
+        return self.through(Tile(source.read(needed), needed, self.sizes[start]), start, stop, box)
+
+    def needed(self, box: Box, start: int, stop: int) -> Box:
+        """What a part of the map after `stop` operations needs of the map after `start`."""
+        for i in reversed(range(start, stop)):
+            box = box_before(self.ops[i], box, self.sizes[i])
+        return box
+
+    def through(self, tile: Tile, start: int, stop: int, box: Box) -> Tensor:
+        """A tile through operations start..stop-1, cut to `box`."""
+        for i in range(start, stop):
+            tile = advance(tile, self.ops[i], self.statistics.get(i))
+        return box.inside(tile.box).of(tile.x)

@@ -1,0 +1,235 @@
+"""Files as they come from phones, cameras and other programs: restored right, or one line that says why not."""
+
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image, ImageCms
+
+from consissr.errors import UserError
+from consissr.images import codec, formats, png16
+
+
+def photograph(rng, *shape):
+    return rng.integers(0, 256, shape).astype(np.uint8)
+
+
+def test_names_as_long_as_a_file_system_takes(infer, tmp_path, rng, files):
+    """255 bytes; with a suffix a result's name is too long, which concerns that file alone."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "n" * 251 + ".png", "画" * 83 + "yy.png"):
+        Image.fromarray(photograph(rng, 5, 6, 3)).save(tmp_path / "in" / name)
+    status, out, _ = infer("-i", tmp_path / "in", "-o", tmp_path / "out")
+    assert status == 0 and files(tmp_path / "out") == files(tmp_path / "in")
+    status, out, err = infer("-i", tmp_path / "in", "-o", tmp_path / "more", "--suffix", "_y")
+    assert status == 1 and files(tmp_path / "more") == {"a_y.png"} and "done 1, skipped 0, failed 2" in out
+    assert err.count("cannot be written") == 2
+
+
+def test_whatever_a_file_makes_a_reader_raise_is_its_own_line(infer, folder, tmp_path, rng, files):
+    tifffile.imwrite(folder / "overflow.tif", rng.integers(0, 65536, (30, 40, 3)).astype(np.uint16), tile=(16, 16))
+    whole = (folder / "overflow.tif").read_bytes()
+    width = struct.pack("<HHII", 322, 4, 1, 16)  # the tag TileWidth, one long
+    assert whole.count(width) == 1
+    (folder / "overflow.tif").write_bytes(whole.replace(width, width[:-1] + b"\x70"))
+    status, out, err = infer("-i", folder, "-o", tmp_path / "out")
+    assert status == 1 and files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp"}
+    assert err.count("failed: ") == 1 and "overflow.tif: damaged image" in err
+
+
+def test_a_file_where_a_results_folder_must_be(infer, folder, tmp_path, files):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sub").write_text("a file")
+    status, out, err = infer("-i", folder, "-o", tmp_path / "out", "--recursive")
+    assert status == 1 and "done 3, skipped 0, failed 1" in out
+    assert files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp", "sub"}
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_model_loads(infer, folder, tmp_path):
+    inside = folder / "a.png" / "sub"
+    other = ["-o", tmp_path / "o"]
+    for flags in (
+        ["-o", inside],
+        ["-o", inside / "c.png"],
+        [*other, "--json", inside / "log"],
+        [*other, "--json", tmp_path],
+        ["-o", f"{tmp_path}/a\0b"],
+        [*other, "--suffix", "a\0"],
+        [*other, "--json", f"{tmp_path}/a\0"],
+    ):
+        status, _, err = infer("-i", folder / "a.png", *flags)
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, flags
+    assert not infer.loads
+
+
+def test_no_log_loses_results(infer, folder, tmp_path, files):
+    if not (full := tmp_path.__class__("/dev/full")).exists():
+        pytest.skip("no device that is always full")
+    status, _, err = infer("-i", folder, "-o", tmp_path / "out", "--json", full)
+    assert status == 2 and "No space left" in err and not infer.loads
+
+
+def test_the_log_begins_before_the_first_image_ends(infer, folder, tmp_path, model):
+    seen, restore = [], model.__class__.__call__
+
+    class Looking(model.__class__):
+        def __call__(self, *images, **settings):
+            seen.append((tmp_path / "log").read_text())
+            return restore(self, *images, **settings)
+
+    model.__class__ = Looking
+    assert infer("-i", folder / "a.png", "-o", tmp_path / "out", "--json", tmp_path / "log")[0] == 0
+    assert json.loads(seen[0])["event"] == "run"
+
+
+def test_pictures_that_are_not_read_are_counted(infer, folder, tmp_path, monkeypatch, files):
+    monkeypatch.setattr(formats, "READABLE", formats.READABLE - formats.PLUGINS.keys())
+    for name in ("p.heic", "q.HEIC", "r.dng", "notes.md"):
+        (folder / name).write_bytes(b"x")
+    Image.new("RGB", (4, 4)).save(folder / "old.jpe", format="JPEG")
+    status, _, err = infer("-i", folder, "-o", tmp_path / "out")
+    assert status == 0 and files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp", "old.png"}
+    assert err == "not read: 1 .dng, 2 .heic (pip install pillow-heif)\n"
+
+
+def test_further_pictures_of_a_file_are_told(infer, tmp_path):
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "two.tif", save_all=True, append_images=frames[1:])
+    status, _, err = infer("-i", tmp_path / "two.tif", "-o", tmp_path / "out")
+    assert status == 0 and "two.tif: only the first of 2 pictures" in err
+
+
+def test_results_at_another_scale_are_not_restored_again(infer, folder, files):
+    before = files(folder)
+    assert infer("-i", folder, "-o", folder, "-s", 2)[0] == 0
+    assert infer("-i", folder, "-o", folder, "-s", 3)[0] == 0
+    new = files(folder) - before
+    assert new == {
+        f"{stem}_x{scale}.{end}" for stem, end in (("a", "png"), ("b", "jpg"), ("c", "webp")) for scale in "23"
+    }
+    assert infer("-i", folder / "a_x2.png", "-o", folder / "named", "-s", 2)[0] == 0  # who names one wants it
+
+
+@pytest.mark.parametrize("under", ["noise", "white"])
+def test_what_is_hidden_under_transparency_does_not_bleed(rng, under):
+    """A dark disc on nothing: enlarged, its visible rim stays dark."""
+    y, x = np.mgrid[:48, :48]
+    disc = (x - 23.5) ** 2 + (y - 23.5) ** 2 < 15**2
+    samples = np.zeros((48, 48, 4), np.uint8)
+    samples[..., :3] = photograph(rng, 48, 48, 3) if under == "noise" else 255
+    samples[disc] = (20, 30, 40, 255)
+    photo = codec.from_pil(Image.fromarray(samples))
+    large = codec.to_pil(photo.restored(codec.resize(photo.pixels, (192, 192))))
+    values = np.asarray(large).astype(int)
+    seen = values[values[..., 3] > 0]
+    assert np.abs(seen[:, :3] - (20, 30, 40)).max() <= 1
+
+
+def test_visible_colours_stay_bit_for_bit(rng):
+    samples = photograph(rng, 30, 20, 4)
+    samples[5:9, 3:7, 3] = 0
+    photo = codec.from_pil(Image.fromarray(samples))
+    assert torch.equal(photo.pixels[:, samples[..., 3] > 0], codec.from_pil(Image.fromarray(samples[..., :3])).pixels[
+        :, samples[..., 3] > 0
+    ])  # fmt: skip
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_png_files_say_of_their_colours_is_kept(tmp_path, rng, deep):
+    """Linear light (gAMA 1.0) and HDR (cICP: BT.2020 primaries, PQ) look wrong without these words."""
+    said = ((b"gAMA", struct.pack(">I", 100000)), (b"cICP", bytes((9, 16, 0, 1))))
+    plain = io.BytesIO()
+    if deep:
+        png16.write(plain, rng.integers(0, 65536, (5, 6, 3)).astype(np.uint16))
+    else:
+        Image.fromarray(photograph(rng, 5, 6, 3)).save(plain, format="PNG")
+    whole = plain.getvalue()
+    (tmp_path / "a.png").write_bytes(whole[:33] + b"".join(chunk(*one) for one in said) + whole[33:])
+    photo = codec.read(tmp_path / "a.png")
+    codec.write(tmp_path / "b.png", photo)
+    assert formats.png_chunks(tmp_path / "b.png") == said
+    assert torch.equal(codec.read(tmp_path / "b.png").pixels, photo.pixels)
+    codec.write(tmp_path / "b.tif", photo)  # a format that has no such words
+    assert codec.read(tmp_path / "b.tif").form.chunks == ()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_dots_per_inch_are_kept(tmp_path, suffix):
+    Image.new("RGB", (6, 4)).save(tmp_path / f"a{suffix}", dpi=(300, 300))
+    codec.write(tmp_path / f"b{suffix}", codec.read(tmp_path / f"a{suffix}"))
+    with Image.open(tmp_path / f"b{suffix}") as image:
+        assert tuple(round(float(value)) for value in image.info["dpi"]) == (300, 300)
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_webp_without_loss_stays_so(tmp_path, rng, lossless):
+    Image.fromarray(photograph(rng, 16, 16, 3)).save(tmp_path / "a.webp", lossless=lossless)
+    photo = codec.read(tmp_path / "a.webp")
+    codec.write(tmp_path / "b.webp", photo)
+    assert formats.is_lossless_webp(tmp_path / "b.webp") == lossless
+    assert torch.equal(codec.read(tmp_path / "b.webp").pixels, photo.pixels) == lossless
+
+
+def test_bitmaps_of_five_and_six_bits(tmp_path):
+    """RGB565, three masks in the header: pure red, green and blue."""
+    pixels = struct.pack("<4H", 0xF800, 0x07E0, 0x001F, 0xFFFF)
+    header = struct.pack("<IiiHHIIiiII", 40, 4, -1, 1, 16, 3, len(pixels), 2835, 2835, 0, 0)
+    masks = struct.pack("<3I", 0xF800, 0x07E0, 0x001F)
+    start = 14 + len(header) + len(masks)
+    file = b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + header + masks + pixels
+    (tmp_path / "a.bmp").write_bytes(file)
+    photo = codec.read(tmp_path / "a.bmp")
+    assert photo.form.bits == 8
+    want = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
+    assert np.asarray(codec.to_pil(photo))[0].tolist() == want
+
+
+def test_cie_lab(tmp_path):
+    """A grey of L* 53.6 is sRGB 128; a* 60 with little b* is a red."""
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    colours = Image.new("RGB", (2, 1), (128, 128, 128))
+    colours.putpixel((1, 0), (200, 40, 60))
+    ImageCms.profileToProfile(colours, srgb, lab, outputMode="LAB").save(tmp_path / "a.tif")
+    assert Image.open(tmp_path / "a.tif").mode == "LAB"
+    back = np.asarray(codec.to_pil(codec.read(tmp_path / "a.tif"))).astype(int)
+    assert np.abs(back[0] - [(128, 128, 128), (200, 40, 60)]).max() <= 3
+
+
+def test_a_bad_model_id_is_one_line():
+    from consissr.weights.find import find_model
+
+    with pytest.raises(UserError, match="a b/c d"):
+        find_model("a b/c d")
+
+
+def test_seconds_per_image_leave_the_first_out():
+    from rich.console import Console
+
+    from consissr.inference.batch import Outcome
+    from consissr.inference.jobs import Job
+    from consissr.inference.progress import Terminal
+
+    terminal = Terminal(Console(file=io.StringIO()), 3)
+    for seconds in (10.0, 0.8, 0.8):
+        terminal.tell(Outcome(Job(source=None, key="a"), "done", seconds=seconds))
+    assert "0.80 s per image in the model (bf16)" in terminal.summary({"done": 3}, "bf16")
+
+
+def test_without_the_modules_that_windows_lacks(monkeypatch):
+    import sys
+
+    from consissr.models import memory
+
+    monkeypatch.setitem(sys.modules, "resource", None)  # importing it raises ImportError
+    assert memory.peak_memory_mb() >= 0
+    monkeypatch.setattr(sys, "platform", "win32")
+    memory.set_heap()
