@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from consissr.data.datasets import PhotoDataset
 from consissr.data.degradation import check_size, degrade
 from consissr.data.settings import preset
 from consissr.errors import UserError
-from consissr.images.codec import to_uint8
+from consissr.images import codec
+from consissr.images.formats import Form
 
 
 def write_testset(
@@ -65,4 +65,4 @@ def write_testset(
 
 def _save(x: Tensor, path: Path) -> None:
     """[3,H,W] in [-1,1] as an 8-bit PNG."""
-    Image.fromarray(to_uint8(x).permute(1, 2, 0).numpy()).save(path)
+    codec.to_pil(codec.Photo(x, None, Form())).save(path)

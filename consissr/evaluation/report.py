@@ -14,7 +14,6 @@ from importlib.resources import files
 
 import numpy as np
 import torch
-from PIL import Image
 
 from consissr.evaluation.evaluate import Evaluation
 from consissr.evaluation.folders import Pairs, read_image
@@ -22,6 +21,7 @@ from consissr.evaluation.plots import inline_svgs
 from consissr.evaluation.protocols import Measure
 from consissr.evaluation.summary import difference_lines, notes, one_line, per_image, shown, table_cells
 from consissr.images import codec
+from consissr.images.formats import Form
 
 JPEG_QUALITY = 92
 LR, BICUBIC, HR = "LR", "bicubic (of LR)", "HR"
@@ -121,6 +121,6 @@ def data_uris(pairs: Pairs, image: str) -> list[str]:
 def data_uri(picture: torch.Tensor, kind: str) -> str:
     """(1, 3, H, W) in [0, 1] as a file of Pillow's `kind`, in a URI."""
     buffer = io.BytesIO()
-    array = codec.to_uint8(picture[0] * 2 - 1).permute(1, 2, 0).numpy()
-    Image.fromarray(array).save(buffer, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {}))
+    image = codec.to_pil(codec.Photo(picture[0] * 2 - 1, None, Form()))
+    image.save(buffer, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {}))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -10,7 +10,8 @@ import torch
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.metrics import psnr, ssim
-from consissr.images.codec import to_uint8
+from consissr.images import codec
+from consissr.images.formats import Form
 from consissr.training.stage import Batch, Stage, held_out
 
 VALIDATION_SEED = 2024
@@ -59,11 +60,9 @@ class Validation:
 
     def write_grid(self, rows: torch.Tensor, step: int) -> None:
         """One image per row: LQ (where there is one), result, HQ."""
-        from PIL import Image
-
         self.folder.mkdir(parents=True, exist_ok=True)
         grid = torch.cat(list(rows), dim=1)  # (3, rows S, columns S)
-        Image.fromarray(to_uint8(grid).permute(1, 2, 0).cpu().numpy()).save(self.picture(step))
+        codec.to_pil(codec.Photo(grid.cpu(), None, Form())).save(self.picture(step))
 
     def picture(self, step: int) -> Path:
         """Where the images of a step are."""
