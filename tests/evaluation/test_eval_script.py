@@ -66,7 +66,7 @@ def test_flags_for_infer_are_split_as_a_shell_does(monkeypatch: pytest.MonkeyPat
 
     table = load_table("ccsr/table4", root / "configs" / "tables")
     args = Namespace(run=["CCSR-S1=nano-ccsr"], lr=tmp_path, output=tmp_path, repeat=1)
-    monkeypatch.setattr(produce, "produce", lambda *words: words[-1])
+    monkeypatch.setattr(produce, "produce", lambda *words: words[-2])
     args.infer_flags = '--positive "clean, 8k" --steps 2'
     assert produce.ours(table, args, Path("infer.py")) == ["--positive", "clean, 8k", "--steps", "2"]
     args.infer_flags = '--positive "clean'
