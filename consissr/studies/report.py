@@ -96,6 +96,7 @@ def measure(setting: Setting, study: Study, name: str, missing: list[str]) -> Sc
     methods, where = [], {}
     base = pair({"HR": data / "HR"}, data / "HR", data / "LR")
     for row, one in study.rows.items():
+        absent = []
         for seed in study.seeds_of(one.variant):
             folder = results(setting, study, row, seed, name)
             if is_restored(folder, set(base.images), study.repeats):
@@ -103,7 +104,9 @@ def measure(setting: Setting, study: Study, name: str, missing: list[str]) -> Sc
                 methods.append(Method(f"{row}, seed {seed}", runs))
                 where.setdefault(row, []).append(seed)
             else:
-                missing.append(f"{row}, seed {seed}: not restored on {name}")
+                absent.append(str(seed))
+        if absent:
+            missing.append(f"{row}: not restored on {name} with training seed {', '.join(absent)}")
     if not methods:
         return None
     enlarged = write_baselines(data / "LR", data.with_name(f"{data.name}-baselines"), SCALE)[BICUBIC]

@@ -138,7 +138,7 @@ def test_a_failed_training_is_named_and_holds_up_its_own_alone(small) -> None:
         ran += [job.name for job in jobs]
     assert failed == {"train b, seed 1": "out of luck", "train b, seed 2": "out of luck"}
     assert [name for name in ran if "restore b" in name] == [] and "restore a, seed 1, realsr" in ran
-    assert "b, seed 1: not restored on realsr" in report.report(setting, study, TABLES)
+    assert "b: not restored on realsr with training seed 1, 2" in report.report(setting, study, TABLES)
 
 
 def test_files_that_do_not_fit_are_named(small, tmp_path: Path) -> None:
