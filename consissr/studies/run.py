@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import yaml
@@ -46,6 +47,12 @@ class Setting:
     lines: tuple[str, ...] = ()
     """key=value for every training (trials)."""
 
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Hashes of the photographs to train on and of what the test sets are made of."""
+        sources = {"train": self.photos / "train", "photos": self.photos / "val", "realsr": self.realsr}
+        return {name: origin.fingerprint(source) for name, source in sources.items()}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -61,10 +68,9 @@ class Job:
 
 def test_set(setting: Setting, study: Study, name: str) -> Path:
     """Folder with LR/ and HR/ of at most `study.images` pairs, evenly chosen; it may not be there yet."""
-    source = setting.realsr if name == "realsr" else setting.photos / "val"
     settings = PHOTOS if name == "photos" else {}
     return origin.place(
-        setting.out / "data", name, source=origin.fingerprint(source), images=study.images, **settings
+        setting.out / "data", name, source=setting.contents[name], images=study.images, **settings
     )  # fmt: skip
 
 
@@ -74,7 +80,7 @@ def model(setting: Setting, study: Study, variant: str, seed: int) -> Path:
     start = _start(setting, study, variant, seed)
     made_of = {"parent": yaml.safe_load((setting.parents / one.parent).read_text(encoding="utf-8")), "seed": seed}
     made_of |= {"lines": [*study.lines, *one.lines, *setting.lines], "init": start.name if start else ""}
-    made_of |= {"photos": origin.fingerprint(setting.photos / "train")}
+    made_of |= {"photos": setting.contents["train"]}
     return origin.place(setting.out / "models", f"{study.name}-{variant}-seed{seed}", **made_of)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import signal
 import subprocess
@@ -122,6 +123,7 @@ def test_what_is_made_of_something_else_stands_elsewhere(small) -> None:
     work(setting, study)
     before = run.model(setting, study, "b", 1), run.results(setting, study, "a", 1, "realsr")
     (setting.photos / "train" / "t.png").write_bytes(b"other")
+    setting = dataclasses.replace(setting)
     after = run.model(setting, study, "b", 1), run.results(setting, study, "a", 1, "realsr")
     assert before[0] != after[0] and before[1] != after[1]
     assert len(work(setting, study)) == 5 + 8
