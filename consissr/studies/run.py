@@ -25,6 +25,7 @@ from consissr.evaluation.folders import list_images, list_runs, pair
 from consissr.evaluation.progress import duration
 from consissr.evaluation.workers import cores
 from consissr.studies.spec import Study
+from consissr.weights.base import BUNDLED_BASES
 
 SETS = ("realsr", "photos")
 PHOTOS = {"crop": 256, "preset": "ccsr", "seed": 0}
@@ -49,9 +50,11 @@ class Setting:
 
     @cached_property
     def contents(self) -> dict[str, str]:
-        """Hashes of the photographs to train on and of what the test sets are made of."""
-        sources = {"train": self.photos / "train", "photos": self.photos / "val", "realsr": self.realsr}
-        return {name: origin.fingerprint(source) for name, source in sources.items()}
+        """Hashes of the photographs to train on, of what the test sets are made of, and of the bundled weights."""
+        sources = {"train": self.photos / "train", "photos": self.photos / "val"}
+        found = {name: origin.fingerprint(source) for name, source in sources.items()}
+        found["realsr"] = "-".join(origin.fingerprint(self.realsr / part) for part in ("LR", "HR"))
+        return found | {"bundled": origin.fingerprint(BUNDLED_BASES["nano"], origin.MODEL_FILES)}
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def model(setting: Setting, study: Study, variant: str, seed: int) -> Path:
     start = _start(setting, study, variant, seed)
     made_of = {"parent": yaml.safe_load((setting.parents / one.parent).read_text(encoding="utf-8")), "seed": seed}
     made_of |= {"lines": [*study.lines, *one.lines, *setting.lines], "init": start.name if start else ""}
-    made_of |= {"photos": setting.contents["train"]}
+    made_of |= {"photos": setting.contents["train"], "bundled weights": setting.contents["bundled"]}
     return origin.place(setting.out / "models", f"{study.name}-{variant}-seed{seed}", **made_of)
 
 
