@@ -49,19 +49,19 @@ def nuts_losses(
     gradient flows through x0_from_T into l_tmax.
     """
     T, tmax = torch.full_like(t, len(schedule) - 1), torch.full_like(t, t_max)
-    found = {}
+    terms = {}
     if "l_diff" in losses:
         z_t = schedule.add_noise(z_hq, noises[0], t)  # (Eq. 1)
-        found["l_diff"] = error(denoise(z_t, t), noises[0])  # (Eq. 2)
+        terms["l_diff"] = error(denoise(z_t, t), noises[0])  # (Eq. 2)
     if "l_T" in losses or "l_tmax" in losses:
         z_T = schedule.add_noise(z_start, noises[1], T)  # (Eq. 1)
         x0_from_T = schedule.x0_from_eps(z_T, denoise(z_T, T), T)
-        found["l_T"] = error(x0_from_T, z_hq)
+        terms["l_T"] = error(x0_from_T, z_hq)
     if "l_tmax" in losses:
         z_tmax = schedule.add_noise(x0_from_T, noises[2], tmax)
         x0_from_tmax = schedule.x0_from_eps(z_tmax, denoise(z_tmax, tmax), tmax)
-        found["l_tmax"] = error(x0_from_tmax, z_hq)  # l_T + l_tmax is l_diff at T (Eq. 3)
-    return {name: found[name] for name in losses}
+        terms["l_tmax"] = error(x0_from_tmax, z_hq)  # l_T + l_tmax is l_diff at T (Eq. 3)
+    return {name: terms[name] for name in losses}
 
 
 class Nuts(Restoration):

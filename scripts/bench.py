@@ -26,14 +26,6 @@ def inference(args: argparse.Namespace) -> tuple[Any, Iterable]:
     return found, report.inference(found)
 
 
-def decoder(args: argparse.Namespace) -> tuple[Any, Iterable]:
-    """Decoding with a narrower decoder beside the full one"""
-    from consissr.bench.decoder import compare
-
-    found = compare(args.model, args.narrow, args.factor, args.pixels, args.runs, args.device)
-    return found, [json.dumps(found, indent=1)]
-
-
 def tiles(args: argparse.Namespace) -> tuple[Any, Iterable]:
     """CPU seconds and memory per megapixel of results from small to very large"""
     from dataclasses import asdict
@@ -84,7 +76,7 @@ def degradation(args: argparse.Namespace) -> tuple[Any, Iterable]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    measurements = (inference, decoder, tiles, start_up, training, sizes, degradation)
+    measurements = (inference, tiles, start_up, training, sizes, degradation)
     commands = {function.__name__.replace("_", "-"): function for function in measurements}
     args = parser(__doc__, commands).parse_args(arguments)
     try:

@@ -16,12 +16,12 @@ from collections.abc import Callable
 from consissr.config.loading import check_word, read_word
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
+from consissr.nano.config import PAPER_STAGES, run_config
 from consissr.nano.config import STAGES as NANO_STAGES
-from consissr.nano.config import run_config
 from consissr.training.checks import check_changes, check_run
 from consissr.training.lock import claimed
 
-STAGES = ("rclip", "tala", "nuts", "deft", *NANO_STAGES)
+STAGES = (*PAPER_STAGES, *NANO_STAGES)
 
 
 def stage_builder(name: str) -> Callable:

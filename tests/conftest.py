@@ -109,5 +109,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.nn.init.normal_(layer.weight, std=0.1)  # they start at zero, where the condition would have no effect
     timesteps = [[step.t, step.t_next, step.kind] for step in nuts_plan(6, 2 / 3, 0.5)]
     config = FolderConfig(model=model, sampler=SamplerConfig(timesteps=timesteps))
-    save_model(folder / "tiny", Model(config=config, controlnet=controlnet, unet=None, latents=None))
+    own = {"prompts": {"": torch.randn(1, 3, 8)}, "own_prompts": True}  # the base has no text encoder
+    save_model(folder / "tiny", Model(config=config, controlnet=controlnet, unet=None, latents=None, **own))
     return folder / "tiny"

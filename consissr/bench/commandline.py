@@ -22,13 +22,6 @@ def parser(description: str, commands: Mapping[str, Callable]) -> argparse.Argum
         return made.add_argument
 
     inference(sub("inference"))
-    add = sub("decoder")
-    add("-m", "--model", default="nano-ccsr", help="model with the full decoder")
-    add("--narrow", default="", help="model folder with a narrow decoder; empty: an untrained one (speed only)")
-    add("--factor", type=float, default=0.5, help="width of an untrained narrow decoder")
-    add("--pixels", type=int, default=512, help="side of the result")
-    add("--runs", type=int, default=7, help="counted rounds")
-    add("--device", default="cpu", help="cpu or cuda")
     add = sub("tiles")
     add("-m", "--model", default="nano-ccsr", help="bundled name or model folder")
     add("--megapixels", type=float, nargs="+", default=[0.25, 1, 3, 12, 48], help="sizes of results")

@@ -19,8 +19,7 @@ from consissr.diffusion.plans import Step
 from consissr.diffusion.sampler import Draw
 from consissr.models.controlnet import LatentHint
 from consissr.models.surgery import replace_blocks
-from consissr.models.vae.latents import Latents
-from consissr.models.vae.narrow import empty_latents
+from consissr.models.vae.latents import Latents, empty_latents
 from consissr.restorer import Restorer
 
 

@@ -99,12 +99,12 @@ def changed(config: ConfigT, settings: dict[str, Any]) -> ConfigT:
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """All fields of a configuration by dotted name."""
-    found = {}
+    values = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         inner = flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
-        found |= inner
-    return found
+        values |= inner
+    return values
 
 
 def changed_fields(a: Any, b: Any, besides: Collection[str] = ()) -> list[str]:

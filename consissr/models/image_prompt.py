@@ -45,10 +45,10 @@ def tower_features(tower: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]
 
     Patch tokens pass the tower's final norm and projection, as the pooled token does.
     """
-    found = tower.forward_intermediates(
+    features = tower.forward_intermediates(
         clip_input(x, tower.image_size[0]), indices=1, normalize_intermediates=True, output_fmt="NLC"
     )
-    return found["image_features"], found["image_intermediates"][-1] @ tower.proj
+    return features["image_features"], features["image_intermediates"][-1] @ tower.proj
 
 
 class Adapter(nn.Module):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from consissr.models.vae.latents import Latents
+from consissr.models.vae.latents import Latents, LinearPath
 from consissr.nano.config import NanoConfig
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop, held_out, photographs
 from consissr.training.validation import VALIDATION_SEED
@@ -40,11 +41,27 @@ def build_vae(config: NanoConfig) -> torch.nn.Module:
 
 
 @torch.no_grad()
+def fit_linear(path: LinearPath, x: Tensor, whitening: float) -> None:
+    """Principal components of images `x` (B, 3, H, W), of unit mean variance; `whitening` 1 makes all variances 1.
+
+    Component i with variance v_i is scaled by v_i^(-whitening / 2).
+    """
+    blocks = F.pixel_unshuffle(x, path.factor).permute(0, 2, 3, 1).flatten(0, 2).double()  # (blocks, 3 f^2)
+    variance, axes = torch.linalg.eigh(blocks.T @ blocks / len(blocks))
+    count = path.analysis.out_channels
+    variance, axes = variance.flip(0)[:count], axes.flip(1)[:, :count]
+    gain = variance.pow(-whitening / 2)
+    gain = gain / (variance * gain**2).mean().sqrt()
+    path.analysis.weight.copy_((axes * gain).T[:, :, None, None])
+    path.synthesis.weight.copy_((axes / gain)[:, :, None, None])
+
+
+@torch.no_grad()
 def start_linear(latents: Latents, config: NanoConfig) -> None:
     """Start as the linear code alone: principal components of the first crops, networks that add nothing."""
     dataset = photographs(config.data, config.seed)
     crops = torch.stack([dataset[n]["hq"] for n in range(256)])
-    latents.linear.fit(crops, config.autoencoder.whitening)
+    fit_linear(latents.linear, crops, config.autoencoder.whitening)
     vae = latents.vae
     for layer in (vae.quant_conv, vae.decoder.conv_out):
         nn.init.zeros_(layer.weight)

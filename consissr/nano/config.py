@@ -25,9 +25,13 @@ STAGES = ("autoencoder", "clip", "prior", "nano_rclip", "nano_tala", "nano_nuts"
 """Stages whose runs are described by `NanoConfig`; the papers' own (rclip, tala, nuts, deft) by `TrainConfig`."""
 
 
+PAPER_STAGES = ("rclip", "tala", "nuts", "deft")
+
+
 def run_config(path: str | Path | None, overrides: list[str] | None = None) -> TrainConfig:
     """The configuration of a run from a YAML file and `key=value` overrides, by its stage. Raises UserError."""
     stage = read_word("stage", path, overrides)
+    check_word(stage or "nuts", (*PAPER_STAGES, *STAGES), "stage")
     return load_config(NanoConfig if stage in STAGES else TrainConfig, path, overrides)
 
 
@@ -98,7 +102,7 @@ class PriorConfig:
     context_dim: int = 64
     """Width of prompt embeddings."""
     text: str = ""
-    """output_dir of a clip run: train with its text encoder on the crops' captions; empty: a text-free prior."""
+    """output_dir of a clip run: its text encoder reads the captions that are measured on the crops."""
     caption_dropout: float = 0.15
     """Share of the captions that are replaced by the empty prompt."""
 

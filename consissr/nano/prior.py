@@ -1,7 +1,7 @@
 """Stage 'prior': a diffusion UNet on the autoencoder's latents, in the place of SD2.1's (for `nano`).
 
-Text-free, or with `prior.text`, the output_dir of a clip run: its frozen text encoder reads captions that are measured
-on the crops (`data.captions`), some of them dropped, so that the empty prompt is the unconditional model.
+The frozen text encoder of a clip run reads captions that are measured on the crops (captions.py), some of them dropped,
+so that the empty prompt is the unconditional model.
 
 The UNet predicts v (Salimans and Ho 2022), not the noise: at the noisiest timestep, where NUTS and one-step sampling
 live, x0 then is the network's output itself, while noise prediction multiplies every error of a small network by 15.
@@ -21,7 +21,7 @@ from consissr.errors import UserError
 from consissr.nano.captions import caption
 from consissr.nano.config import NanoConfig
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop
-from consissr.weights.base import NullText, TextEncoder, idle_without_text, load_text
+from consissr.weights.base import TextEncoder, load_text
 from consissr.weights.folder import write_network, write_scheduler
 from consissr.weights.latents import load_latents, save_latents
 
@@ -50,10 +50,8 @@ def build_unet(config: NanoConfig, latent_channels: int, factor: int) -> nn.Modu
 
 
 def read_text(config: NanoConfig) -> TextEncoder:
-    """The text encoder that `prior.text` names, or the one of a text-free base. UserError if it does not fit."""
+    """The text encoder that `prior.text` names. UserError if it does not fit."""
     c = config.prior
-    if not c.text:
-        return NullText(c.context_dim)
     for name in ENCODERS:
         if not (Path(c.text) / name).is_dir():
             raise UserError(f"prior.text='{c.text}' has no {name}/: give the output_dir of a clip run")
@@ -69,7 +67,8 @@ class Prior:
 
     needs_lq = False
 
-    def __init__(self, config: NanoConfig) -> None:
+    def __init__(self, config: NanoConfig, text: TextEncoder | None = None) -> None:
+        """text: an encoder in place of the one that `prior.text` names."""
         vae = Path(config.init) / "vae"
         if not vae.is_dir():
             raise UserError(f"init='{config.init}': give the output_dir of an autoencoder run, which holds vae/")
@@ -77,22 +76,19 @@ class Prior:
         check_crop(config.data.crop, latents.factor)
         unet = build_unet(config, latents.channels, latents.factor)
         self.config = config.prior
-        self.text = read_text(config)
+        self.text = text or read_text(config)
         self.networks = nn.ModuleDict({"latents": latents.requires_grad_(False), "unet": unet})
         self.compile_modules = [unet]
         self.export_dtype = EXPORT[config.export_precision]
         self.buffers: dict[str, Tensor] = {}
         self.schedule = Schedule(alpha_bar())
-        trained = {n: p for n, p in unet.named_parameters() if config.prior.text or not idle_without_text(n)}
-        self.phases = [Phase("unet", trained, self.loss, config.optimizer)]
+        self.phases = [Phase("unet", dict(unet.named_parameters()), self.loss, config.optimizer)]
 
     def prepare(self, batch: Batch) -> None:
-        """Latents of the photographs, and embeddings of their captions or of the empty prompt."""
+        """Latents of the photographs, and embeddings of their captions, of which some are dropped."""
         batch.cache["z"] = self.networks["latents"].encode(batch.hq).float()  # (B, C, h, w)
-        captions = [""] * len(batch.hq)
-        if self.config.text:
-            dropped = (batch.rand() < self.config.caption_dropout).tolist()
-            captions = ["" if d else caption(x) for x, d in zip(batch.hq, dropped, strict=True)]
+        dropped = (batch.rand() < self.config.caption_dropout).tolist()
+        captions = ["" if d else caption(x) for x, d in zip(batch.hq, dropped, strict=True)]
         batch.cache["text"] = self.text.encode(captions).to(batch.hq.device)  # (B, L, D)
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -111,9 +107,9 @@ class Prior:
         return None
 
     def export(self, folder: Path) -> None:
-        """A base folder in diffusers' layout: unet/, vae/, scheduler/, and the encoders of a prior with captions."""
+        """A base folder in diffusers' layout: unet/, vae/, scheduler/, and the encoders of the clip run."""
         write_network(folder / "unet", self.networks["unet"], self.export_dtype)
         save_latents(folder / "vae", self.networks["latents"], self.export_dtype)
         write_scheduler(folder, SD_BETAS, "v_prediction")
-        for name in ENCODERS if self.config.text else ():
+        for name in ENCODERS:
             shutil.copytree(Path(self.config.text) / name, folder / name, dirs_exist_ok=True)

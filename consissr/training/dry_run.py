@@ -28,7 +28,7 @@ from consissr.models.controlnet import build_controlnet
 from consissr.models.image_prompt import build_tower
 from consissr.models.lora import add_lora
 from consissr.models.surgery import replace_blocks
-from consissr.models.vae.narrow import empty_latents
+from consissr.models.vae.latents import empty_latents
 from consissr.training.checks import launched, problems
 from consissr.training.estimate import memory
 from consissr.training.stage import Stage
@@ -72,9 +72,9 @@ def build(config: TrainConfig, builder: Any) -> Stage:
     elif config.stage == "autoencoder":
         stage = builder(config, fit=False)
     elif config.stage == "prior":
-        text = config.prior.text if Path(config.prior.text).is_dir() else ""
         init = config.init if (Path(config.init) / "vae" / "config.json").is_file() else str(BUNDLED_BASES["nano"])
-        stage = builder(replace(config, init=init, prior=replace(config.prior, text=text)))
+        silent = replace(config.prior, caption_dropout=1.0)  # captions are measured on pixels, which are not here
+        stage = builder(replace(config, init=init, prior=silent), UntrainedText(config.prior.context_dim))
     else:
         stage = builder(config)
     names = {id(parameter): name for name, parameter in stage.networks.named_parameters()}
@@ -83,6 +83,17 @@ def build(config: TrainConfig, builder: Any) -> Stage:
     for phase in stage.phases:
         phase.parameters = {name: moved[names[id(p)]] for name, p in phase.parameters.items()}
     return stage
+
+
+class UntrainedText:
+    """A text encoder's shapes."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def encode(self, prompts: list[str]) -> torch.Tensor:
+        """(B, L, D) on the meta device."""
+        return torch.empty(len(prompts), TOKENS, self.width, device="meta")
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -109,7 +120,6 @@ def untrained_model(config: TrainConfig, sampler: SamplerConfig | None = None) -
     unet, vae = UNET, VAE
     if folder is not None:
         unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
-    text_free = folder is not None and not (folder / "text_encoder").is_dir()
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(unet)
         controlnet = build_controlnet(network, config.model)
@@ -121,12 +131,12 @@ def untrained_model(config: TrainConfig, sampler: SamplerConfig | None = None) -
         if config.model.image_prompt != "none":
             tower = build_tower(*tower_sizes(config))
             prompt = new_image_prompt(tower, width, config.model)
-        latents, text = empty_latents(vae), torch.empty(1, 1 if text_free else TOKENS, width)
+        latents, text = empty_latents(vae), torch.empty(1, TOKENS, width)
     stored = FolderConfig(model=config.model, sampler=sampler or config.sampler)
     predicted = "v_prediction" if stored.model.residual else "epsilon"  # which it is changes no size
     return Model(
         config=stored, unet=network, controlnet=controlnet, latents=latents,
-        image_prompt=prompt, prompts={"": text}, text_free=text_free, prediction_type=predicted,
+        image_prompt=prompt, prompts={"": text}, prediction_type=predicted,
     )  # fmt: skip
 
 
@@ -220,7 +230,7 @@ def needs(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     if config.init:
         bundled = config.init in BUNDLED
         yield "init", config.init, "bundled" if bundled else hub_or_here(config.init, "config.yaml")
-    if stage == "prior" and config.prior.text:
+    if stage == "prior":
         yield "text encoder", config.prior.text, here(config.prior.text)
     if stage == "deft" and config.deft.discriminator == "dino":
         for what, name in (("DINO", config.deft.dino), ("DINOv2", config.deft.dino_v2)):

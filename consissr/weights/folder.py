@@ -90,7 +90,6 @@ def load_model(
         image_prompt=image_prompt_of(folder, config.model, before, found.unet.config.cross_attention_dim, dtype),
         prompts=found.prompts if known is None else known,
         own_prompts=known is not None,
-        text_free=known is None and found.text_free,
         betas=found.betas,
         prediction_type=found.prediction_type,
     )
@@ -117,7 +116,6 @@ def new_model(config: ModelConfig, tower: str = "") -> Model:
         latents=base.latents,
         image_prompt=prompt,
         prompts=base.prompts,
-        text_free=base.text_free,
         betas=base.betas,
         prediction_type=base.prediction_type,
     )

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from consissr.errors import UserError
-from consissr.models.vae.latents import Latents, decoder_names
-from consissr.models.vae.narrow import empty_latents
+from consissr.models.vae.latents import Latents, decoder_names, empty_latents
 from consissr.weights.files import WEIGHTS, build, load_strict, read_json, read_weights, write_weights
 
 LINEAR_PATH = "linear_path.safetensors"

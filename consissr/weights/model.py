@@ -40,8 +40,6 @@ class Model:
     """Prompt -> its embedding (1, L, D), float32."""
     own_prompts: bool = False
     """Whether `prompts` are stored with the model, because its base's text encoder doesn't make them."""
-    text_free: bool = False
-    """Whether the base was trained without text."""
     betas: tuple[int, float, float] = SD_BETAS
     """Arguments of `diffusion.schedule.alpha_bar`: timesteps T, first and last beta."""
     prediction_type: str = "epsilon"

@@ -38,7 +38,7 @@ def latent(base: Path, x: Tensor, noise: Tensor | None = None) -> Tensor:
 
 def text(base: Path, count: int) -> Tensor:
     """Embeddings of the empty prompt."""
-    return load_text(str(base), torch.float32).encode([""]).expand(count, -1, -1)
+    return load_text(base).encode([""]).expand(count, -1, -1)
 
 
 def nuts_losses(

@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_algorithm_1(base: Path, words: str) -> None:
     found["loss"].backward()
 
     z_hq, z_lq, (eps,) = latent(base, batch.hq), latent(base, batch.lq), batch.normals
-    text = load_text(str(base), torch.float32).encode([""]).expand(4, -1, -1)
+    text = load_text(base).encode([""]).expand(4, -1, -1)
     adapted = torch.tensor(ADAPTED[words], dtype=torch.bool)
     condition = Condition(text, z_lq, prompt(batch.lq))
     wanted = tala_loss(z_hq, z_lq, TIMES, eps, adapted, lambda z, t: denoiser(z, t, condition))
@@ -84,7 +84,7 @@ def test_a_posterior_sample_is_taken_of_both_images_and_the_mode_shown_to_the_co
         stage.prepare(batch)
     found = phase.loss(batch, 0)["loss"]
     of_hq, of_lq, eps = batch.normals
-    text = load_text(str(base), torch.float32).encode([""]).expand(4, -1, -1)
+    text = load_text(base).encode([""]).expand(4, -1, -1)
     condition = Condition(text, latent(base, batch.lq), prompt(batch.lq))
     z_hq, z_lq = latent(base, batch.hq, of_hq), latent(base, batch.lq, of_lq)
     adapted = torch.tensor(ADAPTED[""], dtype=torch.bool)
@@ -111,7 +111,7 @@ def test_what_each_network_is_given(base: Path) -> None:
     z_hq, z_lq, (eps,) = latent(base, batch.hq), latent(base, batch.lq), batch.normals
     from_lq = torch.tensor([True, True, False, False]).view(-1, 1, 1, 1)
     z_t = plain.noised(torch.where(from_lq, z_lq, z_hq).double(), eps.double(), TIMES)
-    text = load_text(str(base), torch.float32).encode([""]).expand(4, -1, -1)
+    text = load_text(base).encode([""]).expand(4, -1, -1)
     for name in ("unet", "controlnet"):
         (call,) = given[name]
         plain.close(call["sample"], z_t)
@@ -162,7 +162,7 @@ def test_restoring_is_spaced_ddpm(base: Path) -> None:
         stage.prepare(batch)
         image = stage.restore(batch)
     z_lq, noises = latent(base, batch.lq), [noise.double() for noise in batch.normals]
-    text = load_text(str(base), torch.float32).encode([""]).expand(2, -1, -1)
+    text = load_text(base).encode([""]).expand(2, -1, -1)
     with torch.no_grad():
         condition = Condition(text, z_lq, prompt(batch.lq))
         z = noises[0]

@@ -16,7 +16,6 @@ SMALL = {
         *("clip.text_width=8", "clip.text_layers=1", "clip.text_heads=2", "clip.held_out=4"),
     ],
     "prior": [
-        "prior.text=",
         "prior.widths=[16,16]",
         "prior.attention=[false,true]",
         "prior.heads=2",
@@ -42,7 +41,7 @@ def words(stage: str, photos: Path, runs: Path, *more: str) -> list[str]:
     inputs = {
         "autoencoder": [],
         "clip": [],
-        "prior": [f"init={runs}/autoencoder"],
+        "prior": [f"init={runs}/autoencoder", f"prior.text={runs}/clip"],
         "rclip": [f"model.base={runs}/prior", f"model.image_encoder={runs}/clip", "init="],
         "tala": [f"model.base={runs}/prior", f"init={runs}/rclip"],
         "nuts": [f"model.base={runs}/prior", "init="],

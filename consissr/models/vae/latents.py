@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import isqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +27,6 @@ class LinearPath(nn.Module):
         self.factor = factor
         self.analysis = nn.Conv2d(3 * factor**2, channels, 1, bias=False)
         self.synthesis = nn.Conv2d(channels, 3 * factor**2, 1, bias=False)
-
-    @torch.no_grad()
-    def fit(self, x: Tensor, whitening: float) -> None:
-        """Principal components of images `x` (B, 3, H, W), of unit mean variance; `whitening` 1 makes all variances 1.
-
-        Component i with variance v_i is scaled by v_i^(-whitening / 2).
-        """
-        blocks = F.pixel_unshuffle(x, self.factor).permute(0, 2, 3, 1).flatten(0, 2).double()  # (blocks, 3 f^2)
-        variance, axes = torch.linalg.eigh(blocks.T @ blocks / len(blocks))
-        count = self.analysis.out_channels
-        variance, axes = variance.flip(0)[:count], axes.flip(1)[:, :count]
-        gain = variance.pow(-whitening / 2)
-        gain = gain / (variance * gain**2).mean().sqrt()
-        self.analysis.weight.copy_((axes * gain).T[:, :, None, None])
-        self.synthesis.weight.copy_((axes / gain)[:, :, None, None])
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, H/f, W/f)."""
@@ -110,3 +95,12 @@ def decoder_names(latents: Latents) -> set[str]:
     """Names in `Latents` of what turns latents into images, and may be tuned."""
     parts = ("vae.decoder.", "vae.post_quant_conv.", "linear.synthesis.")
     return {n for n, _ in latents.named_parameters() if n.startswith(parts)}
+
+
+def empty_latents(settings: dict[str, Any]) -> Latents:
+    """An untrained autoencoder of the sizes in a `vae/config.json`."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_config({name: value for name, value in settings.items() if name != "linear_path"})
+    vae.register_to_config(linear_path=settings.get("linear_path", False))
+    return Latents(vae)
