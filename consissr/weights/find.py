@@ -242,7 +242,8 @@ def listing(tell: Callable[[Published], str] = lambda entry: here(entry)) -> lis
             "steps": entry.steps,
             "licence": entry.licence,
             "here": tell(entry),
-            "from": ", ".join(dict.fromkeys(source.place for source in entry.sources)) or entry.by_hand["page"],
+            "from": ", ".join(dict.fromkeys(source.place for source in entry.sources)) or "no hub",
+            "by hand": entry.by_hand_words(),
         }
         for entry in published().values()
     ]

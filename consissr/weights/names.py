@@ -47,13 +47,19 @@ class Published:
         """The places to try: first those in half precision where `half` will do, else those in full."""
         return sorted(self.sources, key=lambda source: source.half != half)
 
+    def by_hand_words(self) -> str:
+        """What to download in a browser, and where to put it."""
+        files, page = self.by_hand["files"], self.by_hand["page"]
+        return f"download {files} from {page} into {by_hand_folder(self.name)}"
+
     def how(self) -> str:
-        """What to do on a machine with a network, and what by hand."""
-        page, files = self.by_hand["page"], self.by_hand["files"]
+        """What to do for this model without the hub, or without a network."""
+        if not self.sources:
+            return self.by_hand_words()
+        size = f"about {self.gigabytes['full']:g} GB"
         return (
-            f"where there is a network run scripts/convert.py --prefetch {self.name} (about "
-            f"{self.gigabytes['full']:g} GB) and copy {cache_folder()}, or download {files} from {page} and put "
-            f"{'it' if '.' in files else 'them'} into {by_hand_folder(self.name)}"
+            f"where there is a network run scripts/convert.py --prefetch {self.name} ({size}) and copy "
+            f"{cache_folder()} and the hub's cache, or {self.by_hand_words()}"
         )
 
 
