@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Encoder
 from torch import Tensor
 
+from consissr.errors import UserError
 from consissr.models.denoiser import Condition, Denoiser
 from consissr.nano.config import run_config
 from consissr.weights.base import load_text
@@ -206,3 +208,19 @@ def test_the_sampler_restores_where_one_step_is_not_trained(base: Path) -> None:
         z_tmax = plain.noised(plain.clean(z_T, denoise(z_T, LAST), LAST), n_tmax, 666)
         x0 = plain.clean(z_tmax, denoise(z_tmax, 666), 666)
         plain.close(image, AutoencoderKL.from_pretrained(base / "vae").decode((x0 / SCALE).float()).sample)
+
+
+def test_a_t_max_out_of_range_is_named(base: Path) -> None:
+    for step in (-1, 1000):
+        with pytest.raises(UserError, match=rf"^nuts.t_max_step is {step}: use a timestep from 1 to 999, or 0$"):
+            built(base, f"nuts.t_max_step={step}")
+    for step in (1, 999):
+        built(base, f"nuts.t_max_step={step}")
+
+
+def test_the_result_holds_its_plan(base: Path, tmp_path: Path) -> None:
+    """Sampling then needs no knowledge of NUTS: (6, 2/3, 1/2) is 999, re-noised to 666, whose x0 is the result."""
+    stage, *_ = built(base)
+    stage.export(tmp_path)
+    sampler = yaml.safe_load((tmp_path / "config.yaml").read_text())["sampler"]
+    assert sampler["timesteps"] == [[999, 666, "renoise"], [666, -1, "x0"]]

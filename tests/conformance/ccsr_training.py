@@ -1,4 +1,4 @@
-"""CCSR's recorded training steps as released: stage 1 (NUTS) and stage 2 (decoder and discriminator)."""
+"""CCSR's recorded training steps as released, by the stages themselves: stage 1 (`Nuts`) and stage 2 (`Deft`)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,30 @@ from collections.abc import Iterator
 import torch
 from fixtures import GRADIENT, IMAGE, Check, Fixture, Lack, compare, lacking
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ccsr.deft import adversarial_weight, discriminator_hinge, generator_adversarial
+from ccsr.adversary import DinoAdversary
+from ccsr.deft import Deft
 from ccsr.discriminator import Augmentation, ProjectedDiscriminator, read_discriminator
-from ccsr.nuts import nuts_losses
+from ccsr.nuts import Nuts
 from ccsr.timesteps import nuts_plan
+from consissr.config.loading import load_config
+from consissr.config.training import TrainConfig
 from consissr.diffusion.sampler import recorded_draw, sample, start_latent
 from consissr.diffusion.schedule import Schedule
-from consissr.models.denoiser import Condition
+from consissr.models.denoiser import Condition, Denoiser
+from tests.training.plain import Recorded, only, start, watched
 
 STAGE_1, STAGE_2 = "stage1_outputs.safetensors", "stage2_outputs.safetensors"
 DISCRIMINATOR = "stage2_disc/discriminator.safetensors"
-T_MAX = 667
-"""The timestep of t_max that the release trains at."""
+AS_RELEASED = {
+    "nuts": ["nuts.posterior=sample", "nuts.t_max_step=667"],
+    "deft": [
+        *("nuts.posterior=sample", "nuts.t_max_step=667", "deft.reconstruction=l2", "deft.clamp=true"),
+        *("deft.perceptual=none", "deft.adaptive=false", "deft.adversarial_weight=0.05"),
+        *("deft.adversarial_start=100", "deft.discriminator=dino", "init=recorded"),
+    ],
+}
+"""The stages' settings as released. (The release trains at a t_max of 667 and samples at 499.)"""
 OURS = {"condition_conv_in": "controlnet_cond_embedding.0"}
 
 
@@ -40,39 +50,48 @@ def pixels(image: Tensor) -> Tensor:
     return image.float() / 255 * 2 - 1
 
 
+def run_config(fixture: Fixture, given: dict[str, Tensor], stage: str, *words: str) -> TrainConfig:
+    """The run's configuration on the fixture's model, whose empty prompt becomes the recorded one."""
+    config = load_config(TrainConfig, None, [f"stage={stage}", *AS_RELEASED[stage], *words])
+    config.model, config.sampler = fixture.model.config.model, fixture.model.config.sampler
+    fixture.model.prompts = {"": given["prompt_embeds"]}
+    return config
+
+
 @lacking
 def stage_1(fixture: Fixture, given: dict[str, Tensor]) -> Iterator[Check | Lack]:
-    """Both starts: losses and x0; gradients of the ControlNet where they are recorded."""
-    outputs, latents, schedule = fixture.tensors(STAGE_1), fixture.latents, Schedule(fixture.model.alpha_bar)
-    with torch.no_grad():
-        z_hq = latents.encode(pixels(given["hq_uint8"]), "sample", given["post_noise_hq"])
-        z_lq = latents.encode(pixels(given["lq_uint8"]), "sample", given["post_noise_lq"])
-    condition = Condition(given["prompt_embeds"], z_lq)
+    """Both starts: latents, estimates and losses; gradients of the ControlNet where they are recorded."""
+    outputs, schedule, _ = fixture.tensors(STAGE_1), Schedule(fixture.model.alpha_bar), fixture.latents
+    images, t = {name: pixels(given[f"{name}_uint8"]) for name in ("hq", "lq")}, given["timesteps"]
     noises = [given[f"noise{i}"] for i in (1, 2, 3)]
-    denoiser, controlnet = fixture.denoiser, fixture.model.controlnet.requires_grad_(True)
-
-    def denoise(z: Tensor, t: Tensor) -> Tensor:
-        return denoiser(z, t, condition)
-
-    for prefix, start in (("hqstart", "hq"), ("lrstart", "lq")):
-        controlnet.zero_grad(set_to_none=True)
-        compared: list[Tensor] = []
-
-        def error(value: Tensor, target: Tensor, compared: list[Tensor] = compared) -> Tensor:
-            compared.append(value.detach())
-            return F.mse_loss(value, target)
-
-        z_start = z_lq if start == "lq" else z_hq
-        found = nuts_losses(denoise, z_hq, z_start, given["timesteps"], noises, schedule, T_MAX, error=error)
-        loss = found["l_diff"] + found["l_T"] + found["l_tmax"]
-        named = {"cond": z_lq, "latents": z_hq, "x0_T": compared[1], "x0_tmax": compared[2]}
-        named |= {"loss_diff": found["l_diff"][None], "l_T": found["l_T"][None], "l_tmax": found["l_tmax"][None]}
-        for name, got in (named | {"loss": loss[None]}).items():
+    for prefix, first in (("hqstart", "hq"), ("lrstart", "lq")):
+        stage = Nuts(run_config(fixture, given, "nuts", f"nuts.start={first}"), fixture.model)
+        (phase,) = stage.phases
+        start(phase, stage.networks)
+        posterior = [given["post_noise_hq"], given["post_noise_lq"]]
+        batch = Recorded(**images, names=[], generators=[], normal=[*posterior, *noises], integer=[t])
+        with watched(whole=only(stage.networks, Denoiser), controlnet=fixture.model.controlnet) as seen:
+            with torch.no_grad():
+                stage.prepare(batch)
+            found = phase.loss(batch, 0)
+        found["loss"].backward()
+        yield from losses(outputs, prefix, found)
+        at_t, at_T, at_tmax = seen["whole"]
+        x0 = {"x0_T": at_T, "x0_tmax": at_tmax}
+        x0 = {name: schedule.x0_from_eps(call["z_t"], call["returned"], call["t"]) for name, call in x0.items()}
+        x0 |= {"latents": schedule.x0_from_eps(at_t["z_t"], noises[0], t)}
+        for name, got in x0.items():
             yield from compare(STAGE_1, outputs, f"{prefix}_{name}", got)
+        for call in seen["controlnet"]:
+            yield from compare(STAGE_1, outputs, f"{prefix}_cond", call["controlnet_cond"])
         if any(key.startswith(f"{prefix}_grad") for key in outputs):
-            loss.backward()
-            yield from gradients(STAGE_1, outputs, prefix, released_names(controlnet))
-    controlnet.requires_grad_(False)
+            yield from gradients(STAGE_1, outputs, prefix, released_names(fixture.model.controlnet))
+
+
+def losses(outputs: dict[str, Tensor], prefix: str, found: dict[str, Tensor]) -> Iterator[Check | Lack]:
+    """The parts of stage 1's loss, under the release's names."""
+    for theirs, ours in {"loss_diff": "l_diff", "l_T": "l_T", "l_tmax": "l_tmax", "loss": "loss"}.items():
+        yield from compare(STAGE_1, outputs, f"{prefix}_{theirs}", found[ours][None])
 
 
 def released_names(controlnet: nn.Module) -> dict[str, nn.Parameter]:
@@ -103,15 +122,32 @@ def gradients(
             yield Check(f"{file}:{key} (tiny)", norms[tiny], stored[tiny], limit, "absolute")
 
 
+class RecordedAdversary(DinoAdversary):
+    """The recorded discriminator, its condition, and the recorded views, in the order the release draws them."""
+
+    def __init__(self, fixture: Fixture, given: dict[str, Tensor]) -> None:
+        nn.Module.__init__(self)
+        self.discriminator = discriminator_of(fixture)
+        self.learned = self.discriminator.heads
+        self.condition = given["cls_lr"]
+        self.views = [(augmentation(given, number), None) for number in range(3)]
+
+    def prepare(self, batch: Recorded) -> None:
+        """What DINOv2 said of the low-quality images."""
+        batch.cache["summary"] = self.condition
+
+    def view(self, batch: Recorded) -> tuple[Augmentation, None]:
+        """The generator's, then the photograph's, then that of the image given to the discriminator."""
+        return self.views.pop(0)
+
+
 @lacking
 def stage_2(fixture: Fixture, given: dict[str, Tensor]) -> Iterator[Check | Lack]:
     """Every recorded variant of the step: one evaluation, two, and one before the adversarial loss begins."""
     outputs, hq = fixture.tensors(STAGE_2), pixels(given["hq_uint8"])
-    discriminator = discriminator_of(fixture).train()
-    decoder = fixture.latents.vae.decoder.requires_grad_(True)
     for prefix in sorted({key.removesuffix("_loss_l2") for key in outputs if key.endswith("_loss_l2")}):
-        yield from stage_2_step(fixture, given, outputs, prefix, hq)
-    decoder.requires_grad_(False)
+        yield from stage_2_step(fixture, given, outputs, prefix)
+    discriminator = discriminator_of(fixture)
     if any(key.startswith("eval_noaug_feat") for key in outputs):
         yield from judged(outputs, discriminator.eval(), hq, given["cls_lr"])
     if "augment0_of_hq" in outputs:
@@ -122,57 +158,58 @@ def stage_2(fixture: Fixture, given: dict[str, Tensor]) -> Iterator[Check | Lack
 
 @lacking
 def stage_2_step(
-    fixture: Fixture, given: dict[str, Tensor], outputs: dict[str, Tensor], prefix: str, hq: Tensor
+    fixture: Fixture, given: dict[str, Tensor], outputs: dict[str, Tensor], prefix: str
 ) -> Iterator[Check | Lack]:
     """One decoder step, then one discriminator step."""
-    latents, discriminator = fixture.latents, discriminator_of(fixture).train()
-    z, c = stage_2_latent(fixture, given, prefix), given["cls_lr"]
-    decoder = latents.vae.decoder
-    decoder.zero_grad(set_to_none=True)
-    image = latents.decode(z).clamp(-1, 1)
-    discriminator.requires_grad_(False)
-    fake, _ = discriminator(image, c, augmentation(given, 0))
-    pixel, adversarial = F.mse_loss(image, hq), generator_adversarial(fake)
-    loss = pixel + adversarial_weight(100 if prefix.endswith("warm") else 101) * adversarial
-    loss.backward()
-    yield from compare(STAGE_2, outputs, f"{prefix}_latents_in", z)
+    latents = fixture.latents
+    stage = Deft(run_config(fixture, given, "deft"), fixture.model, RecordedAdversary(fixture, given).train())
+    of_decoder, of_judge = stage.phases
+    normal = [torch.zeros_like(given["post_noise_lq"]), given["post_noise_lq"], given["noise_T"]]
+    images = {name: pixels(given[f"{name}_uint8"]) for name in ("hq", "lq")}
+    batch = Recorded(**images, names=[], generators=[], normal=normal)
+    with torch.no_grad():
+        stage.prepare(batch)
+    if not prefix.startswith("S1"):  # the release may decode the sampler's result; our stage trains on x0_from_T
+        batch.cache["x0_T"] = sampled(fixture, given)
+    step = 100 if prefix.endswith("warm") else 101
+    start(of_decoder, stage.networks)
+    with watched(convolution=latents.vae.post_quant_conv, judge=stage.adversary) as seen:
+        decoder = of_decoder.loss(batch, step)
+        decoder["loss"].backward()
+        for name, got in {"loss_l2": decoder["pixel"], "gan_loss": decoder["adversarial"]}.items():
+            yield from compare(STAGE_2, outputs, f"{prefix}_{name}", got[None])
+        yield from compare(STAGE_2, outputs, f"{prefix}_loss", decoder["loss"][None])
+        names = {f"decoder.{name}": p for name, p in latents.vae.decoder.named_parameters()}
+        yield from gradients(STAGE_2, outputs, prefix, names)
+        start(of_judge, stage.networks)
+        judge = of_judge.loss(batch, step)
+        judge["loss"].backward()
+    yield from compare(STAGE_2, outputs, f"{prefix}_latents_in", seen["convolution"][0]["input"] * latents.scale)
+    image = seen["judge"][0]["x"]
     if (key := f"{prefix}_image_sub8") in outputs:
         factor = image.shape[2] // outputs[key].shape[2]
         yield Check(f"{STAGE_2}:{key}", image[..., ::factor, ::factor], outputs[key], IMAGE, "absolute")
     else:
         yield Lack(f"{STAGE_2}:{key}")
-    for name, got in {"loss_l2": pixel, "gan_loss": adversarial, "loss": loss}.items():
-        yield from compare(STAGE_2, outputs, f"{prefix}_{name}", got[None])
-    yield from compare(STAGE_2, outputs, f"{prefix}_logits_fake_G", fake)
-    yield from gradients(STAGE_2, outputs, prefix, {f"decoder.{n}": p for n, p in decoder.named_parameters()})
-
-    discriminator.heads.requires_grad_(True)
-    real, _ = discriminator(hq, c, augmentation(given, 1))
-    fake, _ = discriminator(image.detach(), c, augmentation(given, 2))
-    losses = discriminator_hinge(real, fake)
-    losses["loss"].backward()
-    yield from compare(STAGE_2, outputs, f"{prefix}_logits_real", real)
-    yield from compare(STAGE_2, outputs, f"{prefix}_logits_fake_D", fake)
-    weighted = {"loss_disc": losses["loss"]} | {name: 0.5 * losses[name] for name in ("loss_real", "loss_fake")}
+    for name, call in zip(("fake_G", "real", "fake_D"), seen["judge"], strict=True):
+        yield from compare(STAGE_2, outputs, f"{prefix}_logits_{name}", call["returned"][0])
+    weighted = {"loss_disc": judge["loss"]} | {name: 0.5 * judge[name] for name in ("loss_real", "loss_fake")}
     for name, got in weighted.items():
         yield from compare(STAGE_2, outputs, f"{prefix}_{name}", got[None])
-    norm = torch.stack([p.grad.norm() for p in discriminator.heads.parameters()]).norm()
+    norm = torch.stack([p.grad.norm() for p in of_judge.parameters.values()]).norm()
     key = f"{prefix}_disc_grad_total_norm"
     yield Check(f"{STAGE_2}:{key}", norm[None], outputs[key], GRADIENT)
 
 
 @torch.no_grad()
-def stage_2_latent(fixture: Fixture, given: dict[str, Tensor], prefix: str) -> Tensor:
-    """What the decoder is given: x0 of the last evaluation, started from the low-quality latent."""
+def sampled(fixture: Fixture, given: dict[str, Tensor]) -> Tensor:
+    """x0 of the last of two evaluations, started from the low-quality latent."""
     schedule = Schedule(fixture.model.alpha_bar)
     z_lq = fixture.latents.encode(pixels(given["lq_uint8"]), "sample", given["post_noise_lq"])
     condition = Condition(given["prompt_embeds"], z_lq)
-    plan = nuts_plan(1, 2 / 3, 0.0, "leading") if prefix.startswith("S1") else nuts_plan(6, 0.6667, 0.5, "leading")
-    steps = {f"step[{i + 1}]": noise for i, noise in enumerate(given["step_noise"])}
-    draw = recorded_draw({"init": given["noise_T"], "tmax": given["noise_tmax"]} | steps)
-    start = start_latent("lq", z_lq, schedule, draw)
-    denoiser = fixture.denoiser
-    return sample(lambda z, t: denoiser(z, t, condition), plan, start, schedule, draw)
+    draw = recorded_draw({"init": given["noise_T"], "tmax": given["noise_tmax"]})
+    denoiser, begin = fixture.denoiser, start_latent("lq", z_lq, schedule, draw)
+    return sample(lambda z, t: denoiser(z, t, condition), nuts_plan(6, 2 / 3, 0.5, "leading"), begin, schedule, draw)
 
 
 def judged(

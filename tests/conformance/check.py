@@ -1,8 +1,9 @@
-"""Compare this project with the authors' code: python tests/conformance/check.py DIR...
+"""Compare this project with recorded results: python tests/conformance/check.py DIR...
 
-Each DIR holds weights, inputs and recorded results (what is in it is found out, not assumed). Prints one line per
-quantity: name, largest absolute error, relative L2 error, tolerance, pass or FAIL; then what the folder lacks, and
-recorded quantities that nothing here checks. Exit status 1 if any quantity fails or a folder holds none.
+Each DIR (or .tar.xz of one) holds weights, inputs and recorded results; what is in it is found out, not assumed. Prints
+one line per quantity: name, largest absolute error, relative L2 error, tolerance, pass or FAIL; then what the folder
+lacks, and recorded quantities that nothing here checks. The last line counts, and names the files that are lacking.
+Exit status 1 if any quantity fails, if a folder holds none, or if it holds none of a kind that its inputs promise.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tarfile
+import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
@@ -58,6 +61,28 @@ RECORDED = (
 )
 """Files of recorded results."""
 
+PROMISES = {
+    "networks of CCSR": (r"networks\.safetensors:x", r"networks\.safetensors:t\d+_"),
+    "samplings of CCSR": (r"inputs\.safetensors:init_noise", r"run_(?!tile).*:final_latent"),
+    "tiled samplings of CCSR": (r"tile_inputs\.safetensors:init_noise", r"run_tile.*:final_latent"),
+    "steps of CCSR's stage 1": (r"stage1_inputs\.safetensors:noise1", r"stage1_outputs\.safetensors:.*_loss"),
+    "steps of CCSR's stage 2": (r"stage2_inputs\.safetensors:noise_T", r"stage2_outputs\.safetensors:.*_loss"),
+    "stability": (r"stability_inputs\.npz:.*", r"stability_outputs\.json:"),
+    "colour transfer on 8 bits": (r"color_fix\.npz:target", r"color_fix\.npz:"),
+    "texts of ConsisSR": (r"inputs\.safetensors:tokens_.*", r"outputs\.safetensors:text_"),
+    "networks of ConsisSR": (r"inputs\.safetensors:x_t\d+", r"outputs\.safetensors:eps_"),
+    "samplings of ConsisSR": (r"inputs\.safetensors:x_T", r"outputs\.safetensors:final_latent"),
+    "latent augmentation": (r"inputs\.safetensors:tala_hq", r"outputs\.safetensors:tala_"),
+    "steps of ConsisSR's stage 2": (r"train_inputs\.safetensors:eps", r"train_outputs\.safetensors:loss"),
+    "gradients of ConsisSR's stage 2": (r"train_inputs\.safetensors:eps", r"train_step\.json:\|grad "),
+    "steps of RCLIP": (r"rclip_distill\.safetensors:hq", r"rclip_distill\.safetensors:loss"),
+    "colour transfer": (r"colorfix\.npz:content", r"colorfix\.npz:"),
+    "image operations": (r"image_ops\.npz:(cc_)?src", r"image_ops\.npz:"),
+    "degradation": (r"degradation_seeded\.npz:gt_uint8", r"degradation_seeded\.npz:"),
+    "tiled decoding": (r"tiled_vae\.safetensors:.*latent.*", r"tiled_vae\.safetensors:"),
+}
+"""By kind: inputs that promise it, and the quantities of which one at least must then have been compared."""
+
 GIVEN = re.compile(
     r"networks\.safetensors:(x|cond_latent)|rclip_distill\.safetensors:(hq|lq|student\..*|teacher\..*)"
     r"|tiled_vae\.safetensors:.*latent.*|.*_inputs\.npz:.*|colorfix\.npz:(content|style)|color_fix\.npz:(target|source)"
@@ -74,7 +99,16 @@ def line(check: Check) -> str:
 
 
 def run(folder: str, write: Callable[[str], None] = print) -> tuple[int, int]:
-    """Check one folder; (quantities compared, quantities failed)."""
+    """Check one folder, or an archive of one; (quantities compared, quantities or promised kinds failed)."""
+    if not Path(folder).is_file():
+        return run_folder(Path(folder), write)
+    with tempfile.TemporaryDirectory() as unpacked, tarfile.open(folder) as archive:
+        archive.extractall(unpacked, filter="data")
+        return run_folder(next(Path(unpacked).iterdir()), write)
+
+
+def run_folder(folder: Path, write: Callable[[str], None]) -> tuple[int, int]:
+    """Check one folder."""
     fixture = Fixture(folder)
     write(f"# {folder} ({', '.join(sorted(fixture.kinds)) or 'of no known kind'})")
     compared, failed, seen = 0, 0, set()
@@ -97,24 +131,41 @@ def run(folder: str, write: Callable[[str], None] = print) -> tuple[int, int]:
     rest = unchecked(fixture, seen)
     for name in rest:
         write(f"unchecked {name}")
-    write(f"# {compared} compared, {failed} failed, {len(lacks)} lacking, {len(rest)} unchecked")
-    return compared, failed
+    broken = broken_promises(fixture, seen)
+    for kind in broken:
+        write(f"{kind}: none compared, though the inputs are there FAIL")
+    absent = dict.fromkeys([*broken, *(name.split(":")[0] for name in lacks)])
+    counts = f"# {compared} compared, {failed + len(broken)} failed, {len(lacks)} lacking, {len(rest)} unchecked"
+    write(f"{counts}; lacking: {', '.join(absent)}" if absent else counts)
+    return compared, failed + len(broken)
+
+
+def broken_promises(fixture: Fixture, seen: set[str]) -> list[str]:
+    """Kinds of quantities that the folder's inputs promise and of which none was compared."""
+    names = stored_names(fixture, [*RECORDED, "*inputs.safetensors", "*inputs.npz"])
+    promised = {kind for kind, (given, _) in PROMISES.items() if any(re.fullmatch(given, name) for name in names)}
+    return [kind for kind in PROMISES if kind in promised and not any(re.match(PROMISES[kind][1], n) for n in seen)]
+
+
+def stored_names(fixture: Fixture, patterns: Iterable[str]) -> list[str]:
+    """ "file:key" of everything in the folder's files of these patterns."""
+    files = sorted({path for pattern in patterns for path in fixture.folder.glob(pattern)})
+    readers = {".npz": fixture.arrays, ".json": fixture.json, ".safetensors": fixture.tensors}
+    return [f"{path.name}:{key}" for path in files for key in readers[path.suffix](path.name)]
 
 
 def unchecked(fixture: Fixture, seen: set[str]) -> list[str]:
     """Recorded results that no check has compared."""
-    files = sorted({path for pattern in RECORDED for path in fixture.folder.glob(pattern)})
-    readers = {".npz": fixture.arrays, ".json": fixture.json, ".safetensors": fixture.tensors}
-    names = [f"{path.name}:{key}" for path in files for key in readers[path.suffix](path.name)]
+    names = stored_names(fixture, RECORDED)
     known = seen | {name.split(" ")[0] for name in seen}  # one key may hold several quantities: "file:key part"
     return [name for name in names if name not in known and not GIVEN.fullmatch(name)]
 
 
 def main(folders: list[str]) -> int:
     """Check every folder; the exit status."""
-    bad = [folder for folder in folders if not Path(folder).is_dir()]
+    bad = [folder for folder in folders if not Path(folder).exists()]
     if bad or not folders:
-        print(f"not a folder: {', '.join(bad)}" if bad else "usage: check.py DIR...", file=sys.stderr)
+        print(f"no such folder: {', '.join(bad)}" if bad else "usage: check.py DIR...", file=sys.stderr)
         return 2
     results = [run(folder) for folder in folders]
     return int(any(failed or not compared for compared, failed in results))

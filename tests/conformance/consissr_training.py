@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from consissr.config.tala import TalaConfig
 from consissr.config.training import TrainConfig
+from consissr.models.denoiser import Denoiser
 from consissr.models.image_prompt import build_tower, tower_features
 from consissr.training.rclip import Rclip
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala
 from consissr.weights import from_ldm, ldm, released
+from tests.training.plain import Recorded, only, start, watched
 
 NOISES = ("posterior_noise_hq", "posterior_noise_lq", "eps")
 """Recorded noise, in the order the stage draws it."""
@@ -32,28 +34,6 @@ def cases(fixture: Fixture) -> Iterator[Check | Lack]:
         yield from stage_2(fixture)
 
 
-class Recorded(Batch):
-    """A batch whose draws are the recorded ones, in the stage's order."""
-
-    def randn(self, *shape: int) -> Tensor:
-        """Posterior noise of HQ, then of LQ, then the noise of the step."""
-        return self.cache[next(name for name in NOISES if self.used(name))]
-
-    def used(self, name: str) -> bool:
-        """Marks a tensor as drawn; False if it was before."""
-        first = name not in self.names
-        self.names.append(name)
-        return first
-
-    def rand(self) -> Tensor:
-        """TALA's draw, one for the batch."""
-        return self.cache["r"]
-
-    def randint(self, high: int) -> Tensor:
-        """Timesteps."""
-        return self.cache["t"]
-
-
 def tala_stage(fixture: Fixture) -> Tala:
     """The stage on the fixture's weights, with the release's settings."""
     model = fixture.model
@@ -65,42 +45,37 @@ def tala_stage(fixture: Fixture) -> Tala:
         ),
     )
     model.prompts = {"": model.text.encode([""])}
-    return started(Tala(config, model))
-
-
-def started(stage: Tala | Rclip) -> Tala | Rclip:
-    """Gradients on for what the stage trains, off elsewhere, as the training loop sets them."""
-    trained = {id(p) for p in stage.phases[0].parameters.values()}
-    for parameter in stage.networks.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-    return stage
+    return Tala(config, model)
 
 
 def recorded(inputs: Stored) -> Recorded:
     """The recorded batch; Missing if it lacks an image or a draw."""
     images = {name: to_image(inputs[f"{name}_u8"]) for name in ("hq", "lq")}
-    return Recorded(**images, names=[], generators=[], cache={name: inputs[name] for name in (*NOISES, "r", "t")})
+    draws = {"normal": [inputs[name] for name in NOISES], "uniform": [inputs["r"]], "integer": [inputs["t"]]}
+    return Recorded(**images, names=[], generators=[], **draws)
 
 
 @lacking
 def stage_2(fixture: Fixture) -> Iterator[Check | Lack]:
-    """Inputs, prediction, loss and gradients."""
+    """What the stage's networks are given and give, its loss and gradients."""
     inputs, outputs = fixture.tensors("train_inputs.safetensors"), fixture.tensors(OUTPUTS)
     batch, stage = recorded(inputs), tala_stage(fixture)
-    with torch.no_grad():
-        stage.prepare(batch)
-    seen: dict[str, Tensor] = {}
-
-    def error(eps_hat: Tensor, target: Tensor, t: Tensor) -> Tensor:
-        seen.update(eps_pred=eps_hat, target=target)
-        return Tala.error(stage, eps_hat, target, t)
-
-    stage.error = error
-    stage.denoiser.register_forward_pre_hook(lambda module, given: seen.update(x_t=given[0]))
-    condition, loss = stage.condition(batch), stage.loss(batch, 0)["loss"]
+    (phase,) = stage.phases
+    start(phase, stage.networks)
+    with watched(whole=only(stage.networks, Denoiser), unet=fixture.unet, controlnet=fixture.model.controlnet) as seen:
+        with torch.no_grad():
+            stage.prepare(batch)
+        loss = phase.loss(batch, 0)["loss"]
+    (call,) = seen["unet"]
+    (whole,) = seen["whole"]
+    whole["returned"].retain_grad()
     loss.backward()
-    context = torch.cat([condition.image, condition.text], dim=1)
-    for name, got in ({"hint": condition.hint, "context": context, "loss": loss[None]} | seen).items():
+    eps = whole["returned"]
+    context = torch.cat([call["cross_attention_kwargs"]["image"], call["encoder_hidden_states"]], dim=1)
+    found = {"hint": seen["controlnet"][0]["controlnet_cond"], "context": context, "x_t": call["sample"]}
+    # the loss is a mean of squares: its gradient 2 (eps - target) / N tells what was asked for
+    found |= {"eps_pred": eps, "target": eps - eps.grad * eps.numel() / 2, "loss": loss[None]}
+    for name, got in found.items():
         yield from compare(OUTPUTS, outputs, name, got, NETWORK)
     parameters = dict(by_released_name(fixture))
     for key in outputs:
@@ -119,11 +94,12 @@ def rclip(fixture: Fixture) -> Iterator[Check | Lack]:
         towers[role] = build_tower(clip["embed_dim"], dict(clip["vision_cfg"])).eval()
         prefix = f"{role}."
         towers[role].load_state_dict({k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
-    stage = started(Rclip(TrainConfig(stage="rclip"), **towers))
+    stage = Rclip(TrainConfig(stage="rclip"), **towers)
+    start(stage.phases[0], stage.networks)
     with torch.no_grad():
         stage.prepare(batch)
         student = tower_features(stage.student, batch.lq)[0]
-    loss = stage.loss(batch, 0)["loss"]
+    loss = stage.phases[0].loss(batch, 0)["loss"]
     loss.backward()
     for name, got in (("feat_hq", batch.cache["pooled"]), ("feat_lq", student), ("loss", loss[None])):
         yield from compare(RCLIP, stored, name, got)

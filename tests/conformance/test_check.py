@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -106,64 +108,73 @@ def test_what_nothing_checks_is_listed_and_counted(tmp_path):
         "unchecked image_ops.npz:mystery",
         "unchecked schedule50.json:other50",
     ]
-    assert lines[-1].endswith(", 2 unchecked")
+    assert ", 2 unchecked; lacking: " in lines[-1]
 
 
 @pytest.fixture
-def small(shared, tmp_path):
-    """A part of CCSR's fixture that takes seconds: networks, a run of one step, tables."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    names = ("unet", "vae", "controlnet", "networks.safetensors", "inputs.safetensors", "run_S1_g1.safetensors")
-    tables = ("geometry.json", "geometry.npz", "stability_inputs.npz", "stability_outputs.json", "color_fix.npz")
-    for name in (*names, *tables):
-        (folder / name).symlink_to(shared / "conformance" / "ccsr_A" / name)
-    return folder
+def small(tmp_path):
+    """CCSR's small folder, without what takes longest."""
+    with tarfile.open(Path(__file__).parent / "small" / "ccsr.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    for name in ("run_S3_g1", "run_S2_g45", "run_S2_noise_g1", "run_V1_noNUTS_g1", "run_tile_S2_g45", "tile_inputs"):
+        (tmp_path / "ccsr" / f"{name}.safetensors").unlink()
+    for name in ("stage1_inputs", "stage1_outputs", "stage2_inputs", "stage2_outputs"):
+        (tmp_path / "ccsr" / f"{name}.safetensors").unlink()
+    return tmp_path / "ccsr"
 
 
 @pytest.mark.parametrize(
-    ("absent", "seen", "unseen"),
+    ("absent", "seen", "broken"),
     [
         (
             {"inputs.safetensors": "", "geometry.json": "", "stability_outputs.json": ""},
-            ["run_S1_g1.safetensors:decoded_raw", "color_fix.npz:adain"],
-            ["networks.safetensors:t999_eps", "geometry.npz:"],
+            ["color_fix.npz:adain"],
+            ["networks of CCSR", "stability"],
         ),
-        ({"vae": "vae/", "unet": "unet/"}, ["networks.safetensors:t999_down0"], ["networks.safetensors:t999_eps"]),
-        ({"controlnet": "controlnet/config.json"}, ["stability_outputs.json:L_STD_nocrop"], ["networks.safetensors:t"]),
+        ({"vae": "vae/", "unet": "unet/"}, ["networks.safetensors:t999_down0"], ["samplings of CCSR"]),
+        (
+            {"controlnet": "controlnet/config.json"},
+            ["stability_outputs.json:L_STD_nocrop"],
+            ["networks of CCSR", "samplings of CCSR"],
+        ),
+        ({"run_S1_g1.safetensors": "run_*.safetensors"}, ["networks.safetensors:t999_eps"], ["samplings of CCSR"]),
     ],
-    ids=["inputs", "vae", "controlnet"],
+    ids=["inputs", "vae", "controlnet", "runs"],
 )
-def test_what_is_absent_is_named_and_the_rest_is_compared(small, absent, seen, unseen):
+def test_what_is_absent_is_named_and_a_promise_that_is_not_kept_fails(small, absent, seen, broken):
+    """The rest is compared; of what the inputs are there for, something must be."""
     for name in absent:
-        (small / name).unlink()
+        shutil.rmtree(small / name) if (small / name).is_dir() else (small / name).unlink()
     lines: list[str] = []
     compared, failed = check.run(str(small), lines.append)
-    assert compared and not failed, [line for line in lines if line.endswith("FAIL")]
+    assert compared and failed == len(broken), [line for line in lines if line.endswith("FAIL")]
     assert {f"lacks    {said or name}" for name, said in absent.items()} <= set(lines)
     passed = [line for line in lines if line.endswith("pass")]
     assert all(any(line.startswith(name) for line in passed) for name in seen)
-    assert not any(line.startswith(name) for line in passed for name in unseen)
+    assert [line.split(":")[0] for line in lines if line.endswith("the inputs are there FAIL")] == broken
+    assert all(name in lines[-1] for name in [*broken, *(said or name for name, said in absent.items())])
 
 
-def test_a_change_of_one_weight_fails_and_missing_files_are_named(shared, tmp_path):
-    """Rows of a copied fixture: one weight off by a tenth of a percent must be seen."""
-    source = shared / "conformance" / "ccsr_A"
-    for part in ("unet", "controlnet", "vae"):
-        (tmp_path / part).mkdir()
-        for file in (source / part).iterdir():
-            (tmp_path / part / file.name).write_bytes(file.read_bytes())
-    for name in ("networks.safetensors", "inputs.safetensors"):
-        (tmp_path / name).write_bytes((source / name).read_bytes())
+def test_a_folder_without_its_results_fails(small):
+    """Tables alone, which need no networks, do not make up for them."""
+    for name in ("networks.safetensors", "run_S1_g1.safetensors", "stability_outputs.json"):
+        (small / name).unlink()
     lines: list[str] = []
-    assert check.run(str(tmp_path), lines.append)[1] == 0
-    assert "lacks    run_*.safetensors" in lines
-    weights = tmp_path / "controlnet" / "diffusion_pytorch_model.safetensors"
+    compared, failed = check.run(str(small), lines.append)
+    assert compared and failed == 2  # of what networks.safetensors is for it holds the inputs, too
+    assert "samplings of CCSR, stability, " in lines[-1]
+
+
+def test_a_change_of_one_weight_fails(small):
+    """Off by a tenth of a percent."""
+    lines: list[str] = []
+    assert check.run(str(small), lines.append)[1] == 0, lines
+    weights = small / "controlnet" / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
-    state["condition_conv_in.weight"] *= 1.001
+    state["condition_conv_in.weight"] = state["condition_conv_in.weight"].float() * 1.001
     save_file(state, weights)
     lines.clear()
-    compared, failed = check.run(str(tmp_path), lines.append)
+    compared, failed = check.run(str(small), lines.append)
     assert 0 < failed < compared
     assert any(re.search(r"t999_down0 .* FAIL$", line) for line in lines)
     assert all("nocontrol" not in line for line in lines if line.endswith("FAIL"))

@@ -193,9 +193,10 @@ def drawn_kernels(stage, batch: int, seed: int) -> torch.Tensor:
 @needs_basicsr
 @pytest.mark.parametrize("name", ["ccsr", "consissr"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_pipeline_is_basicsr_on_the_same_draws(name, batch):
-    """One seed in twelve may differ: a level on the edge of rounding makes torch.poisson reject once more or less, and
-    all its counts after that are others (which seed that is depends on the processor)."""
+def test_pipeline_is_basicsr_on_the_same_draws(name, batch, monkeypatch):
+    """But for Poisson's counts, here their mean's nearest: a level on the edge of rounding makes torch.poisson reject
+    once more or less, and all its counts after that are others. (In which seeds depends on processor and release.)"""
+    monkeypatch.setattr(torch, "poisson", lambda rate, generator=None: rate.round())
     config, apart = preset(name), []
     for seed in range(12):
         x = picture(batch, 96, 96, seed)
@@ -207,7 +208,7 @@ def test_pipeline_is_basicsr_on_the_same_draws(name, batch):
         difference = ((result.clamp(0, 1) - expected) * 255).abs()
         if difference.max() > 12 or (difference > 0.51).float().mean() > 0.02:
             apart.append(seed)
-    assert len(apart) <= 1, apart
+    assert not apart
 
 
 def test_result_depends_on_pixels_and_seed_alone():

@@ -58,8 +58,9 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class Recorded(Batch):
-    """A batch that notes what is drawn from it; `uniform` and `integer` are given out before anything is drawn."""
+    """A batch that notes what is drawn from it; `normal`, `uniform` and `integer` are given out before it draws."""
 
+    normal: list[Tensor] = field(default_factory=list)
     uniform: list[Tensor] = field(default_factory=list)
     integer: list[Tensor] = field(default_factory=list)
     normals: list[Tensor] = field(default_factory=list)
@@ -67,7 +68,7 @@ class Recorded(Batch):
     """The upper limits of the integers that were asked for."""
 
     def randn(self, *shape: int) -> Tensor:
-        self.normals.append(super().randn(*shape))
+        self.normals.append(self.normal.pop(0) if self.normal else super().randn(*shape))
         return self.normals[-1]
 
     def rand(self) -> Tensor:
@@ -120,16 +121,16 @@ def only(networks: nn.Module, kind: type) -> nn.Module:
 
 @contextmanager
 def watched(**modules: nn.Module) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """The arguments, by parameter name, of every call of each of `modules` while the context is open."""
+    """Every call of `modules` while the context is open: arguments by parameter name, and what it `returned`."""
     calls: dict[str, list[dict[str, Any]]] = {name: [] for name in modules}
 
     def watch(name: str, module: nn.Module) -> Callable[[], None]:
         signature = inspect.signature(type(module).forward)
 
-        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            calls[name].append(dict(signature.bind(module, *args, **kwargs).arguments))
+        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], returned: Any) -> None:
+            calls[name].append(dict(signature.bind(module, *args, **kwargs).arguments) | {"returned": returned})
 
-        return module.register_forward_pre_hook(note, with_kwargs=True).remove
+        return module.register_forward_hook(note, with_kwargs=True).remove
 
     stops = [watch(name, module) for name, module in modules.items()]
     try:

@@ -47,7 +47,7 @@ class Toy:
     def __init__(self, config: TrainConfig) -> None:
         self.maker, self.judge, self.frozen = nn.Linear(3, 3), nn.Linear(3, 1), nn.Linear(3, 3)
         self.networks = nn.ModuleDict({"maker": self.maker, "judge": self.judge, "frozen": self.frozen})
-        self.hot: list[nn.Module] = []
+        self.compile_modules: list[nn.Module] = []
         self.buffers: dict[str, Tensor] = {}
         phases = (("maker", self.maker, self.first, config.optimizer),)
         phases += (("judge", self.judge, self.second, config.deft.optimizer),)

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor
 
+from consissr.errors import UserError
 from consissr.models.denoiser import Condition, Denoiser
 from consissr.models.image_prompt import ImagePrompt
 from consissr.nano.config import run_config
@@ -173,3 +174,29 @@ def test_restoring_is_spaced_ddpm(base: Path) -> None:
         wanted = AutoencoderKL.from_pretrained(base / "vae").decode((z / 0.18215).float()).sample
     assert len(noises) == 3 and len(given["decoder"]) == 1
     plain.close(image, wanted)
+
+
+def test_a_plan_that_is_not_trained_is_refused(base: Path) -> None:
+    with pytest.raises(UserError, match=r"^stage 'tala' trains for sampler.plan=ddpm .*, not nuts$"):
+        built(base, "sampler.plan=nuts")
+    stage, *_ = built(base, "sampler.plan=nuts", "sampler.timesteps=[[999,666,step],[666,-1,x0]]")
+    assert [tuple(step) for step in stage.plan] == [(999, 666, "step"), (666, -1, "x0")]
+
+
+def test_as_released_no_gradient_passes_the_encoder(base: Path) -> None:
+    """The UNet's encoder and middle, and the ControlNet's way through them, learn nothing; the decoder does."""
+    stage, _, _, phase = built(base, "tala.encoder_gradients=false")
+    unet = plain.only(stage.networks, UNet2DConditionModel)
+    cut = {
+        id(p)
+        for part in (unet.time_embedding, unet.conv_in, unet.down_blocks, unet.mid_block)
+        for p in part.parameters()
+    }
+    assert not cut & {id(p) for p in phase.parameters.values()}
+    batch = plain.recorded(2)
+    with torch.no_grad():
+        stage.prepare(batch)
+    unet.requires_grad_(True)
+    phase.loss(batch, 0)["loss"].backward()
+    for name, parameter in unet.named_parameters():
+        assert (parameter.grad is None) == (id(parameter) in cut), name

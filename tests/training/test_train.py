@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from consissr.config.optimizer import OptimizerConfig
 from consissr.config.training import TrainConfig
 from consissr.nano.autoencoder import MEASURED
 from consissr.nano.config import run_config
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.checks import accumulation
 from consissr.training.loop import Loop
-from consissr.training.optimisers import learning_rate
 from consissr.training.stage import held_out, photographs
 from consissr.training.validation import VALIDATION_SEED
 from consissr.weights.latents import load_latents
@@ -188,15 +186,6 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, step, {"step": step}, limit=2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
-
-
-def test_learning_rate_counts_optimiser_steps() -> None:
-    c = OptimizerConfig(lr=1.0, warmup=10, decay="cosine", final=0.01)
-    assert learning_rate(c, 0, 110) == pytest.approx(0.01)
-    assert learning_rate(c, 10, 110) == pytest.approx(1.0)
-    assert learning_rate(c, 60, 110) == pytest.approx(0.505)
-    assert learning_rate(c, 110, 110) == pytest.approx(0.01)
-    assert learning_rate(OptimizerConfig(lr=2.0), 12345, 20000) == 2.0
 
 
 def test_accumulation_follows_from_the_global_batch() -> None:
