@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from consissr.training.report import read_log
@@ -52,3 +53,17 @@ def test_tensorboard_shows_every_step_once(photos: Path, tmp_path: Path) -> None
         assert [step for step, _ in shown[tag]] == [1, 2, 3]
         told = [line[tag] for line in log]
         assert all(abs(a - b) <= 1e-6 * abs(b) for (_, a), b in zip(shown[tag], told, strict=True))
+
+
+def test_wandb_goes_on_with_its_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: pictures and the config are in the run's folder, and a resumed run has the name of the first."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    more = (f"data.validation={photos}", "data.validation_count=2", "validate_every=1", "tracker=wandb")
+    arguments = words("autoencoder", photos, tmp_path, *more)
+    assert main(arguments) == 0
+    assert main(["--resume", "latest", *arguments, "steps=3"]) == 0
+    runs = sorted((tmp_path / "autoencoder/wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and len({run.name.rsplit("-", 1)[1] for run in runs}) == 1
+    assert [len(list(run.rglob("validation_*.png"))) for run in runs] == [2, 1]
