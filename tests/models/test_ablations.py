@@ -66,12 +66,13 @@ def test_the_separate_layer_attends_to_the_image_alone(make_unet, kv, tokens, ki
 
 
 @pytest.mark.parametrize("prompt", ["hpa", "hpa_separate"])
+@pytest.mark.parametrize(("tokens", "kind"), [(1, "pooled"), (5, "patches")])
 @torch.no_grad()
-def test_a_block_is_its_layers_in_the_papers_order(make_unet, prompt):
+def test_a_block_is_its_layers_in_the_papers_order(make_unet, prompt, tokens, kind):
     """Self-attention, transposed attention, cross-attention, feed-forward; each behind a norm and added (Fig. 5)."""
-    config = {"image_tokens": "patches", "position_embedding": 12, "transposed_attention": True}
+    config = {"image_tokens": kind, "position_embedding": 12, "transposed_attention": True}
     block = block_of(make_unet(), image_prompt=prompt, **config)
-    x, text, image = draw(*X), draw(*TEXT), draw(2, 5, 24)
+    x, text, image = draw(*X), draw(*TEXT), draw(2, tokens, 24)
     read = {"image": image, "size": (12, 10)}  # halved twice: 3 x 3 positions
     got = block(x, encoder_hidden_states=text, cross_attention_kwargs=read)
     want = x + block.attn1(block.norm1(x), (3, 3))

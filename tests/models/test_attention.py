@@ -153,6 +153,16 @@ def test_self_attention_adds_positions_to_queries_and_keys_only(make_unet):
 
 
 @torch.no_grad()
+def test_exact_positions_in_a_rounded_layer(make_unet):
+    """Training keeps what it trains in float32 and what is frozen in bfloat16."""
+    unet = make_unet().to(torch.bfloat16)
+    replace_blocks(unet, ModelConfig(position_embedding=16))
+    layer = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    layer.position_emb.data = draw(256, 16)
+    assert layer(draw(1, 256, 32).bfloat16(), (16, 16)).dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_transposed_attention_is_its_formula_on_a_map_that_is_not_square():
     layer = attention.TransposedAttention(12, 3, torch.zeros(1))
     layer.to_out[0].weight.data.copy_(draw(12, 12))

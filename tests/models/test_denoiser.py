@@ -49,7 +49,7 @@ def test_what_was_computed_of_a_prompt_goes_with_it():
     assert Condition(text, hint).to(torch.bfloat16).image is None
     soft = a.with_soft(draw(2, 3, 24).double())
     assert torch.equal(soft.text, torch.cat([text, draw(2, 3, 24)], dim=1)) and set(soft.cache) == {"image.0", "hint"}
-    assert a.with_soft(None) is a
+    assert soft.text.dtype == torch.float32 and a.with_soft(None) is a
 
 
 @torch.no_grad()
@@ -119,6 +119,27 @@ def test_guidance_by_hand():
     assert calls == [(2, [7, 7], [1, 3]), (1, [7], [3]), (1, [7], [3])]
 
 
+def test_guidance_prepares_both_prompts_once():
+    """The negative one like the positive, whose image tokens and hint it shares; three images make six rows."""
+
+    class Prepares:
+        calls = []
+
+        def prepare(self, condition, like=None):
+            self.calls.append((condition, like))
+            return Condition(condition.text + 10, condition.hint)
+
+        def __call__(self, z, t, condition):
+            return z + condition.text.view(-1, 1, 1, 1)
+
+    positive, negative = (Condition(torch.full((3, 1, 1), v), torch.zeros(3, 1, 1, 1)) for v in (3.0, 1.0))
+    denoiser, z, t = Prepares(), torch.zeros(3, 1, 1, 1), torch.tensor([7, 8, 9])
+    predict = guided(denoiser, positive, negative, 5.0)
+    assert predict(z, t).flatten().tolist() == predict(z, t).flatten().tolist() == [21, 21, 21]  # 11 + 5 (13 - 11)
+    (first, nothing), (second, like) = denoiser.calls
+    assert first is positive and nothing is None and second is negative and torch.equal(like.text, positive.text + 10)
+
+
 def test_coefficients_go_where_the_timesteps_are(make_unet):
     """("meta" stands for any device.)"""
     denoiser, t = Denoiser(make_unet(), None, ALPHA_BAR, "v_prediction"), torch.tensor([3, 900])
@@ -144,6 +165,8 @@ def test_v_prediction_becomes_eps_in_float32(make_unet):
     got = Denoiser(unet, None, ALPHA_BAR, "v_prediction")(z_t, t, given)
     assert torch.allclose(got, a.sqrt() * raw + (1 - a).sqrt() * z_t, atol=1e-5)
     assert torch.equal(Denoiser(unet, None, ALPHA_BAR)(z_t, t, given), raw)
+    of_residual = ResidualDenoiser(unet, None, ALPHA_BAR, "v_prediction", residual=0.5)
+    assert torch.equal(of_residual(z_t, t, given), of_residual.to_eps(raw, z_t, t, given.hint))
 
 
 def test_output_as_v_of_the_residual():
@@ -193,6 +216,10 @@ def test_float32_latents_run_through_bfloat16_networks(make_unet, fill):
     z, t, given = draw(2, 4, 8, 8), torch.tensor([5, 900]), Condition(draw(2, 7, 24), draw(2, 4, 8, 8))
     exact = denoiser(z, t, given)
     rounded = denoiser.to(torch.bfloat16)(z, t, given)
+    prepared = denoiser.prepare(given)
+    assert {tensor.dtype for tensor in prepared.cache.values()} == {torch.bfloat16}
+    assert prepared.text.dtype == torch.float32, "what was given stays as exact as it was"
+    assert torch.allclose(denoiser(z, t, prepared), rounded, atol=0.02)
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
 
