@@ -43,7 +43,7 @@ def restore(args: argparse.Namespace) -> int:
     # 2. the model
     from consissr.inference import batch, progress
 
-    settings = batch.Settings(**sizes, **given(args, ("seed", "batch_size", "quality", "save_steps")))
+    settings = batch.Settings(**sizes, **given(args, ("seed", "batch_size", "quality", "save_steps", "frames")))
     log = batch.open_log(args.json, vars(args)) if args.json else None
     restorer = None  # a run of failures alone needs none
     if any(not job.error for job in missing):

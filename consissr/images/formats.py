@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import floor
 from pathlib import Path
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
 
 from consissr.errors import UserError
 
@@ -123,6 +123,14 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         if Path(path).suffix.lower() in PLUGINS:
             read_plugins()
         with Image.open(path) as image:
+            if image.format != "MPO":
+                yield image
+                return
+            frames = image.n_frames
+        # Several JPEG files in one, as phones write them for depth or HDR: the first is the picture. Pillow's reader of
+        # such files trusts their table, which is often wrong.
+        with JpegImagePlugin.JpegImageFile(path) as image:
+            image.n_frames = frames
             yield image
     except UnidentifiedImageError:
         reason = "not an image that can be read" if Path(path).stat().st_size else "the file is empty"

@@ -53,6 +53,7 @@ class Settings:
     batch_size: int = 1
     quality: int = 95
     save_steps: bool = False
+    frames: bool = False  # of a film: every image has the same noise
     plan: Sequence[Any] | None = None  # timesteps other than the model's own
 
     def __post_init__(self) -> None:
@@ -101,7 +102,7 @@ def run(restorer: Restores, jobs: Iterable[Job], settings: Settings, report: Rep
     for job in jobs:
         if job.error:
             report.add(Outcome(job, "failed", job.error))
-    batch_size = 1 if settings.save_steps else settings.batch_size
+    batch_size = 1 if settings.save_steps or settings.frames else settings.batch_size  # a batch's keys must differ
     groups = _groups([job for job in jobs if not job.error], batch_size)
     with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(WRITERS) as writers:
         writing: deque[tuple[Outcome, Future]] = deque()
@@ -174,7 +175,7 @@ def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settin
         scale=settings.scale,
         longest=settings.longest,
         seed=settings.seed,
-        keys=[job.key for job in jobs],
+        keys=[job.key for job in jobs] if not settings.frames else ["frame"],
         repeat=jobs[0].repeat,
         plan=settings.plan,
         batch_size=len(jobs),

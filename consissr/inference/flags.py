@@ -75,6 +75,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("-s", "--scale", "--outscale", "--upscale", type=float, default=4.0, help="any factor (%(default)g)")
     add("--longest-side", type=int, metavar="PX", help="size of results instead of --scale")
     add("--seed", type=int, default=0, help="of the noise; each image has its own (%(default)s)")
+    add("--frames", action="store_true", help="the inputs are frames of a film: the same noise for all, less flicker")
     add("--color-fix", "--color_fix_type", choices=("adain", "wavelet", "none"), help="colours from the input")
     add("--save-steps", action="store_true", help="also write the picture that each sampling step expects")
     sampler = p.add_argument_group("sampling (default: as the model says)")

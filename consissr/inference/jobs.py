@@ -91,6 +91,7 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_re
             raise UserError(f"--output {naming.output} is neither a folder nor an image file that is written ({known})")
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused with a reason
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; no line names its file
     found = {}  # absolute path -> job; a file named twice is restored once
     for text in inputs:
         for job in _find(text, recursive, naming.output):

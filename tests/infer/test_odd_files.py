@@ -104,6 +104,31 @@ def test_further_pictures_of_a_file_are_told(infer, tmp_path):
     assert status == 0 and "two.tif: only the first of 2 pictures" in err
 
 
+def test_a_phones_picture_with_another_behind_it(infer, tmp_path, rng):
+    """Depth or an HDR gain map behind the picture, which may end early: the picture itself is whole."""
+    first, second = (Image.fromarray(photograph(rng, 40, 48, 3)) for _ in range(2))
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(whole[:-300])
+    assert Image.open(tmp_path / "a.jpg").format == "MPO"
+    status, _, err = infer("-i", tmp_path / "a.jpg", tmp_path / "b.jpg", "-o", tmp_path / "out")
+    assert status == 0 and err.count("only the first of 2 pictures") == 2
+    assert Image.open(tmp_path / "out" / "b.jpg").size == (192, 160)
+
+
+def test_frames_share_their_noise(infer, model, tmp_path, rng):
+    """Four equal frames under different names: equal results, in batches, too."""
+    samples = photograph(rng, 8, 8, 3)
+    for i in range(4):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(samples).save(tmp_path / "in" / f"{i:04d}.png")
+    for flags, equal in (([], False), (["--frames"], True), (["--frames", "--batch-size", "3"], True)):
+        out = tmp_path / f"out{len(flags)}"
+        assert infer("-i", tmp_path / "in", "-o", out, *flags)[0] == 0
+        results = [np.asarray(Image.open(path)).astype(int) for path in sorted(out.iterdir())]
+        assert (np.abs(np.diff(results, axis=0)).mean() == 0) == equal
+
+
 def test_results_at_another_scale_are_not_restored_again(infer, folder, files):
     before = files(folder)
     assert infer("-i", folder, "-o", folder, "-s", 2)[0] == 0
