@@ -83,8 +83,9 @@ class Restorer:
     ) -> Restorer:
         """A model by bundled name, folder or hub id, ready on `device` (default: an accelerator if there is one).
 
-        precision: 'fp32', 'bf16', 'fp16' or 'auto' (bf16 on accelerators, fp32 on the CPU). base: another place of the
-        base model. settings: fields of SamplerConfig; prompts must be set here, because the text encoder is let go.
+        precision: 'fp32', 'bf16', 'fp16' or 'auto' (bf16 where the device computes it fast; else fp16 on GPUs, fp32 on
+        the CPU). base: another place of the base model. settings: fields of SamplerConfig; prompts must be set here,
+        because the text encoder is let go.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         precision = choose_precision(precision, device)

@@ -40,9 +40,12 @@ def shared() -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def float32_on_the_cpu() -> None:
     """Automatic precision is float32 here, also on processors that compute bfloat16 fast."""
+    import torch
+
     from consissr.weights import precision
 
-    precision.cpu_computes_bf16 = lambda: False
+    for name in precision.BF16_INSTRUCTIONS:
+        setattr(torch.cpu, name, lambda: False)
 
 
 @pytest.fixture

@@ -118,6 +118,30 @@ def test_unknown_model_and_precision_are_named(tiny_model):
         Restorer.load(str(tiny_model), device="cpu", precision="fp8")
 
 
+def test_bf16_on_the_cpu_where_its_instructions_are(monkeypatch):
+    """Torch is asked; where it has no such questions, a measurement decides."""
+    from consissr.weights import precision
+
+    def chosen():
+        precision.cpu_computes_bf16.cache_clear()
+        return precision.choose_precision("auto", "cpu")
+
+    amx, avx = precision.BF16_INSTRUCTIONS
+    assert chosen() == "fp32"
+    for name in (amx, avx):
+        with monkeypatch.context() as context:
+            context.setattr(torch.cpu, name, lambda: True)
+            assert chosen() == "bf16" and precision.choose_precision("fp32", "cpu") == "fp32"
+    monkeypatch.delattr(torch.cpu, avx)
+    for bf16, wanted in ((2.0, "bf16"), (1.1, "fp32")):
+        speeds = {torch.bfloat16: bf16, torch.float32: 1.0}
+        monkeypatch.setattr(precision, "measured_speed", speeds.get)
+        assert chosen() == wanted
+    assert precision.choose_precision("auto", "mps") == "fp32"
+    monkeypatch.undo()
+    assert chosen() == "fp32"
+
+
 def with_embeddings(restorer, **settings):
     """The same networks with two prompts' embeddings."""
     generator = torch.Generator().manual_seed(5)

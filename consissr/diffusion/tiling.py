@@ -97,19 +97,19 @@ class TiledDenoiser(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, condition) -> Tensor:
         """z_t (B,C,h,w), t (B,), condition of B images -> eps (B,C,h,w)."""
         images, _, height, width = z_t.shape
-        places = windows(height, width, self.tile, self.stride)
-        if len(places) == 1:
+        covering = windows(height, width, self.tile, self.stride)
+        if len(covering) == 1:
             return self.denoiser(z_t, t, condition)
-        weights = gaussian_weights(places[0].height, places[0].width, self.weights).to(z_t)
+        weights = gaussian_weights(covering[0].height, covering[0].width, self.weights).to(z_t)
         total, norm = torch.zeros_like(z_t), torch.zeros_like(z_t[:1, :1])
-        for place in places:
-            place.crop(norm).add_(weights)
-        for chunk in even_chunks(places, self.batch):
+        for window in covering:
+            window.crop(norm).add_(weights)
+        for chunk in even_chunks(covering, self.batch):
             rows = torch.arange(images, device=z_t.device).repeat(len(chunk))
             eps = self.denoiser(_crops(z_t, chunk), t[rows], _pick(condition, rows, chunk))
-            for place, part in zip(chunk, eps.split(images), strict=True):
-                place.crop(total).add_(weights * part)
-                self.on_tile(place.height * place.width)
+            for window, part in zip(chunk, eps.split(images), strict=True):
+                window.crop(total).add_(weights * part)
+                self.on_tile(window.height * window.width)
         return total.div_(norm)
 
 
@@ -122,7 +122,7 @@ def even_chunks(items: list, limit: int) -> list[list]:
 
 def _crops(z: Tensor, chunk: list[Window]) -> Tensor:
     """The windows of all images, (windows * B, C, height, width), a window's images together."""
-    return torch.cat([place.crop(z) for place in chunk]) if len(chunk) > 1 else chunk[0].crop(z)
+    return torch.cat([window.crop(z) for window in chunk]) if len(chunk) > 1 else chunk[0].crop(z)
 
 
 def _pick(condition, rows: Tensor, chunk: list[Window]):

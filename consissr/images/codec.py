@@ -7,8 +7,10 @@ What a round trip keeps: grey stays grey, 16 bits stay 16 bits, transparency is 
 EXIF rotation is applied to the pixels and its tag dropped, the ICC profile and the descriptive EXIF tags are written
 back. Pixel values stay in their own colour space (no conversion to sRGB). Palette and bilevel images come back as
 RGB and grey, because a restored image has more colours than a palette. CMYK is restored as RGB (through its profile,
-where it has one) and written back as CMYK to JPEG and TIFF, as RGB to other formats. Of several frames the first is
-read. Not kept: XMP, comments, EXIF in 16-bit colour TIFF; 16-bit PPM is read as 8 bits.
+where it has one) and written back as CMYK to JPEG and TIFF, as RGB to other formats; CIE LAB becomes sRGB. What PNG
+files say of their colours beside a profile stays in PNG files, dots per inch in PNG, JPEG and TIFF; WebP without loss
+stays so. Of several frames the first is read. Not kept: XMP, comments, EXIF in 16-bit colour TIFF, colours under full
+transparency; 16-bit PPM is read as 8 bits.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def tile_boxes(name: str, want: Tensor, tile: int, z: Tensor, factor: int) -> Ch
     cores = PooledTiles([], tile).cores(size)
     read, written = (
         torch.tensor([[box.left, box.right, box.top, box.bottom] for box in boxes])
-        for boxes in ([core.grown(RELEASED_MARGIN, size) for core in cores], cores)
+        for boxes in ([core.expanded(RELEASED_MARGIN, size) for core in cores], cores)
     )
     written_to = written * factor
     forms = [read, written_to, written, torch.stack([read, written_to]), torch.cat([read, written_to])]

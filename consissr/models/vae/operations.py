@@ -36,7 +36,7 @@ class Box(NamedTuple):
         """This part of a whole map (B,C,H,W), a view."""
         return x[:, :, self.top : self.bottom, self.left : self.right]
 
-    def grown(self, margin: int, size: tuple[int, int]) -> Box:
+    def expanded(self, margin: int, size: tuple[int, int]) -> Box:
         """Larger by a margin on each side, inside the map."""
         return Box(
             max(self.top - margin, 0),
@@ -45,7 +45,7 @@ class Box(NamedTuple):
             min(self.right + margin, size[1]),
         )
 
-    def shrunk(self, margin: int, size: tuple[int, int]) -> Box:
+    def contracted(self, margin: int, size: tuple[int, int]) -> Box:
         """Smaller by a margin on each side that is not the map's border."""
         return Box(
             self.top + margin * (self.top > 0),
@@ -129,9 +129,9 @@ def channels_after(op: Op, channels: int) -> int:
 def box_before(op: Op, box: Box, size: tuple[int, int]) -> Box:
     """What an operation must read of its input, a map of `size`, to produce `box` of its output."""
     if op.kind == "conv":
-        return box.grown(op.module.kernel_size[0] // 2, size)
+        return box.expanded(op.module.kernel_size[0] // 2, size)
     if op.kind == "up":
-        top, bottom, left, right = box.grown(1, (2 * size[0], 2 * size[1]))
+        top, bottom, left, right = box.expanded(1, (2 * size[0], 2 * size[1]))
         return Box(top // 2, ceil(bottom / 2), left // 2, ceil(right / 2))
     if op.kind == "down":
         return Box(2 * box.top, min(2 * box.bottom + 1, size[0]), 2 * box.left, min(2 * box.right + 1, size[1]))
@@ -140,7 +140,7 @@ def box_before(op: Op, box: Box, size: tuple[int, int]) -> Box:
     if op.kind == "unfold":
         factor = op.module.upscale_factor
         return Box(box.top // factor, ceil(box.bottom / factor), box.left // factor, ceil(box.right / factor))
-    return box.grown(WINDOW_MARGIN, size) if op.kind == "attention" else box
+    return box.expanded(WINDOW_MARGIN, size) if op.kind == "attention" else box
 
 
 def convolve(tile: Tile, conv: nn.Conv2d) -> Tile:
@@ -148,7 +148,7 @@ def convolve(tile: Tile, conv: nn.Conv2d) -> Tile:
     margin, box, (height, width) = conv.kernel_size[0] // 2, tile.box, tile.size
     border = (box.left == 0, box.right == width, box.top == 0, box.bottom == height)
     x = convolve_padded(F.pad(tile.x, [margin * side for side in border]), conv)
-    return Tile(x, box.shrunk(margin, tile.size), tile.size, tile.stack)
+    return Tile(x, box.contracted(margin, tile.size), tile.size, tile.stack)
 
 
 def downsample(tile: Tile, conv: nn.Conv2d) -> Tile:
@@ -185,14 +185,14 @@ def advance(tile: Tile, op: Op, statistics: tuple[Tensor, Tensor] | None) -> Til
     if op.kind == "push":
         return Tile(tile.x, tile.box, tile.size, [*tile.stack, tile])
     if op.kind == "add":
-        *stack, kept = tile.stack
-        x = tile.box.inside(kept.box).of(kept.x)
+        *stack, residual = tile.stack
+        x = tile.box.inside(residual.box).of(residual.x)
         return Tile(tile.x.add_(x if op.module is None else op.module(x)), tile.box, tile.size, stack)
     if op.kind == "norm":
         return Tile(normalise(tile.x, op.module, statistics), tile.box, tile.size, tile.stack)
     if op.kind == "attention":
         x = tile.x + attend(normalise(tile.x, op.module.group_norm, statistics, act=False), op.module)
-        box = tile.box.shrunk(WINDOW_MARGIN, tile.size)
+        box = tile.box.contracted(WINDOW_MARGIN, tile.size)
         return Tile(box.inside(tile.box).of(x), box, tile.size, tile.stack)
     if op.kind in ("fold", "unfold"):
         x, size = op.module(tile.x), size_after(op, tile.size)

@@ -26,7 +26,7 @@ class PooledTiles:
         """(B,C,h,w) -> the decoder's output, tiles set side by side without blending."""
         size = tuple(z.shape[2:])
         cores = self.cores(size)
-        padded = [core.grown(RELEASED_MARGIN, size) for core in cores]
+        padded = [core.expanded(RELEASED_MARGIN, size) for core in cores]
         tiles = [Tile(x, Box(0, x.shape[2], 0, x.shape[3]), tuple(x.shape[2:])) for x in (b.of(z) for b in padded)]
         for op in self.ops:
             pooled = None
