@@ -68,6 +68,7 @@ def test_inputs_of_the_released_rules_are_pillows():
         ("ccsr", (10, 24), 2.5, [(60, 25), (150, 62), (144, 56)]),  # 64 // 2.5 = 25
         ("ccsr", (70, 47), 2, [(94, 140), (88, 136)]),
         ("ccsr_v1", (33, 65), 2, [(130, 66), (128, 64, lanczos)]),
+        ("ccsr_v1", (33, 64), 2, [(128, 66), (128, 64, lanczos)]),
         ("ccsr_v1", (10, 41), 4, [(164, 40), (263, 64), (256, 64, lanczos)]),  # 1.6 * 164 = 262.4 rounds up
     ]
     for rule, size, scale, resizes in cases:
@@ -78,6 +79,8 @@ def test_inputs_of_the_released_rules_are_pillows():
     assert found.shape == (64, 320) and found.upscaled == (64, 263)
     assert torch.equal(found.x[..., :263], pillow((10, 41), (164, 40), (263, 64)))
     assert (found.x[..., 263:] == -1).all(), "black up to multiples of 64"
+    tall = prepare(image(41, 10), 4, "consissr", 1, short_side=64)
+    assert tall.shape == tuple(tall.x.shape[2:]) == (320, 64) and (tall.x[..., 263:, :] == -1).all()
     assert prepare(image(10, 20), 1, "consissr", 1).upscaled == (512, 1024), "both releases' short side"
 
 

@@ -248,8 +248,8 @@ def test_wrong_uses_raise(make_unet):
             unet.mid_block.attentions[0].transformer_blocks[0](draw(1, 9, 64), **{mask: draw(1, 9)})
     with pytest.raises(ValueError, match="^this network needs the latent's size"):
         unet(z, t, text, cross_attention_kwargs={"image": draw(1, 5, 24)})
-    with pytest.raises(ValueError, match="^no level of a 16x16 latent has 65 positions$"):
-        attention.map_size((16, 16), 65)
+    with pytest.raises(ValueError, match="^no level of a 16x12 latent has 65 positions$"):
+        attention.map_size((16, 12), 65)
     pooled = make_unet()
     replace_blocks(pooled, ModelConfig(image_prompt="ip_adapter"))
     with pytest.raises(ValueError, match="^this network was made for one pooled image token, not 5$"):
