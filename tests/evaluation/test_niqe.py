@@ -41,12 +41,12 @@ def test_fit_of_the_asymmetric_gaussian_by_hand() -> None:
     alpha, left, right = parts.asymmetric_gaussian(torch.tensor([[0, 0, 1, -1]], dtype=torch.float64))
     assert alpha.item() == pytest.approx(1, abs=1e-9)
     assert (left.item(), right.item()) == pytest.approx((0.5**0.5, 0.5**0.5), rel=1e-9)  # Gamma(1) / Gamma(3) = 1/2
-    # -1 and 2: gamma = 1/2, and the ratio 9/4^2 / (5/4) times (gamma^3 + 1) (gamma + 1) / (gamma^2 + 1)^2 = 0.486.
-    alpha, left, right = (x.item() for x in parts.asymmetric_gaussian(torch.tensor([[0, 0, 2, -1]]).double()))
+    # -3 and 6: gamma = 1/2, and the ratio (9/4)^2 / (45/4) times (gamma^3 + 1) (gamma + 1) / (gamma^2 + 1)^2 = 0.486.
+    alpha, left, right = (x.item() for x in parts.asymmetric_gaussian(torch.tensor([[0, 0, 6, -3]]).double()))
     moment = {a: gamma(2 / a) ** 2 / (gamma(1 / a) * gamma(3 / a)) for a in (alpha - 5e-4, alpha + 5e-4)}
     assert moment[alpha - 5e-4] < 0.486 < moment[alpha + 5e-4], "the nearest of the table's shapes, 0.001 apart"
     scale = (gamma(1 / alpha) / gamma(3 / alpha)) ** 0.5
-    assert (left, right) == pytest.approx((scale, 2 * scale), rel=1e-9)
+    assert (left, right) == pytest.approx((3 * scale, 6 * scale), rel=1e-9)
     ends = [torch.ones(1, 4).double() * torch.tensor([1, -1, 1, -1]), torch.eye(100).double()[:1] - 1e-9]
     assert [parts.asymmetric_gaussian(x)[0].item() for x in ends] == pytest.approx([10, 0.2], abs=1e-9)
 
