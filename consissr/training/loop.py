@@ -167,6 +167,7 @@ class Loop:
                 self.not_finite += 1
                 continue
             name = next(name for name, count in zip(watched, bad, strict=True) if count)
+            self.writer.finish()  # what is told of the last good checkpoint is then true
             raise not_finite(self.config, self.processes, step, name, files, totals)
 
     # --- the run ------------------------------------------------------------------------------------------------
@@ -183,14 +184,14 @@ class Loop:
             signal.signal(number, self.on_signal)
         self.report = None
         try:
-            with self.processes.one_line(), step_errors_in_one_line(self.config, lambda: self.step, self.world):
+            told = step_errors_in_one_line(self.config, lambda: self.step, self.world)
+            with self.processes.one_line(), told, closing(self.writer):
                 self.report = Report(self.config, self.step, self.describe()) if self.rank == 0 else None
                 self.train()
                 return self.finish()
         finally:
             for number in heard:
                 signal.signal(number, previous[number])
-            self.writer.close()
             self.processes.close()
             if self.report:
                 self.report.close()
