@@ -113,7 +113,8 @@ def samples_for(path: str | Path, photo: Photo) -> Samples:
     side = max(photo.pixels.shape[-2:])
     if side > target.longest:
         raise UserError(f"{path}: {side} px is more than {target.name}'s {target.longest}; use .png or .tif")
-    if not all(bool(x.isfinite().all()) for x in (photo.pixels, photo.alpha) if x is not None):
+    extremes = [extreme for x in (photo.pixels, photo.alpha) if x is not None for extreme in x.aminmax()]
+    if not all(extreme.isfinite() for extreme in extremes):  # NaN is an extreme, too; no copy is made
         raise UserError(f"{path}: not written, the result has NaN or infinite pixels; try --precision fp32")
 
     form = photo.form if target.cmyk or not photo.form.cmyk else replace(photo.form, cmyk=False, profile=None)
