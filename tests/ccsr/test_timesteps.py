@@ -104,3 +104,14 @@ def test_configurations_become_plans():
     assert sampler_plan(SamplerConfig(plan="ddpm", steps=50))[-1].t == 0
     stored = with_plan(SamplerConfig(steps=12))
     assert sampler_plan(SamplerConfig(timesteps=stored.timesteps)) == nuts_plan(12)
+
+
+def test_a_schedule_of_another_length_is_heeded_everywhere():
+    """100 training steps: the grid of six ends at 99, two thirds are 66; defaults are (6, 2/3, 1/2), trailing."""
+    assert [tuple(step) for step in nuts_plan(train_steps=100)] == [(99, 66, "renoise"), (66, -1, "x0")]
+    assert (t_max_step(), t_max_step(train_steps=100)) == (666, 66)
+    assert sampler_plan(SamplerConfig(), 100) == nuts_plan(train_steps=100)
+    assert [step.t for step in sampler_plan(SamplerConfig(plan="ddpm", steps=3), 100)] == [99, 50, 0]
+    assert with_plan(SamplerConfig(), 100).timesteps == [[99, 66, "renoise"], [66, -1, "x0"]]
+    with pytest.raises(UserError, match="timestep 999 is outside 0..99"):
+        sampler_plan(SamplerConfig(timesteps=[[999, -1, "x0"]]), 100)
