@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import Step, ddpm_plan
 from consissr.diffusion.sampler import recorded_draw
 from consissr.diffusion.schedule import CLEAN, alpha_bar
+from consissr.errors import UserError
 from consissr.restorer import Restorer
+from consissr.weights.files import read_config
+from consissr.weights.folder import save_prompts
 
 
 @pytest.fixture
@@ -45,10 +49,20 @@ def test_consissr_restores_as_recorded(convert, shared, tmp_path):
     assert (z - want).norm() / want.norm() < 1e-4
 
 
+def give_prompts(folder: Path) -> None:
+    """Embeddings in the place of the text encoder that the fixture lacks."""
+    sampler = read_config(folder).sampler
+    width = json.loads((folder / "base" / "unet" / "config.json").read_text())["cross_attention_dim"]
+    save_prompts(folder, {prompt: torch.zeros(1, 7, width) for prompt in (sampler.positive, sampler.negative)})
+
+
 def test_ccsr_becomes_a_folder(convert, shared, caplog):
     status, told, _, folder = convert(shared / "conformance" / "ccsr_A", "--base", "own", "--half")
     assert status == 0 and "is CCSR v2\n" in told and "no text encoder" in caplog.text
     folder = folder.rename(folder.with_name("moved"))
+    with pytest.raises(UserError, match="has no text_encoder/"):
+        Restorer.load(str(folder), device="cpu")
+    give_prompts(folder)
     restorer = Restorer.load(str(folder), device="cpu", geometry="pad")
     assert [step[0] for step in restorer.sampler.timesteps] == [999, 499]
     restored = restorer(torch.zeros(1, 3, 16, 16), 2)
@@ -68,6 +82,7 @@ def test_the_schedule_of_a_ccsr_folder_is_kept(convert, shared, tmp_path):
     assert status == 2 and "beta_schedule is 'linear'" in error and not folder.exists()
     path.write_text(json.dumps(said | {"beta_schedule": "scaled_linear"}))
     assert convert(tmp_path / "given", "--base", "own")[0] == 0
+    give_prompts(folder)
     restorer = Restorer.load(str(folder), device="cpu")
     assert restorer.denoiser.prediction_type == "v_prediction"
     assert torch.equal(restorer.schedule.alpha_bar, alpha_bar(1000, 0.001, 0.02))

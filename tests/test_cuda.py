@@ -25,6 +25,7 @@ import consissr.data.jpeg
 import consissr.data.noise
 import consissr.models.tiles
 import consissr.nano.clip
+import consissr.nano.prior
 from ccsr import nuts_plan
 from consissr.config.loading import changed
 from consissr.config.training import TrainConfig
@@ -76,6 +77,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     small = consissr.nano.clip.F.interpolate
     monkeypatch.setattr(consissr.nano.clip, "random_windows", lambda batch, _, size: small(batch.hq, (size, size)))
     monkeypatch.setattr(consissr.nano.clip, "caption", lambda image: f"bright {image.device.type} photo")
+    monkeypatch.setattr(consissr.nano.prior, "captions", lambda batch, _: ["bright photo"] * len(batch.names))
     monkeypatch.setattr(torch, "lazy", torch.cpu, raising=False)  # where checkpointing asks for a device's generator
     return FakeTensorMode(allow_non_fake_inputs=True)  # real ones, such as the noise schedule, are on the CPU
 
@@ -117,18 +119,18 @@ def test_restoring(
 ) -> None:
     """From the prepared image to the decoded one."""
     config = configuration("nuts", tiny_model, *features)
-    parts = dry_run.untrained_parts(config)
-    denoiser = ResidualDenoiser(parts.unet, parts.controlnet, parts.table, "v_prediction", residual=0.5)
-    prompts, place = {"": torch.zeros(parts.text.shape)}, {"device": "cuda", "precision": precision}
-    schedule, seen = Schedule(parts.table), []
+    model = dry_run.untrained_model(config)
+    denoiser = ResidualDenoiser(model.unet, model.controlnet, model.alpha_bar, "v_prediction", residual=0.5)
+    prompts, place = {"": torch.zeros(model.prompts[""].shape)}, {"device": "cuda", "precision": precision}
+    schedule, seen = Schedule(model.alpha_bar), []
     with gpu:
         x = torch.zeros(2, 3, SIDE, SIDE)
-        restorer = Restorer(parts.latents, denoiser, schedule, prompts, parts.image_prompt, **place)
+        restorer = Restorer(model.latents, denoiser, schedule, prompts, model.image_prompt, **place)
         sampler = changed(restorer.sampler, {"positive": "", "negative": ""} | settings)
         rest = {"config": sampler, "plan": plan, "on_step": lambda i, step, eps, x0: seen.append(x0.device.type)}
         tiles = restorer.tiles(sampler, (SIDE, SIDE), 2)
         z = restorer.restore_latent(x, seeded_draw(0, [0, 1]), tiles=tiles, **rest)
-        y = restorer.tiled_latents(tiles, sampler).decode(z).float().cpu()
+        y = restorer.tiled_latents(tiles).decode(z).float().cpu()
     assert (y.shape, y.device.type, y.dtype) == (x.shape, "cpu", torch.float32)
     assert set(seen) == {"cuda"} and {p.device.type for n in restorer.networks() for p in n.parameters()} == {"cuda"}
 

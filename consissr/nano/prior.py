@@ -87,9 +87,8 @@ class Prior:
     def prepare(self, batch: Batch) -> None:
         """Latents of the photographs, and embeddings of their captions, of which some are dropped."""
         batch.cache["z"] = self.networks["latents"].encode(batch.hq).float()  # (B, C, h, w)
-        dropped = (batch.rand() < self.config.caption_dropout).tolist()
-        captions = ["" if d else caption(x) for x, d in zip(batch.hq, dropped, strict=True)]
-        batch.cache["text"] = self.text.encode(captions).to(batch.hq.device)  # (B, L, D)
+        shown = captions(batch, self.config.caption_dropout)
+        batch.cache["text"] = self.text.encode(shown).to(batch.hq.device)  # (B, L, D)
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0."""
@@ -113,3 +112,9 @@ class Prior:
         write_scheduler(folder, SD_BETAS, "v_prediction")
         for name in ENCODERS:
             shutil.copytree(Path(self.config.text) / name, folder / name, dirs_exist_ok=True)
+
+
+def captions(batch: Batch, dropout: float) -> list[str]:
+    """Captions of the photographs, a share `dropout` of them replaced by the empty prompt."""
+    dropped = (batch.rand() < dropout).tolist()
+    return ["" if d else caption(x) for x, d in zip(batch.hq, dropped, strict=True)]
