@@ -99,8 +99,8 @@ def runnable(found: Released, base: str, source: Path) -> SamplerConfig:
     if base != "own" or found.text is not None or has_text(source) or sampler.guidance == 1:
         return sampler
     log.warning(
-        "no text encoder in the source, so its own base embeds no prompts and guidance is off: name a base (--base), or copy the "
-        "folders text_encoder and tokenizer into its base/"
+        "no text encoder in the source, so its own base embeds no prompts, and guidance is off: name a base (--base) "
+        "or copy the folders text_encoder and tokenizer into its base/"
     )
     return replace(sampler, positive="", negative="", guidance=1.0, first_prompt="positive")
 
