@@ -241,7 +241,7 @@ def listing(tell: Callable[[Published], str] = lambda entry: here(entry)) -> lis
             "download": f"{entry.gigabytes['full']:g} GB",
             "steps": entry.steps,
             "licence": entry.licence,
-            "here": tell(entry),
+            "here": tell(entry) or "not on this machine",
             "from": ", ".join(dict.fromkeys(source.place for source in entry.sources)) or "no hub",
             "by hand": entry.by_hand_words(),
         }
