@@ -28,7 +28,8 @@ def progress(label: str, every: float = EVERY) -> Iterator[Callable[[int, int], 
         if now - told >= every and done < total:
             told = now
             left = (now - began) / done * (total - done)
-            print(f"{label}: {done} of {total}, {duration(left)} left", file=sys.stderr, flush=True)  # noqa: T201
+            sys.stderr.write(f"{label}: {done} of {total}, {duration(left)} left\n")
+            sys.stderr.flush()
 
     yield line
 
