@@ -94,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("RANK", "0") != "0" and "torch" not in sys.modules:
             time.sleep(5)  # the first process tells of the same mistake, and the launcher then ends this one
-        logging.error("error: %s", error)
+        several = os.environ.get("WORLD_SIZE", "1") != "1"  # another process's bar may stand in the line
+        logging.error("%serror: %s", "\n" if several else "", error)
         return 2
     except KeyboardInterrupt:
         logging.error("interrupted: --resume latest goes on from the last checkpoint")
