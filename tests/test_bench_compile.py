@@ -1,13 +1,11 @@
-"""`infer.py --compile`: the same pictures. Compiling takes a minute, so this runs only when asked for."""
-
-import os
+"""`infer.py --compile`: the same pictures. Compiling takes a minute."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 
-@pytest.mark.skipif(not os.environ.get("CONSISSR_SLOW_TESTS"), reason="compiling is slow: set CONSISSR_SLOW_TESTS=1")
+@pytest.mark.slow
 def test_compiled_networks_restore_the_same(script, tiny_model, tmp_path, rng):
     Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(tmp_path / "a.png")
     Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(tmp_path / "b.png")

@@ -1,7 +1,5 @@
 """The bundled model in tiles: no seams, nearly the untiled result, and memory that hardly grows with the image."""
 
-import os
-
 import pytest
 import torch
 from PIL import Image
@@ -74,7 +72,7 @@ def test_tiles_save_memory():
     assert 0 < tiled.peak < 0.8 * whole.peak
 
 
-@pytest.mark.skipif(not os.environ.get("CONSISSR_SLOW_TESTS"), reason="takes a minute: set CONSISSR_SLOW_TESTS=1")
+@pytest.mark.slow
 def test_memory_hardly_grows_with_the_image():
     """Sixteen times the pixels."""
     small = footprint("nano-ccsr", 512)

@@ -1,6 +1,5 @@
 """scripts/infer.py with the bundled model: results are exactly floor(scale * side + 0.5) large, whatever the input."""
 
-import os
 from math import floor
 
 import numpy as np
@@ -39,7 +38,7 @@ def test_large_images_smaller(script, tmp_path, rng):
     check_sizes(script, tmp_path, rng, LARGE, 0.3, *ONE_STEP)
 
 
-@pytest.mark.skipif(not os.environ.get("CONSISSR_SLOW_TESTS"), reason="takes minutes: set CONSISSR_SLOW_TESTS=1")
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.3, 4])
 def test_large_images(script, tmp_path, rng, scale):
     """Up to 12000 x 800 pixels."""

@@ -1,8 +1,7 @@
-"""`compile=true`: the same training. Compiling takes a minute, so this runs only when asked for."""
+"""`compile=true`: the same training. Compiling takes a minute."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from scripts.train import main
 from tests.training.tiny import SMALL, words
 
 
-@pytest.mark.skipif(not os.environ.get("CONSISSR_SLOW_TESTS"), reason="compiling is slow: set CONSISSR_SLOW_TESTS=1")
+@pytest.mark.slow
 def test_compiled_networks_tune_the_decoder_alike(
     runs: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
