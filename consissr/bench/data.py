@@ -16,8 +16,8 @@ from consissr.bench import basicsr_path
 from consissr.data.datasets import PhotoDataset
 from consissr.data.degradation import degrade
 from consissr.data.listing import list_photos
-from consissr.data.photo import decode
 from consissr.data.settings import DegradationConfig
+from consissr.images.rgb8 import decode
 
 CROP = 400  # basicsr's dataset knows no other
 BATCH = 4
@@ -66,11 +66,12 @@ def _alternate(scratch: Path, names: list[str], config: DegradationConfig, image
         return [torch.stack([item[k] for item in items]) for k in ("gt", "kernel1", "kernel2", "sinc_kernel")]
 
     def read_ours(first: int):
-        return ours.batch(range(first, first + BATCH))
+        samples = [ours[first + i] for i in range(BATCH)]
+        return torch.stack([s["hq"] for s in samples]), [s["seed"] for s in samples]
 
     paths = (
         ("basicsr", read_theirs, lambda batch: basicsr_path.feed_data(batch[0], batch[1:], config)),
-        ("ours", read_ours, lambda batch: degrade(batch["hq"], config, batch["seeds"])),
+        ("ours", read_ours, lambda batch: degrade(batch[0], config, batch[1])),
     )
     rounds = [[_time(read, run, first) for _, read, run in paths] for first in range(0, images + BATCH, BATCH)]
     mean = np.mean(rounds[1:], axis=0) / BATCH * 1000

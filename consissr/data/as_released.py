@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
@@ -38,7 +36,7 @@ class PairPool:
     """Real-ESRGAN's pool: hides that one batch shares its draws by handing out pairs of earlier batches.
 
     Until `size` pairs are stored, batches pass through and are remembered. From then on each call shuffles the pool,
-    takes its first pairs out and puts the new ones in their place. `state_dict` holds everything a restart needs.
+    takes its first pairs out and puts the new ones in their place.
     """
 
     def __init__(self, size: int, seed: int):
@@ -56,12 +54,3 @@ class PairPool:
         self._pairs = [self._pairs[i] for i in order]
         old, self._pairs[: len(new)] = self._pairs[: len(new)], new
         return torch.stack([pair[0] for pair in old]), torch.stack([pair[1] for pair in old])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The pool's pairs and its generator's state."""
-        return {"pairs": list(self._pairs), "generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self._pairs = list(state["pairs"])
-        self._generator.set_state(state["generator"])

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
 from consissr.data.listing import Photos, list_photos
 from consissr.data.pairs import check_names, pairs
-from consissr.data.photo import Photo, decode
+from consissr.data.photo import Photo
 from consissr.errors import UserError
 from consissr.images.resize import resize
+from consissr.images.rgb8 import center_crop, decode, resized_window, to_tensor
 
 log = logging.getLogger(__name__)
 
@@ -30,26 +29,6 @@ class RejectedError(Exception):
 def generator(*key: int) -> np.random.Generator:
     """A generator that belongs to `key`, independent of those of other keys."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
-
-
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre [size,size,3] of `image` [H,W,3] uint8 after its short side was brought to `size`.
-
-    Box-filtered halvings while the short side is at least twice `size`, then bicubic (guided-diffusion's rule, which
-    ConsisSR's release follows).
-    """
-    picture = Image.fromarray(image)
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    top, left = (picture.height - size) // 2, (picture.width - size) // 2
-    return np.asarray(picture)[top : top + size, left : left + size]
-
-
-def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """uint8 [H,W,3] -> float32 [3,H,W] in [-1,1]."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(127.5).sub_(1)
 
 
 class PhotoDataset:
@@ -174,14 +153,6 @@ class PhotoDataset:
         label, reason = next(reversed(self.skipped.items()))
         raise UserError(f"{MAX_RETRIES} images in a row gave no sample, the last: {label}: {reason}; check data.paths")
 
-    def batch(self, numbers: Iterable[int]) -> dict[str, Any]:
-        """Samples stacked: hq [B,3,S,S], names, seeds, and lq where all are pairs."""
-        samples = [self[n] for n in numbers]
-        stacked = {"hq": torch.stack([s["hq"] for s in samples])}
-        if all("lq" in s for s in samples):
-            stacked["lq"] = torch.stack([s["lq"] for s in samples])
-        return stacked | {"names": [s["name"] for s in samples], "seeds": [s["seed"] for s in samples]}
-
     def _sample(self, photo: Photo, partner: Photo | None, n: int) -> dict[str, Any]:
         rng = generator(self.seed, 2, n)
         images = [self._image(p) for p in (photo, partner) if p is not None]
@@ -196,9 +167,9 @@ class PhotoDataset:
             images = [image[:, ::-1] for image in images]
         if self.flips == "both" and upend:
             images = [image[::-1] for image in images]
-        sample: dict[str, Any] = {"hq": to_tensor(images[0])}
+        sample: dict[str, Any] = {"hq": to_tensor(images[0])[0]}
         if partner is not None:
-            sample["lq"] = resize(to_tensor(images[1]), (self.crop, self.crop))
+            sample["lq"] = resize(to_tensor(images[1])[0], (self.crop, self.crop))
         return sample | {"name": photo.name, "seed": int(rng.integers(2**62))}
 
     def _shrunk_crop(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -207,8 +178,7 @@ class PhotoDataset:
         if side < self.crop:
             raise RejectedError(f"its shorter side, {side} pixels, is less than a {self.crop}-pixel crop needs")
         top, left = (int(rng.integers(length - side + 1)) for length in image.shape[:2])
-        window = Image.fromarray(np.ascontiguousarray(image[top : top + side, left : left + side]))
-        return np.asarray(window.resize((self.crop, self.crop), Image.Resampling.BICUBIC))
+        return resized_window(image, left, top, side, self.crop)
 
     def _random_crops(self, images: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
         """The same random window of an HQ image and, for pairs, of its LQ partner."""

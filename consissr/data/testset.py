@@ -9,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from consissr.data.datasets import PhotoDataset
 from consissr.data.degradation import check_size, degrade
 from consissr.data.settings import preset
 from consissr.errors import UserError
-from consissr.images import codec
-from consissr.images.formats import Form
+from consissr.images.rgb8 import to_pil
 
 
 def write_testset(
@@ -47,8 +45,8 @@ def write_testset(
         sample = dataset[n]
         file = f"{n:04}_{Path(sample['name']).stem}.png"
         lq, _ = degrade(sample["hq"][None], config, [sample["seed"]])
-        _save(sample["hq"], output / "HR" / file)
-        _save(lq[0], output / "LR" / file)
+        to_pil(sample["hq"][None]).save(output / "HR" / file)
+        to_pil(lq).save(output / "LR" / file)
         entries.append({"file": file, "source": sample["name"], "degradation_seed": sample["seed"]})
     record = {
         "seed": seed,
@@ -61,8 +59,3 @@ def write_testset(
     }
     (output / "testset.json").write_text(json.dumps(record, indent=1) + "\n")
     return record
-
-
-def _save(x: Tensor, path: Path) -> None:
-    """[3,H,W] in [-1,1] as an 8-bit PNG."""
-    codec.to_pil(codec.Photo(x, None, Form())).save(path)

@@ -18,15 +18,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from consissr.images import color
-from consissr.images.codec import to_uint8
 from consissr.images.formats import output_size
 from consissr.images.resize import crop, pad_to_multiple, resize
+from consissr.images.rgb8 import to_pil, to_tensor
 
 RELEASED_SHORT_SIDE = 512
 """What both releases raise the short side to, in pixels."""
@@ -160,14 +159,3 @@ def raise_short_side(image: Image.Image, least: int) -> Image.Image:
         return image
     scale = least / short
     return image.resize((ceil(image.width * scale), ceil(image.height * scale)), Image.Resampling.BICUBIC)
-
-
-def to_pil(x: Tensor) -> Image.Image:
-    """(1,3,H,W) in [-1, 1] -> an 8-bit RGB image, rounded."""
-    return Image.fromarray(to_uint8(x[0]).permute(1, 2, 0).cpu().numpy())
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An 8-bit RGB image -> (1,3,H,W) in [-1, 1]."""
-    array = torch.from_numpy(np.asarray(image.convert("RGB")).copy())
-    return array.permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -10,8 +10,7 @@ import torch
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.metrics import psnr, ssim
-from consissr.images import codec
-from consissr.images.formats import Form
+from consissr.images.rgb8 import to_pil
 from consissr.training.stage import Batch, Stage, held_out
 
 VALIDATION_SEED = 2024
@@ -62,7 +61,7 @@ class Validation:
         """One image per row: LQ (where there is one), result, HQ."""
         self.folder.mkdir(parents=True, exist_ok=True)
         grid = torch.cat(list(rows), dim=1)  # (3, rows S, columns S)
-        codec.to_pil(codec.Photo(grid.cpu(), None, Form())).save(self.picture(step))
+        to_pil(grid[None]).save(self.picture(step))
 
     def picture(self, step: int) -> Path:
         """Where the images of a step are."""

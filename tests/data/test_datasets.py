@@ -3,7 +3,6 @@
 import io
 import logging
 import shutil
-import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,41 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from consissr.data import listing
 from consissr.data import photo as photo_module
-from consissr.data.datasets import PhotoDataset, center_crop
-from consissr.data.listing import MANY_SHARDS, list_photos, read_shard
-from consissr.data.photo import decode
+from consissr.data.datasets import PhotoDataset
 from consissr.errors import UserError
-
-
-def photo(seed: int, width: int = 60, height: int = 48) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-@pytest.fixture(autouse=True)
-def no_cache(tmp_path_factory, monkeypatch):
-    """Nothing is remembered of other tests' shards."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Eight images in two sub-folders, and a file that is none."""
-    root = tmp_path / "photos"
-    for i in range(8):
-        path = root / ("a" if i < 4 else "b/c") / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        photo(i).save(path)
-    (root / "notes.txt").write_text("not a list\n")
-    return root
-
-
-def same(a: dict, b: dict) -> bool:
-    return torch.equal(a["hq"], b["hq"]) and a["name"] == b["name"] and a["seed"] == b["seed"]
-
-
-# --- order ---
+from consissr.images.rgb8 import center_crop, decode
+from tests.data.conftest import photo, same
 
 
 def test_sample_is_a_function_of_seed_and_number(folder):
@@ -106,15 +75,6 @@ def test_probabilities(folder):
     assert len(set(names)) == 8
 
 
-def test_names_and_order_of_a_folder(folder):
-    expected = [f"a/{i}.png" for i in range(4)] + [f"b/c/{i}.png" for i in range(4, 8)]
-    for entry in (str(folder), f"{folder}/"):
-        assert [photo.name for photo in list_photos(entry)] == expected
-
-
-# --- crop rules ---
-
-
 def test_center_crop_keeps_the_short_side():
     ramp = np.broadcast_to(np.linspace(0, 255, 80)[None, :, None], (200, 80, 3)).astype(np.uint8)
     crop = center_crop(ramp, 32)  # 80 -> 40 by halving -> 32 bicubic
@@ -123,9 +83,6 @@ def test_center_crop_keeps_the_short_side():
     bands = np.repeat(np.arange(0, 250, 50, dtype=np.uint8), 40)[:, None, None].repeat(40, 1).repeat(3, 2)
     assert (center_crop(bands, 40)[2:-2] == 100).all()  # the middle fifth of 200 rows
     assert center_crop(ramp[:, :20], 32).shape == (32, 32, 3)  # a small image is enlarged
-
-
-# --- damage ---
 
 
 def test_damaged_images_are_replaced_counted_and_named_once(folder, caplog):
@@ -205,83 +162,6 @@ def test_exif_rotation():
     assert decode(buffer.getvalue()).shape == (6, 8, 3)
 
 
-# --- lists and shards ---
-
-
-def write_shard(path, folder) -> None:
-    with tarfile.open(path, "w") as tar:
-        for file in sorted(folder.rglob("*.png")):
-            tar.add(file, file.relative_to(folder).as_posix())
-            text = b"{}"
-            info = tarfile.TarInfo(file.stem + ".json")
-            info.size = len(text)
-            tar.addfile(info, io.BytesIO(text))
-
-
-def test_shard_gives_what_its_folder_gives(folder, tmp_path):
-    write_shard(tmp_path / "x.tar", folder)
-    plain = PhotoDataset([str(folder)], crop=32, seed=0)
-    for entry in (tmp_path / "x.tar", tmp_path / "*.tar"):
-        packed = PhotoDataset([str(entry)], crop=32, seed=0)
-        assert all(same(packed[n], plain[n]) for n in range(8))
-
-
-def test_truncated_shard(folder, tmp_path, caplog):
-    path = tmp_path / "x.tar"
-    write_shard(path, folder)
-    path.write_bytes(path.read_bytes()[: list_photos(path)[5].offset + 100])
-    with caplog.at_level(logging.WARNING):
-        photos = list_photos(path)
-    assert len(photos) == 5
-    assert "x.tar is damaged" in caplog.text and "first 5 images" in caplog.text
-    path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(UserError, match="x.tar holds no complete image"):
-        list_photos(path)
-
-
-def test_shard_shortened_in_mid_run(folder, tmp_path):
-    path = tmp_path / "x.tar"
-    write_shard(path, folder)
-    dataset = PhotoDataset([str(path)], crop=32, seed=0, cache_mb=0)
-    path.write_bytes(path.read_bytes()[: dataset.pair(1)[0].offset])
-    assert {dataset[n]["name"] for n in range(3)} == {dataset.pair(0)[0].name}
-    assert all("before the end of" in reason for reason in dataset.skipped.values())
-
-
-def test_shards_are_read_once(folder, tmp_path, monkeypatch):
-    """What a shard holds is remembered until the shard changes; many are read side by side."""
-    for number in range(MANY_SHARDS):
-        write_shard(tmp_path / f"{number:02}.tar", folder)
-    first = list_photos(tmp_path / "*.tar")
-    assert len(first) == 8 * MANY_SHARDS and first[8].path.endswith("01.tar")
-    read = []
-    monkeypatch.setattr(listing, "read_shard", lambda path: read.append(path) or read_shard(path))
-    assert list(list_photos(tmp_path / "*.tar")) == list(first) and read == []
-    with tarfile.open(tmp_path / "03.tar", "a") as tar:
-        tar.add(folder / "a/0.png", "more.png")
-    assert [photo.name for photo in list_photos(tmp_path / "03.tar")][-1] == "more.png"
-    assert read == [str(tmp_path / "03.tar")]
-
-
-def test_braces(folder, tmp_path):
-    for number in range(3):
-        write_shard(tmp_path / f"{number:03}.tar", folder)
-    assert len(list_photos(tmp_path / "{000..001}.tar")) == 16
-    assert len(list_photos(f"{folder}/{{a,b}}")) == 8
-    assert [photo.name for photo in list_photos(f"{folder}/a/{{2..3}}.*")] == ["2.png", "3.png"]
-    with pytest.raises(UserError, match=r"includes .*/003.tar, which does not exist"):
-        list_photos(tmp_path / "{000..003}.tar")
-
-
-def test_text_list(folder, tmp_path):
-    path = folder / "train.txt"
-    path.write_text(f"# chosen by hand\na/1.png\n\n{folder}/b/c/4.png\n")
-    assert [photo.path for photo in list_photos(path)] == [f"{folder}/a/1.png", f"{folder}/b/c/4.png"]
-    path.write_text("gone/1.png\ngone/2.png\n")
-    with pytest.raises(UserError, match="none of its first 2 files exists.*gone/1.png"):
-        list_photos(path)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -299,81 +179,6 @@ def test_text_list(folder, tmp_path):
 def test_wrong_settings_are_named(folder, settings, message):
     with pytest.raises(UserError, match=message):
         PhotoDataset(**({"paths": [str(folder)], "crop": 32, "seed": 0} | settings))
-
-
-def test_empty_folder(tmp_path):
-    with pytest.raises(UserError, match="holds no images"):
-        list_photos(tmp_path)
-
-
-# --- pairs ---
-
-
-def test_pairs_stay_aligned(tmp_path):
-    for kind, side in (("hq", 96), ("lq", 24)):
-        y, x = (np.mgrid[:side, :side] + 0.5) / side * 255
-        (tmp_path / kind).mkdir()
-        Image.fromarray(np.stack([x, y, x], -1).round().astype(np.uint8)).save(tmp_path / kind / "p.png")
-    dataset = PhotoDataset([str(tmp_path / "hq")], 32, 0, flips="both", lq_paths=[str(tmp_path / "lq")])
-    for n in range(20):
-        sample = dataset[n]
-        assert sample["lq"].shape == sample["hq"].shape == (3, 32, 32)
-        assert (sample["hq"] - sample["lq"])[:, 4:-4, 4:-4].abs().max() < 0.02  # one HQ pixel is a step of 0.021
-    batch = dataset.batch(range(3))
-    assert batch["lq"].shape == (3, 3, 32, 32) and len(batch["names"]) == len(batch["seeds"]) == 3
-
-
-@pytest.mark.parametrize("scale", [1, 2])
-def test_pairs_of_other_scales(tmp_path, scale):
-    """Partners of the same size are taken as they are; of half the size they are enlarged."""
-    y, x = (np.mgrid[:96, :96] + 0.5) / 96 * 255
-    whole = Image.fromarray(np.stack([x, y, x], -1).round().astype(np.uint8))
-    whole.save(tmp_path / "Canon_001_HR.png")
-    part = np.clip(np.asarray(whole.resize((96 // scale, 96 // scale), Image.Resampling.BOX)).astype(int) + 9, 0, 255)
-    Image.fromarray(part.astype(np.uint8)).save(tmp_path / "Canon_001_LR4.png")
-    here = str(tmp_path)
-    with pytest.raises(UserError, match=r"use data.pair_names=\[NAME_HR,NAME_LR4\]"):
-        PhotoDataset([here], 32, 0, lq_paths=[here], scale=scale, pair_names=["NAME_HR", "NAME_LR"])
-    names = ["NAME_HR", "NAME_LR4"]
-    dataset = PhotoDataset([here], 32, 0, lq_paths=[here], scale=scale, pair_names=names)
-    assert len(dataset) == 1
-    for n in range(8):
-        sample = dataset[n]
-        inner = (sample["hq"] < 0.9).all(0)[4:-4, 4:-4]
-        difference = (sample["lq"] - sample["hq"])[:, 4:-4, 4:-4][:, inner] * 127.5
-        assert (difference - 9).abs().max() < (0.01 if scale == 1 else 2)
-
-
-def test_pairs_in_the_layout_of_lsdir(folder, tmp_path):
-    for file in folder.rglob("*.png"):
-        partner = tmp_path / "LR/X4" / file.relative_to(folder).with_stem(file.stem + "x4")
-        partner.parent.mkdir(parents=True, exist_ok=True)
-        Image.open(file).resize((15, 12)).save(partner)
-    dataset = PhotoDataset([str(folder)], 32, 0, lq_paths=[str(tmp_path / "LR/X4")], pair_names=["NAME", "NAMEx4"])
-    photo, partner = dataset.pair(5)
-    assert (photo.name, partner.name) == ("b/c/5.png", "b/c/5x4.png")
-
-
-def test_pairs_beside_images_without(folder, tmp_path):
-    """Real pairs and images to degrade, drawn as their probabilities say."""
-    for kind, side in (("hq", 96), ("lq", 24)):
-        (tmp_path / kind).mkdir()
-        photo(0, side, side).save(tmp_path / kind / "p.png")
-    paths, partners = [str(folder), str(tmp_path / "hq")], ["", str(tmp_path / "lq")]
-    dataset = PhotoDataset(paths, 32, 0, lq_paths=partners, probabilities=[1, 3])
-    samples = [dataset[n] for n in range(200)]
-    assert all(("lq" in sample) == (sample["name"] == "p.png") for sample in samples)
-    assert 0.65 < sum("lq" in sample for sample in samples) / 200 < 0.85
-
-
-def test_pairs_without_partner_or_of_wrong_size(folder, tmp_path, caplog):
-    shutil.copytree(folder, tmp_path / "lq")
-    dataset = PhotoDataset([str(folder)], 32, 0, lq_paths=[str(tmp_path / "lq")])
-    with pytest.raises(UserError, match="not 4 times its partner's 60x48"):
-        dataset[0]
-    (tmp_path / "lq/a/2.png").unlink()
-    with pytest.raises(UserError, match="1 of 8 images have no single partner.*a/2.png"):
-        PhotoDataset([str(folder)], 32, 0, lq_paths=[str(tmp_path / "lq")])
 
 
 def test_shrunk_crops_show_more_of_the_photograph(tmp_path):
