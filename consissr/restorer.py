@@ -25,6 +25,7 @@ from consissr.images.geometry import Prepared, finish, prepare
 from consissr.images.inputs import Images, equal_sizes, network_input, packed, unpacked
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
 from consissr.models.fast import compile_all, for_inference
+from consissr.models.memory import trim_heap
 from consissr.models.recovery import as_float32, finite, within_memory
 from consissr.models.tiles import OnTile, Tiles, tiles_for
 from consissr.models.vae.latents import Latents
@@ -244,6 +245,8 @@ class Restorer:
             noise = draw or seeded_draw(seed, keys[rows], repeat)
             tiles = tiles.told(on_tile, *latent_size, len(plan))
             z = self.restore_latent(x[rows], noise, config=config, plan=plan, tiles=tiles, on_step=on_step)
+            if tiles.vae:  # a large image: what the networks freed makes room for the result
+                trim_heap()
             return self.tiled_latents(tiles).decode(z).float().cpu()
 
         def restore() -> Tensor:

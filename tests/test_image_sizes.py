@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from consissr.images import codec, formats
-from consissr.images.resize import crop, pad_to_multiple
+from consissr.images.resize import crop, pad_to_multiple, resize, resized_rows
 
 
 @pytest.mark.parametrize("size", [(97, 31), (40, 200), (13, 9), (1, 1)])
@@ -17,6 +17,24 @@ def test_resize_equals_pillow(rng, size):
     result = codec.to_uint8(codec.resize(x, size))[0].permute(1, 2, 0).numpy()
     assert result.shape == expected.shape
     assert np.abs(result.astype(int) - expected).max() <= 1
+
+
+def test_rows_of_a_resized_image(rng):
+    """Made from as few rows as they need, they are those of the whole, larger and smaller, up to rounding
+    (Pillow keeps where a part begins in 32 bits)."""
+    x = torch.from_numpy(rng.random((1, 2, 301, 5), dtype=np.float32))
+    for height in (700, 301, 77):
+        whole = resize(x, (height, 7))
+        for top, bottom in ((0, 1), (33, 76), (height - 3, height)):
+            assert torch.allclose(resized_rows(x, (height, 7), top, bottom), whole[:, :, top:bottom], atol=1e-4)
+    assert torch.allclose(whole[0, 0], bicubic(x[0, 0], (77, 7)), atol=1e-6)
+
+
+def bicubic(plane, size):
+    """Pillow's own in one piece, clamped after each pass."""
+    wide = np.asarray(Image.fromarray(plane.numpy()).resize((size[1], plane.shape[0]), Image.Resampling.BICUBIC))
+    both = Image.fromarray(wide.clip(-1, 1)).resize(size[::-1], Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(both).clip(-1, 1))
 
 
 def test_resize_conformance(shared):

@@ -74,11 +74,14 @@ def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -
     restorer(lq[..., :64, :64].contiguous(), scale)
     tiles, begin = [0], time.process_time()
     y = restorer(lq, scale, on_tile=lambda done, number, share: tiles.append(number))
-    with tempfile.TemporaryDirectory() as folder:
-        codec.write(Path(folder) / "a.png", codec.Photo(y[0], None, codec.Form()))
-    seconds, area = time.process_time() - begin, y.shape[2] * y.shape[3] / 1e6
-    memory = peak(restorer.device.type) / 2**20
     size = (y.shape[3], y.shape[2])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.png"
+        samples = codec.samples_for(path, codec.Photo(y[0], None, codec.Form()))
+        del y  # as scripts/infer.py does
+        codec.write_samples(path, samples)
+    seconds, area = time.process_time() - begin, size[0] * size[1] / 1e6
+    memory = peak(restorer.device.type) / 2**20
     return Row(round(area, 2), *size, seconds, seconds / area, 1.0, memory, tiles[-1], restorer.precision)
 
 

@@ -31,11 +31,10 @@ from torch import Tensor
 from consissr.errors import UserError
 from consissr.images import formats, png16
 from consissr.images.formats import Form
-from consissr.images.resize import resize
+from consissr.images.resize import resize, strips
 from consissr.images.transparency import fill_hidden
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
-_ROWS = 512  # that are converted at once
 _EXIF_LIMIT_JPEG = 65533  # bytes of one JPEG segment
 
 
@@ -184,13 +183,16 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def _photo(samples: np.ndarray, form: Form) -> Photo:
-    """uint8 or uint16 (H, W, 1..4), alpha last, to a Photo."""
-    planes = torch.from_numpy(samples.transpose(2, 0, 1).copy())
-    values = planes.to(torch.float32).div_(2**form.bits - 1)
-    colours, alpha = (values[:-1], values[-1:]) if form.alpha else (values, None)
+    """uint8 or uint16 (H, W, 1..4), alpha last, to a Photo. A few rows at a time, as `_quantised`."""
+    height, width, channels = samples.shape
+    values = torch.empty(channels, height, width)
+    for top, bottom in strips(height):
+        values[:, top:bottom] = torch.from_numpy(samples[top:bottom].transpose(2, 0, 1).astype(np.float32))
+    values.div_(2**form.bits - 1)
+    colours, alpha = (values[:-1], values[-1:].clone()) if form.alpha else (values, None)
     if alpha is not None:
         colours = fill_hidden(colours, alpha)
-    return Photo((colours * 2).sub_(1).expand(3, -1, -1).contiguous(), alpha, form)
+    return Photo(colours.mul_(2).sub_(1).expand(3, -1, -1).contiguous(), alpha, form)
 
 
 def _samples(image: Image.Image, form: Form) -> np.ndarray:
@@ -240,19 +242,18 @@ def _quantised(photo: Photo) -> np.ndarray:
 
     A few rows at a time, because large images in several float copies are what memory would run out for.
     """
-    pixels = photo.pixels.detach().to("cpu", torch.float32)
-    if photo.form.grey:
-        pixels = sum(plane * share for plane, share in zip(pixels, _LUMA, strict=True))[None]
-    top = 2**photo.form.bits - 1
-    kind = np.uint8 if photo.form.bits == 8 else np.uint16
-    samples = np.empty((*pixels.shape[1:], len(pixels) + photo.form.alpha), kind)
-    for i, plane in enumerate(pixels):
-        for first in range(0, len(plane), _ROWS):
-            rows = slice(first, first + _ROWS)
-            samples[rows, :, i] = plane[rows].clamp(-1, 1).add_(1).div_(2).mul_(top).round_().numpy()
-    if photo.form.alpha:
-        alpha = photo.alpha[0].detach().to("cpu", torch.float32)
-        samples[..., -1] = alpha.clamp(0, 1).mul_(top).round_().numpy()
+    form, top = photo.form, 2**photo.form.bits - 1
+    height, width = photo.pixels.shape[1:]
+    samples = np.empty((height, width, (1 if form.grey else 3) + form.alpha), np.uint8 if form.bits == 8 else np.uint16)
+    for rows in (slice(*strip) for strip in strips(height)):
+        pixels = photo.pixels[:, rows].detach().to("cpu", torch.float32)
+        if form.grey:
+            pixels = sum(plane * share for plane, share in zip(pixels, _LUMA, strict=True))[None]
+        planes = [pixels.clamp(-1, 1).add_(1).div_(2)]
+        if form.alpha:
+            planes.append(photo.alpha[:, rows].detach().to("cpu", torch.float32).clamp(0, 1))
+        for i, plane in enumerate(torch.cat(planes) if form.alpha else planes[0]):
+            samples[rows, :, i] = plane.mul_(top).round_().numpy()
     return samples
 
 

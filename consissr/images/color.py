@@ -1,15 +1,21 @@
 """Colour transfer: give a restored image the colours of the low-quality image.
 
-Both functions take NCHW tensors in one common range, whatever it is, and do not clamp. They were checked against
+Functions take NCHW tensors in one common range, whatever it is, and do not clamp. They were checked against
 the arrays that the authors' code produces (StableSR's colour fix, which both papers use).
 """
+
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from consissr.images.moments import Moments
+from consissr.images.resize import STRIP, strips
+
 _EPSILON = 1e-5  # added to the variance
 _LEVELS = 5
+_REACH = 2**_LEVELS - 1  # of all blurs together, in rows
 
 
 def adain(content: Tensor, style: Tensor) -> Tensor:
@@ -17,25 +23,43 @@ def adain(content: Tensor, style: Tensor) -> Tensor:
 
     The 1e-5 is meant for images in [0, 1]; on [-1, 1] it is a quarter of that, which no 8-bit image shows.
     """
-    return adain_(content.clone(), *moments(style))
+    return adain_(content.clone(), *moments([style]))
 
 
 def adain_(content: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """The same in place on (B,C,H,W), with the style's `moments`, each (B,C,1,1)."""
-    own_mean, own_variance = moments(content)
+    own_mean, own_variance = moments(content.split(STRIP, dim=2))
     std, own_std = ((x + _EPSILON).sqrt() for x in (variance, own_variance))
+    own_mean, own_std, std, mean = (x.to(content) for x in (own_mean, own_std, std, mean))
     return content.sub_(own_mean).div_(own_std).mul_(std).add_(mean)
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (unbiased; 0 for a single pixel) per image and channel, each (B,C,1,1)."""
-    variance, mean = torch.var_mean(x, (2, 3), keepdim=True, correction=min(1, x[0, 0].numel() - 1))
-    return mean, variance
+def moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance (unbiased; 0 for a single pixel) per image and channel, float64 (B,C,1,1), of images that come
+    in parts (B,C,h,w)."""
+    total = None
+    for part in parts:
+        total = total or Moments(part.shape[1])
+        total.add(part)
+    mean, variance = total.result(correction=1)
+    return mean[..., None, None], variance[..., None, None]
 
 
 def wavelet(content: Tensor, style: Tensor) -> Tensor:
     """High frequencies of `content` on the low frequencies of `style` (NCHW, any range)."""
     return content - _low_frequencies(content) + _low_frequencies(style)
+
+
+def wavelet_(content: Tensor, style: Callable[[int, int], Tensor]) -> Tensor:
+    """The same in place, strip by strip; style(top, bottom) gives rows of it."""
+    height, above = content.shape[2], content[:, :, :0]
+    for top, bottom in strips(height):
+        first, last = max(top - _REACH, 0), min(bottom + _REACH, height)
+        old = torch.cat([above, content[:, :, top:last]], dim=2)  # what stood in rows first..last-1
+        above = old[:, :, max(bottom - _REACH, 0) - first : bottom - first].clone()
+        inner = slice(top - first, bottom - first)
+        content[:, :, top:bottom] = wavelet(old, style(first, last).to(content))[:, :, inner]
+    return content
 
 
 def _low_frequencies(x: Tensor) -> Tensor:

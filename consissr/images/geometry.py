@@ -14,7 +14,7 @@ and CCSR v1 round up). The released rules work on 8-bit images as the authors' c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
@@ -24,19 +24,23 @@ from torch import Tensor
 
 from consissr.images import color
 from consissr.images.formats import output_size
-from consissr.images.resize import crop, pad_to_multiple, resize
+from consissr.images.resize import crop, reflected, resize, resized_rows, strips
 from consissr.images.rgb8 import to_pil, to_tensor
 
 RELEASED_SHORT_SIDE = 512
 """What both releases raise the short side to, in pixels."""
 
 
+Rows = Callable[[int, int], Tensor]
+"""(top, bottom) -> rows top..bottom-1 of an image (1,3,H,W)."""
+
+
 @dataclass
 class Prepared:
     """One image on its way. Its enlarged form is made anew where it is needed: a large one need not stay in memory."""
 
-    make: Callable[[slice], Tensor]
-    """Makes some channels of the network's input (1,C,H,W)."""
+    rows: Rows
+    """Makes some rows of the network's input."""
     shape: tuple[int, int]
     """Height and width of the network's input."""
     size: tuple[int, int]
@@ -47,16 +51,12 @@ class Prepared:
     @property
     def x(self) -> Tensor:
         """The network's input (1,3,H,W)."""
-        return self.make(slice(None))
-
-    def channels(self) -> Iterable[Tensor]:
-        """The channels of `x`, each (1,1,H,W), one after the other."""
-        return (self.make(slice(i, i + 1)) for i in range(3))
+        return self.rows(0, self.shape[0])
 
     @classmethod
     def of(cls, x: Tensor, size: tuple[int, int], upscaled: tuple[int, int]) -> Prepared:
         """An input (1,3,H,W) that is at hand."""
-        return cls(lambda channels: x[:, channels], tuple(x.shape[2:]), size, upscaled)
+        return cls(lambda top, bottom: x[:, :, top:bottom], tuple(x.shape[2:]), size, upscaled)
 
 
 def prepare(
@@ -80,7 +80,14 @@ def prepare(
     if rule == "pad":
         raised = at_least(size, short_side)
         padded = tuple(-(-side // multiple) * multiple for side in raised)
-        return Prepared(lambda part: pad_to_multiple(resize(image[:, part], raised), multiple), padded, size, raised)
+        down, across = map(reflected, raised, padded)
+
+        def rows(top: int, bottom: int) -> Tensor:
+            which = down[top:bottom]
+            first, last = int(which.min()), int(which.max()) + 1
+            return resized_rows(image, raised, first, last)[:, :, which - first][..., across]
+
+        return Prepared(rows, padded, size, raised)
     short_side = short_side or RELEASED_SHORT_SIDE
     if rule == "ccsr":
         x = to_tensor(ccsr_input(to_pil(image), scale, short_side))
@@ -104,14 +111,14 @@ def finish(prepared: Prepared, y: Tensor, rule: str, color_fix: str) -> Tensor:
     """
     y = y.div_(2).add_(0.5)
     if rule == "pad":
-        style = (crop(channel, prepared.upscaled) for channel in prepared.channels())
-        y = transfer(crop(y, prepared.upscaled), style, color_fix)
+        height, width = prepared.upscaled
+        y = transfer(y[..., :height, :width], lambda *rows: prepared.rows(*rows)[..., :width], color_fix)
         return resize(y.mul_(2).sub_(1).clamp_(-1, 1), prepared.size)
     if rule == "ccsr":
         y = y.clamp_(0, 1).mul_(255).round_().div_(255)
-        y = truncated(transfer(y, prepared.channels(), color_fix)) if color_fix != "none" else y * 2 - 1
+        y = truncated(transfer(y, prepared.rows, color_fix)) if color_fix != "none" else y * 2 - 1
         return to_tensor(to_pil(y).resize(prepared.size[::-1], Image.Resampling.BICUBIC))
-    y = crop(truncated(transfer(y, prepared.channels(), color_fix)), prepared.upscaled)
+    y = crop(truncated(transfer(y, prepared.rows, color_fix)), prepared.upscaled)
     return to_tensor(to_pil(y).resize(prepared.size[::-1], Image.Resampling.LANCZOS))
 
 
@@ -121,19 +128,13 @@ def at_least(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     return size if short >= short_side else tuple(round(side * short_side / short) for side in size)
 
 
-def transfer(content: Tensor, style: Iterable[Tensor], color_fix: str) -> Tensor:
-    """Colours of `style` in [-1, 1] for `content` (B,3,H,W) in [0, 1], in place, by 'adain', 'wavelet' or 'none'.
-
-    `style`: its channels (B,1,H,W) in order. Working on one at a time is the same and takes less memory.
-    """
-    if color_fix == "none":
-        return content
-    for one, like in zip(content.split(1, dim=1), style, strict=True):
-        if color_fix == "adain":
-            mean, variance = color.moments(like)
-            color.adain_(one, mean / 2 + 0.5, variance / 4)
-        else:
-            one.copy_(color.wavelet(one, like / 2 + 0.5))
+def transfer(content: Tensor, style: Rows, color_fix: str) -> Tensor:
+    """Colours of `style` in [-1, 1] for `content` (1,3,H,W) in [0, 1], in place, by 'adain', 'wavelet' or 'none'."""
+    if color_fix == "adain":
+        mean, variance = color.moments(style(*strip) for strip in strips(content.shape[2]))
+        color.adain_(content, mean / 2 + 0.5, variance / 4)
+    if color_fix == "wavelet":
+        color.wavelet_(content, lambda *rows: style(*rows) / 2 + 0.5)
     return content
 
 

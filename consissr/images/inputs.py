@@ -12,6 +12,7 @@ from consissr.errors import UserError
 from consissr.images import codec
 from consissr.images.codec import Photo
 from consissr.images.geometry import Prepared
+from consissr.images.resize import strips
 
 Images = Image | list[Image] | Tensor
 
@@ -53,11 +54,11 @@ def equal_sizes(shapes: Sequence[tuple], batch_size: int) -> list[list[int]]:
 
 
 def network_input(images: Sequence[Prepared], dtype: torch.dtype) -> Tensor:
-    """Prepared images of one size as (B,3,H,W); made channel by channel, so that float32 needs room for one only."""
+    """Prepared images of one size as (B,3,H,W); made strip by strip, so that float32 needs room for one only."""
     x = torch.empty(len(images), 3, *images[0].shape, dtype=dtype)
-    for i, image in enumerate(images):
-        for c, channel in enumerate(image.channels()):
-            x[i, c] = channel[0, 0]
+    for row, image in zip(x, images, strict=True):
+        for top, bottom in strips(image.shape[0]):
+            row[:, top:bottom] = image.rows(top, bottom)[0]
     return x
 
 

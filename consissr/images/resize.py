@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import ceil, floor
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-_STRIP = 256  # rows that are resized at once
+STRIP = 256
+"""Rows that are worked on at once: resizing needs several times the memory of what it makes."""
 
 
 def resize(x: Tensor, size: tuple[int, int], limits: tuple[float, float] | None = (-1.0, 1.0)) -> Tensor:
@@ -15,19 +19,38 @@ def resize(x: Tensor, size: tuple[int, int], limits: tuple[float, float] | None 
 
     The cubic overshoots at edges; the result is clamped to `limits` after the horizontal and after the vertical pass,
     as Pillow does on 8-bit images (so the two differ by rounding only); None does not clamp. Computed on the CPU, one
-    channel after the other, so that a result depends neither on the device nor on the batch.
+    channel and some rows after the other, so that a result depends neither on the device nor on the batch.
     """
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    planes = x.detach().to("cpu", torch.float32).reshape(-1, *x.shape[-2:])
-    result = torch.empty(len(planes), *size)
+    result = torch.empty(*x.shape[:-2], *size)
+    for top, bottom in strips(size[0]):
+        result[..., top:bottom, :] = resized_rows(x, size, top, bottom, limits)
+    return result.to(x)
+
+
+def strips(height: int) -> Iterator[tuple[int, int]]:
+    """(top, bottom) of the strips that images of `height` rows are worked on in, to save memory."""
+    return ((top, min(top + STRIP, height)) for top in range(0, height, STRIP))
+
+
+def resized_rows(
+    x: Tensor, size: tuple[int, int], top: int, bottom: int, limits: tuple[float, float] | None = (-1.0, 1.0)
+) -> Tensor:
+    """Rows top..bottom-1 of what `resize` makes of x (..., H, W), float32 on the CPU: (..., bottom - top, size[1])."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x[..., top:bottom, :].detach().to("cpu", torch.float32)
+    height, width = x.shape[-2:]
+    step = height / size[0]
+    reach = 2 * max(step, 1) + 1  # of the cubic, in rows of x
+    first, last = max(floor(top * step - reach), 0), min(ceil(bottom * step + reach), height)
+    rows = (0, top * height / size[0] - first, size[1], bottom * height / size[0] - first)
+    planes = x[..., first:last, :].detach().to("cpu", torch.float32).reshape(-1, last - first, width)
+    result = torch.empty(len(planes), bottom - top, size[1])
     for plane, resized in zip(planes, result, strict=True):
-        wide = _bicubic(plane, (size[1], x.shape[-2]), (0, 0, x.shape[-1], x.shape[-2]), limits)
-        for top in range(0, size[0], _STRIP):  # Pillow needs several times the memory of what it makes
-            bottom = min(top + _STRIP, size[0])
-            rows = (0, top * x.shape[-2] / size[0], size[1], bottom * x.shape[-2] / size[0])
-            resized[top:bottom] = _bicubic(wide, (size[1], bottom - top), rows, limits)
-    return result.reshape(*x.shape[:-2], *size).to(x)
+        wide = _bicubic(plane, (size[1], last - first), (0, 0, width, last - first), limits)
+        resized.copy_(_bicubic(wide, (size[1], bottom - top), rows, limits))
+    return result.reshape(*x.shape[:-2], *result.shape[1:])
 
 
 def _bicubic(
@@ -48,10 +71,16 @@ def pad_to_multiple(x: Tensor, multiple: int, minimum: int = 1) -> Tensor:
         size = x.shape[axis]
         padded = -(-max(size, minimum) // multiple) * multiple
         if padded != size:
-            period = max(2 * (size - 1), 1)
-            position = torch.arange(padded, device=x.device) % period
-            x = x.index_select(axis, torch.minimum(position, period - position) if size > 1 else position * 0)
+            x = x.index_select(axis, reflected(size, padded).to(x.device))
     return x
+
+
+def reflected(size: int, padded: int) -> Tensor:
+    """Which of `size` rows stand in `padded` ones when those beyond the end are reflected, again and again."""
+    if size == 1:
+        return torch.zeros(padded, dtype=torch.int64)
+    position = torch.arange(padded) % (2 * (size - 1))
+    return torch.minimum(position, 2 * (size - 1) - position)
 
 
 def crop(x: Tensor, size: tuple[int, int]) -> Tensor:

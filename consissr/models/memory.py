@@ -72,5 +72,5 @@ def set_heap(keeps: int = HEAP_KEEPS) -> None:
 
 
 def trim_heap() -> None:
-    """Hand freed memory back to the system, before a measurement."""
+    """Hand freed memory back to the system: before a measurement, and where a large image needs it as a whole."""
     glibc("malloc_trim")(0)

@@ -9,37 +9,17 @@ segments grow longer and work is repeated instead.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import ceil, prod
 
 import torch
 from torch import Tensor
 
+from consissr.images.moments import Moments
 from consissr.models.vae.operations import Box, Op, Tile, advance, box_before, channels_after, size_after
 
 KEEP_TILES = 4
 """A map is stored if it is no larger than this many tiles at full resolution."""
-
-
-class Statistics:
-    """Mean and variance per image and group, gathered over tiles without loss (Chan's parallel formula), float64."""
-
-    def __init__(self, groups: int):
-        self.groups, self.count = groups, 0
-
-    def add(self, x: Tensor) -> None:
-        """Take in the values of a tile (B,C,h,w)."""
-        variance, mean = torch.var_mean(x.reshape(len(x), self.groups, -1).float(), dim=2, correction=0)
-        count, mean, spread = x[0].numel() // self.groups, mean.double(), variance.double()
-        if not self.count:
-            self.count, self.mean, self.spread = count, mean, spread * count
-            return
-        delta, total = mean - self.mean, self.count + count
-        self.spread += spread * count + delta**2 * (self.count * count / total)
-        self.mean, self.count = self.mean + delta * (count / total), total
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """(mean, variance), each (B, groups), float32."""
-        return self.mean.float(), (self.spread / self.count).float()
 
 
 class Packed:
@@ -145,11 +125,7 @@ class TileRunner:
             return source
         for i in range(start, stop):
             if self.ops[i].kind in ("norm", "attention"):
-                norm = self.ops[i].module if self.ops[i].kind == "norm" else self.ops[i].module.group_norm
-                gathered = Statistics(norm.num_groups)
-                for box in self.boxes(i):
-                    gathered.add(self.part(source, start, i, box))
-                self.statistics[i] = gathered.result()
+                self.gather(i, (self.part(source, start, i, box) for box in self.boxes(i)))
         same = source.shape[1:] == (self.channels[stop], *self.sizes[stop])
         windows = any(op.kind == "attention" for op in self.ops[start:stop])  # strips would be windows of full width
         if 0 < start and stop < len(self.ops) and same and not windows:
@@ -158,6 +134,14 @@ class TileRunner:
         for box in self.boxes(stop):
             out.write(box, self.part(source, start, stop, box))
         return out
+
+    def gather(self, i: int, parts: Iterable[Tensor]) -> None:
+        """Work out the statistics (mean, variance), each (B, groups) float32, of the norm in operation i."""
+        op = self.ops[i]
+        moments = Moments((op.module if op.kind == "norm" else op.module.group_norm).num_groups)
+        for part in parts:
+            moments.add(part)
+        self.statistics[i] = tuple(moment.float() for moment in moments.result())
 
     def overwrite(self, source: Packed, start: int, stop: int) -> Packed:
         """The same in place: strips from top to bottom, each read together with the old rows above it."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from consissr.models.vae.exact import Plain, Statistics, TileRunner
+from consissr.models.vae.exact import Plain, TileRunner
 from consissr.models.vae.operations import Box, Op, Tile, advance
 
 PATCH = 48
@@ -54,11 +54,7 @@ class SampledTiles(TileRunner):
         patches = [Tile(source.read(box), box, self.sizes[0]) for box in self.patches()]
         for i, op in enumerate(self.ops):
             if op.kind in ("norm", "attention"):
-                norm = op.module if op.kind == "norm" else op.module.group_norm
-                gathered = Statistics(norm.num_groups)
-                for patch in patches:
-                    gathered.add(patch.x)
-                self.statistics[i] = gathered.result()
+                self.gather(i, (patch.x for patch in patches))
             patches = [advance(patch, op, self.statistics.get(i)) for patch in patches]
 
     def patches(self) -> list[Box]:
