@@ -69,6 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if os.environ.get("RANK", "0") != "0":  # what all processes would say the first one says
+        logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger("consissr.data").setLevel(logging.WARNING)
     # 1x1 convolutions have two names for one layout
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
@@ -80,8 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(describe(config, stage_builder(config.stage))))
             return 0
         check_run(config, options.resume)  # again in Loop, but here before torch is imported
-        if options.resume and not options.allow_changes:
-            check_changes(config, options.resume)
+        if options.resume:
+            check_changes(config, options.resume, options.allow_changes)
         with claimed(config.output_dir):
             builder = stage_builder(config.stage)
 

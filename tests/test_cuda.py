@@ -37,8 +37,9 @@ from consissr.models.residual import ResidualDenoiser
 from consissr.nano.config import run_config
 from consissr.restorer import Restorer
 from consissr.training import dry_run
+from consissr.training.engine import Average
 from consissr.training.feed import Feed
-from consissr.training.optimisers import Averaged, build_optimizer
+from consissr.training.optimisers import build_optimizer
 from consissr.training.precision import Frozen
 from consissr.training.stage import Batch
 from scripts.train import stage_builder
@@ -164,7 +165,7 @@ def test_a_training_step(gpu: FakeTensorMode, tiny_model: Path, monkeypatch: pyt
             torch.nn.utils.clip_grad_norm_(phase.parameters.values(), 1.0)
             build_optimizer(phase).step()
         weights = {f"{phase.name}/{n}": p for phase in stage.phases for n, p in phase.parameters.items()}
-        with Averaged(weights, {n: p.detach().clone() for n, p in weights.items()}), mixed(), torch.no_grad():
+        with Average(weights, 0.9).swapped(), mixed(), torch.no_grad():
             restored = stage.restore(batch)
         assert restored is None or restored.device.type == "cuda"
 

@@ -27,6 +27,8 @@ class TrainConfig:
     """Folder of checkpoints, logs, validation images and the final model."""
     init: str = ""
     """Model folder, or earlier run's output_dir, whose weights the stage starts from; empty: the base's."""
+    keep_decoder: bool = True
+    """Stages 'tala' and 'nuts': keep the decoder that `init` was given by stage 'deft'; false: take the base's."""
     seed: int = 0
     """Seed of data order, degradation, noise and initial weights."""
     steps: int = 20000

@@ -153,12 +153,9 @@ def reason(error: BaseException) -> str:
 
 
 def damage(path: Path) -> str:
-    """What is wrong with a complete checkpoint's bytes; '' if they are those that were written, or have no checksum."""
+    """What is wrong with a complete checkpoint's bytes; '' if they are those that were written."""
     try:
-        told = (path / "state.json").read_text()
-        if told == json.dumps({"step": step_of(path)}):
-            log.warning("%s has no checksum: its bytes are not checked", path)
-        elif told != described(step_of(path), path / "state.pt"):
+        if (path / "state.json").read_text() != described(step_of(path), path / "state.pt"):
             return "its checksum is another"
     except (OSError, ValueError) as error:
         return reason(error)

@@ -161,21 +161,28 @@ def check_resuming(config: TrainConfig, resume: str) -> None:
     check_output(config, resume)
 
 
-def check_changes(config: TrainConfig, resume: str) -> None:
-    """UserError where the run that `resume` goes on with had another stage, seed, batch, data, model or loss."""
-    before = find_checkpoint(Path(config.output_dir), resume).parent / "train.yaml"
+def check_changes(config: TrainConfig, resume: str, allowed: bool) -> None:
+    """Says what the run that `resume` goes on with had otherwise.
+
+    UserError where that is the stage, seed, batch, data, model or loss, unless `allowed`.
+    """
+    checkpoint = find_checkpoint(Path(config.output_dir), resume)
+    before = checkpoint.parent / "train.yaml"
     try:
-        differ = changed_fields(load_config(type(config), before), config, FREE)
+        differ = changed_fields(load_config(type(config), before), config, ("output_dir", "data.validation"))
     except UserError as error:
         log.warning("%s cannot be compared with this run's settings: %s", before, error)
         return
     numbers = ("optimizer.", "deft.optimizer.")
-    differ = [name for name in differ if name.endswith(".kind") or not name.startswith(numbers)]
-    if differ:
+    fixed = [n for n in differ if n not in FREE and (n.endswith(".kind") or not n.startswith(numbers))]
+    if fixed and not allowed:
         raise UserError(
-            f"{before} differs from this run in {', '.join(differ)}: a run that goes on keeps these; use the same, "
+            f"{before} differs from this run in {', '.join(fixed)}: a run that goes on keeps these; use the same, "
             "choose another output_dir, or give --allow-changes if this is meant"
         )
+    if differ:
+        step = step_of(checkpoint)
+        log.warning("step %d goes on with other settings than before: %s", step, ", ".join(differ))
 
 
 def check_output(config: TrainConfig, resume: str) -> None:

@@ -8,7 +8,8 @@ one, in the last micro-batch of a step only.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Player:
     """One phase in training."""
 
     def __init__(self, phase: Phase, accelerator: Accelerator, sharded: bool) -> None:
-        self.phase = phase
+        self.phase, self.name = phase, phase.name
         self.parameters = list(phase.parameters.values())
         self.world, self.first = accelerator.num_processes, accelerator.is_main_process
         self.requires_grad(True)
@@ -52,11 +53,6 @@ class Player:
         """Whether backward passes reach this phase's parameters."""
         for parameter in self.parameters:
             parameter.requires_grad_(wanted)
-
-    @property
-    def name(self) -> str:
-        """The phase's."""
-        return self.phase.name
 
     def averaging(self, wanted: bool) -> AbstractContextManager[None]:
         """A context whose backward pass averages the gradients over processes, or adds to this one's alone."""
@@ -105,3 +101,20 @@ class Average:
         """Move every average towards its weight."""
         if self.values:
             torch._foreach_lerp_(list(self.values.values()), self.weights, 1 - self.decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The stage holds the averages within, if there are any, and the trained weights again afterwards."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averages and weights in place."""
+        for weight, value in zip(self.weights, self.values.values(), strict=bool(self.values)):
+            trained = weight.clone()
+            weight.copy_(value)
+            value.copy_(trained)

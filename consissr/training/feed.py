@@ -56,20 +56,15 @@ class Feed:
 
         In float32, as in threads, also where autocast is on (validation): JPEG's coefficients need all their digits.
         """
+        hq = self.moved([s["hq"] for s in samples])
         with without_autocast(self.device):
-            return self.made(samples)
-
-    def made(self, samples: list[dict[str, Any]]) -> Batch:
-        """What `make_batch` gives, under the caller's autocast."""
-        batch = Batch(
-            hq=self.moved([s["hq"] for s in samples]),
+            lq = self.degraded(hq, samples) if self.needs_lq else None
+        return Batch(
+            hq=hq.contiguous(memory_format=torch.channels_last),
             names=[s["name"] for s in samples],
             generators=[torch.Generator().manual_seed(seed_of(s["seed"], "loss")) for s in samples],
+            lq=lq,
         )
-        if self.needs_lq:
-            batch.lq = self.degraded(batch.hq, samples)
-        batch.hq = batch.hq.contiguous(memory_format=torch.channels_last)
-        return batch
 
     def moved(self, images: list[torch.Tensor]) -> torch.Tensor:
         """Images as one tensor on the device; the copy does not keep the host waiting."""

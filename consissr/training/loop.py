@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ from consissr.training.checks import check_run, launched
 from consissr.training.engine import Average, Player
 from consissr.training.failures import not_finite, out_of_memory_in_one_line, step_errors_in_one_line
 from consissr.training.feed import Feed
-from consissr.training.optimisers import Averaged, learning_rate, load_optimizer
+from consissr.training.optimisers import learning_rate, load_optimizer
 from consissr.training.precision import Frozen, use_autocast
 from consissr.training.processes import Processes, Signs
 from consissr.training.report import Report
 from consissr.training.stage import Batch, Stage, seed_of
 from consissr.training.validation import Validation
-from consissr.training.window import Window
+from consissr.training.window import Window, counted, product_rate
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What asks a run to stop: a scheduler, and Ctrl-C."""
@@ -112,6 +113,7 @@ class Loop:
                 network.compile()
         self.players = [Player(phase, self.accelerator, config.engine == "zero1") for phase in self.stage.phases]
         self.average = Average(self.weights(), config.ema)
+        self.window.peak = product_rate(self.device, self.autocast)
 
     def batches(self) -> Iterator[Batch]:
         """Micro-batches of this process from the current step on."""
@@ -209,7 +211,11 @@ class Loop:
                     waiting = time.perf_counter()
                     batch = next(batches)
                     self.window.waited += time.perf_counter() - waiting
-                    self.accumulate(batch, totals, last=micro == self.micro_batches - 1)
+                    accumulate = partial(self.accumulate, batch, totals, last=micro == self.micro_batches - 1)
+                    if self.window.work:
+                        accumulate()
+                    else:
+                        self.window.work = self.micro_batches * counted(accumulate)
                 self.update(totals)
                 self.step += 1
                 self.window.add(totals)
@@ -223,17 +229,19 @@ class Loop:
                 if self.stopping:
                     by = self.signalled or "a signal to another process"
                     raise UserError(f"stopped by {by} after step {self.step}, which is saved: use --resume latest")
-                self.validate_if_due()
+                with self.window.paused():
+                    self.validate_if_due()
 
     def tell(self) -> None:
         """A log line on the steps since the last one."""
         self.window.share(self.processes)
-        means, *times = self.window.close(self.step)
-        peak = max(self.processes.gathered(peak_memory_mb()))
+        values = {"step": self.step, "images": self.step * self.config.batch, **self.window.close(self.step)}
+        peaks, skipped = zip(*self.processes.gathered((peak_memory_mb(), len(self.feed.dataset.skipped))), strict=True)
+        values |= {"peak_mb": max(peaks), "skipped": sum(skipped)}
         if self.config.skip_not_finite:
-            means["not_finite"] = self.not_finite
+            values["not_finite"] = self.not_finite
         if self.report:
-            self.report.means(means, self.step, *times, len(self.feed.dataset.skipped), peak)
+            self.report.means(values)
 
     def describe(self) -> dict[str, Any]:
         """What the run is, for run.json."""
@@ -267,7 +275,7 @@ class Loop:
 
     def validate(self) -> None:
         """Images and PSNR/SSIM on the fixed set, with the averaged weights if there are any."""
-        with self.averaged(), self.mixed(), torch.compiler.set_stance("force_eager"):
+        with self.average.swapped(), self.mixed(), torch.compiler.set_stance("force_eager"):
             metrics = self.validation.run(self.stage, self.step)
         self.report.validation(metrics, self.step, self.validation.picture(self.step))
 
@@ -279,7 +287,7 @@ class Loop:
             for player in self.players:
                 player.free()  # its memory goes to the weights in full precision
             self.frozen.restore()
-            with self.averaged(), torch.compiler.set_stance("force_eager"):
+            with self.average.swapped(), torch.compiler.set_stance("force_eager"):
                 self.export()
         self.processes.wait()
         self.processes.close()
@@ -301,15 +309,6 @@ class Loop:
         """Trained tensors of all phases by 'phase/name'."""
         return {f"{p.name}/{n}": v for p in self.stage.phases for n, v in p.parameters.items()}
 
-    @property
-    def ema(self) -> dict[str, Tensor]:
-        """The averaged weights by 'phase/name', if there are any."""
-        return self.average.values
-
-    def averaged(self) -> Averaged:
-        """Context in which the stage holds the averaged weights (a no-op without EMA)."""
-        return Averaged(self.weights(), self.ema)
-
     def save(self, wait: bool) -> None:
         """Checkpoint of the current step, by the first process, while training goes on unless it is to `wait`."""
         self.heed(all_of_them=True)
@@ -321,7 +320,7 @@ class Loop:
                 "weights": self.weights(),
                 "buffers": self.stage.buffers,
                 "optimizers": optimizers,
-                "ema": self.ema,
+                "ema": self.average.values,
                 "not_finite": self.not_finite,
                 **self.window.state(),
             }
@@ -334,7 +333,7 @@ class Loop:
     def load(self, path: Path) -> None:
         """Continue from a checkpoint."""
         state = load_checkpoint(path)
-        current = {"weights": self.weights(), "buffers": self.stage.buffers, "ema": self.ema}
+        current = {"weights": self.weights(), "buffers": self.stage.buffers, "ema": self.average.values}
         for part, tensors in current.items():
             shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in (tensors, state[part])]
             if shapes[0] != shapes[1]:
@@ -346,4 +345,4 @@ class Loop:
             load_optimizer(player.optimizer, state["optimizers"][player.name], player.phase)
         self.step = state["step"]
         self.window.load(state)
-        self.not_finite = state.get("not_finite", 0)
+        self.not_finite = state["not_finite"]

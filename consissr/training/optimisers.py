@@ -1,4 +1,4 @@
-"""Learning rates, optimisers and averaged weights."""
+"""Learning rates and optimisers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from consissr.config.optimizer import OptimizerConfig
 from consissr.training.stage import Phase
@@ -51,24 +50,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], phas
     inner = getattr(optimizer, "optim", optimizer)
     for group in [*optimizer.param_groups, *inner.param_groups]:
         group |= {"betas": tuple(phase.optimizer.betas), "weight_decay": phase.optimizer.weight_decay}
-
-
-class Averaged:
-    """Swap averaged weights in, and the trained ones back on leaving. Must not be nested."""
-
-    def __init__(self, weights: dict[str, Tensor], ema: dict[str, Tensor]) -> None:
-        self.weights, self.ema = weights, ema
-
-    def swap(self) -> None:
-        """Exchange the two sets in place."""
-        with torch.no_grad():
-            for name, averaged in self.ema.items():
-                trained = self.weights[name].detach().clone()
-                self.weights[name].copy_(averaged)
-                averaged.copy_(trained)
-
-    def __enter__(self) -> None:
-        self.swap()
-
-    def __exit__(self, *_: object) -> None:
-        self.swap()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from consissr.config.loading import changed_fields, flat, load_config, save_config
+from consissr.config.loading import flat, save_config
 from consissr.config.training import TrainConfig
 from consissr.training.feed import cores, threads
 
@@ -36,12 +36,7 @@ class Report:
         self.config = config
         self.quality, self.told_waiting = "", False
         self.folder.mkdir(parents=True, exist_ok=True)
-        before = self.folder / "train.yaml"
-        if step and before.is_file():
-            differ = changed_fields(load_config(type(config), before), config, ("output_dir", "data.validation"))
-            if differ:
-                log.warning("step %d goes on with other settings than before: %s", step, ", ".join(differ))
-        save_config(config, before)
+        save_config(config, self.folder / "train.yaml")
         about = {"torch": torch.__version__, "commit": commit(), **about}
         (self.folder / "run.json").write_text(json.dumps(about, indent=1))
         self.lines = self.folder / "log.jsonl"
@@ -54,24 +49,22 @@ class Report:
         self.tracker = tracker(config, self.folder, step)
         self.bar = tqdm(initial=step, total=config.steps, desc=config.stage, mininterval=2)
 
-    def means(
-        self, values: dict[str, float], step: int, seconds: float, data_seconds: float, skipped: int, peak_mb: int
-    ) -> None:
-        """Means since the last line; seconds per step, in all and waiting for data; images found unusable so far; the
-        most memory that any process has used."""
-        rate = self.config.batch / seconds
-        timing = {"steps_per_second": round(1 / seconds, 4), "data_seconds": round(data_seconds, 4), "peak_mb": peak_mb}
-        self.line({"step": step, "images": step * self.config.batch, **timing, "skipped": skipped, **values})
+    def means(self, values: dict[str, float]) -> None:
+        """A line of training (`Loop.tell`): means since the last one, speed, and the most memory of any process."""
+        self.line(values)
+        rate = values["steps_per_second"]
         loss = next((f"loss {value:.4g}" for name, value in values.items() if name.endswith("/loss")), "")
-        told = [loss, self.quality, f"{rate:.3g} images/s", f"{peak_mb / 1024:.1f} GiB"]
+        told = [loss, self.quality, f"{self.config.batch * rate:.3g} images/s", f"{values['peak_mb'] / 1024:.1f} GiB"]
+        told.append(f"{100 * values['peak_share']:.0f} % of peak")
         self.bar.set_postfix_str(", ".join(word for word in told if word), refresh=False)
-        if data_seconds > WAITING * seconds and not self.told_waiting:
+        waiting = values["data_seconds"] * rate
+        if waiting > WAITING and not self.told_waiting:
             self.told_waiting = True
             self.bar.clear()
             log.warning(
                 "waiting for data takes %.0f %% of a step: raise workers (%d threads now, %d cores for this process), "
                 "or read from a local disk, tar shards or smaller JPEGs (scripts/bench.py training --data measures it)",
-                100 * data_seconds / seconds, threads(self.config.workers), cores(),
+                100 * waiting, threads(self.config.workers), cores(),
             )  # fmt: skip
 
     def validation(self, values: dict[str, float], step: int, picture: Path) -> None:

@@ -43,11 +43,15 @@ def starting_model(config: TrainConfig) -> Model:
     """
     if not config.init or tower_only(config.init):
         return new_model(config.model, tower=config.init)
-    model = load_model(find_model(config.init), additions=config.model, prompts=[""])
+    folder = find_model(config.init)
+    model = load_model(folder, additions=config.model, prompts=[""], tuned_decoder=config.keep_decoder)
     if "" not in model.prompts:
         raise UserError(f"{config.init} holds no embedding of the empty prompt, which training needs: convert it again")
     if not config.stage.endswith("deft") and model.decoder != "base":
-        log.warning("%s: its decoder was tuned on its results and stays: tune it again (stage deft)", config.init)
+        log.warning(
+            "%s: its decoder was tuned on its results and stays: tune it again (stage deft), or use keep_decoder=false",
+            config.init,
+        )
     return model
 
 

@@ -1,12 +1,16 @@
-"""What a log line tells: means over the steps since the last one."""
+"""What a log line tells: means over the steps since the last one, and how fast they were."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from consissr.training.processes import Processes
 
@@ -14,14 +18,26 @@ from consissr.training.processes import Processes
 class Window:
     """Sums over steps, on the device until a line or a checkpoint needs them; and where the time went."""
 
-    def __init__(self, step: int = 0) -> None:
+    work = 0
+    """Floating point operations of a step in this process; 0: not counted."""
+    peak = 1.0
+    """Those per second that matrix products reach here (`product_rate`)."""
+
+    def __init__(self) -> None:
         self.sums: dict[str, Tensor | float] = {}
-        self.since = step
-        self.restart(step)
+        self.since = 0
+        self.restart(0)
 
     def restart(self, step: int) -> None:
         """Time is counted from here on, from `step`."""
         self.started, self.first, self.waited = time.perf_counter(), step, 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done within takes no time of a step."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
     def add(self, totals: dict[str, Tensor | float]) -> None:
         """One step's figures."""
@@ -35,14 +51,17 @@ class Window:
             row = processes.mean(torch.stack([self.sums[name].float() for name in names]))
             self.sums |= zip(names, row.tolist(), strict=True)
 
-    def close(self, step: int) -> tuple[dict[str, float], float, float]:
-        """Means per step, seconds per step, and seconds per step of waiting for data; a new window begins at `step`."""
+    def close(self, step: int) -> dict[str, float]:
+        """Speed and means per step; a new window begins at `step`."""
         steps = step - self.first
-        means = {name: value / (step - self.since) for name, value in self.sums.items()}
-        times = (time.perf_counter() - self.started) / steps, self.waited / steps
+        seconds = (time.perf_counter() - self.started) / steps
+        values = {"steps_per_second": round(1 / seconds, 4), "data_seconds": round(self.waited / steps, 4)}
+        if self.work:
+            values["peak_share"] = round(self.work / seconds / self.peak, 4)
+        values |= {name: value / (step - self.since) for name, value in self.sums.items()}
         self.sums, self.since = {}, step
         self.restart(step)
-        return means, *times
+        return values
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -50,4 +69,41 @@ class Window:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state."""
-        self.sums, self.since = state.get("window", {}), state.get("since", state["step"])
+        self.sums, self.since = state["window"], state["since"]
+
+
+def product_rate(device: torch.device, low: bool) -> float:
+    """Floating point operations per second of large matrix products on `device`, in bfloat16 if `low`, else float32.
+
+    Measured: what a step could reach at best, under this card's clock and power, rather than its data sheet's figure.
+    """
+    side = 8192 if device.type == "cuda" else 512
+    factor = torch.ones(side, side, dtype=torch.bfloat16 if low else torch.float32, device=device)
+    seconds = []
+    for _ in range(4):  # the first one warms up
+        began = time.perf_counter()
+        (factor @ factor)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
+
+
+class Counter(TorchDispatchMode):
+    """Counts the floating point operations of what runs within: convolutions, matrix products, attention.
+
+    (torch's FlopCounterMode also takes operations apart, which changes the last bits of gradients.)
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def counted(run: Callable[[], None]) -> int:
+    """Floating point operations of `run`, backward passes too."""
+    with torch.compiler.set_stance("force_eager"), Counter() as counter:
+        run()
+    return counter.total

@@ -54,13 +54,15 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     additions: ModelConfig | None = None,
     prompts: Sequence[str] | None = None,
+    tuned_decoder: bool = True,
     **settings: Any,
 ) -> Model:
     """The model of a folder (see `find.find_model`) with its base: every network as `dtype` on the CPU, in memory once.
 
     base: another place of the base. additions: what a run's model has, on its own base; what the folder's model lacks
     of it starts as a no-op. prompts: what the text encoder encodes before it is let go (default: the sampler's two).
-    settings: fields of SamplerConfig, in place of the folder's. Raises UserError.
+    tuned_decoder: false takes the base's decoder in place of one that the folder has tuned. settings: fields of
+    SamplerConfig, in place of the folder's. Raises UserError.
     """
     config = read_config(folder)
     before, sampler = config.model, changed(config.sampler, settings)
@@ -79,13 +81,14 @@ def load_model(
         add_lora(found.unet, config.model.unet_lora, lora)
     elif lora is not None:
         merge_lora(found.unet, lora)
-    tuned = folder / "vae"
+    decoder = stored_decoder(folder / "vae")
+    decoder = "base" if decoder == "tuned" and not tuned_decoder else decoder
     return Model(
         config=config,
         unet=found.unet,
         controlnet=controlnet,
-        latents=load_latents(tuned, found.latents, dtype) if tuned.is_dir() else found.latents,
-        decoder=stored_decoder(tuned),
+        latents=found.latents if decoder == "base" else load_latents(folder / "vae", found.latents, dtype),
+        decoder=decoder,
         hint_latents=load_latents(folder / "hint_vae", dtype=dtype) if (folder / "hint_vae").is_dir() else None,
         image_prompt=image_prompt_of(folder, config.model, before, found.unet.config.cross_attention_dim, dtype),
         prompts=found.prompts if known is None else known,

@@ -32,9 +32,9 @@ def hold_after(step: int) -> None:
     """Let this process train up to the log's line of `step` and no further, for who kills it may be late."""
     tell = Report.means
 
-    def tell_and_hold(self: Report, values: dict[str, float], at: int, *rest: float) -> None:
-        tell(self, values, at, *rest)
-        if at >= step:
+    def tell_and_hold(self: Report, values: dict[str, float]) -> None:
+        tell(self, values)
+        if values["step"] >= step:
             time.sleep(600)
 
     Report.means = tell_and_hold

@@ -27,7 +27,7 @@ from scripts.train import main, stage_builder
 from tests.training.children import finish, start, start_saving
 from tests.training.tiny import started, words
 
-TIMING = {"steps_per_second", "data_seconds", "peak_mb"}
+TIMING = {"steps_per_second", "data_seconds", "peak_mb", "peak_share"}
 
 
 @pytest.fixture

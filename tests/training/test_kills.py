@@ -62,6 +62,6 @@ def test_killed_runs_end_like_one_that_ran_through(runs: Path, photos: Path, tmp
         assert whole[part].keys() == killed[part].keys() and whole[part]
         for name, value in whole[part].items():
             assert torch.equal(value, killed[part][name]), (part, name)
-    timing = {"steps_per_second", "data_seconds", "peak_mb"}
+    timing = {"steps_per_second", "data_seconds", "peak_mb", "peak_share"}
     same = [[{k: v for k, v in line.items() if k not in timing} for line in log] for log in (told, told_again)]
     assert same[0] == same[1] and [line["step"] for line in same[0]] == list(range(1, STEPS + 1))

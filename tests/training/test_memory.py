@@ -83,14 +83,16 @@ def test_the_last_validation_and_the_export_use_averaged_weights(
         usual = getattr(loop.stage, what)
 
         def spy(argument: object, what: str = what, usual: object = usual) -> object:
-            averages = load_checkpoint(tmp_path / "autoencoder/checkpoint-2")["ema"] if loop.step == 2 else loop.ema
+            averages = (
+                load_checkpoint(tmp_path / "autoencoder/checkpoint-2")["ema"] if loop.step == 2 else loop.average.values
+            )
             same = [torch.equal(value, averages[name]) for name, value in loop.weights().items()]
             seen[what].append(all(same))
             return usual(argument)
 
         monkeypatch.setattr(loop.stage, what, spy)
     loop.run()
-    # at step 1 the sets are swapped, so that `loop.ema` holds the trained weights
+    # at step 1 the sets are swapped, so that `loop.average` holds the trained weights
     assert seen == {"restore": [False, True], "export": [True]}
     state = load_checkpoint(tmp_path / "autoencoder/checkpoint-2")
     assert not all(torch.equal(value, state["ema"][name]) for name, value in state["weights"].items())

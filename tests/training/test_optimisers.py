@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from consissr.config.optimizer import OptimizerConfig
-from consissr.training.optimisers import Averaged, build_optimizer, learning_rate, load_optimizer
+from consissr.training.engine import Average
+from consissr.training.optimisers import build_optimizer, learning_rate, load_optimizer
 from consissr.training.stage import Phase
 
 
@@ -59,12 +60,14 @@ def test_a_resumed_optimiser_goes_on_with_its_moments_under_the_runs_settings() 
 
 def test_averages_are_there_within_and_the_trained_weights_after_whatever_happens() -> None:
     weights = {"a": nn.Parameter(torch.tensor([1.0, 2.0])), "b": nn.Parameter(torch.tensor([3.0]))}
-    ema = {"a": torch.tensor([10.0, 20.0]), "b": torch.tensor([30.0])}
-    with pytest.raises(RuntimeError, match="stop"), Averaged(weights, ema):
+    average = Average(weights, 0.5)
+    average.values["a"] *= 10
+    average.values["b"] *= 10
+    with pytest.raises(RuntimeError, match="stop"), average.swapped():
         assert weights["a"].tolist() == [10, 20] and weights["b"].tolist() == [30]
         raise RuntimeError("stop")
     assert weights["a"].tolist() == [1, 2] and weights["b"].tolist() == [3]
-    assert ema["a"].tolist() == [10, 20] and ema["b"].tolist() == [30]
+    assert average.values["a"].tolist() == [10, 20] and average.values["b"].tolist() == [30]
     assert weights["a"].requires_grad
-    with Averaged(weights, {}):
+    with Average(weights, 0).swapped():
         assert weights["a"].tolist() == [1, 2], "no averages: nothing changes"

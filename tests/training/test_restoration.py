@@ -167,13 +167,21 @@ def test_what_a_run_would_lose_or_misread_is_said(
     words = [*VARIANTS["pre-training"], f"init={tmp_path}/model", "model.hint=conv"]
     with pytest.raises(UserError, match=r"leaves out or does otherwise: use model\.residual=0"):
         loop(base, photos, tmp_path / "b", *words, "stage=nano_nuts", "model.residual=0.5")
+    plain = first.stage.latents.vae.decoder.conv_out.bias.clone()
+    with torch.no_grad():
+        first.stage.latents.vae.decoder.conv_out.bias += 1
     save_decoder(tmp_path / "model" / "vae", first.stage.latents)
     text = first.stage.text.clone() + 1
     save_prompts(tmp_path / "model", {"": text})
     run = loop(base, photos, tmp_path / "b", *words)
     assert "its decoder was tuned" in caplog.text and torch.equal(run.stage.text, text)
+    assert torch.equal(run.stage.latents.vae.decoder.conv_out.bias, plain + 1)
     run.stage.export(tmp_path / "again")
-    assert torch.equal(load_prompts(tmp_path / "again")[""], text)
+    assert torch.equal(load_prompts(tmp_path / "again")[""], text) and (tmp_path / "again/vae").is_dir()
+    run = loop(base, photos, tmp_path / "c", *words, "keep_decoder=false")
+    assert torch.equal(run.stage.latents.vae.decoder.conv_out.bias, plain)
+    run.stage.export(tmp_path / "without")
+    assert not (tmp_path / "without/vae").exists()
 
 
 def test_a_trained_adapter_goes_on(base: Path, photos: Path, tmp_path: Path) -> None:

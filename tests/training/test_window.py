@@ -1,0 +1,50 @@
+"""What a log line says of speed: the work of a step, counted without touching it, and time that was not a step's."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from consissr.training.window import Window, counted
+
+
+def test_counting_changes_no_bit() -> None:
+    """Multiply-accumulates count as two: forward, and backward to weights and to the second layer's input."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1)).to(
+        memory_format=torch.channels_last
+    )
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+
+    def step() -> None:
+        net.zero_grad()
+        net(x).square().mean().backward()
+
+    step()
+    plain = [p.grad.clone() for p in net.parameters()]
+    layer = 2 * 2 * 16 * 16 * 3 * 8 * 9
+    assert counted(step) == (2 + 3) * layer
+    assert all(torch.equal(p.grad, before) for p, before in zip(net.parameters(), plain, strict=True))
+    with FlopCounterMode(display=False) as theirs:
+        step()
+    assert theirs.get_total_flops() == 5 * layer
+
+
+def test_speed_leaves_out_what_was_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    window = Window()
+    window.work, window.peak = 100, 200.0
+    now = 4.0
+    with window.paused():
+        now = 104.0
+    window.add({"loss": 3.0})
+    window.add({"loss": torch.tensor(5.0)})
+    window.waited = 1.0
+    values = window.close(2)
+    speed = {"steps_per_second": 0.5, "data_seconds": 0.5, "peak_share": 0.25}
+    assert values == speed | {"loss": 4.0}, "2 s a step: 50 of 200 operations per second"
