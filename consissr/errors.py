@@ -1,5 +1,20 @@
-"""The one exception that users meet."""
+"""The one exception that users meet, and how scripts end."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
     """A mistake the user can mend: the message names the value, the rule and the remedy in one line."""
+
+
+def exit_status(work: Callable[[], int], interrupted: str = "the same command goes on where it was") -> int:
+    """What `work` returns; 2 for a mistake and 130 for an interrupt, each told in one line."""
+    try:
+        return work()
+    except (UserError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted; {interrupted}\n")
+        return 130

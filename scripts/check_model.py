@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from consissr.errors import UserError
+from consissr.errors import UserError, exit_status
 
 NUTS = {"S=1": (6, 2 / 3, 2 / 3), "S=2": (6, 2 / 3, 1 / 2)}  # (T, t_max, t_min)
 
@@ -76,8 +76,24 @@ def check_photos(args: argparse.Namespace, model: Path, plans: dict, base: str) 
     return f"\n## Photographs degraded with seed 0, 256-pixel crops\n\n{table}"
 
 
+def check_model(args: argparse.Namespace) -> int:
+    """Restore, check, print two tables."""
+    if not args.realsr and not args.photos:
+        raise UserError("nothing to check: give --realsr DIR (with LR/ and HR/), --photos DIR, or both")
+    from consissr.weights.find import base_of, find_model, read_config
+
+    model = find_model(args.model)
+    config = read_config(model)
+    plans = plans_of(config.sampler)
+    if args.realsr:
+        print(check_pairs(args, model, plans))
+    if args.photos:
+        print(check_photos(args, model, plans, args.base or base_of(model, config)))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Restore, check, print two tables; one line per mistake and exit status 2."""
+    """Parse, do what was asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="bundled name or model folder")
     parser.add_argument("--realsr", type=Path, help="folder with LR/ and HR/ of real pairs, RealSR's or others")
@@ -85,25 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base", help="another place of the base model")
     parser.add_argument("-o", "--output", type=Path, default=Path("results/check"))
     args = parser.parse_args(arguments)
-    try:
-        if not args.realsr and not args.photos:
-            raise UserError("nothing to check: give --realsr DIR (with LR/ and HR/), --photos DIR, or both")
-        from consissr.weights.find import base_of, find_model, read_config
-
-        model = find_model(args.model)
-        config = read_config(model)
-        plans = plans_of(config.sampler)
-        if args.realsr:
-            print(check_pairs(args, model, plans))
-        if args.photos:
-            print(check_photos(args, model, plans, args.base or base_of(model, config)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: check_model(args))
 
 
 if __name__ == "__main__":

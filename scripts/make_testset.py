@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from consissr.errors import UserError
+from consissr.errors import UserError, exit_status
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,25 +26,24 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def main() -> None:
+def make_testset(args: argparse.Namespace) -> int:
     from consissr.data.testset import write_testset
 
-    args = parser().parse_args()
+    if args.count < 0 or args.seed < 0:
+        raise UserError(f"--count {args.count}, --seed {args.seed}: use whole numbers from 0")
     console = Console(stderr=True)
-
-    def progress(numbers):
-        return track(numbers, "crops", console=console)
-
-    try:
-        if args.count < 0 or args.seed < 0:
-            raise UserError(f"--count {args.count}, --seed {args.seed}: use whole numbers from 0")
-        record = write_testset(args.input, args.output, args.count, args.crop, args.preset, args.seed, progress)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    record = write_testset(args.input, args.output, args.count, args.crop, args.preset, args.seed,
+                           lambda numbers: track(numbers, "crops", console=console))  # fmt: skip
     skipped = f", {len(record['unusable'])} photographs unusable (see testset.json)" if record["unusable"] else ""
     print(f"{len(record['images'])} pairs in {args.output}{skipped}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, do what was asked."""
+    args = parser().parse_args(arguments)
+    return exit_status(lambda: make_testset(args), "start again with an --output that is not there yet")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

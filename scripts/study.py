@@ -14,12 +14,12 @@ import signal
 import sys
 from pathlib import Path
 
-from consissr.errors import UserError
-from consissr.studies.run import Setting, run_jobs, stages
+from consissr.errors import UserError, exit_status
+from consissr.studies.run import Work, run_jobs, stages
 from consissr.studies.spec import available, load_study
 
-ROOT = Path(__file__).resolve().parent.parent
-NANO, TABLES = ROOT / "configs" / "nano", ROOT / "configs" / "tables"
+SCRIPTS = Path(__file__).resolve().parent
+NANO, TABLES = SCRIPTS.parent / "configs" / "nano", SCRIPTS.parent / "configs" / "tables"
 STUDIES = NANO / "studies"
 
 
@@ -36,7 +36,6 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--train-only", action="store_true", help="train and stop")
     part.add_argument("--report-only", action="store_true", help="neither train nor restore")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change every training (trials)")
-    add("--tables", type=Path, metavar="DIR", help="also write the results as data, e.g. to configs/tables/nano")
     return made
 
 
@@ -46,39 +45,32 @@ def study(args: argparse.Namespace) -> int:
     for folder in (args.photos / "train", args.photos / "val", args.realsr / "LR", args.realsr / "HR"):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: --photos holds train/ and val/, --realsr holds LR/ and HR/")
-    setting = Setting(out=args.output.resolve(), parents=NANO, scripts=ROOT / "scripts", photos=args.photos.resolve(),
-                      realsr=args.realsr.resolve(), jobs=args.jobs, lines=tuple(args.set))  # fmt: skip
+    places = {"out": args.output, "photos": args.photos, "realsr": args.realsr, "parents": NANO, "scripts": SCRIPTS}
+    how = {name: path.resolve() for name, path in places.items()} | {"jobs": args.jobs, "lines": tuple(args.set)}
     chosen = {name: load_study(name, STUDIES) for name in dict.fromkeys(args.studies)}
     known = {row for one in chosen.values() for row in one.rows}
     if unknown := [row for row in args.only if row not in known]:
         raise UserError(f"--only {unknown[0]}: no study that was asked for has that row; known: {', '.join(known)}")
     problems = []
     for name, one in chosen.items():
-        rows = [row for row in one.rows if not args.only or row in args.only]
+        work, rows = Work(study=one, **how), [row for row in one.rows if not args.only or row in args.only]
         if not args.report_only:
-            for jobs in stages(setting, one, rows, restoring=not args.train_only):
+            for jobs in stages(work, rows, restoring=not args.train_only):
                 problems += [f"failed: {job}: {text}" for job, text in run_jobs(jobs, args.jobs).items()]
         if not args.train_only:
             from consissr.studies.report import report
 
-            problems += report(setting, one, TABLES, args.tables)
-            print((setting.out / name / "summary.md").read_text())
+            problems += report(work, TABLES)
+            print((work.out / name / "summary.md").read_text())
     sys.stderr.writelines(f"{line}\n" for line in problems)
     return 1 if problems else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, do what was asked; one line per mistake and exit status 2."""
+    """Parse, do what was asked."""
     args = parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that children are ended, too
-    try:
-        return study(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return exit_status(lambda: study(args), "the same command goes on")
 
 
 if __name__ == "__main__":

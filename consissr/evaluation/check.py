@@ -7,7 +7,8 @@
 3. Wrong-condition drop: the PSNR lost when the model is fed another image's condition (0 for a model that ignores it).
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import torch
 
 from consissr.errors import UserError
 from consissr.evaluation import folders
+from consissr.evaluation.markdown import escaped, table_lines
 from consissr.evaluation.metrics import gaussian_blur, luma
+from consissr.evaluation.progress import track
 from consissr.evaluation.protocols import get_measures, get_protocol
 from consissr.images import codec
 
@@ -24,22 +27,25 @@ BLOCK = 16  # pixels per side
 FLATTEST = 0.1  # share of all blocks
 BICUBIC, GRAINY = "bicubic", "bicubic+grain"  # names of the baselines' rows
 METRICS = ["psnr", "ssim", "niqe", "st-lpips"]
+COLUMNS = {"psnr": "PSNR-Y dB", "ssim": "SSIM-Y", "niqe": "NIQE", "st_lpips": "ST-LPIPS",
+           "flat_ratio": "flat-block ratio", "wrong_drop": "wrong-condition drop dB"}  # fmt: skip
+DIGITS = {"ssim": 4, "st_lpips": 3}  # of other columns 2
 GRAIN = 3.0  # standard deviation in 8-bit levels
 GRAIN_BLUR = 0.7  # pixels: at these two, grain brings bicubic's NIQE from 9.0 to 5.9 for 0.2 dB
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the check; `wrong_drop` in dB is NaN where no wrong-condition results were given."""
+class CheckRow:
+    """One line of the check; what is not known is NaN."""
 
     name: str
     psnr: float
     ssim: float
     niqe: float
     st_lpips: float
-    """NaN where its weights are not installed."""
     flat_ratio: float
-    wrong_drop: float = float("nan")
+    wrong_drop: float = math.nan
+    """dB."""
 
 
 def block_std(image: torch.Tensor) -> np.ndarray:
@@ -51,10 +57,8 @@ def block_std(image: torch.Tensor) -> np.ndarray:
 
 
 def flat_block_ratio(sr: Iterable[torch.Tensor], hr: Iterable[torch.Tensor]) -> float:
-    """Roughness of results where the photographs are smooth, 1 for the photographs themselves.
+    """Roughness of results where the photographs are smooth, 1 for the photographs themselves (see above).
 
-    All 16x16 blocks of all HR images are pooled; the tenth of them with the smallest standard deviation of Y (in HR)
-    is kept; the ratio is the mean of the results' standard deviations in those blocks over the mean of HR's.
     `sr` and `hr` yield images (N, 3, H, W) in [0, 1] in the same order.
     """
     result = np.concatenate([block_std(image) for image in sr])
@@ -90,24 +94,36 @@ def bicubic_plus_grain(lr: torch.Tensor, scale: int = 4, sigma: float = GRAIN, s
     return ((upscaled + grain / grain.std() * sigma / 255).clamp(0, 1) * 255).round() / 255
 
 
+def scale_between(lr: Path, hr: Path) -> int:
+    """How many times as wide as LR's the HR images are. UserError where they do not pair."""
+    pairs = folders.pair({"HR": hr}, hr, lr)
+    first = pairs.images[0]
+    return round(pairs.sizes[first][0] / folders.image_sizes({first: pairs.lr[first]})[first][0])
+
+
 def write_baselines(lr: Path, output: Path, scale: int = 4) -> dict[str, Path]:
     """Write both baselines of the LR folder as PNG; return their folders by name.
 
     What is there may be of other images of the same names: it is written anew, and PNG files of other names go.
     """
-    makers = {BICUBIC: bicubic_baseline, GRAINY: bicubic_plus_grain}
     written, files = {}, folders.list_images(lr)
-    for name, maker in makers.items():
+    for name in (BICUBIC, GRAINY):
         written[name] = output / name.replace("+", "-plus-")
-        for seed, (stem, path) in enumerate(files.items()):
-            options = {"seed": seed} if maker is bicubic_plus_grain else {}
-            result = maker(folders.read_image(path), scale, **options)
+        for seed, (stem, path) in enumerate(track(name, files.items(), len(files))):
+            image = folders.read_image(path)
+            result = bicubic_baseline(image, scale) if name == BICUBIC else bicubic_plus_grain(image, scale, seed=seed)
             picture = codec.Photo(result[0] * 2 - 1, None, codec.read(path).form)
             codec.write(written[name] / f"{stem}.png", picture)
         for path in written[name].rglob("*.png"):
             if path.relative_to(written[name]).with_suffix("").as_posix() not in files:
                 path.unlink()
     return written
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises UserError where a result has the name of a baseline."""
+    if taken := [name for name in names if name in (BICUBIC, GRAINY)]:
+        raise UserError(f"'{taken[0]}' names a row of the check itself: write another NAME=DIR")
 
 
 def check(
@@ -117,8 +133,7 @@ def check(
     output: Path,
     wrong: dict[str, Path] | None = None,
     jobs: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Row]:
+) -> list[CheckRow]:
     """The check's rows: bicubic, bicubic plus grain, then each result folder.
 
     `wrong` maps names of `results` to folders restored with another image's condition under the image's own name.
@@ -128,47 +143,39 @@ def check(
     wrong = wrong or {}
     for name in wrong.keys() - results.keys():
         raise UserError(f"--wrong-condition {name}: no --sr folder of that name; write NAME=DIR")
-    for name in (BICUBIC, GRAINY):
-        if name in results:
-            raise UserError(
-                f"--sr {results[name]}: '{name}' names a row of the check itself; write NAME={results[name]}"
-            )
-    given = folders.pair({"HR": hr}, hr, lr)
-    first = given.images[0]
-    scale = round(given.sizes[first][0] / folders.image_sizes({first: given.lr[first]})[first][0])
-    named = write_baselines(lr, output / "baselines", scale) | results
-    pairs = folders.pair(named, hr, None)
-    cache = output / "scores.jsonl"
-    scores = evaluate(pairs, get_measures(METRICS), get_protocol("ccsr"), cache, jobs=jobs,
-                      progress=progress)  # fmt: skip
+    check_names(results)
+    baselines = write_baselines(lr, output / "baselines", scale_between(lr, hr))
+    pairs = folders.pair(baselines | results, hr, None)
+    protocol, cache = get_protocol("ccsr"), output / "scores.jsonl"
+    scores = evaluate(pairs, get_measures(METRICS), protocol, cache, jobs=jobs)
     drops = {}
     for name, folder in wrong.items():
-        mismatched = folders.pair({name: folder}, hr, None)
-        found = evaluate(mismatched, get_measures(["psnr"]), get_protocol("ccsr"), cache, jobs=jobs)
-        drops[name] = scores.mean(name, "psnr") - found.mean(name, "psnr")
+        swapped = evaluate(folders.pair({name: folder}, hr, None), get_measures(["psnr"]), protocol, cache, jobs=jobs)
+        drops[name] = scores.mean(name, "psnr") - swapped.mean(name, "psnr")
     photographs = [folders.read_image(pairs.hr[image]) for image in pairs.images]
     return [
-        Row(
+        CheckRow(
             method.name,
             *(scores.mean(method.name, metric) for metric in METRICS),
             flat_block_ratio((folders.read_image(method.runs[0][i]) for i in pairs.images), photographs),
-            drops.get(method.name, float("nan")),
+            drops.get(method.name, math.nan),
         )
-        for method in pairs.methods
+        for method in track("flat blocks", pairs.methods, len(pairs.methods))
     ]
 
 
-def as_text(rows: list[Row]) -> str:
-    """The rows as a Markdown table, with the definitions of the figures below it."""
-    titles = ("", "PSNR-Y dB", "SSIM-Y", "NIQE", "ST-LPIPS", "flat-block ratio", "wrong-condition drop dB")
-    lines = [f"| {' | '.join(titles)} |", "|---" + "|--:" * (len(titles) - 1) + "|"]
-    for row in rows:
-        drop = f"{row.wrong_drop:.2f}" if row.wrong_drop == row.wrong_drop else "-"
-        niqe = f"{row.niqe:.2f}" if row.niqe == row.niqe else "-"
-        distance = f"{row.st_lpips:.3f}" if row.st_lpips == row.st_lpips else "-"
-        figures = f"{row.psnr:.2f} | {row.ssim:.4f} | {niqe} | {distance} | {row.flat_ratio:.2f} | {drop}"
-        lines.append(f"| {row.name} | {figures} |")
-    grain = f"Grain: {GRAIN:g} levels, blurred by {GRAIN_BLUR:g} pixels. PSNR, SSIM: protocol ccsr."
-    if all(row.st_lpips != row.st_lpips for row in rows):
-        grain += " ST-LPIPS needs the weights in the package stlpips-pytorch 0.0.2."
-    return "\n".join([*lines, "", __doc__.split("\n\n", 1)[1].strip(), grain])
+def as_text(rows: list[CheckRow]) -> str:
+    """The rows as a Markdown table, with the definitions of the figures below it; unknown columns are left out."""
+    columns = [c for c in COLUMNS if not all(math.isnan(getattr(row, c)) for row in rows)]
+
+    def text(row: CheckRow, column: str) -> str:
+        value = getattr(row, column)
+        return "-" if math.isnan(value) else f"{value:.{DIGITS.get(column, 2)}f}"
+
+    lines = table_lines(
+        ["", *(COLUMNS[c] for c in columns)], [[escaped(row.name), *(text(row, c) for c in columns)] for row in rows]
+    )
+    told = f"Grain: {GRAIN:g} levels, blurred by {GRAIN_BLUR:g} pixels. PSNR, SSIM: protocol ccsr."
+    if "st_lpips" not in columns:
+        told += " ST-LPIPS needs the weights in the package stlpips-pytorch 0.0.2."
+    return "\n".join([*lines, "", __doc__.split("\n\n", 1)[1].strip(), told])

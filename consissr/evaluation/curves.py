@@ -4,26 +4,25 @@ ConsisSR Fig. 6 and 8, CCSR Fig. 2 (left).
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from consissr.errors import UserError
 from consissr.evaluation.evaluate import Evaluation, evaluate
-from consissr.evaluation.folders import STEPS, Method, Pairs, list_images, list_runs, pair
+from consissr.evaluation.folders import STEPS, Method, Pairs, list_runs, pair
 from consissr.evaluation.protocols import Measure, Protocol
 
 
 def step_pictures(folder: Path) -> dict[str, dict[int, Path]]:
     """Pictures of sampling steps beside the results in `folder`: image name -> timestep -> file, noisiest first."""
-    found: dict[str, dict[int, Path]] = {}
+    pictures: dict[str, dict[int, Path]] = {}
     for steps in sorted(folder.rglob(f"*{STEPS}")):
         name = Path(steps.relative_to(folder).as_posix().removesuffix(STEPS)).with_suffix("").as_posix()
         for path in sorted(steps.glob("*_t*.png")):
             if match := re.fullmatch(r"\d+_t(\d+)", path.stem):
-                found.setdefault(name, {})[int(match[1])] = path
-    if not found:
+                pictures.setdefault(name, {})[int(match[1])] = path
+    if not pictures:
         raise UserError(f"{folder} holds no pictures of sampling steps: restore with infer.py --save-steps")
-    return found
+    return pictures
 
 
 def step_evaluation(
@@ -32,7 +31,6 @@ def step_evaluation(
     measures: list[Measure],
     protocol: Protocol,
     cache: Path,
-    progress: Callable[[int, int], None] = lambda done, total: None,
     **options,
 ) -> tuple[Evaluation, list[tuple[str, int]]]:
     """Each method at each timestep as a method of its own, and for each of these (method, timestep), noisiest first.
@@ -47,7 +45,7 @@ def step_evaluation(
             methods.append(Method(f"{name} t={timestep}", [{i: run[i][timestep] for i in base.images} for run in runs]))
             places.append((name, timestep))
     pairs = Pairs(methods, base.images, base.hr, None, base.sizes)
-    return evaluate(pairs, measures, protocol, cache, progress=progress, **options), places
+    return evaluate(pairs, measures, protocol, cache, **options), places
 
 
 def timesteps(runs: list[dict[str, dict[int, Path]]], images: list[str], folder: Path) -> list[int]:
@@ -73,15 +71,8 @@ def step_curves(
 
 def lr_values(lr: Path, hr: Path, measures: list[Measure], protocol: Protocol, output: Path, **options) -> dict:
     """The metrics of the bicubic upscaled LR images (Fig. 6, ConsisSR draws them for scale): metric -> mean."""
-    from consissr.evaluation.check import write_baselines
+    from consissr.evaluation.check import BICUBIC, scale_between, write_baselines
 
-    scale = round(next(iter(pair({"HR": hr}, hr, None).sizes.values()))[0] / _width(lr))
-    folder = write_baselines(lr, output / "baselines", scale)["bicubic"]
+    folder = write_baselines(lr, output / "baselines", scale_between(lr, hr))[BICUBIC]
     done = evaluate(pair({"LR": folder}, hr, None), measures, protocol, output / "scores.jsonl", **options)
     return {m.name: done.mean("LR", m.name) for m in measures if m.name not in done.unavailable}
-
-
-def _width(folder: Path) -> int:
-    from consissr.evaluation.folders import read_image
-
-    return read_image(next(iter(list_images(folder).values()))).shape[-1]

@@ -6,8 +6,6 @@ evaluation.mean("OSEDiff", "psnr")
 """
 
 import hashlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -16,19 +14,20 @@ from pathlib import Path
 import numpy as np
 
 from consissr.errors import UserError
-from consissr.evaluation import stability, stlpips, workers
+from consissr.evaluation import learned, stability, stlpips, workers
 from consissr.evaluation.folders import Method, Pairs
-from consissr.evaluation.protocols import FID_LEAST, MEASURES, PROCESS_GIGABYTES, Measure, Protocol
+from consissr.evaluation.protocols import FID_LEAST, LR_CLIP, MEASURES, PROCESS_GIGABYTES, Measure, Protocol
 from consissr.evaluation.scores import (
-    LR_CLIP,
     REVISION,
     ScoreCache,
-    Setting,
-    Task,
+    Scoring,
     file_hashes,
+    image_scores,
     package_versions,
     score_all,
     score_key,
+    set_scores,
+    spread_scores,
 )
 
 
@@ -39,25 +38,22 @@ class Evaluation:
     pairs: Pairs
     measures: list[Measure]
     protocol: Protocol
+    unavailable: dict[str, str] = field(default_factory=dict)
+    """Why a metric has no values, by metric."""
     values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     set_values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """Metrics of a whole set (FID): `set_values[method][metric]`, shape (runs,)."""
     local_std: dict[str, np.ndarray] = field(default_factory=dict)
     """L-STD per image, shape (images,), for methods with repeated runs."""
-    unavailable: dict[str, str] = field(default_factory=dict)
-    """Why a metric has no values, by metric."""
     versions: dict[str, str] = field(default_factory=dict)
     lr_similarity: np.ndarray | None = None
     """CLIP-I(LR, HR) per image, shape (images,)."""
 
-    def has(self, method: str, metric: str) -> bool:
-        return metric in self.values[method] or metric in self.set_values[method]
-
     def mean(self, method: str, metric: str) -> float:
         """Average over images and runs; NaN where the metric is unavailable."""
-        if metric == "delta-clip-i" and self.has(method, metric):  # the ratio of the means (Eq. 5, ConsisSR)
-            return float(self.values[method]["clip-i"].mean() / self.lr_similarity.mean() - 1)
-        table = self.values[method] if metric in self.values[method] else self.set_values[method]
+        table = self.values[method] | self.set_values[method]
+        if metric == "delta-clip-i" and metric in table:  # the ratio of the means (Eq. 5, ConsisSR)
+            return float(table["clip-i"].mean() / self.lr_similarity.mean() - 1)
         return float(table[metric].mean()) if metric in table else float("nan")
 
     def global_std(self, method: str, metric: str) -> float:
@@ -78,7 +74,6 @@ def evaluate(
     weights: Path | None = None,
     device: str = "cpu",
     jobs: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
     small_fid: bool = False,
 ) -> Evaluation:
     """Compute what `cache` does not hold yet, in `jobs` processes (default: `workers.count`'s).
@@ -86,101 +81,105 @@ def evaluate(
     small_fid: whether to compute FID of fewer than FID_LEAST images, too. Raises UserError where none of the measures
     can be computed.
     """
-    result = Evaluation(pairs, measures, protocol)
-    setting, scores = Setting(protocol, weights, device), ScoreCache(cache)
-    _check_references(measures, pairs)
-    result.unavailable = _unavailable(measures, weights, pairs, small_fid)
+    result = Evaluation(pairs, measures, protocol, _unavailable(measures, weights, pairs, small_fid))
     if measures and len(result.unavailable) == len(measures):
         raise UserError("\n".join(f"{name} is not computed: {why}" for name, why in result.unavailable.items()))
-    taken = PROCESS_GIGABYTES + sum(m.gigabytes for m in measures if m.name not in result.unavailable)
-    jobs = workers.count(jobs, device, taken)
-    metrics = _raw_metrics([m.name for m in measures if m.name not in result.unavailable])
-    prints = {metric: _fingerprint(metric, weights) for metric in metrics}
+    raw = _raw([m for m in measures if m.name not in result.unavailable])
+    jobs = workers.count(jobs, device, PROCESS_GIGABYTES + sum(m.gigabytes for m in raw))
+    prints = {m.name: _fingerprint(m, weights) for m in raw}
     result.versions = _versions(measures, prints)
-    files = [f for method in pairs.methods for run in method.runs for f in run.values()]
-    hashes = file_hashes(files + list((pairs.hr or {}).values()) + list((pairs.lr or {}).values()))
+    scoring, scores = Scoring(protocol, weights, device), ScoreCache(cache)
+    hashes = file_hashes(
+        [file for method in pairs.methods for run in method.runs for file in run.values()]
+        + [file for table in (pairs.hr, pairs.lr) for file in (table or {}).values()]
+    )
 
-    def key(metric: str, image: str, run: dict[str, Path]) -> str:
-        needs = "hr lr" if metric == LR_CLIP else MEASURES[metric].needs
-        used = [run[image]] if metric != LR_CLIP else [pairs.lr[image]]
-        used += [pairs.hr[image]] if "hr" in needs else []
-        return score_key(metric, protocol, [hashes[file] for file in used], prints[metric])
+    def files(image: str, run: dict[str, Path]) -> dict[str, Path]:
+        tables = {"sr": run, "hr": pairs.hr, "lr": pairs.lr}
+        return {role: table[image] for role, table in tables.items() if table}
 
-    per_image = [metric for metric in metrics if metric != "fid"]
+    def key(measure: Measure, image: str, run: dict[str, Path]) -> str:
+        contents = [hashes[files(image, run)[role]] for role in measure.needs]
+        return score_key(measure, protocol, contents, prints[measure.name])
+
+    def set_key(run: dict[str, Path]) -> str:
+        sr, hr = ([table[image] for image in pairs.images] for table in (run, pairs.hr))
+        return score_key(MEASURES["fid"], protocol, [_digest(sr + hr, hashes)], prints["fid"])
+
+    def spread_key(method: Method, image: str) -> str:
+        digest = _digest([run[image] for run in method.runs], hashes)
+        return "|".join(["l-std", f"r{REVISION}", f"crop{protocol.local_std_crop}", digest])
+
     tasks, planned = [], set()
+
+    def missing(*keys: str) -> list[str]:
+        fresh = [k for k in keys if k not in scores and k not in planned]
+        planned.update(fresh)
+        return fresh
+
+    image_measures = [m for m in raw if not m.of_set]
+    for method in pairs.methods if "fid" in prints else ():
+        for run in method.runs:
+            sr, hr = ([table[image] for image in pairs.images] for table in (run, pairs.hr))
+            tasks += [partial(set_scores, k, sr, hr, scoring) for k in missing(set_key(run))]
     for method, image in product(pairs.methods, pairs.images):
         for run in method.runs:
-            wanted = {metric: key(metric, image, run) for metric in per_image}
-            missing = tuple((m, k) for m, k in wanted.items() if k not in scores and k not in planned)
-            planned.update(k for _, k in missing)
-            if missing:
-                hr, lr = ((table or {}).get(image) for table in (pairs.hr, pairs.lr))
-                tasks.append(Task(missing, run[image], hr, lr))
-    score_all(tasks, setting, scores, jobs, progress)
+            wanted = {key(m, image, run): m for m in image_measures}
+            if fresh := missing(*wanted):
+                tasks.append(partial(image_scores, {k: wanted[k] for k in fresh}, files(image, run), scoring))
+        if len(method.runs) > 1:
+            runs = [run[image] for run in method.runs]
+            tasks += [partial(spread_scores, k, runs, protocol) for k in missing(spread_key(method, image))]
+    score_all(tasks, scores, jobs)
 
     for method in pairs.methods:
         table = {
-            metric: np.array([[scores[key(metric, image, run)] for image in pairs.images] for run in method.runs])
-            for metric in per_image
+            m.name: np.array([[scores[key(m, image, run)] for image in pairs.images] for run in method.runs])
+            for m in image_measures
         }
-        if LR_CLIP in table:
-            result.lr_similarity = table.pop(LR_CLIP)[0]
-            if "delta-clip-i" not in result.unavailable and MEASURES["delta-clip-i"] in measures:
-                table["delta-clip-i"] = table["clip-i"] / result.lr_similarity - 1  # (Eq. 5, ConsisSR)
-        result.values[method.name] = table
-        result.set_values[method.name] = {}
-        if "fid" in metrics:
-            result.set_values[method.name]["fid"] = _fid(method, pairs, hashes, prints["fid"], setting, scores)
+        if LR_CLIP.name in table:
+            result.lr_similarity = table.pop(LR_CLIP.name)[0]
+            table["delta-clip-i"] = table["clip-i"] / result.lr_similarity - 1  # (Eq. 5, ConsisSR)
+        fid = {"fid": np.array([scores[set_key(run)] for run in method.runs])} if "fid" in prints else {}
+        result.values[method.name], result.set_values[method.name] = table, fid
         if len(method.runs) > 1:
-            result.local_std[method.name] = _local_std(method, pairs.images, hashes, protocol, scores, jobs)
+            result.local_std[method.name] = np.array([scores[spread_key(method, image)] for image in pairs.images])
     return result
 
 
-def _raw_metrics(names: list[str]) -> list[str]:
+def _raw(measures: list[Measure]) -> list[Measure]:
     """What to compute for each image; delta-CLIP-I follows from two similarities."""
-    if "delta-clip-i" not in names:
-        return names
-    return [name for name in names if name not in ("delta-clip-i", "clip-i")] + ["clip-i", LR_CLIP]
-
-
-def _check_references(measures: list[Measure], pairs: Pairs) -> None:
-    for measure in measures:
-        if measure.needs != "none" and pairs.hr is None:
-            raise UserError(f"{measure.name} compares with HR images: give --hr FOLDER, or leave it out of --metrics")
-        if "lr" in measure.needs and pairs.lr is None:
-            raise UserError(f"{measure.name} also needs LR images: give --lr FOLDER, or leave it out of --metrics")
+    delta, clip = MEASURES["delta-clip-i"], MEASURES["clip-i"]
+    return [m for m in measures if m not in (delta, clip)] + [clip, LR_CLIP] if delta in measures else measures
 
 
 def _unavailable(measures: list[Measure], weights: Path | None, pairs: Pairs, small_fid: bool) -> dict[str, str]:
+    """Why a measure cannot be computed, by name. Raises UserError where folders are missing that it compares with."""
     reasons = {}
     for measure in measures:
+        if "hr" in measure.needs and pairs.hr is None:
+            raise UserError(f"{measure.name} compares with HR images: give --hr FOLDER, or leave it out of --metrics")
+        if "lr" in measure.needs and pairs.lr is None:
+            raise UserError(f"{measure.name} also needs LR images: give --lr FOLDER, or leave it out of --metrics")
+        short, long = measure.smallest
         reason = ""
         if measure.source == "stlpips" and stlpips.weights_file() is None:
             reason = "its weights come with a package that is not installed: pip install stlpips-pytorch==0.0.2"
-        if measure.source in ("pyiqa", "clip"):
-            from consissr.evaluation.learned import missing_text
-
-            reason = missing_text(measure.name, weights)
-        if measure.name == "niqe" and (small := pairs.smaller_than(96, 192)):
-            reason = f"needs images of at least 96x192 pixels; smaller: {small}"
-        if measure.name == "ssim" and (small := pairs.smaller_than(11, 11)):
-            reason = f"needs images of at least 11x11 pixels; smaller: {small}"
-        if measure.name == "fid" and len(pairs.images) < FID_LEAST and not small_fid:
+        elif measure.source in ("pyiqa", "clip"):
+            reason = learned.missing_text(measure.name, weights)
+        if small := pairs.smaller_than(short, long):
+            reason = f"needs images of at least {short}x{long} pixels; smaller: {small}"
+        if measure.of_set and len(pairs.images) < FID_LEAST and not small_fid:
             reason = f"of {len(pairs.images)} images it says nothing: use {FID_LEAST} or more, or --small-fid"
         if reason:
             reasons[measure.name] = reason
     return reasons
 
 
-def _fingerprint(metric: str, weights: Path | None) -> str:
-    source = "clip" if metric == LR_CLIP else MEASURES[metric].source
-    if source == "own":
-        return ""
-    if source == "stlpips":
-        return stlpips.DIGEST[:16]
-    from consissr.evaluation.learned import fingerprint
-
-    return fingerprint(metric, weights)
+def _fingerprint(measure: Measure, weights: Path | None) -> str:
+    if measure.source in ("own", "stlpips"):
+        return stlpips.DIGEST[:16] if measure.source == "stlpips" else ""
+    return learned.fingerprint(measure.name, weights)
 
 
 def _versions(measures: list[Measure], prints: dict[str, str]) -> dict[str, str]:
@@ -194,33 +193,3 @@ def _versions(measures: list[Measure], prints: dict[str, str]) -> dict[str, str]
 
 def _digest(files: list[Path], hashes: dict[Path, str]) -> str:
     return hashlib.sha256("".join(hashes[file] for file in files).encode()).hexdigest()[:32]
-
-
-def _fid(method: Method, pairs: Pairs, hashes: dict, weights: str, setting: Setting, scores: ScoreCache) -> np.ndarray:
-    from consissr.evaluation.learned import frechet_distance
-
-    values = []
-    for run in method.runs:
-        sr, hr = ([table[image] for image in pairs.images] for table in (run, pairs.hr))
-        key = score_key("fid", setting.protocol, [_digest(sr + hr, hashes)], weights)
-        if key not in scores:
-            scores.put({key: frechet_distance(sr, hr, setting.weights, setting.device)})
-        values.append(scores[key])
-    return np.array(values)
-
-
-def _local_std(
-    method: Method, images: list[str], hashes: dict, protocol: Protocol, scores: ScoreCache, jobs: int
-) -> np.ndarray:
-    """L-STD per image; files are read and compared in threads, which Pillow and numpy let run side by side."""
-    files = {image: [run[image] for run in method.runs] for image in images}
-    keys = {
-        image: "|".join(["l-std", f"r{REVISION}", f"crop{protocol.local_std_crop}", _digest(files[image], hashes)])
-        for image in images
-    }
-    missing = [image for image in images if keys[image] not in scores]
-    measure = partial(stability.local_std_of_files, crop=protocol.local_std_crop)
-    with ThreadPoolExecutor(jobs) as pool:
-        for image, value in zip(missing, pool.map(measure, (files[image] for image in missing)), strict=True):
-            scores.put({keys[image]: value})
-    return np.array([scores[keys[image]] for image in images])

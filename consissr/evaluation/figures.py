@@ -9,7 +9,7 @@ prompts   CLIP similarity of an image with candidate prompts (ConsisSR Fig. 4)
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,17 +48,17 @@ def draw(table: Table, results: dict[str, Path], args: argparse.Namespace, box: 
     inputs = Inputs(results, args.hr, args.lr, args.image, box)
     if not results and table.figure != "prompts":
         raise UserError(f"{table.name} is drawn from result folders: give them with --sr NAME=FOLDER")
-    if table.figure == "curves":
-        figure = curves_figure(table, inputs, args)
-    elif table.figure == "prompts":
-        figure = prompts_figure(inputs, args.prompts, args.weights, args.device)
-    else:
-        makers: dict[str, Callable[[Inputs], list[Row]]] = {
-            "crops": crop_rows, "noises": noise_rows, "extremes": extreme_rows, "steps": step_rows,
-        }  # fmt: skip
-        if table.figure not in makers:
-            raise UserError(f"{table.name} asks for an unknown figure '{table.figure}'; known: {', '.join(makers)}")
-        figure = picture_grid(makers[table.figure](inputs))
+    makers = {
+        "crops": lambda: picture_grid(crop_rows(inputs)),
+        "noises": lambda: picture_grid(noise_rows(inputs)),
+        "extremes": lambda: picture_grid(extreme_rows(inputs)),
+        "steps": lambda: picture_grid(step_rows(inputs)),
+        "curves": lambda: curves_figure(table, inputs, args),
+        "prompts": lambda: prompts_figure(inputs, args.prompts, args.weights, args.device),
+    }
+    if table.figure not in makers:
+        raise UserError(f"{table.name} asks for an unknown figure '{table.figure}'; known: {', '.join(makers)}")
+    figure = makers[table.figure]()
     figure.suptitle(table.title, fontsize=9)
     paths = [args.output / f"{table.name.replace('/', '_')}.{kind}" for kind in ("png", "pdf")]
     args.output.mkdir(parents=True, exist_ok=True)
@@ -69,90 +69,80 @@ def draw(table: Table, results: dict[str, Path], args: argparse.Namespace, box: 
 
 # --- grids of pictures: a row is a list of (title, pixels, box drawn into it) ---
 
-Row = list[tuple[str, np.ndarray, tuple[int, int, int, int] | None]]
+PictureRow = list[tuple[str, np.ndarray, tuple[int, int, int, int] | None]]
 
 
-def crop_rows(inputs: Inputs) -> list[Row]:
-    """Per image: LR with the box, then each method's crop and HR's."""
-    return [
-        [_overview(inputs, pairs, name)]
-        + [(m.name, _crop(m.runs[0][name], inputs.box), None) for m in pairs.methods]
-        + ([("HR", _crop(pairs.hr[name], inputs.box), None)] if pairs.hr else [])
-        for pairs in [_pairs(inputs)]
-        for name in _chosen(inputs, pairs)
-    ]
+def crop_rows(inputs: Inputs) -> list[PictureRow]:
+    """Each method's crop, of the first run."""
+    return _rows(inputs, _pairs(inputs), lambda method, name: {method.name: 0})
 
 
-def noise_rows(inputs: Inputs) -> list[Row]:
-    """Per image and method: the same crop of the first two runs."""
-    pairs = _repeated(_pairs(inputs))
-    rows = []
-    for name in _chosen(inputs, pairs):
-        row = [_overview(inputs, pairs, name)]
-        for method in pairs.methods:
-            row += [(f"{method.name}, noise {i + 1}", _crop(method.runs[i][name], inputs.box), None) for i in (0, 1)]
-        rows.append(row + ([("HR", _crop(pairs.hr[name], inputs.box), None)] if pairs.hr else []))
-    return rows
+def noise_rows(inputs: Inputs) -> list[PictureRow]:
+    """The same crop of each method's first two runs."""
+    pairs = _pairs(inputs)
+    if single := [method.name for method in pairs.methods if len(method.runs) < 2]:
+        raise UserError(f"two noises need repeated runs (infer.py --repeat 2); {', '.join(single)} has one")
+    return _rows(inputs, pairs, lambda method, name: {f"{method.name}, noise {i + 1}": i for i in (0, 1)})
 
 
-def extreme_rows(inputs: Inputs) -> list[Row]:
-    """Per image and method: the runs of best and worst PSNR (on Y), with their values; methods of one run show it."""
+def extreme_rows(inputs: Inputs) -> list[PictureRow]:
+    """Each method's runs of best and worst PSNR (on Y), with their values; methods of one run show it."""
     from consissr.evaluation.metrics import psnr
 
     inputs.needed("hr")
     pairs = _pairs(inputs)
-    rows = []
-    for name in _chosen(inputs, pairs):
-        row = [_overview(inputs, pairs, name)]
+
+    def runs(method: folders.Method, name: str) -> dict[str, int]:
         reference = folders.read_image(pairs.hr[name])
-        for method in pairs.methods:
-            values = [psnr(folders.read_image(run[name]), reference).item() for run in method.runs]
-            order = [int(np.argmax(values)), int(np.argmin(values))] if len(values) > 1 else [0]
-            words = ("best of {}", "worst of {}") if len(values) > 1 else ("",)
-            row += [
-                (
-                    f"{method.name} {word.format(len(values))} {values[i]:.2f} dB",
-                    _crop(method.runs[i][name], inputs.box),
-                    None,
-                )
-                for word, i in zip(words, order, strict=True)
-            ]
-        rows.append([*row, ("HR", _crop(pairs.hr[name], inputs.box), None)])
+        values = [psnr(folders.read_image(run[name]), reference).item() for run in method.runs]
+        order = {"best": int(np.argmax(values)), "worst": int(np.argmin(values))} if len(values) > 1 else {"": 0}
+        words = {word: f" {word} of {len(values)}" if word else "" for word in order}
+        return {f"{method.name}{words[word]} {values[i]:.2f} dB": i for word, i in order.items()}
+
+    return _rows(inputs, pairs, runs)
+
+
+def _rows(
+    inputs: Inputs, pairs: folders.Pairs, runs: Callable[[folders.Method, str], dict[str, int]]
+) -> list[PictureRow]:
+    """Per image: LR with the box, of each method the crops of the runs that `runs` names, by title, and HR's crop."""
+    rows = []
+    for name in _chosen(inputs, pairs.images):
+        files = {title: method.runs[i][name] for method in pairs.methods for title, i in runs(method, name).items()}
+        files |= {"HR": pairs.hr[name]} if pairs.hr else {}
+        crops = [(title, _crop(file, inputs.box), None) for title, file in files.items()]
+        rows.append([_overview(inputs, pairs, name), *crops])
     return rows
 
 
-def step_rows(inputs: Inputs) -> list[Row]:
+def step_rows(inputs: Inputs) -> list[PictureRow]:
     """Per method and image: what evenly chosen sampling steps expect the result to be, noisiest first."""
     from consissr.evaluation.curves import step_pictures
 
     rows = []
     for method, folder in inputs.results.items():
         pictures = step_pictures(folders.list_runs(folder)[0])
-        for name in inputs.images or [next(iter(pictures))]:
-            if name not in pictures:
-                known = ", ".join(list(pictures)[:3])
-                raise UserError(f"{folder} has no step pictures of '{name}'; it has {known}, ...")
+        for name in _chosen(inputs, list(pictures)):
             steps = list(pictures[name].items())
             chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_STEPS)).round().astype(int))
             rows.append([(f"{method}, t = {steps[i][0]}", _pixels(steps[i][1]), None) for i in chosen])
     return rows
 
 
-def picture_grid(rows: list[Row]):
+def picture_grid(rows: list[PictureRow]):
     """A matplotlib figure of pictures in rows."""
-    plots = pyplot()
     columns = max(len(row) for row in rows)
-    size = (INCH * columns, INCH * len(rows) * 1.15 + 0.3)
-    figure, axes = plots.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
-    for line, row in zip(axes, rows, strict=True):
+    figure = new_figure(INCH * columns, INCH * len(rows) * 1.15 + 0.3)
+    for line, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
         for axis in line:
             axis.axis("off")
         for axis, (title, pixels, box) in zip(line, row, strict=False):
             axis.imshow(pixels, interpolation="nearest")
             axis.set_title(title, fontsize=6)
             if box:
-                patch = plots.Rectangle(box[:2], *box[2:], fill=False, edgecolor="red", linewidth=1)
-                axis.add_patch(patch)
+                from matplotlib.patches import Rectangle
+
+                axis.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor="red", linewidth=1))
     return figure
 
 
@@ -181,10 +171,9 @@ def curves_figure(table: Table, inputs: Inputs, args: argparse.Namespace):
 
 def curve_panels(lines: dict, measures: list[Measure], flat: dict[str, float] | None = None):
     """The panels of `curves.step_curves`'s result; `flat`: values of the LR images, drawn as dashed lines."""
-    figure, axes = pyplot().subplots(
-        1, len(measures), figsize=(3.4 * len(measures), 2.8), squeeze=False, layout="constrained"
-    )
-    for axis, measure in zip(axes[0], measures, strict=True):
+    figure = new_figure(3.4 * len(measures), 2.8)
+    axes = figure.subplots(1, len(measures), squeeze=False)[0]
+    for axis, measure in zip(axes, measures, strict=True):
         for index, (name, values) in enumerate(lines.items()):
             steps, means = zip(*values[measure.name], strict=True)
             axis.plot(steps, means, marker="o", markersize=3, label=name, color=COLOURS[index % len(COLOURS)])
@@ -194,7 +183,7 @@ def curve_panels(lines: dict, measures: list[Measure], flat: dict[str, float] | 
         axis.set_xlabel("timestep")
         axis.set_ylabel(f"{measure.label} {measure.arrow}")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     return figure
 
 
@@ -205,11 +194,10 @@ def prompts_figure(inputs: Inputs, prompts: list[str], weights: Path | None, dev
     if len(prompts) < 2 or len(inputs.images) != 1:
         raise UserError("this figure compares prompts: give --prompts 'A' 'B' ... and one --image of --hr or --lr")
     files = folders.list_images(inputs.hr or inputs.needed("lr"))
-    if inputs.images[0] not in files:
-        raise UserError(f"there is no image '{inputs.images[0]}'; names come without extension")
-    image = folders.read_image(files[inputs.images[0]])
+    image = folders.read_image(files[_chosen(inputs, list(files))[0]])
     shares = prompt_similarities(image, prompts, weights, device)
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(7.5, 0.5 * len(prompts) + 1.6), layout="constrained")
+    figure = new_figure(7.5, 0.5 * len(prompts) + 1.6)
+    left, right = figure.subplots(1, 2)
     left.imshow(image[0].permute(1, 2, 0).numpy())
     left.axis("off")
     right.barh(range(len(prompts)), shares, color=COLOURS[0])
@@ -222,26 +210,18 @@ def prompts_figure(inputs: Inputs, prompts: list[str], weights: Path | None, dev
     return figure
 
 
-# --- parts ---
+# --- pixels ---
 
 
 def _pairs(inputs: Inputs) -> folders.Pairs:
     return folders.pair(inputs.results, inputs.hr, inputs.lr)
 
 
-def _repeated(pairs: folders.Pairs) -> folders.Pairs:
-    single = [method.name for method in pairs.methods if len(method.runs) < 2]
-    if single:
-        raise UserError(f"two noises need repeated runs (infer.py --repeat 2); {', '.join(single)} has one")
-    return pairs
-
-
-def _chosen(inputs: Inputs, pairs: folders.Pairs) -> list[str]:
-    unknown = [name for name in inputs.images if name not in pairs.images]
-    if unknown:
-        example = pairs.images[0]
+def _chosen(inputs: Inputs, images: Sequence[str]) -> list[str]:
+    if unknown := [name for name in inputs.images if name not in images]:
+        example = next(iter(images))
         raise UserError(f"there is no image '{unknown[0]}'; names come without extension, for instance {example}")
-    return inputs.images or pairs.images[:1]
+    return inputs.images or list(images)[:1]
 
 
 def _overview(inputs: Inputs, pairs: folders.Pairs, name: str) -> tuple:
@@ -271,18 +251,10 @@ def _pixels(path: Path) -> np.ndarray:
     return folders.read_image(path)[0].permute(1, 2, 0).numpy()
 
 
-def close(figure) -> None:
-    """Free a figure that is written."""
-    pyplot().close(figure)
-
-
-def pyplot():
-    """matplotlib's drawing functions, for files rather than windows. UserError where it is not installed."""
+def new_figure(width: float, height: float):
+    """An empty matplotlib figure of this size in inches. UserError where matplotlib is not installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("figures are drawn with matplotlib: pip install 'matplotlib>=3.8'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
+    return Figure(figsize=(width, height), layout="constrained")

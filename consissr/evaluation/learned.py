@@ -18,93 +18,65 @@ from unittest import mock
 
 from consissr.errors import UserError
 
-PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"
-TORCHVISION = "https://download.pytorch.org/models/"
-CLIP = "https://openaipublic.azureedge.net/clip/models/"
+SOURCES = {
+    "pyiqa": "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/",
+    "checkpoints": "https://download.pytorch.org/models/",  # torchvision's
+    "clip": "https://openaipublic.azureedge.net/clip/models/{digest}/",
+}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP_SIDE = 224
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of weights: its name, the folder below torch's hub folder that pyiqa reads, and where it comes from."""
+    """One file of weights: the folder below torch's hub folder where pyiqa looks for it, and its name."""
 
+    folder: str
     name: str
-    place: str
-    url: str
     digest: str
     """First digits of the SHA-256 of its contents, as its name or address carries them."""
 
-
-def _pyiqa(name: str) -> WeightFile:
-    return WeightFile(name, "pyiqa", PYIQA + name, _named_digest(name))
-
-
-def _torchvision(name: str) -> WeightFile:
-    return WeightFile(name, "checkpoints", TORCHVISION + name, _named_digest(name))
+    @property
+    def url(self) -> str:
+        return SOURCES[self.folder].format(digest=self.digest) + self.name
 
 
-def _clip(name: str, digest: str) -> WeightFile:
-    return WeightFile(name, "clip", f"{CLIP}{digest}/{name}", digest)
+def _file(folder: str, name: str, digest: str = "") -> WeightFile:
+    return WeightFile(folder, name, digest or name.rsplit("-", 1)[1].split(".")[0])
 
 
-def _named_digest(name: str) -> str:
-    return name.rsplit("-", 1)[1].split(".")[0]
-
-
-VIT_B32 = _clip("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af")
+VGG16 = _file("checkpoints", "vgg16-397923af.pth")
+VIT_B32 = _file("clip", "ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af")
 WEIGHTS: dict[str, tuple[WeightFile, ...]] = {
-    "lpips": (_pyiqa("LPIPS_v0.1_alex-df73285e.pth"), _torchvision("alexnet-owt-7be5be79.pth")),
-    "dists": (_pyiqa("DISTS_weights-f5e65c96.pth"), _torchvision("vgg16-397923af.pth")),
-    "fid": (_pyiqa("pt_inception-2015-12-05-6726825d.pth"),),
-    "clipiqa": (_clip("RN50.pt", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),),
-    "musiq": (_pyiqa("musiq_koniq_ckpt-e95806b9.pth"),),
-    "maniqa": (_pyiqa("MANIQA_PIPAL-ae6d356b.pth"),),
+    "lpips": (_file("pyiqa", "LPIPS_v0.1_alex-df73285e.pth"), _file("checkpoints", "alexnet-owt-7be5be79.pth")),
+    "dists": (_file("pyiqa", "DISTS_weights-f5e65c96.pth"), VGG16),
+    "fid": (_file("pyiqa", "pt_inception-2015-12-05-6726825d.pth"),),
+    "clipiqa": (_file("clip", "RN50.pt", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),),
+    "musiq": (_file("pyiqa", "musiq_koniq_ckpt-e95806b9.pth"),),
+    "maniqa": (_file("pyiqa", "MANIQA_PIPAL-ae6d356b.pth"),),
     "clip-i": (VIT_B32,),
     "delta-clip-i": (VIT_B32,),
     "clip-i-lr": (VIT_B32,),
 }
-
-
-LPIPS_VGG = (_pyiqa("LPIPS_v0.1_vgg-a78928a0.pth"), _torchvision("vgg16-397923af.pth"))
+LPIPS_VGG = (_file("pyiqa", "LPIPS_v0.1_vgg-a78928a0.pth"), VGG16)
 """Weights of the LPIPS that networks are trained with; the metric in tables is the one on AlexNet."""
 
 
 def find(file: WeightFile, folder: Path | None) -> Path | None:
     """Where `file` lies: below the user's `folder`, in torch's hub folder, or in CLIP's cache; None if nowhere."""
-    import torch
-
     if folder is not None:
         if not folder.is_dir():
             raise UserError(f"--weights {folder} is not a folder")
-        if found := sorted(folder.rglob(file.name)):
-            return found[0]
-    caches = [_hub(torch) / file.place] + ([Path.home() / ".cache" / "clip"] if file.place == "clip" else [])
+        if named := sorted(folder.rglob(file.name)):
+            return named[0]
+    caches = [hub() / file.folder] + ([Path.home() / ".cache" / "clip"] if file.folder == "clip" else [])
     return next((cache / file.name for cache in caches if (cache / file.name).is_file()), None)
-
-
-def missing(metric: str, folder: Path | None) -> list[WeightFile]:
-    """The weight files of `metric` that are nowhere to be found."""
-    return [file for file in WEIGHTS[metric] if find(file, folder) is None]
 
 
 def missing_text(metric: str, folder: Path | None) -> str:
     """ "" when `metric` can be computed, else why not: which files are missing."""
-    names = ", ".join(file.name for file in missing(metric, folder))
+    names = ", ".join(file.name for file in WEIGHTS[metric] if find(file, folder) is None)
     return f"weights missing: {names}; scripts/eval.py --list-weights says where they come from" if names else ""
-
-
-def listing(folder: Path | None) -> list[tuple[str, str, str, str]]:
-    """One row per metric and file: metric, file name, path or 'missing', where to download it and where to put it."""
-    import torch
-
-    rows = []
-    for metric, files in WEIGHTS.items():
-        for file in files if metric != "clip-i-lr" else ():
-            path = find(file, folder)
-            advice = f"{file.url} -> {_hub(torch) / file.place}, or any folder given as --weights"
-            rows.append((metric, file.name, str(path) if path else "missing", "" if path else advice))
-    return rows
 
 
 @lru_cache
@@ -229,7 +201,7 @@ def _pyiqa_metric(pyiqa_name: str, wanted: tuple[WeightFile, ...], folder: Path 
         checked(file, path)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         for file, path in files.items():
-            place = Path(scratch) / file.place
+            place = Path(scratch) / file.folder
             place.mkdir(exist_ok=True)
             (place / file.name).symlink_to(path.resolve())
         import pyiqa
@@ -270,5 +242,7 @@ def _readable(*files: Path):
         raise UserError(f"{names} cannot be used: {reason}; download the file again") from error
 
 
-def _hub(torch) -> Path:
+def hub() -> Path:
+    import torch
+
     return Path(torch.hub.get_dir())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from consissr.errors import UserError
 from consissr.evaluation.datasets import TEST_SETS, check_test_set
+from consissr.evaluation.protocols import MEASURES
 from consissr.evaluation.tables import available, load_table
 
 
@@ -22,14 +23,14 @@ def text(args: argparse.Namespace, tables: Path) -> str:
 
 
 def weights_text(folder: Path | None) -> str:
-    """One line per weight file of the learned metrics: found where, or missing and where to get it."""
-    from consissr.evaluation import stlpips
-    from consissr.evaluation.learned import listing
+    """A line per metric and weight file: found where, or missing, where to get it and where to put it."""
+    from consissr.evaluation import learned, stlpips
 
-    path = stlpips.weights_file()
-    lines = [f"{'st-lpips':13} {Path(stlpips.FILE).name:38} {path or 'missing'}"]
-    if path is None:
-        lines.append(f"{'':14}get it with pip install stlpips-pytorch==0.0.2")
-    for metric, name, place, advice in listing(folder):
-        lines.append(f"{metric:13} {name:38} {place}" + (f"\n{'':14}get {advice}" if advice else ""))
-    return "\n".join(lines)
+    advice = "pip install stlpips-pytorch==0.0.2"
+    rows = [("st-lpips", Path(stlpips.FILE).name, stlpips.weights_file(), f"it with {advice}")]
+    for metric, files in learned.WEIGHTS.items():
+        for file in files if metric in MEASURES else ():
+            advice = f"{file.url} -> {learned.hub() / file.folder}, or any folder given as --weights"
+            rows.append((metric, file.name, learned.find(file, folder), advice))
+    return "\n".join(f"{metric:13} {name:38} {path or 'missing'}" + ("" if path else f"\n{'':14}get {advice}")
+                     for metric, name, path, advice in rows)  # fmt: skip

@@ -14,7 +14,7 @@ from consissr.errors import UserError
 
 Y_WEIGHTS = (65.481, 128.553, 24.966)  # BT.601, for RGB in [0, 1] and Y in [16, 235]
 Y_OFFSET = 16.0
-PSNR_EPS = 1e-8  # keeps identical images finite (80 dB)
+PSNR_EPS, IDENTICAL = 1e-8, 80.0  # keeps identical images finite; their PSNR in dB
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_C1, SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 

@@ -8,18 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from consissr.evaluation.evaluate import Evaluation
+from consissr.evaluation.markdown import escaped, one_line, table_lines
 from consissr.evaluation.plots import summary_svg
 from consissr.evaluation.protocols import describe
 from consissr.evaluation.report import html_report
-from consissr.evaluation.summary import (
-    difference_lines,
-    differences,
-    markdown_escaped,
-    notes,
-    one_line,
-    per_image,
-    table_cells,
-)
+from consissr.evaluation.summary import TableCells, difference_cells, differences, notes, per_image, table_cells
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What makes a spreadsheet compute a text instead of showing it."""
@@ -102,22 +95,21 @@ def summary(evaluation: Evaluation) -> dict:
 
 def markdown(evaluation: Evaluation) -> str:
     """The table of averages: best bold, second best underlined; then differences to the first method, and notes."""
-    cells = table_cells(evaluation)
-    wrap = {0: "{}", 1: "**{}**", 2: "<u>{}</u>"}
-    lines = ["| " + " | ".join(cells.header) + " |", "|---" + "|--:" * (len(cells.header) - 1) + "|"]
-    for row, marks in zip(cells.rows, cells.marks, strict=True):
-        texts = [wrap[mark].format(markdown_escaped(text)) for text, mark in zip(row, marks, strict=True)]
-        lines.append("| " + " | ".join(texts) + " |")
-    compared = difference_lines(evaluation)
-    return (
-        "\n".join([*lines, "", *compared, *[""] * bool(compared), *(f"- {note}" for note in notes(evaluation))]) + "\n"
-    )
+
+    def lines(cells: TableCells) -> list[str]:
+        marked = [zip(*line, strict=True) for line in zip(cells.rows, cells.marks, strict=True)]
+        return table_lines(cells.header, [[("{}", "**{}**", "<u>{}</u>")[m].format(escaped(t)) for t, m in line]
+                                          for line in marked])  # fmt: skip
+
+    compared = difference_cells(evaluation)
+    beside = [escaped(compared.caption), "", *lines(compared), ""] if compared else []
+    return "\n".join([*lines(table_cells(evaluation)), "", *beside, *(f"- {n}" for n in notes(evaluation))]) + "\n"
 
 
 def latex(evaluation: Evaluation) -> str:
     """The table for a paper (booktabs): best bold, second best underlined."""
     cells = table_cells(evaluation)
-    wrap = {0: "{}", 1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}
+    wrap = ("{}", r"\textbf{{{}}}", r"\underline{{{}}}")
     lines = [f"% {one_line(note)}" for note in notes(evaluation)]
     lines += [r"\begin{tabular}{l" + "c" * (len(cells.header) - 1) + "}", r"\toprule"]
     lines += [" & ".join(tex_escaped(title) for title in cells.header) + r" \\", r"\midrule"]

@@ -5,8 +5,9 @@ import html
 import numpy as np
 
 from consissr.evaluation.evaluate import Evaluation
+from consissr.evaluation.markdown import one_line
 from consissr.evaluation.protocols import Measure
-from consissr.evaluation.summary import one_line, per_image
+from consissr.evaluation.summary import per_image
 
 COLOURS = ("#2470c8", "#d1603d", "#2a9d5c", "#8e5bd0", "#b8860b", "#0f8b8d", "#c23b75", "#6b705c")
 WIDTH, ROW, LABEL, MARGIN = 340, 26, 18, 8  # pixels: of a plot, of a method's strip, of its name, at the sides

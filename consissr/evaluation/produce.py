@@ -1,4 +1,4 @@
-"""Our rows of a table, restored by scripts/infer.py before they are measured."""
+"""Results that scripts/infer.py restores before they are measured."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -16,66 +16,65 @@ from PIL import Image
 
 from consissr.config.loading import nearest
 from consissr.errors import UserError
-from consissr.evaluation import origin
-from consissr.evaluation.folders import EXTENSIONS
+from consissr.evaluation import origin, stlpips
+from consissr.evaluation.folders import EXTENSIONS, parse_methods
 from consissr.evaluation.tables import Table
+from consissr.evaluation.workers import end_with_parent
 
 
-def ours(table: Table, args: argparse.Namespace, script: Path, find: Callable[[str], Path] = Path) -> dict[str, Path]:
-    """The rows that --run asks for, restored from --lr: result folders by row; none without --run.
+def results_of(
+    args: argparse.Namespace,
+    table: Table | None,
+    script: Path,
+    find: Callable[[str], Path] = Path,
+    bundled: Collection[str] = (),
+) -> tuple[dict[str, Path], list[str]]:
+    """Result folders by row: those of --sr, then what --run restores from --lr; and which rows are not to be ranked.
 
-    find: model name -> its folder (`weights.find_model`); by default names are folders.
+    find: model name -> its folder (`weights.find_model`); by default names are folders. bundled: the small models,
+    which are not ranked beside others or a table's.
     """
-    if not args.run:
-        return {}
+    results, models = parse_methods(args.sr), models_by_row(table, args.run)
+    if not models:
+        return results, []
     if args.lr is None:
         raise UserError("--run restores the images of --lr: give that folder")
+    if twice := models.keys() & results.keys():
+        raise UserError(f"'{min(twice)}' names a result folder and a model to run: write another NAME=")
     try:
         flags = shlex.split(args.infer_flags)
     except ValueError as error:
         raise UserError(f"--infer-flags {args.infer_flags} cannot be split into words ({error})") from error
-    models = plan(table, args.run)
-    return produce(table, models, args.lr, args.output, script, args.repeat or table.runs, flags, find)
+    small = [row for row, model in models.items() if model in bundled]
+    if table and small and stlpips.weights_file() is None:
+        raise UserError(f"{models[small[0]]} is small: beside published values it is shown with a learned distance, "
+                        "which needs pip install stlpips-pytorch==0.0.2")  # fmt: skip
+    repeat = args.repeat or (table.runs if table else 1)
+    results |= produce(table, models, args.lr, args.output, script, repeat, flags, find)
+    return results, small if table or len(small) < len(results) else []
 
 
-def timer(table: Table, run: list[str], script: Path) -> Callable[[str], float] | None:
-    """A function from a row of ours to seconds per image of the model that --run names for it (NaN where none)."""
-    models = plan(table, run)
-
-    def seconds(row: str) -> float:
-        return seconds_per_image(models[row], table.ours[row]["flags"], script) if row in models else math.nan
-
-    return seconds if run else None
-
-
-def seconds_per_image(model: str, flags: list[str], script: Path, repeats: int = 4) -> float:
-    """Seconds of the fastest of `repeats` restorations of a 128x128 image to 512x512 on this machine, by infer.py."""
-    with tempfile.TemporaryDirectory() as scratch:
-        noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
-        image, log = Path(scratch) / "lq.png", Path(scratch) / "log.jsonl"
-        Image.fromarray(noise).save(image)
-        command = [sys.executable, str(script), "-i", str(image), "-o", f"{scratch}/results", "-m", model, "-s", "4"]
-        command += [*flags, "--repeat", str(repeats), "--json", str(log), "--quiet"]
-        if subprocess.run(command).returncode != 0:
-            raise UserError(f"{model} could not be timed; the command was: {' '.join(command)}")
-        entries = [json.loads(line) for line in log.read_text().splitlines()]
-        return min(entry["seconds"] for entry in entries if entry.get("status") == "done")
-
-
-def plan(table: Table, requests: list[str]) -> dict[str, str]:
-    """`MODEL` (every row of ours that one model gives) or `ROW=MODEL` -> model by row."""
+def models_by_row(table: Table | None, requests: list[str]) -> dict[str, str]:
+    """`MODEL` (every row of ours that one model gives, or without a table its name) or `ROW=MODEL` -> model by row."""
     models: dict[str, str] = {}
     for request in requests:
         row, equals, model = request.rpartition("=")
-        if equals and row not in table.ours:
-            raise UserError(f"{table.name} has no row of ours called '{row}'{nearest(row, list(table.ours))}")
-        rows = [row] if equals else [name for name, entry in table.ours.items() if not entry.get("variant")]
-        models |= dict.fromkeys(rows, model if equals else request)
+        if table is None:
+            rows = [row or Path(model).name]
+            if rows[0] in models:
+                raise UserError(f"two models to run are called '{rows[0]}': write NAME=MODEL")
+        elif equals:
+            if row not in table.ours:
+                raise UserError(f"{table.name} has no row of ours called '{row}'{nearest(row, list(table.ours))}")
+            rows = [row]
+        else:
+            rows = [name for name, entry in table.ours.items() if not entry.get("variant")]
+        models |= dict.fromkeys(rows, model)
     return models
 
 
 def produce(
-    table: Table,
+    table: Table | None,
     models: dict[str, str],
     lr: Path,
     output: Path,
@@ -90,13 +89,11 @@ def produce(
     """
     results, images = {}, origin.fingerprint(lr, EXTENSIONS)
     for row, model in models.items():
-        own_flags = table.ours[row].get("flags", [])
-        made_of = {"model": model, "weights": contents(find(model)), "images": images, "flags": [*own_flags, *flags]}
+        words = [*(table.ours[row].get("flags", []) if table else []), *flags]
+        made_of = {"model": model, "weights": contents(find(model)), "images": images, "flags": words}
         folder = origin.place(output / "results", re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-"), **made_of)
-        command = [sys.executable, str(script), "-i", str(lr), "-o", str(folder), "-m", model, "--skip-existing"]
-        command += [*own_flags, "--repeat", str(repeat), *flags]
-        if subprocess.run(command).returncode != 0:
-            raise UserError(f"{row} could not be restored; the command was: {' '.join(command)}")
+        call = [script, "-i", lr, "-o", folder, "-m", model, "--skip-existing", "--repeat", repeat, *words]
+        run_script(call, f"{row} could not be restored")
         results[row] = folder
     return results
 
@@ -104,3 +101,32 @@ def produce(
 def contents(folder: Path) -> str:
     """Hash of the files of a model folder that results depend on; the name of one that is not on this machine."""
     return origin.fingerprint(folder, origin.MODEL_FILES) if folder.is_dir() else str(folder)
+
+
+def timer(table: Table, run: list[str], script: Path) -> Callable[[str], float] | None:
+    """A function from a row of ours to seconds per image of the model that --run names for it (NaN where none)."""
+    models = models_by_row(table, run)
+
+    def seconds(row: str) -> float:
+        return seconds_per_image(models[row], table.ours[row]["flags"], script) if row in models else math.nan
+
+    return seconds if run else None
+
+
+def seconds_per_image(model: str, flags: list[str], script: Path, repeats: int = 4) -> float:
+    """Seconds of the fastest of `repeats` restorations of a 128x128 image to 512x512 on this machine, by infer.py."""
+    with tempfile.TemporaryDirectory() as scratch:
+        noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+        image, log = Path(scratch) / "lq.png", Path(scratch) / "log.jsonl"
+        Image.fromarray(noise).save(image)
+        call = [script, "-i", image, "-o", f"{scratch}/results", "-m", model, "-s", 4, *flags]
+        run_script([*call, "--repeat", repeats, "--json", log, "--quiet"], f"{model} could not be timed")
+        entries = [json.loads(line) for line in log.read_text().splitlines()]
+        return min(entry["seconds"] for entry in entries if entry.get("status") == "done")
+
+
+def run_script(words: list, failure: str) -> None:
+    """Run a script of this project; where it fails, a UserError that begins with `failure`."""
+    command = [sys.executable, *map(str, words)]
+    if subprocess.run(command, preexec_fn=end_with_parent).returncode != 0:
+        raise UserError(f"{failure}; the command was: {' '.join(command)}")

@@ -2,36 +2,31 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
 
 EVERY = 30.0
 """Seconds between two lines."""
+T = TypeVar("T")
 
 
-@contextmanager
-def progress(label: str, every: float = EVERY) -> Iterator[Callable[[int, int], None]]:
-    """A function (done, total) to call after each step."""
+def track(label: str, items: Iterable[T], total: int, every: float = EVERY) -> Iterator[T]:
+    """The `total` items, one by one; after each, how many are done and how long the others will take."""
     if sys.stderr.isatty():
         with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(label, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            yield from bar.track(items, total, description=label)
         return
     began = told = time.monotonic()
-
-    def line(done: int, total: int) -> None:
-        nonlocal told
+    for done, item in enumerate(items, 1):
+        yield item
         now = time.monotonic()
         if now - told >= every and done < total:
-            told = now
-            left = (now - began) / done * (total - done)
+            told, left = now, (now - began) / done * (total - done)
             sys.stderr.write(f"{label}: {done} of {total}, {duration(left)} left\n")
             sys.stderr.flush()
-
-    yield line
 
 
 def duration(seconds: float) -> str:

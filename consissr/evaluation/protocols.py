@@ -14,14 +14,18 @@ class Measure:
     label: str
     higher: bool
     """Whether larger values are better."""
-    span: str
+    span: str = ""
     """Typical range on 4x photographs."""
-    needs: str
-    """'hr' (full reference), 'none' (no reference), 'hr lr' or 'set' (compares two sets of images)."""
+    needs: tuple[str, ...] = ("sr", "hr")
+    """The images that it takes, in order: 'sr', 'hr', 'lr'."""
+    of_set: bool = False
+    """Whether it compares two sets of images."""
     source: str
     """'own', 'stlpips', 'pyiqa' or 'clip'."""
+    smallest: tuple[int, int] = (0, 0)
+    """Least short and long side of images, in pixels."""
     gigabytes: float = 0.0
-    """Memory that a process takes for it beside the 0.6 of every process: a share of 5.3, measured of all together."""
+    """Memory that a process takes for it beside PROCESS_GIGABYTES: a share of 5.3, measured of all together."""
     digits: int = 4
     about: str = ""
 
@@ -29,37 +33,43 @@ class Measure:
     def arrow(self) -> str:
         return "↑" if self.higher else "↓"
 
+    @property
+    def cropped(self) -> bool:
+        """Whether a protocol's crop concerns it: pixels are compared with pixels."""
+        return self.needs == ("sr", "hr") and self.source != "clip" and not self.of_set
+
 
 MEASURES = {
     measure.name: measure
     for measure in (
-        Measure(name="psnr", label="PSNR", higher=True, span="20 to 30 dB", needs="hr", source="own", digits=2),
-        Measure(name="ssim", label="SSIM", higher=True, span="0.5 to 0.85 of 1", needs="hr", source="own"),
-        Measure(name="lpips", label="LPIPS", higher=False, span="0.2 to 0.5", needs="hr", source="pyiqa",
-                gigabytes=0.3),
-        Measure(name="st-lpips", label="ST-LPIPS", higher=False, span="0.05 to 0.5", needs="hr", source="stlpips",
-                gigabytes=0.4, about="shift-tolerant LPIPS (Ghildyal and Liu 2022, on its AlexNet); not the LPIPS of "
-                "published tables"),
-        Measure(name="dists", label="DISTS", higher=False, span="0.15 to 0.35", needs="hr", source="pyiqa",
-                gigabytes=0.6),
+        Measure(name="psnr", label="PSNR", higher=True, span="20 to 30 dB", source="own", digits=2),
+        Measure(name="ssim", label="SSIM", higher=True, span="0.5 to 0.85 of 1", source="own", smallest=(11, 11)),
+        Measure(name="lpips", label="LPIPS", higher=False, span="0.2 to 0.5", source="pyiqa", gigabytes=0.3),
+        Measure(name="st-lpips", label="ST-LPIPS", higher=False, span="0.05 to 0.5", source="stlpips", gigabytes=0.4,
+                smallest=(16, 16), about="shift-tolerant LPIPS (Ghildyal and Liu 2022, on its AlexNet); not the LPIPS "
+                "of published tables"),
+        Measure(name="dists", label="DISTS", higher=False, span="0.15 to 0.35", source="pyiqa", gigabytes=0.6),
         Measure(name="fid", label="FID", higher=False, span="25 to 180, strongly biased by the number of images",
-                needs="set", source="pyiqa", digits=2,
+                of_set=True, source="pyiqa", digits=2, gigabytes=0.9,
                 about="of whole images, resized to 299 pixels in clean-fid's way (pyiqa's mode 'clean')"),
-        Measure(name="niqe", label="NIQE", higher=False, span="3 to 10", needs="none", source="own"),
-        Measure(name="clipiqa", label="CLIPIQA", higher=True, span="0.3 to 0.8 of 1", needs="none", source="pyiqa",
+        Measure(name="niqe", label="NIQE", higher=False, span="3 to 10", needs=("sr",), source="own",
+                smallest=(96, 192)),
+        Measure(name="clipiqa", label="CLIPIQA", higher=True, span="0.3 to 0.8 of 1", needs=("sr",), source="pyiqa",
                 gigabytes=0.7),
-        Measure(name="musiq", label="MUSIQ", higher=True, span="40 to 75 of 100", needs="none", source="pyiqa",
+        Measure(name="musiq", label="MUSIQ", higher=True, span="40 to 75 of 100", needs=("sr",), source="pyiqa",
                 digits=2, gigabytes=0.7),
-        Measure(name="maniqa", label="MANIQA", higher=True, span="0.4 to 0.7 of 1", needs="none", source="pyiqa",
+        Measure(name="maniqa", label="MANIQA", higher=True, span="0.4 to 0.7 of 1", needs=("sr",), source="pyiqa",
                 gigabytes=1.4, about="pyiqa's maniqa-pipal; 20 random crops up to pyiqa 0.1.11, "
                 "a grid of crops since 0.1.12"),
-        Measure(name="clip-i", label="CLIP-I", higher=True, span="0.8 to 1", needs="hr", source="clip",
-                gigabytes=0.6, about="cosine of the ViT-B/32 CLIP image embeddings of SR and HR"),
-        Measure(name="delta-clip-i", label="ΔCLIP-I", higher=True, span="0 to 0.02", needs="hr lr", source="clip",
-                gigabytes=0.6, about="CLIP-I(SR, HR) / CLIP-I(LR, HR) - 1 (Eq. 5, ConsisSR); the mean is the "
-                "ratio of the means"),
+        Measure(name="clip-i", label="CLIP-I", higher=True, span="0.8 to 1", source="clip", gigabytes=0.6,
+                about="cosine of the ViT-B/32 CLIP image embeddings of SR and HR"),
+        Measure(name="delta-clip-i", label="ΔCLIP-I", higher=True, span="0 to 0.02", needs=("sr", "hr", "lr"),
+                source="clip", gigabytes=0.6, about="CLIP-I(SR, HR) / CLIP-I(LR, HR) - 1 (Eq. 5, ConsisSR); the mean "
+                "is the ratio of the means"),
     )
 }  # fmt: skip
+LR_CLIP = Measure(name="clip-i-lr", label="CLIP-I of LR", higher=True, needs=("lr", "hr"), source="clip")
+"""The denominator of delta-CLIP-I."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ all pictures would make it huge.
 """
 
 import base64
-import html
 import io
 import json
 import math
+from dataclasses import asdict
 from importlib.resources import files
 
 import numpy as np
@@ -17,9 +17,10 @@ import torch
 
 from consissr.evaluation.evaluate import Evaluation
 from consissr.evaluation.folders import Pairs, read_image
+from consissr.evaluation.markdown import one_line
 from consissr.evaluation.plots import inline_svgs
 from consissr.evaluation.protocols import Measure
-from consissr.evaluation.summary import difference_lines, notes, one_line, per_image, shown, table_cells
+from consissr.evaluation.summary import difference_cells, notes, per_image, shown, table_cells
 from consissr.images import codec
 from consissr.images.formats import Form
 
@@ -35,9 +36,9 @@ def html_report(evaluation: Evaluation, pictures: int) -> str:
     embedded = telling_images(evaluation, measures, pictures)
     data = {
         "notes": [one_line(note) for note in notes(evaluation)],
-        "differences": table_of(difference_lines(evaluation)),
+        "differences": asdict(compared) if (compared := difference_cells(evaluation)) else {},
         "conventions": conventions(evaluation),
-        "table": {"header": cells.header, "rows": cells.rows, "marks": cells.marks},
+        "table": asdict(cells),
         "measures": [{"name": m.name, "label": m.label, "arrow": m.arrow, "higher": m.higher, "digits": m.digits}
                      for m in measures],
         "methods": [method.name for method in evaluation.pairs.methods],
@@ -62,14 +63,6 @@ def conventions(evaluation: Evaluation) -> list[list[str]]:
         better = "larger is better" if m.higher else "smaller is better"
         lines.append([m.label, "; ".join(filter(None, (better, f"typically {m.span}", m.about)))])
     return lines
-
-
-def table_of(lines: list[str]) -> dict:
-    """A Markdown table of `difference_lines` as its caption, header and rows."""
-    if not lines:
-        return {}
-    rows = [[html.unescape(cell.strip()) for cell in line[1:-1].split(" | ")] for line in lines if line.startswith("|")]
-    return {"caption": lines[0], "header": rows[0], "rows": rows[2:]}
 
 
 def json_values(values: np.ndarray) -> list[float | None]:

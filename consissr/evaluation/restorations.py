@@ -6,7 +6,7 @@ from pathlib import Path
 
 from consissr.errors import UserError
 from consissr.evaluation import folders, origin
-from consissr.evaluation.progress import progress
+from consissr.evaluation.progress import track
 from consissr.images import codec
 
 
@@ -62,14 +62,12 @@ def restore(
         names for names in groups or [[name] for name in files]
         if not all((folder / f"{name}.png").is_file() for name in names)
     ]  # fmt: skip
-    with progress(f"restoring {folder.name}") as tell:
-        for done, names in enumerate(missing, 1):
-            photos = [codec.read(files[name]) for name in names]
-            x = torch.stack([photo.pixels for photo in photos])
-            y = restorer(x, keys=names, plan=plan, batch_size=len(names))
-            for name, photo, result in zip(names, photos, y, strict=True):
-                codec.write(folder / f"{name}.png", codec.Photo(result, None, photo.form))
-            tell(done, len(missing))
+    for names in track(f"restoring {folder.name}", missing, len(missing)):
+        photos = [codec.read(files[name]) for name in names]
+        x = torch.stack([photo.pixels for photo in photos])
+        y = restorer(x, keys=names, plan=plan, batch_size=len(names))
+        for name, photo, result in zip(names, photos, y, strict=True):
+            codec.write(folder / f"{name}.png", codec.Photo(result, None, photo.form))
     return folder
 
 

@@ -1,42 +1,36 @@
 """One image's scores, and many images' scores: cached by content, resumable, spread over processes."""
 
+import contextlib
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from consissr.errors import UserError
-from consissr.evaluation.protocols import MEASURES, Protocol
+from consissr.evaluation import learned, metrics, niqe, stability, stlpips
+from consissr.evaluation.folders import read_image
+from consissr.evaluation.progress import track
+from consissr.evaluation.protocols import Measure, Protocol
 from consissr.evaluation.workers import cores, results
 
-REVISION = "2"  # of our own metrics: raise it whenever a value may change
+REVISION = "2"
+"""Of our own metrics: raise it whenever a value may change."""
 PACKAGES = {
     "own": ("torch",),
     "stlpips": ("torch", "stlpips-pytorch"),
     "pyiqa": ("torch", "pyiqa", "timm"),
     "clip": ("torch", "open_clip_torch"),
 }
-LR_CLIP = "clip-i-lr"  # CLIP-I(LR, HR), the denominator of delta-CLIP-I
 
 
 @dataclass(frozen=True)
-class Task:
-    """One image to score. `keys` holds, for each metric still to compute, the name of its place in the cache."""
-
-    keys: tuple[tuple[str, str], ...]
-    sr: Path
-    hr: Path | None
-    lr: Path | None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a worker needs beside the task."""
+class Scoring:
+    """How scores are computed."""
 
     protocol: Protocol
     weights: Path | None
@@ -91,81 +85,70 @@ def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
 @lru_cache
 def package_versions(source: str) -> dict[str, str]:
     """Versions of the packages behind one source of metrics."""
-    found = {}
-    for package in PACKAGES[source]:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    versions = dict.fromkeys(PACKAGES[source], "absent")
+    for package in versions:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
-def score_key(metric: str, protocol: Protocol, contents: list[str], weights: str = "") -> str:
+def score_key(measure: Measure, protocol: Protocol, contents: list[str], weights: str = "") -> str:
     """Where a score is kept: metric, our revision, the packages behind it, weights, conventions, the files' contents.
 
     It leaves out what is not expected to change a value by more than rounding: Pillow (which decodes JPEG files), the
     device, and the numbers that NIQE compares with, of which one version exists.
     """
-    source = "clip" if metric == LR_CLIP else MEASURES[metric].source
-    measure = MEASURES.get(metric)
-    choices = ""
-    if measure and measure.needs == "hr" and source != "clip":
-        choices = f"crop{protocol.crop}" + (protocol.psnr_space if metric == "psnr" else "")
-    versions = ",".join(f"{name}-{number}" for name, number in package_versions(source).items())
-    return "|".join([metric, f"r{REVISION}", versions, weights, choices, *contents])
+    choices = f"crop{protocol.crop}" if measure.cropped else ""
+    choices += protocol.psnr_space if measure.name == "psnr" else ""
+    versions = ",".join(f"{name}-{number}" for name, number in package_versions(measure.source).items())
+    return "|".join([measure.name, f"r{REVISION}", versions, weights, choices, *contents])
 
 
-def score(task: Task, setting: Setting) -> dict[str, float]:
-    """The scores of one image by cache key."""
-    from consissr.evaluation.folders import read_image
-    from consissr.evaluation.metrics import crop_border
+# --- tasks: each returns scores by key ---
 
-    sr = read_image(task.sr)
-    hr = read_image(task.hr) if task.hr else None
-    lr = read_image(task.lr) if task.lr else None
+
+def image_scores(measures: dict[str, Measure], files: dict[str, Path], scoring: Scoring) -> dict[str, float]:
+    """One image by several measures, given by key; files: by role ('sr', 'hr', 'lr')."""
+    images = {role: read_image(files[role]) for role in {role for m in measures.values() for role in m.needs}}
     scores = {}
-    for metric, key in task.keys:
-        scorer = get_scorer(metric, setting)
-        if metric == LR_CLIP:
-            scores[key] = scorer(lr, hr)
-        elif MEASURES[metric].needs == "none":
-            scores[key] = scorer(sr)
-        elif MEASURES[metric].source == "clip":
-            scores[key] = scorer(sr, hr)
-        else:
-            crop = setting.protocol.crop
-            scores[key] = scorer(crop_border(sr, crop), crop_border(hr, crop))
+    for key, measure in measures.items():
+        border = scoring.protocol.crop if measure.cropped else 0
+        scorer = get_scorer(measure.name, scoring)
+        scores[key] = scorer(*(metrics.crop_border(images[role], border) for role in measure.needs))
     return scores
 
 
-@lru_cache
-def get_scorer(metric: str, setting: Setting) -> Callable[..., float]:
-    """Callable on images (1, 3, H, W) in [0, 1]; learned metrics are loaded once per process."""
-    from consissr.evaluation import learned, metrics, niqe, stlpips
+def spread_scores(key: str, files: list[Path], protocol: Protocol) -> dict[str, float]:
+    """L-STD of one image from its runs."""
+    return {key: stability.local_std_of_files(files, protocol.local_std_crop)}
 
+
+def set_scores(key: str, sr: list[Path], hr: list[Path], scoring: Scoring) -> dict[str, float]:
+    """FID between two sets of images."""
+    return {key: learned.frechet_distance(sr, hr, scoring.weights, scoring.device)}
+
+
+def score_all(tasks: list[Callable[[], dict[str, float]]], cache: ScoreCache, jobs: int) -> None:
+    """Run every task into the cache, over `jobs` processes (in this one when `jobs` is 1)."""
+    alone = jobs == 1 or len(tasks) < 2
+    done = (task() for task in tasks) if alone else results(_run, tasks, jobs)
+    for scores in track("scoring", done, len(tasks)):
+        cache.put(scores)
+
+
+def _run(task: Callable[[], dict[str, float]]) -> dict[str, float]:
+    return task()
+
+
+@lru_cache
+def get_scorer(metric: str, scoring: Scoring) -> Callable[..., float]:
+    """Callable on images (1, 3, H, W) in [0, 1]; learned metrics are loaded once per process."""
     if metric == "psnr":
-        return lambda sr, hr: metrics.psnr(sr, hr, space=setting.protocol.psnr_space).item()
+        return lambda sr, hr: metrics.psnr(sr, hr, space=scoring.protocol.psnr_space).item()
     if metric == "ssim":
         return lambda sr, hr: metrics.ssim(sr, hr).item()
     if metric == "niqe":
         return lambda sr: niqe.niqe(sr).item()
     if metric == "st-lpips":
-        return stlpips.ShiftTolerantLpips(stlpips.weights_file(), setting.device)
-    return learned.load(metric, setting.weights, setting.device)
-
-
-def score_all(
-    tasks: list[Task],
-    setting: Setting,
-    cache: ScoreCache,
-    jobs: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Score every task into the cache, over `jobs` processes (in this one when `jobs` is 1)."""
-    if not tasks:
-        return
-    measure = partial(score, setting=setting)
-    alone = jobs == 1 or len(tasks) == 1
-    for done, scores in enumerate(map(measure, tasks) if alone else results(measure, tasks, jobs), 1):
-        cache.put(scores)
-        progress(done, len(tasks))
+        return stlpips.ShiftTolerantLpips(stlpips.weights_file(), scoring.device)
+    return learned.load(metric, scoring.weights, scoring.device)

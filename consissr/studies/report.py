@@ -5,23 +5,22 @@ from __future__ import annotations
 import csv
 import math
 import platform
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from consissr.evaluation import figures, origin, tables
 from consissr.evaluation.bootstrap import DRAWS, Difference, hierarchical, paired, verdict
 from consissr.evaluation.check import BICUBIC, flat_block_ratio, write_baselines
 from consissr.evaluation.evaluate import evaluate
 from consissr.evaluation.folders import Method, Pairs, list_images, list_runs, pair, read_image
+from consissr.evaluation.markdown import table_lines
 from consissr.evaluation.output import write_text
 from consissr.evaluation.progress import duration
 from consissr.evaluation.protocols import MEASURES, get_measures, get_protocol
 from consissr.evaluation.workers import cores
-from consissr.studies.run import SETS, Setting, is_restored, is_trained, model, results, test_set
+from consissr.studies.run import SETS, Work, is_restored, is_trained
 from consissr.studies.spec import METRICS, Comparison, Study
 
 PROTOCOL = "ccsr"
@@ -63,71 +62,61 @@ class Finding:
     """The papers' difference; NaN where there is none."""
 
 
-def report(setting: Setting, study: Study, papers: Path, data: Path | None = None) -> list[str]:
+def report(work: Work, papers: Path) -> list[str]:
     """Measure what is restored and write it into OUT/<study>; returns a line for each result that is missing.
 
-    papers: folder of the papers' tables; data: where the results are also written as a table of the same kind.
+    papers: folder of the papers' tables.
     """
-    out, published = setting.out / study.name, _published(study, papers)
+    out, published = work.out / work.study.name, published_values(work.study, papers)
     missing: list[str] = []
-    scored = [s for name in SETS if (s := measure(setting, study, name, missing)) is not None]
-    findings = [f for s in scored for f in compare(study, s, published)]
-    for name, rows in (("per_image", per_image(scored)), ("comparisons", [finding_row(f) for f in findings])):
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else ["nothing measured"])
-            writer.writeheader()
-            writer.writerows(rows)
+    scored = [s for name in SETS if (s := measure(work, name, missing)) is not None]
+    findings = [f for s in scored for f in compare(work.study, s, published)]
+    notes = [costs(work), *(f"missing: {line}" for line in missing)]
+    write_text(out / "summary.md", markdown(work.study, scored, findings, published, notes))
+    write_csv(out / "per_image.csv", per_image(scored))
+    write_csv(out / "comparisons.csv", [finding_row(f) for f in findings])
     for s in scored:
-        draw_crops(setting, study, s, out / f"crops_{s.name}.png")
-    notes = [*costs(setting, study), *(f"missing: {line}" for line in missing)]
-    write_text(out / "summary.md", markdown(study, scored, findings, published, notes))
-    if data is not None and scored:
-        write_text(data / f"{study.name}.yaml", table_file(study, scored, findings, notes, setting))
+        draw_crops(work, s, out / f"crops_{s.name}.png")
     return missing
 
 
-def measure(setting: Setting, study: Study, name: str, missing: list[str]) -> Scores | None:
+def measure(work: Work, name: str, missing: list[str]) -> Scores | None:
     """Every metric of every complete result and of bicubic enlargement; None where there is no result."""
-    data = test_set(setting, study, name)
+    data, study = work.test_set(name), work.study
     if not data.is_dir():
         missing.append(f"test set {name}")
         return None
-    methods, where = [], {}
     base = pair({"HR": data / "HR"}, data / "HR", data / "LR")
+    methods: dict[tuple[str, int | None], Method] = {}
     for row, one in study.rows.items():
-        absent = []
-        for seed in study.seeds_of(one.variant):
-            folder = results(setting, study, row, seed, name)
-            if is_restored(folder, set(base.images), study.repeats):
-                runs = [list_images(run) for run in list_runs(folder)[: study.repeats]]
-                methods.append(Method(f"{row}, seed {seed}", runs))
-                where.setdefault(row, []).append(seed)
-            else:
-                absent.append(str(seed))
-        if absent:
+        folders = {seed: work.results(row, seed, name) for seed in study.seeds_of(one.variant)}
+        there = [seed for seed, folder in folders.items() if is_restored(folder, set(base.images), study.repeats)]
+        for seed in there:
+            runs = [list_images(run) for run in list_runs(folders[seed])[: study.repeats]]
+            methods[row, seed] = Method(f"{row}, seed {seed}", runs)
+        if absent := [str(seed) for seed in folders if seed not in there]:
             missing.append(f"{row}: not restored on {name} with training seed {', '.join(absent)}")
     if not methods:
         return None
     enlarged = write_baselines(data / "LR", data.with_name(f"{data.name}-baselines"), SCALE)[BICUBIC]
-    methods.append(Method(BICUBIC, [list_images(enlarged)]))
+    methods[BICUBIC, None] = Method(BICUBIC, [list_images(enlarged)])
     names = [m for m in METRICS if m in MEASURES and (m != "niqe" or not base.smaller_than(NIQE_SIDE, NIQE_SIDE))]
-    pairs = Pairs(methods, base.images, base.hr, None, base.sizes)
-    cache = setting.out / "data" / f"{data.name}.jsonl"
-    done = evaluate(pairs, get_measures(names), get_protocol(PROTOCOL), cache, jobs=setting.jobs)
+    pairs = Pairs(list(methods.values()), base.images, base.hr, None, base.sizes)
+    cache = work.out / "data" / f"{data.name}.jsonl"
+    done = evaluate(pairs, get_measures(names), get_protocol(PROTOCOL), cache, jobs=work.jobs)
     scores = Scores(name, base.images, without=dict(done.unavailable))
     photographs = [read_image(base.hr[image]) for image in base.images]
-    for row, seeds in [*where.items(), (BICUBIC, [])]:
-        own = [f"{row}, seed {seed}" for seed in seeds] or [row]
-        values = {m: np.stack([done.values[n][m].mean(axis=0) for n in own]) for m in done.values[own[0]]}
-        if seeds:
-            # (Eq. 4 and 5, CCSR), image by image
-            values["psnr-gstd"] = np.stack([done.values[n]["psnr"].std(axis=0) for n in own])
-            values["l-std"] = np.stack([done.local_std[n] for n in own])
-        scores.values[row], scores.seeds[row] = values, seeds
-        first = [method.runs[0] for method in methods if method.name in own]
-        ratios = [flat_block_ratio((read_image(run[i]) for i in base.images), photographs) for run in first]
-        scores.flat[row] = float(np.mean(ratios))
+    for row in dict.fromkeys(row for row, _ in methods):
+        seeds = [seed for r, seed in methods if r == row]
+        own = [methods[row, seed] for seed in seeds]
+        tables = [done.values[method.name] for method in own]
+        values = {m: np.stack([table[m].mean(axis=0) for table in tables]) for m in tables[0]}
+        if row != BICUBIC:  # (Eq. 4 and 5, CCSR), image by image
+            values["psnr-gstd"] = np.stack([table["psnr"].std(axis=0) for table in tables])
+            values["l-std"] = np.stack([done.local_std[method.name] for method in own])
+        first = [(read_image(method.runs[0][image]) for image in base.images) for method in own]
+        scores.flat[row] = float(np.mean([flat_block_ratio(images, photographs) for images in first]))
+        scores.values[row], scores.seeds[row] = values, [seed for seed in seeds if seed is not None]
     return scores
 
 
@@ -142,29 +131,35 @@ def compare(study: Study, scores: Scores, published: dict) -> list[Finding]:
                 continue
             chosen = [[i for i, seed in enumerate(scores.seeds[row]) if seed in common] for row in rows]
             a, b = (scores.values[row][metric][which] for row, which in zip(rows, chosen, strict=True))
-            found = paired(a, b)
+            difference = paired(a, b)
             told = [published.get(row, {}).get(metric, math.nan) for row in rows]
-            findings.append(
-                Finding(comparison, metric, scores.name, found, verdict(found, expected), told[0] - told[1])
-            )
+            said = verdict(difference, expected)
+            findings.append(Finding(comparison, metric, scores.name, difference, said, told[0] - told[1]))
     return findings
 
 
-def _published(study: Study, papers: Path) -> dict[str, dict[str, float]]:
+def published_values(study: Study, papers: Path) -> dict[str, dict[str, float]]:
     """The papers' values by row of the study and metric."""
     if not study.published:
         return {}
     table = tables.load_table(study.published["table"], papers)
-    cells = table.datasets[table.dataset(study.published["dataset"])]
-    found = {}
+    rows = table.datasets[table.dataset(study.published["dataset"])]
+    values = {}
     for name, row in study.rows.items():
-        own = cells.get(row.published, {})
-        found[name] = {metric: cell.value for metric, cell in own.items()}
-        found[name] |= {f"{metric}-gstd": cell.spread for metric, cell in own.items()}
-    return found
+        cells = rows.get(row.published, {})
+        values[name] = {metric: cell.value for metric, cell in cells.items()}
+        values[name] |= {f"{metric}-gstd": cell.spread for metric, cell in cells.items()}
+    return values
 
 
 # --- files ---
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["nothing measured"])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def per_image(scored: list[Scores]) -> list[dict]:
@@ -186,7 +181,7 @@ def finding_row(f: Finding) -> dict:
         "dataset": f.dataset, "first": f.comparison.rows[0], "second": f.comparison.rows[1], "metric": f.metric,
         "expected": f.comparison.expect[f.metric], "difference": round(e.mean, 6), "low": round(e.low, 6),
         "high": round(e.high, 6), "least": round(f.difference.least, 6) if f.difference.least < math.inf else "",
-        "per seed": " ".join(f"{mean:+.4f}" for mean in f.difference.seeds), "verdict": f.verdict,
+        "per seed": " ".join(f"{mean:+.6f}" for mean in f.difference.seeds), "verdict": f.verdict,
         "published difference": "" if math.isnan(f.published) else round(f.published, 6),
         "claim": f.comparison.claim, "source": f.comparison.source,
     }  # fmt: skip
@@ -196,26 +191,28 @@ def markdown(study: Study, scored: list[Scores], findings: list[Finding], publis
     """The study on one page."""
     lines = [f"# {study.title}, at nano's scale"]
     for s in scored:
-        lines += ["", f"## {s.name}: {len(s.images)} images, {study.repeats} noise seeds each", ""]
         metrics = [m for m in METRICS if any(m in table for table in s.values.values())]
-        lines += ["| row | training seeds | " + " | ".join([*metrics, "flat blocks"]) + " |"]
-        lines += ["|---" * 2 + "|--:" * (len(metrics) + 1) + "|"]
+        rows = []
         for row, table in s.values.items():
             about = study.rows[row].about if row in study.rows else "for scale"
             cells = [level(table[m]) if m in table else "-" for m in metrics] + [f"{s.flat[row]:.2f}"]
-            lines.append(f"| {row}{f' ({about})' * bool(about)} | {len(s.seeds[row]) or '-'} | {' | '.join(cells)} |")
+            rows.append([f"{row} ({about})" if about else row, str(len(s.seeds[row]) or "-"), *cells])
             if told := {m: v for m, v in published.get(row, {}).items() if not math.isnan(v)}:
                 cells = [f"{told[m]:.4f}" if m in told else "-" for m in metrics]
-                lines.append(f"| *published: {study.rows[row].published}* | | {' | '.join(cells)} | - |")
+                rows.append([f"*published: {study.rows[row].published}*", "", *cells, "-"])
+        lines += ["", f"## {s.name}: {len(s.images)} images, {study.repeats} noise seeds each", ""]
+        lines += table_lines(["row", "training seeds", *metrics, "flat blocks"], rows, words=2)
         lines += [f"\n{metric} is not computed: {why}." for metric, why in s.without.items()]
-    lines += ["", "## What the papers say, and what appears", "", RULES, ""]
-    lines += ["| claim | rows | set | metric | published | difference [95 %] | least | verdict |", "|---" * 8 + "|"]
+    rows = []
     for f in findings:
-        e, told = f.difference.overall, "-" if math.isnan(f.published) else f"{f.published:+.4f}"
-        least = f"{f.difference.least:.4f}" if f.difference.least < math.inf else "-"
-        cells = [f"{f.comparison.claim} ({f.comparison.source})", " − ".join(f.comparison.rows), f.dataset]
-        cells += [f"{f.metric} {f.comparison.expect[f.metric]}", told, f"{e.mean:+.4f} [{e.low:+.4f}, {e.high:+.4f}]"]
-        lines.append("| " + " | ".join([*cells, least, f"**{f.verdict}**"]) + " |")
+        e, least = f.difference.overall, f.difference.least
+        told = "-" if math.isnan(f.published) else f"{f.published:+.4f}"
+        rows.append([f"{f.comparison.claim} ({f.comparison.source})", " − ".join(f.comparison.rows), f.dataset,
+                     f"{f.metric} {f.comparison.expect[f.metric]}", told,
+                     f"{e.mean:+.4f} [{e.low:+.4f}, {e.high:+.4f}]", f"{least:.4f}" if least < math.inf else "-",
+                     f"**{f.verdict}**"])  # fmt: skip
+    titles = ["claim", "rows", "set", "metric", "published", "difference [95 %]", "least", "verdict"]
+    lines += ["", "## What the papers say, and what appears", "", RULES, "", *table_lines(titles, rows, words=8)]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
@@ -225,49 +222,22 @@ def level(values: np.ndarray) -> str:
     return f"{e.mean:.4f} [{e.low:.4f}, {e.high:.4f}]"
 
 
-def costs(setting: Setting, study: Study) -> list[str]:
+def costs(work: Work) -> str:
     """What the study's models took, and where."""
-    trained = {(v, seed): model(setting, study, v, seed) for v in study.variants for seed in study.seeds_of(v)}
-    seconds = [origin.record(folder)["seconds"] for folder in trained.values() if is_trained(folder)]
+    trained = [work.model(v, seed) for v in work.study.variants for seed in work.study.seeds_of(v)]
+    seconds = [origin.record(folder)["seconds"] for folder in trained if is_trained(folder)]
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
     machine = names[0].split(": ")[-1] if names else platform.machine()
-    where = f"{setting.jobs} at a time, {cores()} core(s) of {machine}"
-    return [f"{len(seconds)} models trained in {duration(sum(seconds))} ({where}); protocol {PROTOCOL}"]
+    where = f"{work.jobs} at a time, {cores()} core(s) of {machine}"
+    return f"{len(seconds)} models trained in {duration(sum(seconds))} ({where}); protocol {PROTOCOL}"
 
 
-def draw_crops(setting: Setting, study: Study, scores: Scores, path: Path, shown: int = 3) -> None:
+def draw_crops(work: Work, scores: Scores, path: Path, shown: int = 3) -> None:
     """A line per image: input, every row's first result of its first seed, reference."""
-    data = test_set(setting, study, scores.name)
-    folders = {row: list_runs(results(setting, study, row, seeds[0], scores.name))[0]
+    folders = {row: list_runs(work.results(row, seeds[0], scores.name))[0]
                for row, seeds in scores.seeds.items() if seeds}  # fmt: skip
     names = [scores.images[i] for i in np.unique(((np.arange(shown) + 0.5) * len(scores.images) / shown).astype(int))]
+    data = work.test_set(scores.name)
     inputs = figures.Inputs(folders, data / "HR", data / "LR", names, None)
-    figure = figures.picture_grid(figures.crop_rows(inputs))
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    figures.close(figure)
-
-
-def table_file(
-    study: Study, scored: list[Scores], findings: list[Finding], notes: list[str], setting: Setting
-) -> str:  # fmt: skip
-    """The results as a table of configs/tables, kind 'study'."""
-    columns = [m for m in METRICS if m in MEASURES]
-    rows = {
-        s.name: {row: " ".join([f"{t[m].mean():.4f}" if m in t else "-" for m in columns]
-                               + [f"{t['l-std'].mean():.4f}" if "l-std" in t else "-"]) for row, t in s.values.items()}
-        for s in scored
-    }  # fmt: skip
-    content = {
-        "title": f"{study.title}, at nano's scale", "kind": "study", "protocol": PROTOCOL, "runs": study.repeats,
-        "metrics": columns, "last": "l-std", "notes": [RULES, *notes], "datasets": rows,
-        "findings": [finding_row(f) for f in findings],
-    }  # fmt: skip
-    words = shlex.join(["--set", *setting.lines]) if setting.lines else ""
-    header = (
-        f"# {study.title}, at nano's scale: what a run of the study wrote.\n"
-        f"# Command: python scripts/study.py {study.name} --photos PHOTOS --realsr REALSR {words}".rstrip()
-        + " --tables configs/tables/nano\n"
-        f"# Shown by: python scripts/eval.py --table nano/{study.name} --dataset realsr\n"
-    )
-    return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+    figures.picture_grid(figures.crop_rows(inputs)).savefig(path, dpi=130, bbox_inches="tight")

@@ -1,4 +1,4 @@
-"""A study's work in child processes, in stages: test images, trainings, restorations.
+"""A study's work in child processes, in stages: trainings, test images, restorations.
 
 Everything stands in a folder whose name ends in the hash of what it is made of (see evaluation/origin.py), with the
 record beside it: what is there is not made again, and nothing is taken for what was made of something else.
@@ -23,7 +23,7 @@ from consissr.errors import UserError
 from consissr.evaluation import origin
 from consissr.evaluation.folders import list_images, list_runs, pair
 from consissr.evaluation.progress import duration
-from consissr.evaluation.workers import cores
+from consissr.evaluation.workers import cores, end_with_parent
 from consissr.studies.spec import Study
 from consissr.weights.base import BUNDLED_BASES
 
@@ -33,9 +33,10 @@ PHOTOS = {"crop": 256, "preset": "ccsr", "seed": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What the command line gives to every study."""
+class Work:
+    """A study and what the command line gives it. The methods name folders, which may not be there yet."""
 
+    study: Study
     out: Path
     parents: Path
     """Folder of the variants' parent configurations."""
@@ -51,59 +52,43 @@ class Setting:
     @cached_property
     def contents(self) -> dict[str, str]:
         """Hashes of the photographs to train on, of what the test sets are made of, and of the bundled weights."""
-        sources = {"train": self.photos / "train", "photos": self.photos / "val"}
-        found = {name: origin.fingerprint(source) for name, source in sources.items()}
-        found["realsr"] = "-".join(origin.fingerprint(self.realsr / part) for part in ("LR", "HR"))
-        return found | {"bundled": origin.fingerprint(BUNDLED_BASES["nano"], origin.MODEL_FILES)}
+        return {
+            "train": origin.fingerprint(self.photos / "train"),
+            "photos": origin.fingerprint(self.photos / "val"),
+            "realsr": "-".join(origin.fingerprint(self.realsr / folder) for folder in ("LR", "HR")),
+            "bundled": origin.fingerprint(BUNDLED_BASES["nano"], origin.MODEL_FILES),
+        }
 
+    def test_set(self, name: str) -> Path:
+        """LR/ and HR/ of at most `study.images` pairs, evenly chosen."""
+        made_of = {"source": self.contents[name], "images": self.study.images, **(PHOTOS if name == "photos" else {})}
+        return origin.place(self.out / "data", name, **made_of)
 
-@dataclass(frozen=True)
-class Job:
-    """A command that makes `folder`, whose output goes to a log beside it."""
+    def model(self, variant: str, seed: int) -> Path:
+        """A variant's model of one training seed."""
+        one, start = self.study.variants[variant], self.start(variant, seed)
+        made_of = {"parent": yaml.safe_load((self.parents / one.parent).read_text(encoding="utf-8")), "seed": seed}
+        made_of |= {"lines": [*self.study.lines, *one.lines, *self.lines], "init": start.name if start else ""}
+        made_of |= {"photos": self.contents["train"], "bundled weights": self.contents["bundled"]}
+        return origin.place(self.out / "models", f"{self.study.name}-{variant}-seed{seed}", **made_of)
 
-    name: str
-    folder: Path
-    command: list[str] = field(compare=False)
+    def start(self, variant: str, seed: int) -> Path | None:
+        """The model that a training starts from: its `init`'s of the same seed, or that one's only seed."""
+        init = self.study.variants[variant].init
+        if not init:
+            return None
+        seeds = self.study.seeds_of(init)
+        if seed not in seeds and len(seeds) > 1:
+            study = self.study.name
+            raise UserError(f"study {study}: {variant} has seed {seed}, and {init}, which it starts from, has not")
+        return self.model(init, seed if seed in seeds else seeds[0])
 
-
-# --- places: what everything is made of ---
-
-
-def test_set(setting: Setting, study: Study, name: str) -> Path:
-    """Folder with LR/ and HR/ of at most `study.images` pairs, evenly chosen; it may not be there yet."""
-    settings = PHOTOS if name == "photos" else {}
-    return origin.place(
-        setting.out / "data", name, source=setting.contents[name], images=study.images, **settings
-    )  # fmt: skip
-
-
-def model(setting: Setting, study: Study, variant: str, seed: int) -> Path:
-    """Folder of a variant's model of one training seed; it may not be there yet."""
-    one = study.variants[variant]
-    start = _start(setting, study, variant, seed)
-    made_of = {"parent": yaml.safe_load((setting.parents / one.parent).read_text(encoding="utf-8")), "seed": seed}
-    made_of |= {"lines": [*study.lines, *one.lines, *setting.lines], "init": start.name if start else ""}
-    made_of |= {"photos": setting.contents["train"], "bundled weights": setting.contents["bundled"]}
-    return origin.place(setting.out / "models", f"{study.name}-{variant}-seed{seed}", **made_of)
-
-
-def _start(setting: Setting, study: Study, variant: str, seed: int) -> Path | None:
-    """Folder of the model that a training starts from: its `init`'s of the same seed, or that one's only seed."""
-    init = study.variants[variant].init
-    if not init:
-        return None
-    seeds = study.seeds_of(init)
-    if seed not in seeds and len(seeds) > 1:
-        raise UserError(f"study {study.name}: {variant} has seed {seed}, and {init}, which it starts from, has not")
-    return model(setting, study, init, seed if seed in seeds else seeds[0])
-
-
-def results(setting: Setting, study: Study, row: str, seed: int, name: str) -> Path:
-    """Folder of a row's results of one training seed and test set; it may not be there yet."""
-    one = study.rows[row]
-    made_of = {"model": model(setting, study, one.variant, seed).name, "flags": list(one.flags)}
-    images = test_set(setting, study, name).name
-    return origin.place(setting.out / "results", f"{study.name}-{row}-seed{seed}-{name}", **made_of, images=images)
+    def results(self, row: str, seed: int, name: str) -> Path:
+        """A row's results of one training seed and test set."""
+        one = self.study.rows[row]
+        made_of = {"model": self.model(one.variant, seed).name, "flags": list(one.flags)}
+        images, parent = self.test_set(name).name, self.out / "results"
+        return origin.place(parent, f"{self.study.name}-{row}-seed{seed}-{name}", **made_of, images=images)
 
 
 def is_trained(folder: Path) -> bool:
@@ -116,62 +101,76 @@ def is_restored(folder: Path, images: set[str], repeats: int) -> bool:
     return len(runs) == repeats and all(images <= {path.stem for path in run.glob("*.png")} for run in runs)
 
 
-# --- stages ---
+# --- jobs ---
 
 
-def stages(setting: Setting, study: Study, rows: list[str], restoring: bool = True) -> Iterator[list[Job]]:
+@dataclass(frozen=True)
+class Job:
+    """A command that makes `folder`, whose output goes to a log beside it."""
+
+    name: str
+    folder: Path
+    command: list[str] = field(compare=False)
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+
+def stages(work: Work, rows: list[str], restoring: bool = True) -> Iterator[list[Job]]:
     """Lists of jobs to run one list after the other; a training that was stopped goes on from its checkpoint."""
-    call = [sys.executable]
-    for trainings in study.trainings(rows):
-        jobs = []
-        for variant, seed in trainings:
-            folder, start = model(setting, study, variant, seed), _start(setting, study, variant, seed)
-            if is_trained(folder) or (start and not is_trained(start)):
-                continue
-            one = study.variants[variant]
-            lines = [*study.lines, *one.lines, *setting.lines, f"seed={seed}", f"init={start or ''}"]
-            lines += [f"output_dir={folder}", f"data.paths=[{setting.photos / 'train'}]"]
-            resume = ["--resume", "latest"] if any(folder.glob("checkpoint-*/state.json")) else []
-            config = ["--config", str(setting.parents / one.parent)]
-            jobs.append(Job(f"train {variant}, seed {seed}", folder,
-                            [*call, str(setting.scripts / "train.py"), *config, *resume, *lines]))  # fmt: skip
-        yield jobs
+    for trainings in work.study.trainings(rows):
+        jobs = [training(work, variant, seed) for variant, seed in trainings]
+        yield [job for job in jobs if job]
     if not restoring:
         return
     for name in SETS:
-        write_test_set(setting, study, name)
-    jobs = {}
-    for row in rows:
-        for seed in study.seeds_of(study.rows[row].variant):
-            weights = model(setting, study, study.rows[row].variant, seed)
-            for name in SETS if is_trained(weights) else ():
-                lr, folder = test_set(setting, study, name) / "LR", results(setting, study, row, seed, name)
-                if is_restored(folder, {path.stem for path in lr.glob("*.png")}, study.repeats):
-                    continue
-                words = ["-i", lr, "-o", folder, "-m", weights, "--repeat", study.repeats, "--ext", "png"]
-                words += ["--skip-existing", "--quiet", *study.rows[row].flags]
-                jobs[folder] = Job(f"restore {row}, seed {seed}, {name}", folder,
-                                   [*call, str(setting.scripts / "infer.py"), *map(str, words)])  # fmt: skip
-    yield list(jobs.values())
+        write_test_set(work, name)
+    chosen = [(row, seed) for row in rows for seed in work.study.seeds_of(work.study.rows[row].variant)]
+    jobs = [restoration(work, row, seed, name) for row, seed in chosen for name in SETS]
+    yield list({job.folder: job for job in jobs if job}.values())
 
 
-def write_test_set(setting: Setting, study: Study, name: str) -> None:
+def training(work: Work, variant: str, seed: int) -> Job | None:
+    """None where the model is there, or what it starts from is not."""
+    one, folder, start = work.study.variants[variant], work.model(variant, seed), work.start(variant, seed)
+    if is_trained(folder) or (start and not is_trained(start)):
+        return None
+    lines = [*work.study.lines, *one.lines, *work.lines, f"seed={seed}", f"init={start or ''}"]
+    lines += [f"output_dir={folder}", f"data.paths=[{work.photos / 'train'}]"]
+    resume = ["--resume", "latest"] if any(folder.glob("checkpoint-*/state.json")) else []
+    command = [sys.executable, str(work.scripts / "train.py"), "--config", str(work.parents / one.parent)]
+    return Job(f"train {variant}, seed {seed}", folder, [*command, *resume, *lines])
+
+
+def restoration(work: Work, row: str, seed: int, name: str) -> Job | None:
+    """None where the results are there, or the model is not."""
+    model, lr = work.model(work.study.rows[row].variant, seed), work.test_set(name) / "LR"
+    folder, repeats = work.results(row, seed, name), work.study.repeats
+    if not is_trained(model) or is_restored(folder, {path.stem for path in lr.glob("*.png")}, repeats):
+        return None
+    words = [work.scripts / "infer.py", "-i", lr, "-o", folder, "-m", model, "--repeat", repeats, "--ext", "png"]
+    words += ["--skip-existing", "--quiet", *work.study.rows[row].flags]
+    return Job(f"restore {row}, seed {seed}, {name}", folder, [sys.executable, *map(str, words)])
+
+
+def write_test_set(work: Work, name: str) -> None:
     """Make the test set `name` unless it is there."""
     from consissr.data.testset import write_testset
 
-    folder = test_set(setting, study, name)
+    folder = work.test_set(name)
     if folder.is_dir():
         return
     scratch = folder.with_name(f".{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     if name == "photos":
-        write_testset([str(setting.photos / "val")], scratch, study.images, *PHOTOS.values())
+        write_testset([str(work.photos / "val")], scratch, work.study.images, *PHOTOS.values())
     else:
-        lr, hr = (list_images(setting.realsr / part) for part in ("LR", "HR"))
-        names = pair({"HR": setting.realsr / "HR"}, setting.realsr / "HR", setting.realsr / "LR").images
-        for part, files in (("LR", lr), ("HR", hr)):
+        images = pair({"HR": work.realsr / "HR"}, work.realsr / "HR", work.realsr / "LR").images
+        for part in ("LR", "HR"):
             (scratch / part).mkdir(parents=True)
-            for image in names[:: -(-len(names) // study.images)]:
+            files = list_images(work.realsr / part)
+            for image in images[:: -(-len(images) // work.study.images)]:
                 with Image.open(files[image]) as picture:
                     picture.convert("RGB").save(scratch / part / f"{image.replace('/', '-')}.png")
     scratch.rename(folder)
@@ -189,18 +188,15 @@ def run_jobs(jobs: list[Job], count: int) -> dict[str, str]:
         while waiting or running:
             while waiting and len(running) < count:
                 job = waiting.pop()
-                with _log(job).open("w") as log:
+                with job.log.open("w") as log:
                     process = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment,
-                                               start_new_session=True, preexec_fn=_end_with_parent)  # fmt: skip
+                                               start_new_session=True, preexec_fn=end_with_parent)  # fmt: skip
                 running.append((job, process, time.monotonic()))
-            for entry in [entry for entry in running if entry[1].poll() is not None]:
-                job, process, began = entry
-                running.remove(entry)
-                seconds = time.monotonic() - began
-                if process.returncode == 0:
-                    origin.note(job.folder, seconds=round(origin.record(job.folder).get("seconds", 0) + seconds, 1))
-                else:
-                    text = _log(job).read_text(errors="replace").replace("\r", "\n").split("\n")
+            for job, process, began in [entry for entry in running if entry[1].poll() is not None]:
+                running.remove((job, process, began))
+                seconds = note_time(job, began, done=process.returncode == 0)
+                if process.returncode != 0:
+                    text = job.log.read_text(errors="replace").replace("\r", "\n").split("\n")
                     failed[job.name] = next((line for line in reversed(text) if line.strip()), "no output")
                 ended = "failed" if job.name in failed else "done"
                 sys.stderr.write(f"{ended}: {job.name} ({duration(seconds)}); {len(waiting) + len(running)} left\n")
@@ -208,19 +204,14 @@ def run_jobs(jobs: list[Job], count: int) -> dict[str, str]:
     finally:
         for _, process, _ in running:
             process.terminate()
-        for _, process, _ in running:
+        for job, process, began in running:
             process.wait()
+            note_time(job, began, done=False)
     return failed
 
 
-def _log(job: Job) -> Path:
-    return job.folder.with_name(f"{job.folder.name}.log")
-
-
-def _end_with_parent() -> None:
-    """In a child that is about to start: SIGTERM when the parent ends, however it does (Linux)."""
-    if sys.platform == "linux":
-        import ctypes
-        import signal
-
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+def note_time(job: Job, began: float, done: bool) -> float:
+    """Record the seconds since `began`, added to those of interrupted runs; 'seconds' is there once it is done."""
+    spent = round(origin.record(job.folder).get("spent", 0) + time.monotonic() - began, 1)
+    origin.note(job.folder, spent=spent, **({"seconds": spent} if done else {}))
+    return spent

@@ -1,5 +1,6 @@
 """scripts/eval.py through its front door."""
 
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -46,8 +47,13 @@ def test_published_beside_measured(call, sets: dict[str, Path], tmp_path: Path) 
     assert (tmp_path / "out" / "ccsr_table6.md").read_text().strip() == text.strip()
 
 
-def test_our_rows_are_restored_and_measured(call, sets: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
+def test_our_rows_are_restored_and_measured(
+    call, script, sets: dict[str, Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """--run: infer.py three times with different noise, then values with G-STD and L-STD beside the published ones."""
+    from consissr.evaluation import produce
+
+    monkeypatch.setattr(produce, "run_script", lambda words, _: script("infer").main([str(w) for w in words[1:]]))
     common = ("--hr", sets["hr"], "--lr", sets["lr"], "--metrics", "psnr", "-o", tmp_path / "out", "--jobs", 1)
     run = ("--run", f"CCSR-S1={tiny_model}", "--repeat", 3, "--infer-flags", "--device cpu")
     status, text, errors = call("--table", "ccsr/table4", "--dataset", "RealSR", *run, *common)
@@ -65,13 +71,19 @@ def test_flags_for_infer_are_split_as_a_shell_does(monkeypatch: pytest.MonkeyPat
     from consissr.evaluation.tables import load_table
 
     table = load_table("ccsr/table4", root / "configs" / "tables")
-    args = Namespace(run=["CCSR-S1=nano-ccsr"], lr=tmp_path, output=tmp_path, repeat=1)
-    monkeypatch.setattr(produce, "produce", lambda *words: words[-2])
+    args = Namespace(sr=["a=b"], run=["CCSR-S1=nano-ccsr"], lr=tmp_path, output=tmp_path, repeat=1)
+    monkeypatch.setattr(produce, "produce", lambda *words: dict.fromkeys(words[1], words[-2]))
+    monkeypatch.setattr(produce.stlpips, "weights_file", lambda: Path("weights"))
     args.infer_flags = '--positive "clean, 8k" --steps 2'
-    assert produce.ours(table, args, Path("infer.py")) == ["--positive", "clean, 8k", "--steps", "2"]
+    results, small = produce.results_of(args, table, Path("infer.py"), bundled=["nano-ccsr"])
+    assert results == {"a": Path("b"), "CCSR-S1": ["--positive", "clean, 8k", "--steps", "2"]} and small == ["CCSR-S1"]
     args.infer_flags = '--positive "clean'
     with pytest.raises(UserError, match="--infer-flags.*quotation"):
-        produce.ours(table, args, Path("infer.py"))
+        produce.results_of(args, table, Path("infer.py"))
+    monkeypatch.setattr(produce.stlpips, "weights_file", lambda: None)
+    args.infer_flags = ""
+    with pytest.raises(UserError, match="nano-ccsr is small: beside published values it is shown with a learned"):
+        produce.results_of(args, table, Path("infer.py"), bundled=["nano-ccsr"])
 
 
 def test_tables_without_results_print_what_is_published(call, tmp_path: Path) -> None:
@@ -89,15 +101,30 @@ def test_a_metric_without_weights_is_told_by_the_exit_status(call, sets, tmp_pat
     status, text, errors = call(*common, "--metrics", "musiq,lpips")
     assert status == 2 and not text and errors.startswith("error: musiq is not computed: weights missing")
     status, text, _ = call("--table", "ccsr/table6", "--dataset", "RealSR", *common)
-    assert status == 0 and "- musiq is not measured: weights missing" in text
-    assert "- fid is not measured: weights missing" in text or "- fid is not measured: of 3 images" in text
+    assert status == 0 and "- musiq is not computed: weights missing" in text
+    assert "- fid is not computed: weights missing" in text or "- fid is not computed: of 3 images" in text
 
 
-def test_the_check(call, sets: dict[str, Path], tmp_path: Path) -> None:
-    folders = ("--sr", sets["good"], "--hr", sets["hr"], "--lr", sets["lr"], "-o", tmp_path / "out")
-    status, text, _ = call("--check", "--jobs", 1, *folders)
-    assert status == 0 and "| good |" in text and "| bicubic+grain |" in text
+def test_the_check(call, sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders and models that are restored first stand beside bicubic; no name stands for two rows."""
+    from consissr.evaluation import produce
+
+    monkeypatch.setattr(
+        produce, "run_script", lambda words, failure: shutil.copytree(sets["bad"], words[4], dirs_exist_ok=True)
+    )
+    folders = ("--sr", sets["good"], "--hr", sets["hr"], "--lr", sets["lr"], "-o", tmp_path / "out", "--jobs", 1)
+    status, text, _ = call("--check", *folders, "--run", "nano-ccsr")
+    assert status == 0 and "| good |" in text and "| nano-ccsr |" in text and "| bicubic+grain |" in text
     assert (tmp_path / "out" / "check.md").read_text().strip() == text.strip()
+    for flags, told in (
+        (("--check", "--run", "bicubic=nano-ccsr"), "'bicubic' names a row of the check itself"),
+        (("--check", "--run", "good=nano-ccsr"), "'good' names a result folder and a model to run"),
+        (("--run", "good=nano-ccsr"), "'good' names a result folder and a model to run"),
+    ):
+        status, text, errors = call(*flags, *folders)
+        assert status == 2 and told in errors and not text
+    text = call(*folders, "--run", "nano-ccsr", "--metrics", "psnr,ssim")[1]
+    assert "Not ranked (a model of another size): nano-ccsr." in text and "Rank" not in text
 
 
 def test_listings(call) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from consissr.errors import UserError
 from consissr.evaluation import evaluate as module
-from consissr.evaluation import metrics, output, plots, scores, summary
+from consissr.evaluation import metrics, output, plots, summary
 from consissr.evaluation.folders import pair, read_image
 from consissr.evaluation.protocols import PROTOCOLS, get_measures, get_protocol
 
@@ -52,8 +52,8 @@ def test_protocols_differ_where_they_say(sets: dict[str, Path], tmp_path: Path) 
 def test_nothing_is_computed_twice(sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(sets, tmp_path / "s.jsonl")
     calls = []
-    original = scores.score
-    monkeypatch.setattr(scores, "score", lambda task, setting: calls.append(task) or original(task, setting))
+    original = module.image_scores
+    monkeypatch.setattr(module, "image_scores", lambda *words: calls.append(words[0]) or original(*words))
     again = run(sets, tmp_path / "s.jsonl")
     assert not calls
     assert again.mean("bad", "niqe") == first.mean("bad", "niqe")
@@ -62,7 +62,9 @@ def test_nothing_is_computed_twice(sets: dict[str, Path], tmp_path: Path, monkey
     assert not calls, "the content is known from the other folder"
     assert changed.values["bad"]["psnr"][0, 0] == first.values["good"]["psnr"][0, 0]
     run(sets, tmp_path / "s.jsonl", protocol="seesr")
-    assert {metric for task in calls for metric, _ in task.keys} == {"psnr", "ssim"}, "NIQE does not depend on it"
+    assert {measure.name for measures in calls for measure in measures.values()} == {"psnr", "ssim"}, (
+        "NIQE does not depend on it"
+    )
 
 
 def test_a_killed_run_resumes(sets: dict[str, Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from consissr.errors import UserError
-from consissr.evaluation import learned
+from consissr.evaluation import learned, listings
 from consissr.evaluation.evaluate import evaluate
 from consissr.evaluation.folders import pair, read_image
 from consissr.evaluation.output import markdown
@@ -105,12 +105,15 @@ def test_everything_else_comes_out(sets: dict[str, Path], tmp_path: Path) -> Non
     assert done.mean("good", "niqe") > 0
 
 
-def test_listing_names_files_and_sources(tmp_path: Path) -> None:
-    rows = learned.listing(None)
-    assert {metric for metric, *_ in rows} == {m.name for m in MEASURES.values() if m.source in ("pyiqa", "clip")}
-    for _, name, place, advice in rows:
-        assert place == "missing" and name in advice and advice.startswith("https://") and "--weights" in advice
-    names = {name for _, name, *_ in rows}
+def test_listing_names_files_and_sources() -> None:
+    lines = listings.weights_text(None).splitlines()
+    learned_lines = [line for line in lines if not line.startswith(("st-lpips", " ")) or "https://" in line]
+    rows = list(zip(learned_lines[::2], learned_lines[1::2], strict=True))
+    assert {row.split()[0] for row, _ in rows} == {m.name for m in MEASURES.values() if m.source in ("pyiqa", "clip")}
+    for row, advice in rows:
+        _, name, place = row.split()
+        assert place == "missing" and name in advice and "get https://" in advice and "--weights" in advice
+    names = {row.split()[1] for row, _ in rows}
     assert {"MANIQA_PIPAL-ae6d356b.pth", "RN50.pt", "pt_inception-2015-12-05-6726825d.pth"} <= names
 
 
@@ -120,7 +123,7 @@ def test_a_file_is_what_its_hash_says(tmp_path: Path, monkeypatch: pytest.Monkey
     content = b"weights"
     digest = hashlib.sha256(content).hexdigest()
     (tmp_path / "a.pth").write_bytes(content)
-    assert learned.checked(learned.WeightFile("a", "", "https://x", digest[:8]), tmp_path / "a.pth") == digest
+    assert learned.checked(learned.WeightFile("clip", "a", digest[:8]), tmp_path / "a.pth") == digest
     with pytest.raises(UserError, match=f"a.pth is not LPIPS.*starts with {digest[:8]} instead of df73285e"):
         learned.checked(learned.WEIGHTS["lpips"][0], tmp_path / "a.pth")
     assert all(len(file.digest) in (8, 64) for files in learned.WEIGHTS.values() for file in files)
@@ -182,4 +185,4 @@ def test_a_device_that_is_not_here_is_not_the_weights_fault(lpips_weights: Path,
 
 def test_a_wrong_weights_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a folder"):
-        learned.missing("lpips", tmp_path / "nowhere")
+        learned.missing_text("lpips", tmp_path / "nowhere")

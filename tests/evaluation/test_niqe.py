@@ -91,3 +91,17 @@ def test_niqe_joins_its_parts() -> None:
     features = torch.cat([parts.block_features(gray, 96), parts.block_features(parts.halve(gray), 48)], 2)
     wanted = [parts.distance(blocks).item() for blocks in features]
     assert parts.niqe(image).tolist() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_niqe_is_the_same_with_any_number_of_threads() -> None:
+    """Also where the image is flat, whose features hang on the sign of rounding errors."""
+    image = torch.rand(1, 3, 192, 288, generator=torch.Generator().manual_seed(0))
+    image[..., :60] = 200 / 255
+    before, values = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            values.append(parts.niqe(image).item())
+    finally:
+        torch.set_num_threads(before)
+    assert values[0] == values[1] == values[2]

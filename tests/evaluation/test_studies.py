@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from consissr.config.loading import changed_fields
 from consissr.errors import UserError
 from consissr.evaluation import origin
-from consissr.evaluation.tables import comparison, load_table
+from consissr.evaluation.bootstrap import UNRESOLVED, Difference, Estimate, verdict
+from consissr.evaluation.tables import load_table
 from consissr.nano.config import run_config
 from consissr.studies import report, run, spec
 
@@ -43,7 +43,7 @@ comparisons:
 
 
 @pytest.fixture
-def small(tmp_path: Path, sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> tuple[run.Setting, spec.Study]:
+def small(tmp_path: Path, sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> run.Work:
     """A study whose scripts are stand-ins: training writes a model folder, restoring copies LR enlarged."""
     monkeypatch.setattr(report, "METRICS", ("psnr", "psnr-gstd", "l-std"))  # the fast ones
     (tmp_path / "nano" / "studies").mkdir(parents=True)
@@ -82,65 +82,63 @@ def small(tmp_path: Path, sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     pairs.mkdir()
     sets["lr"].rename(pairs / "LR")
     sets["hr"].rename(pairs / "HR")
-    setting = run.Setting(out=tmp_path / "out", parents=tmp_path / "nano", scripts=scripts,
-                          photos=tmp_path / "photos", realsr=pairs, jobs=1)  # fmt: skip
-    return setting, spec.load_study("s", tmp_path / "nano" / "studies")
+    return run.Work(study=spec.load_study("s", tmp_path / "nano" / "studies"), out=tmp_path / "out",
+                    parents=tmp_path / "nano", scripts=scripts, photos=tmp_path / "photos", realsr=pairs,
+                    jobs=1)  # fmt: skip
 
 
-def work(setting: run.Setting, study: spec.Study) -> list[str]:
+def do(work: run.Work) -> list[str]:
     """Do all that is left; the names of the jobs that ran."""
     ran = []
-    for jobs in run.stages(setting, study, list(study.rows)):
+    for jobs in run.stages(work, list(work.study.rows)):
         assert run.run_jobs(jobs, 2) == {}
         ran += [job.name for job in jobs]
     return ran
 
 
-def test_a_study_from_training_to_verdict(small, tmp_path: Path) -> None:
-    setting, study = small
-    assert report.report(setting, study, TABLES)[0] == "test set realsr"
-    ran = work(setting, study)
+def test_a_study_from_training_to_verdict(small: run.Work) -> None:
+    assert report.report(small, TABLES)[0] == "test set realsr"
+    ran = do(small)
     order = ["train start, seed 7", "train a, seed 1", "train a, seed 2", "train b, seed 1", "train b, seed 2"]
     assert ran[:5] == order and len(ran) == 5 + 2 * 2 * 2
-    model = run.model(setting, study, "b", 2)
-    assert (model / "config.yaml").read_text() == f"2 {run.model(setting, study, 'a', 2).name}"
+    model = small.model("b", 2)
+    assert (model / "config.yaml").read_text() == f"2 {small.model('a', 2).name}"
     assert origin.record(model)["lines"] == ["steps=1", "x=1"] and origin.record(model)["seconds"] > 0
-    assert work(setting, study) == [], "nothing is done twice"
+    assert do(small) == [], "nothing is done twice"
 
-    assert report.report(setting, study, TABLES, tmp_path / "tables") == []
-    text = (setting.out / "s" / "summary.md").read_text()
+    assert report.report(small, TABLES) == []
+    text = (small.out / "s" / "summary.md").read_text()
     assert "| bicubic (for scale) | - |" in text and "5 models trained" in text and "## realsr: 3 images" in text
-    with (setting.out / "s" / "comparisons.csv").open() as file:
+    with (small.out / "s" / "comparisons.csv").open() as file:
         (finding, *_) = csv.DictReader(file)
     assert finding["verdict"] == "opposite" and float(finding["difference"]) < 0, "b's grey shift costs PSNR"
     assert len(finding["per seed"].split()) == 2 and float(finding["least"]) > 0
-    table = load_table("s", tmp_path / "tables")
-    assert "opposite" in comparison(table, "realsr", {}) and (setting.out / "s" / "crops_realsr.png").is_file()
+    assert (small.out / "s" / "crops_realsr.png").is_file() and "opposite" in text
 
 
-def test_what_is_made_of_something_else_stands_elsewhere(small) -> None:
-    setting, study = small
-    work(setting, study)
-    before = run.model(setting, study, "b", 1), run.results(setting, study, "a", 1, "realsr")
-    (setting.photos / "train" / "t.png").write_bytes(b"other")
-    setting = dataclasses.replace(setting)
-    after = run.model(setting, study, "b", 1), run.results(setting, study, "a", 1, "realsr")
+def test_what_is_made_of_something_else_stands_elsewhere(small: run.Work) -> None:
+    do(small)
+    before = small.model("b", 1), small.results("a", 1, "realsr")
+    (small.photos / "train" / "t.png").write_bytes(b"other")
+    changed = dataclasses.replace(small)
+    after = changed.model("b", 1), changed.results("a", 1, "realsr")
     assert before[0] != after[0] and before[1] != after[1]
-    assert len(work(setting, study)) == 5 + 8
+    assert len(do(changed)) == 5 + 8
 
 
-def test_a_failed_training_is_named_and_holds_up_its_own_alone(small) -> None:
-    setting, study = small
-    script = setting.scripts / "train.py"
+def test_a_failed_training_is_named_and_holds_up_its_own_alone(small: run.Work) -> None:
+    script = small.scripts / "train.py"
     script.write_text(script.read_text() + "if 'x=1' in sys.argv: folder.joinpath('config.yaml').unlink(); "
                       "sys.exit('out of luck')\n")  # fmt: skip
     failed, ran = {}, []
-    for jobs in run.stages(setting, study, list(study.rows)):
+    for jobs in run.stages(small, list(small.study.rows)):
         failed |= run.run_jobs(jobs, 1)
         ran += [job.name for job in jobs]
     assert failed == {"train b, seed 1": "out of luck", "train b, seed 2": "out of luck"}
     assert [name for name in ran if "restore b" in name] == [] and "restore a, seed 1, realsr" in ran
-    assert "b: not restored on realsr with training seed 1, 2" in report.report(setting, study, TABLES)
+    assert "b: not restored on realsr with training seed 1, 2" in report.report(small, TABLES)
+    record = origin.record(small.model("b", 1))
+    assert record["spent"] > 0 and "seconds" not in record, "its time counts once it is done"
 
 
 def test_files_that_do_not_fit_are_named(small, tmp_path: Path) -> None:
@@ -174,11 +172,20 @@ def test_shipped_studies_differ_from_their_parents_only_where_they_say(name: str
     assert f"study.py {name} " in (STUDIES / f"{name}.yaml").read_text()
 
 
-def test_recorded_tables_are_shown() -> None:
-    for path in sorted((TABLES / "nano").glob("*.yaml")):
-        table = load_table(f"nano/{path.stem}", TABLES)
-        assert table.kind == "study" and yaml.safe_load(path.read_text())["findings"]
-        assert all(comparison(table, dataset, {}) for dataset in table.datasets)
+def test_recorded_verdicts_follow_the_rule() -> None:
+    """Interval, and least difference of the training seeds' means; the README's table holds nothing unresolved."""
+    readme = (ROOT / "README.md").read_text()
+    for path in (TABLES / "nano").glob("*/comparisons.csv"):
+        assert (path.parent / "summary.md").is_file()
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                seeds = tuple(map(float, row["per seed"].split()))
+                overall = Estimate(*(float(row[name]) for name in ("difference", "low", "high")))
+                difference = Difference(overall, seeds)
+                assert verdict(difference, row["expected"]) == row["verdict"], row
+                assert not row["least"] or float(row["least"]) == pytest.approx(difference.least, abs=1e-5)
+                told = f"{overall.mean:+.2f} [{overall.low:+.2f}, {overall.high:+.2f}]"
+                assert row["verdict"] != UNRESOLVED or row["metric"] != "psnr" or told not in readme
 
 
 def test_mistakes_are_one_line(script, capsys, tmp_path: Path) -> None:

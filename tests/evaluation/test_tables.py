@@ -112,10 +112,16 @@ def test_mistakes_name_the_remedy(tmp_path: Path) -> None:
 
 def test_rows_of_ours_are_planned() -> None:
     table = load_table("ccsr/table1", TABLES)
-    assert produce.plan(table, ["nano-ccsr"]) == {"CCSR-S2": "nano-ccsr"}, "variants need models of their own"
-    assert produce.plan(table, ["V2=runs/nuts", "CCSR-S2=runs/deft"]) == {"V2": "runs/nuts", "CCSR-S2": "runs/deft"}
+    assert produce.models_by_row(table, ["nano-ccsr"]) == {"CCSR-S2": "nano-ccsr"}, "variants need models of their own"
+    assert produce.models_by_row(table, ["V2=runs/nuts", "CCSR-S2=runs/deft"]) == {
+        "V2": "runs/nuts",
+        "CCSR-S2": "runs/deft",
+    }
     with pytest.raises(UserError, match="no row of ours"):
-        produce.plan(table, ["V9=x"])
+        produce.models_by_row(table, ["V9=x"])
+    assert produce.models_by_row(None, ["nano-ccsr", "B=runs/deft"]) == {"nano-ccsr": "nano-ccsr", "B": "runs/deft"}
+    with pytest.raises(UserError, match="two models to run are called 'deft'"):
+        produce.models_by_row(None, ["a/deft", "b/deft"])
 
 
 def test_rows_of_ours_are_restored_by_infer(tmp_path: Path) -> None:
@@ -125,8 +131,8 @@ def test_rows_of_ours_are_restored_by_infer(tmp_path: Path) -> None:
     script.write_text(f"import sys, pathlib\n{record}\n")
     table = load_table("ccsr/table4", TABLES)
     folders = produce.produce(table, {"CCSR-S1": "nano-ccsr"}, tmp_path, tmp_path / "out", script, 10, ["--tile", "0"])
-    expected = f"-i {tmp_path} -o {folders['CCSR-S1']} -m nano-ccsr --skip-existing --plan nuts --steps 1"
-    expected += " --repeat 10 --tile 0"
+    expected = f"-i {tmp_path} -o {folders['CCSR-S1']} -m nano-ccsr --skip-existing --repeat 10"
+    expected += " --plan nuts --steps 1 --tile 0"
     assert (tmp_path / "args").read_text() == expected
     script.write_text("raise SystemExit(2)")
     with pytest.raises(UserError, match="CCSR-S1 could not be restored"):

@@ -12,7 +12,7 @@ import pytest
 
 from consissr.errors import UserError
 from consissr.evaluation import workers
-from consissr.evaluation.progress import duration, progress
+from consissr.evaluation.progress import duration, track
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,12 +96,9 @@ def alive(process: int) -> bool:
 
 
 def test_redirected_progress_speaks(capsys) -> None:
-    with progress("scoring", every=0) as tell:
-        for done in range(1, 4):
-            tell(done, 4)
+    assert list(track("scoring", "abcd", 4, every=0)) == ["a", "b", "c", "d"]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and lines[0].startswith("scoring: 1 of 4, ") and lines[0].endswith(" left")
-    with progress("scoring") as tell:
-        tell(1, 4)
+    assert list(track("scoring", "ab", 2)) == ["a", "b"]
     assert capsys.readouterr().err == "", "not before half a minute has passed"
     assert [duration(s) for s in (45, 720, 12600)] == ["45 s", "12 min", "3.5 h"]
