@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from consissr.config.model import ModelConfig
 from consissr.config.sd21 import TEXT, TOKENS, TOWER, UNET, VAE
 from consissr.evaluation import tables
+from consissr.evaluation.markdown import table_lines
 from consissr.evaluation.tables import Cell, Table
 
 SIDE = 512  # pixels of the output
@@ -39,12 +40,12 @@ def build(kind: str) -> dict[str, nn.Module]:
     config = MODELS[kind]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNET)
-        parts: dict[str, nn.Module] = {"controlnet": build_controlnet(unet, config)}
+        networks: dict[str, nn.Module] = {"controlnet": build_controlnet(unet, config)}
         replace_blocks(unet, config)
-        parts |= {"unet": unet, "vae": AutoencoderKL(**VAE), "text encoder": CLIPTextModel(CLIPTextConfig(**TEXT))}
+        networks |= {"unet": unet, "vae": AutoencoderKL(**VAE), "text encoder": CLIPTextModel(CLIPTextConfig(**TEXT))}
         if config.image_prompt != "none":
-            parts |= {"image encoder": build_tower(1024, TOWER), "image adapter": Adapter(1024, 1024)}
-    return {name: part.eval().requires_grad_(False) for name, part in parts.items()}
+            networks |= {"image encoder": build_tower(1024, TOWER), "image adapter": Adapter(1024, 1024)}
+    return {name: network.eval().requires_grad_(False) for name, network in networks.items()}
 
 
 def parameters(module: nn.Module) -> int:
@@ -60,16 +61,16 @@ def macs(run: Callable[[], Any]) -> int:
     return sum(flops.get(operation, 0) for operation in (aten.convolution, aten.mm, aten.addmm)) // 2
 
 
-def work(parts: dict[str, nn.Module]) -> dict[str, int]:
+def work(networks: dict[str, nn.Module]) -> dict[str, int]:
     """MACs of one pass for a 512x512 result: 'denoiser' (UNet and ControlNet), 'encoder' and 'decoder' of the VAE."""
     from consissr.models.denoiser import Condition, Denoiser
 
-    denoiser = Denoiser(parts["unet"], parts["controlnet"], torch.ones(1000, dtype=torch.float64))
-    image_tokens = torch.empty(1, 1, 1024, device="meta") if "image adapter" in parts else None
+    denoiser = Denoiser(networks["unet"], networks["controlnet"], torch.ones(1000, dtype=torch.float64))
+    image_tokens = torch.empty(1, 1, 1024, device="meta") if "image adapter" in networks else None
     z = torch.empty(1, 4, LATENT, LATENT, device="meta")
     condition = Condition(torch.empty(1, TOKENS, 1024, device="meta"), z, image_tokens)
     t = torch.zeros(1, dtype=torch.int64, device="meta")
-    vae, pixels = parts["vae"], torch.empty(1, 3, SIDE, SIDE, device="meta")
+    vae, pixels = networks["vae"], torch.empty(1, 3, SIDE, SIDE, device="meta")
     return {
         "denoiser": macs(lambda: denoiser(z, t, condition)),
         "encoder": macs(lambda: vae.encode(pixels)),
@@ -85,13 +86,13 @@ def measured_rows(table: Table, seconds: Callable[[str], float] | None = None) -
     """
     rows = {}
     for row, entry in table.ours.items():
-        parts = build(entry["model"])
+        networks = build(entry["model"])
         evaluations = entry["evaluations"]
         cells = {"steps": Cell(evaluations, digits=0)}
-        cells["params"] = Cell(sum(map(parameters, parts.values())) / 1e9, digits=2)
+        cells["params"] = Cell(sum(map(parameters, networks.values())) / 1e9, digits=2)
         if "macs" in table.metrics:
             passes = evaluations * (2 if entry["guidance"] else 1)
-            cells["macs"] = Cell(passes * work(parts)["denoiser"] / 1e12, digits=2)
+            cells["macs"] = Cell(passes * work(networks)["denoiser"] / 1e12, digits=2)
         if "seconds" in table.metrics:
             cells["seconds"] = Cell(seconds(row) if seconds else nan, digits=2)
         rows[row] = cells
@@ -99,17 +100,17 @@ def measured_rows(table: Table, seconds: Callable[[str], float] | None = None) -
 
 
 def comparison(table: Table, dataset: str, seconds: Callable[[str], float] | None = None) -> str:
-    """Markdown: the table with our measured rows, then the parts behind them."""
+    """Markdown: the table with our measured rows, then the networks behind them."""
     kinds = dict.fromkeys(entry["model"] for entry in table.ours.values())
-    return "\n".join([tables.comparison(table, dataset, measured_rows(table, seconds)), *map(parts_text, kinds)])
+    return "\n".join([tables.comparison(table, dataset, measured_rows(table, seconds)), *map(networks_text, kinds)])
 
 
-def parts_text(kind: str) -> str:
-    """Parameters of each part and MACs of each pass, as a Markdown table."""
-    parts = build(kind)
-    rows = [(name, f"{parameters(part) / 1e6:.1f} M parameters") for name, part in parts.items()]
-    rows.append(("all", f"{sum(map(parameters, parts.values())) / 1e6:.1f} M parameters"))
-    rows += [(f"{name}, one pass", f"{count / 1e9:.1f} G MACs") for name, count in work(parts).items()]
-    return "\n".join(
-        [f"| {kind}, {SIDE}x{SIDE} | |", "|---|--:|", *(f"| {name} | {text} |" for name, text in rows), ""]
-    )
+def networks_text(kind: str) -> str:
+    """Parameters of each network and MACs of each pass, as a Markdown table."""
+    networks = build(kind)
+    counts = {name: parameters(network) for name, network in networks.items()}
+    rows = [
+        (name, f"{count / 1e6:.1f} M parameters") for name, count in (counts | {"all": sum(counts.values())}).items()
+    ]
+    rows += [(f"{name}, one pass", f"{count / 1e9:.1f} G MACs") for name, count in work(networks).items()]
+    return "\n".join([*table_lines([f"{kind}, {SIDE}x{SIDE}", ""], rows), ""])

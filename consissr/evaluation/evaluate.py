@@ -16,7 +16,7 @@ import numpy as np
 from consissr.errors import UserError
 from consissr.evaluation import learned, stability, stlpips, workers
 from consissr.evaluation.folders import Method, Pairs
-from consissr.evaluation.protocols import FID_LEAST, LR_CLIP, MEASURES, PROCESS_GIGABYTES, Measure, Protocol
+from consissr.evaluation.protocols import FID_LEAST, LR_CLIP, MEASURES, Measure, Protocol, gigabytes
 from consissr.evaluation.scores import (
     REVISION,
     ScoreCache,
@@ -85,7 +85,7 @@ def evaluate(
     if measures and len(result.unavailable) == len(measures):
         raise UserError("\n".join(f"{name} is not computed: {why}" for name, why in result.unavailable.items()))
     raw = _raw([m for m in measures if m.name not in result.unavailable])
-    jobs = workers.count(jobs, device, PROCESS_GIGABYTES + sum(m.gigabytes for m in raw))
+    jobs = workers.count(jobs, device, gigabytes(raw, max(w * h for w, h in pairs.sizes.values()) / 2**20))
     prints = {m.name: _fingerprint(m, weights) for m in raw}
     result.versions = _versions(measures, prints)
     scoring, scores = Scoring(protocol, weights, device), ScoreCache(cache)

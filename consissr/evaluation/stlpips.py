@@ -7,6 +7,7 @@ torchsummary, and some carry a non-commercial licence. The network below is writ
 """
 
 import hashlib
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,17 +62,15 @@ class ShiftTolerantLpips:
             distance += F.conv2d(difference, weights).mean().item()
         return distance
 
-    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def features(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
         """Outputs of AlexNet's five rectified convolutions: (N, 3, H, W) in [0, 1] -> five (N, C, H', W')."""
         x = (2 * images - 1 - self.shift) / self.scale
-        found = []
         for layer, (weight, bias) in enumerate(self.convolutions):
             if layer in (1, 2):
                 x = self._blur(F.max_pool2d(x, 3, stride=1), layer)
             x = F.conv2d(x, weight, bias, padding=(2, 2, 1, 1, 1)[layer])
             x = F.relu(self._blur(x, 0) if layer == 0 else x)
-            found.append(x)
-        return found
+            yield x
 
     def _blur(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Every second pixel of the blurred features, borders mirrored."""
