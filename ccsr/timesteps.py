@@ -58,6 +58,19 @@ def sampler_plan(config: SamplerConfig, train_steps: int = 1000) -> list[Step]:
     return nuts_plan(config.steps, config.t_max, config.t_min, config.grid, train_steps)
 
 
+def plan_of(config: SamplerConfig, evaluations: int, train_steps: int = 1000) -> list[Step]:
+    """The plan of a sampler configuration with S = `evaluations`: NUTS keeps T and t_max, and takes the t_min that S
+    asks for; spaced DDPM takes that many steps. Raises UserError where the grid has no room for them."""
+    if config.plan == "ddpm":
+        return ddpm_plan(evaluations, train_steps)
+    k_max = _grid_step(config.steps, config.t_max, "t_max")
+    most = k_max + (k_max < config.steps)  # without a jump, the noisiest timestep is a step of the grid
+    if not 1 <= evaluations <= most:
+        raise UserError(f"{evaluations} steps: this model can take 1 to {most}")
+    t_min = min((most - evaluations) / config.steps, config.t_max)
+    return nuts_plan(config.steps, config.t_max, t_min, config.grid, train_steps)
+
+
 def with_plan(config: SamplerConfig, train_steps: int = 1000) -> SamplerConfig:
     """The configuration with its plan written out, as model folders store it: sampling then needs no NUTS rules."""
     return replace(config, timesteps=[list(step) for step in sampler_plan(config, train_steps)])

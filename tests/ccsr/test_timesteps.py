@@ -2,7 +2,7 @@
 
 import pytest
 
-from ccsr.timesteps import nuts_plan, sampler_plan, t_max_step, with_plan
+from ccsr.timesteps import nuts_plan, plan_of, sampler_plan, t_max_step, with_plan
 from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
 
@@ -104,6 +104,19 @@ def test_configurations_become_plans():
     assert sampler_plan(SamplerConfig(plan="ddpm", steps=50))[-1].t == 0
     stored = with_plan(SamplerConfig(steps=12))
     assert sampler_plan(SamplerConfig(timesteps=stored.timesteps)) == nuts_plan(12)
+
+
+def test_a_number_of_evaluations_becomes_a_plan():
+    """S = round(T t_max) - round(T t_min) + 1 (Sec. III-B, CCSR): t_min follows; one less without a jump."""
+    for t_max, most in ((2 / 3, 5), (0.7, 5), (1, 6)):
+        config = SamplerConfig(steps=6, t_max=t_max, t_min=t_max)
+        plans = [plan_of(config, evaluations) for evaluations in range(1, most + 1)]
+        assert [len(plan) for plan in plans] == [*range(1, most + 1)]
+        for wrong in (0, most + 1):
+            with pytest.raises(UserError, match=f"{wrong} steps: this model can take 1 to {most}"):
+                plan_of(config, wrong)
+    assert plan_of(SamplerConfig(), 2) == nuts_plan(6, 2 / 3, 1 / 2)
+    assert len(plan_of(SamplerConfig(plan="ddpm", steps=3), 7)) == 7
 
 
 def test_a_schedule_of_another_length_is_heeded_everywhere():
