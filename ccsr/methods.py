@@ -1,10 +1,11 @@
-"""The ways of sampling that `scripts/bench.py` measures: both systems as released, on our timestep grid.
+"""What `scripts/bench.py` measures: both systems' ways of sampling as released, on our timestep grid, and their stages.
 
 Under guidance the posterior's mode is taken, so that encoding the image once or twice gives the same latent.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ccsr.timesteps import nuts_plan
@@ -32,3 +33,20 @@ def method(name: str, steps: int) -> Method:
     two = nuts_plan(6, 2 / 3, 0.5)
     known = {"ccsr-1": (nuts_plan(1), CCSR), "ccsr-2": (two, CCSR), "ccsr-2-guided": (two, GUIDED)}
     return Method(name, "ccsr", *known[name])
+
+
+def stages(configs: Path) -> dict[str, tuple[str, Any]]:
+    """(config file, class) of every training stage by its name; `configs`: the repository's folder of that name."""
+    from ccsr.deft import Deft
+    from ccsr.nuts import Nuts
+    from consissr.training.rclip import Rclip
+    from consissr.training.tala import Tala
+
+    found = {
+        "nuts": ("ccsr/nuts.yaml", Nuts),
+        "tala": ("consissr/tala.yaml", Tala),
+        "deft": ("ccsr/deft.yaml", Deft),
+        "rclip": ("consissr/rclip.yaml", Rclip),
+        "hybrid": ("hybrid/nuts_hpa_tala.yaml", Nuts),
+    }
+    return {name: (str(configs / file), builder) for name, (file, builder) in found.items()}

@@ -307,9 +307,13 @@ class Restorer:
                 raise UserError(f"{' '.join(stale) or 'NUTS'}: pass plan=ccsr.timesteps.nuts_plan(T, t_max, t_min)")
         return check_plan(ddpm_plan(config.steps, len(self.schedule)) if plan is None else plan, len(self.schedule))
 
-    def compile(self) -> None:
-        """torch.compile the networks: slow at the first image of a size, faster after; results differ by rounding."""
-        compile_all({id(network): network for network in (self.denoiser, self.latents, self.hint_latents)}.values())
+    def compile(self, one_size: bool = False) -> None:
+        """torch.compile the networks: slow at the first image, faster after; results differ by rounding.
+
+        one_size: all images will have the same size, for which the code is then made.
+        """
+        networks = {id(network): network for network in (self.denoiser, self.latents, self.hint_latents)}
+        compile_all(networks.values(), one_size)
 
     def networks(self) -> list[nn.Module]:
         """All networks, each once."""

@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from consissr.bench import report
@@ -28,12 +30,10 @@ def inference(args: argparse.Namespace) -> tuple[Any, Iterable]:
 
 def tiles(args: argparse.Namespace) -> tuple[Any, Iterable]:
     """CPU seconds and memory per megapixel of results from small to very large"""
-    from dataclasses import asdict
-
     from consissr.bench.tiles import table
 
-    load = {"device": args.device, "precision": args.precision}
-    rows = [asdict(row) for row in table(args.model, args.megapixels, load, args.scale)]
+    where = {"device": args.device, "precision": args.precision}
+    rows = [asdict(row) for row in table(args.model, args.megapixels, where, args.scale)]
     return rows, [report.plain(rows, f"{args.model}, {args.scale:g} times larger")]
 
 
@@ -75,8 +75,18 @@ def degradation(args: argparse.Namespace) -> tuple[Any, Iterable]:
     return rows, [table, f"ours is {ours.rate / theirs.rate:.2f} times as fast"]
 
 
+def gpu(args: argparse.Namespace) -> tuple[Any, Iterable]:
+    """A GPU in a few minutes, most valuable first (rehearsal: --size tiny --device cpu)"""
+    from ccsr.methods import method, stages
+    from consissr.bench.gpu import measure
+    from consissr.bench.gpu_tasks import tasks
+
+    listed = tasks(args.size, args.device, method, stages(Path(__file__).parents[1] / "configs"))
+    return measure(listed, args.minutes, args.json, lambda line: print(line, flush=True)), []
+
+
 def main(arguments: list[str] | None = None) -> None:
-    measurements = (inference, tiles, start_up, training, sizes, degradation)
+    measurements = (inference, gpu, tiles, start_up, training, sizes, degradation)
     commands = {function.__name__.replace("_", "-"): function for function in measurements}
     args = parser(__doc__, commands).parse_args(arguments)
     try:
@@ -91,8 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     from rich.console import Console
 
-    for item in shown:
-        Console().print(item)
+    Console().print(*shown, sep="\n")
     if args.json:
         args.json.write_text(json.dumps(found, indent=1, default=str))
 

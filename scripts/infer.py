@@ -44,10 +44,9 @@ def restore(args: argparse.Namespace) -> int:
     from consissr.inference import batch, progress
 
     settings = batch.Settings(**sizes, **given(args, ("seed", "batch_size", "quality", "save_steps", "frames")))
-    log = batch.open_log(args.json, vars(args)) if args.json else None
-    restorer = None  # a run of failures alone needs none
-    if any(not job.error for job in missing):
-        restorer = load(args, local_rank)
+    log, restorer = batch.open_log(args.json, vars(args)) if args.json else None, None
+    if sizes := {(job.out_height, job.out_width) for job in missing if not job.error}:
+        restorer = load(args, local_rank, one_size=len(sizes) == 1)
         settings = replace(settings, plan=sampling_plan(args, restorer))
 
     # 3. the files
@@ -65,16 +64,17 @@ def restore(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def load(args: argparse.Namespace, local_rank: int) -> "consissr.Restorer":
-    """The model on its device, with the sampler's flags applied."""
+def load(args: argparse.Namespace, local_rank: int, one_size: bool) -> "consissr.Restorer":
+    """The model on its device, with the sampler's flags applied. one_size: whether all results have the same size."""
     from consissr.inference.batch import choose_device
-    from consissr.models.memory import set_heap
+    from consissr.models import fast, memory
 
-    set_heap()
+    memory.set_heap()
+    fast.set_kernels(one_size)
     device = choose_device(args.device, local_rank)
     restorer = consissr.Restorer.load(args.model, device, args.precision, args.base, **sampler_settings(args))
     if args.compile:
-        restorer.compile()
+        restorer.compile(one_size)
     return restorer
 
 

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable
 
 from consissr.config.loading import check_word, read_word
-from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.nano.config import PAPER_STAGES, run_config
 from consissr.nano.config import STAGES as NANO_STAGES
@@ -50,15 +49,6 @@ def stage_builder(name: str) -> Callable:
     return Built
 
 
-def tune(config: TrainConfig) -> None:
-    """Settings of the whole process: cuDNN tries its kernels for each shape; TF32 on GPUs unless fp32 was asked for."""
-    import torch
-
-    torch.backends.cudnn.benchmark = True
-    if torch.cuda.is_available() and config.precision != "fp32":
-        torch.set_float32_matmul_precision("high")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,9 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
         with claimed(config.output_dir):
             builder = stage_builder(config.stage)
 
+            from consissr.models.fast import set_kernels
             from consissr.training.loop import Loop
 
-            tune(config)
+            set_kernels(one_size=True)
             folder = Loop(config, builder, options.resume).run()
         if os.environ.get("RANK", "0") == "0":
             logging.info("done: %s", folder)

@@ -22,6 +22,10 @@ def parser(description: str, commands: Mapping[str, Callable]) -> argparse.Argum
         return made.add_argument
 
     inference(sub("inference"))
+    add = sub("gpu")
+    add("--minutes", type=float, default=5.0, help="when to stop")
+    add("--size", default="sd21", choices=("sd21", "tiny"), help="SD2.1's sizes, or the bundled models'")
+    add("--device", default="cuda", help="cuda, or cpu for a rehearsal")
     add = sub("tiles")
     add("-m", "--model", default="nano-ccsr", help="bundled name or model folder")
     add("--megapixels", type=float, nargs="+", default=[0.25, 1, 3, 12, 48], help="sizes of results")

@@ -48,7 +48,7 @@ def compare(config: DegradationConfig, images: int = 48, folder: str = "") -> li
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            names = _write_photos(Path(scratch), folder)
+            names = write_photos(Path(scratch), folder)
             return _alternate(Path(scratch), names, config, images)
     finally:
         torch.set_num_threads(threads)
@@ -87,7 +87,7 @@ def _time(read: Callable, run: Callable, first: int) -> tuple[float, float]:
     return middle - start, time.process_time() - middle
 
 
-def _write_photos(scratch: Path, folder: str) -> list[str]:
+def write_photos(scratch: Path, folder: str = "") -> list[str]:
     """At least 512x512 JPEG files for both paths; their names."""
     pictures = []
     if folder:

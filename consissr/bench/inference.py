@@ -69,7 +69,7 @@ class Paths:
         if "ours" in wanted:
             made["ours"] = networks.restorer(self.config)
             if question.compile:
-                made["ours"].compile()
+                made["ours"].compile(one_size=True)
         self.made = made
 
     def run(self, path: str, clock: Clock) -> Tensor:
@@ -78,11 +78,10 @@ class Paths:
         if self.device.type == "cpu":  # a process's heap has one setting, and the releases leave it alone
             set_heap(HEAP_KEEPS if path == "ours" else GLIBC_KEEPS)
         with clock.part("total"):
-            jobs = [
-                prepare(one, 4, self.config.geometry, self.multiple, None, self.config.short_side)
-                for one in lq.split(1)
-            ]
-            x = torch.cat([job.x for job in jobs])
+            with clock.part("prepare"):
+                rule = (self.config.geometry, self.multiple, None, self.config.short_side)
+                jobs = [prepare(one, 4, *rule) for one in lq.split(1)]
+                x = torch.cat([job.x for job in jobs])
             if path == "ours":
                 y = self.ours(x, plan, clock)
             else:
@@ -103,6 +102,12 @@ class Paths:
                     else:
                         to_pil(done).save(file)  # both releases: Pillow's own settings for PNG
         return y
+
+    def working_mb(self, path: str) -> float:
+        """MB that one more batch takes at most above what is loaded."""
+        before = start_peak(self.question.device)
+        self.run(path, Clock(self.device))
+        return (peak_bytes(self.question.device) - before) / MB
 
     def ours(self, x: Tensor, plan: list[Step], clock: Clock) -> Tensor:
         """Restorer's result, with the time of its parts."""
@@ -143,9 +148,12 @@ def compare(question: Question, paths: tuple[str, ...] = PATHS, tell: Callable[[
                 if number or question.runs == 1:
                     rounds[path].append(clock)
                 tell(f"{path}: {clock.parts['total'].wall:.2f} s, {clock.parts['total'].cpu:.2f} CPU seconds")
+        working = {path: ways.working_mb(path) for path in paths} if device.type == "cuda" else {}
     best = {"wall": max(rate.wall for rate in rates), "cpu": max(rate.cpu for rate in rates)}
     found: dict[str, Any] = {"question": asdict(question), "macs": ways.work, "ceiling_macs_per_second": best}
     found["threads"] = torch.get_num_threads()
+    if working:
+        found["working_mb"] = working
     for path in paths:
         found[path] = summary(rounds[path], question, ways.work[path], best)
     if len(paths) == 2:

@@ -93,9 +93,12 @@ def drawn(network: nn.Module, device: torch.device, dtype: torch.dtype, seed: in
         else:
             tensor.fill_(0.0 if name.endswith("bias") else 1.0)
     for name, tensor in network.named_buffers():
-        if not name.endswith("position_ids"):
+        if name.endswith("position_ids"):
+            tensor.copy_(torch.arange(tensor.numel(), device=device).view(tensor.shape))
+        elif name.endswith((".mean", ".std")):  # of images in [0, 1]
+            tensor.fill_(0.5)
+        else:
             raise ValueError(f"{name} is no weight: what it holds is not known here")
-        tensor.copy_(torch.arange(tensor.numel(), device=device).view(tensor.shape))
     return network.eval().requires_grad_(False)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-PARTS = ("prompt", "encode", "step", "decode", "colour", "write")
+PARTS = ("prepare", "prompt", "encode", "step", "decode", "colour", "write")
 PATHS = ("reference", "ours")
 EQUAL = 0.05
 """Relative difference up to which results are those of the same mathematics in any precision (float32: about 1e-5)."""

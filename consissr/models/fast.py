@@ -30,14 +30,24 @@ def for_inference(network: nn.Module, device: str | torch.device) -> None:
                 layer.inplace = True
 
 
-def compile_all(networks: Iterable[nn.Module]) -> None:
+def set_kernels(one_size: bool) -> None:
+    """How GPUs compute, for the whole process: for scripts, never for libraries.
+
+    Float32 means float32 (TF32 keeps 10 bits, too few for JPEG's coefficients); what may be coarser runs in bfloat16.
+    one_size: whether shapes recur, so that it pays to try cuDNN's kernels for each.
+    """
+    torch.backends.cudnn.benchmark = one_size
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def compile_all(networks: Iterable[nn.Module], one_size: bool) -> None:
     """torch.compile what calling the networks computes, in place; an autoencoder's encoder and decoder one by one."""
     for network in networks:
         for part in (network.vae.encoder, network.vae.decoder) if isinstance(network, Latents) else (network,):
-            compile_forward(part)
+            compile_forward(part, one_size)
 
 
-def compile_forward(network: nn.Module) -> None:
+def compile_forward(network: nn.Module, one_size: bool) -> None:
     """Compile what calling `network` computes, in place, under `torch.no_grad`.
 
     On the CPU the weights become part of the code ("freezing"), so that convolutions find them packed as they need
@@ -45,6 +55,6 @@ def compile_forward(network: nn.Module) -> None:
     """
     from torch._inductor import config
 
-    compiled = torch.compile(network.forward)
+    compiled = torch.compile(network.forward, dynamic=None if one_size else True)
     on_cpu = all(parameter.device.type == "cpu" for parameter in network.parameters())
     network.forward = config.patch(freezing=True)(compiled) if on_cpu else compiled

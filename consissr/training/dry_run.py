@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,16 @@ def build(config: TrainConfig, builder: Any) -> Stage:
         stage = builder(replace(config, init=init, prior=silent), UntrainedText(config.prior.context_dim))
     else:
         stage = builder(config)
-    names = {id(parameter): name for name, parameter in stage.networks.named_parameters()}
-    stage.networks.requires_grad_(False).to("meta")
-    moved = dict(stage.networks.named_parameters())  # those that were not on the meta device are other ones now
-    for phase in stage.phases:
-        phase.parameters = {name: moved[names[id(p)]] for name, p in phase.parameters.items()}
+    exchange(stage, lambda networks: networks.requires_grad_(False).to("meta"))
     return stage
+
+
+def exchange(stage: Stage, change: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    """`change` the stage's networks in place, by which parameters become others; the phases train those."""
+    names = {id(parameter): name for name, parameter in stage.networks.named_parameters()}
+    others = dict(change(stage.networks).named_parameters())
+    for phase in stage.phases:
+        phase.parameters = {name: others[names[id(p)]] for name, p in phase.parameters.items()}
 
 
 class UntrainedText:

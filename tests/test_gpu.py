@@ -1,0 +1,31 @@
+"""On a GPU that is there: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py. Skipped elsewhere."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from consissr.data.degradation import degrade, preset
+from consissr.restorer import Restorer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and CUDA_VISIBLE_DEVICES to show it")
+LEVEL = 1 / 127.5
+
+
+@pytest.mark.parametrize("model", ["nano-ccsr", "nano-consissr"])
+def test_restoring_agrees_with_the_cpu(model):
+    lq = torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = Restorer.load(model, "cpu", "fp32")(lq)
+    found = Restorer.load(model, "cuda", "fp32")(lq)
+    assert found.device.type == "cpu" and (found - expected).abs().max() <= LEVEL
+
+
+def test_degrading_without_noise_agrees_with_the_cpu():
+    """The scalars that are drawn are the same everywhere, the noise fields are the device's own."""
+    hq = torch.rand(2, 3, 192, 192, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    config = deepcopy(preset("ccsr"))
+    for stage in (config.first, config.second):
+        stage.gaussian, stage.gaussian_prob = [0.0, 0.0], 1.0
+    for here, there in zip(degrade(hq, config, [3, 4]), degrade(hq.cuda(), config, [3, 4]), strict=True):
+        off = (here - there.cpu()).abs()
+        assert off.mean() <= LEVEL / 10 and off.max() <= 0.1  # where JPEG rounds the other way
