@@ -21,11 +21,12 @@ from consissr.diffusion.sampler import Denoise, Draw, sample, seeded_draw, start
 from consissr.diffusion.schedule import Schedule
 from consissr.diffusion.tiling import TiledDenoiser
 from consissr.errors import UserError
+from consissr.images.formats import output_size
 from consissr.images.geometry import Prepared, finish, prepare
 from consissr.images.inputs import Images, equal_sizes, network_input, packed, unpacked
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
 from consissr.models.fast import compile_all, for_inference
-from consissr.models.memory import trim_heap
+from consissr.models.memory import pixel_device, trim_heap
 from consissr.models.recovery import as_float32, finite, within_memory
 from consissr.models.tiles import OnTile, Tiles, tiles_for
 from consissr.models.vae.latents import Latents
@@ -116,7 +117,7 @@ class Restorer:
         **settings: Any,
     ) -> Images:
         """Restore a PIL image, a list of them, or a tensor (B,3,H,W) in [-1, 1]; the same kind comes back (tensors:
-        float32 on the CPU).
+        float32 on the CPU; of a tensor on a GPU, there, unless its result is too large for that).
 
         Sides become floor(scale * side + 0.5), or the longest one `longest`. Noise depends on (seed, key, repeat) and
         nothing else; keys default to indices. plan: see diffusion.plans and ccsr.timesteps; settings: fields of
@@ -143,6 +144,7 @@ class Restorer:
 
     def prepared(self, lq: Tensor, scale: float, config: SamplerConfig, longest: int | None) -> Prepared:
         """The networks' input for one image (1,3,H,W)."""
+        lq = lq.to(pixel_device(self.device, output_size(*lq.shape[2:], scale, longest)))
         return prepare(lq, scale, config.geometry, self.multiple, longest, config.short_side)
 
     @torch.no_grad()
@@ -230,14 +232,14 @@ class Restorer:
         on_step: Callable | None = None,
         on_tile: OnTile | None = None,
     ) -> Tensor:
-        """Prepared images (B,3,H,W) in [-1, 1], sides multiples of `multiple` -> decoded (B,3,H,W) float32, on the CPU.
+        """Prepared images (B,3,H,W) in [-1, 1], sides multiples of `multiple` -> decoded (B,3,H,W) float32, where x is.
 
         Not clamped, colours not transferred. draw: noise other than that of (seed, key, repeat). Where memory runs out
         the batch is split, then tiles are halved; what has NaN runs again in float32. Never returns NaN.
         """
         config = config or self.sampler
         plan = self.plan(config, plan)
-        height, width = x.shape[2:] if isinstance(x, Tensor) else x[0].shape
+        (height, width), place = (x.shape[2:], x.device) if isinstance(x, Tensor) else (x[0].shape, x[0].device)
         latent_size = (height // self.latents.factor, width // self.latents.factor)
 
         @torch.no_grad()
@@ -247,7 +249,7 @@ class Restorer:
             z = self.restore_latent(x[rows], noise, config=config, plan=plan, tiles=tiles, on_step=on_step)
             if tiles.vae:  # a large image: what the networks freed makes room for the result
                 trim_heap()
-            return self.tiled_latents(tiles).decode(z).float().cpu()
+            return self.tiled_latents(tiles).decode(z).to(place, torch.float32)
 
         def restore() -> Tensor:
             tiles = self.tiles(config, (height, width), len(x))

@@ -80,7 +80,7 @@ def test_the_largest_micro_batch_is_where_the_line_through_two_peaks_ends():
     assert largest((1, 3), [10, 30], 5.0) == 0
 
 
-@pytest.mark.skipif(not os.environ.get("CONSISSR_SLOW_TESTS"), reason="takes minutes: set CONSISSR_SLOW_TESTS=1")
+@pytest.mark.slow
 def test_rehearsal(script, tmp_path):
     """Everything at the bundled models' sizes on the CPU, as README says."""
     call = ["gpu", "--minutes", "15", "--size", "tiny", "--device", "cpu", "--json", str(tmp_path / "gpu.json")]

@@ -8,7 +8,7 @@ import torch
 from consissr.data.degradation import degrade, preset
 from consissr.restorer import Restorer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and CUDA_VISIBLE_DEVICES to show it")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and CUDA_VISIBLE_DEVICES=0")
 LEVEL = 1 / 127.5
 
 

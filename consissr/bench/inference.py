@@ -27,6 +27,7 @@ from consissr.diffusion.plans import Step
 from consissr.diffusion.sampler import seeded_draw
 from consissr.images import codec
 from consissr.images.geometry import finish, prepare, to_pil
+from consissr.images.inputs import network_input
 from consissr.models.memory import GLIBC_KEEPS, HEAP_KEEPS, set_heap
 from consissr.weights.precision import PRECISIONS
 
@@ -80,8 +81,11 @@ class Paths:
         with clock.part("total"):
             with clock.part("prepare"):
                 rule = (self.config.geometry, self.multiple, None, self.config.short_side)
-                jobs = [prepare(one, 4, *rule) for one in lq.split(1)]
-                x = torch.cat([job.x for job in jobs])
+                if path == "ours":
+                    jobs = [self.made[path].prepared(one, 4, self.config, None) for one in lq.split(1)]
+                else:
+                    jobs = [prepare(one, 4, *rule) for one in lq.split(1)]
+                x = network_input(jobs, torch.float32)
             if path == "ours":
                 y = self.ours(x, plan, clock)
             else:

@@ -19,6 +19,7 @@ import io
 import os
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from consissr.errors import UserError
 from consissr.images import formats, png16
+from consissr.images.device import fetched, sent, works_on_pixels
 from consissr.images.formats import Form
 from consissr.images.resize import resize, strips
 from consissr.images.transparency import fill_hidden
@@ -62,13 +64,17 @@ class Samples:
 
     values: np.ndarray
     form: Form
+    arrived: Callable[[], None] = lambda: None
+    """Waits until the values are here, where they come from a GPU."""
 
 
 # --- files ---
 
 
-def read(path: str | Path) -> Photo:
+def read(path: str | Path, device: torch.device | str = "cpu") -> Photo:
     """Read an image file of any mode and depth, turned the way up that its EXIF tag says.
+
+    A `device` that works on pixels gets them at once.
 
     Raises:
         UserError: not an image, damaged or truncated, unreadable, too large, or of an unsupported mode.
@@ -84,7 +90,7 @@ def read(path: str | Path) -> Photo:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         samples = _upright(samples, formats.orientation(image))
-    return _photo(samples, form)
+    return _photo(samples, form, device)
 
 
 def write(path: str | Path, photo: Photo, quality: int = 95) -> None:
@@ -113,11 +119,12 @@ def samples_for(path: str | Path, photo: Photo) -> Samples:
     if side > target.longest:
         raise UserError(f"{path}: {side} px is more than {target.name}'s {target.longest}; use .png or .tif")
     extremes = [extreme for x in (photo.pixels, photo.alpha) if x is not None for extreme in x.aminmax()]
-    if not all(extreme.isfinite() for extreme in extremes):  # NaN is an extreme, too; no copy is made
+    here = [extreme.to(photo.pixels.device) for extreme in extremes]
+    if not torch.stack(here).isfinite().all():  # NaN is an extreme, too; no copy is made, and a GPU is asked once
         raise UserError(f"{path}: not written, the result has NaN or infinite pixels; try --precision fp32")
 
     form = photo.form if target.cmyk or not photo.form.cmyk else replace(photo.form, cmyk=False, profile=None)
-    return Samples(_quantised(photo), form)
+    return _quantised(photo, form)
 
 
 def write_samples(path: str | Path, samples: Samples, quality: int = 95) -> None:
@@ -127,6 +134,7 @@ def write_samples(path: str | Path, samples: Samples, quality: int = 95) -> None
         UserError: a full disk, a name that the file system refuses, metadata that cannot be written.
     """
     path = Path(path)
+    samples.arrived()
     temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")  # short, whatever the name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,11 +168,12 @@ def to_pil(photo: Photo) -> Image.Image:
     form = photo.form
     if form.bits == 16 and (not form.grey or form.alpha):
         form = replace(form, bits=8)
-    return _pil(Samples(_quantised(replace(photo, form=form)), form))
+    return _pil(_quantised(replace(photo, form=form), form))
 
 
 def _pil(samples: Samples) -> Image.Image:
     """Samples that Pillow can hold, as its image."""
+    samples.arrived()
     values, form = samples.values, samples.form
     image = Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
     if form.cmyk:
@@ -182,12 +191,15 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _photo(samples: np.ndarray, form: Form) -> Photo:
+def _photo(samples: np.ndarray, form: Form, device: torch.device | str = "cpu") -> Photo:
     """uint8 or uint16 (H, W, 1..4), alpha last, to a Photo. A few rows at a time, as `_quantised`."""
     height, width, channels = samples.shape
-    values = torch.empty(channels, height, width)
-    for top, bottom in strips(height):
-        values[:, top:bottom] = torch.from_numpy(samples[top:bottom].transpose(2, 0, 1).astype(np.float32))
+    if works_on_pixels(device):
+        values = sent(samples.transpose(2, 0, 1).copy(), device)
+    else:
+        values = torch.empty(channels, height, width)
+        for top, bottom in strips(height):
+            values[:, top:bottom] = torch.from_numpy(samples[top:bottom].transpose(2, 0, 1).astype(np.float32))
     values.div_(2**form.bits - 1)
     colours, alpha = (values[:-1], values[-1:].clone()) if form.alpha else (values, None)
     if alpha is not None:
@@ -237,24 +249,33 @@ def _swapped(arguments: str | tuple) -> str | tuple:
     return arguments[:-1] + ("L" if arguments.endswith("B") else "B")
 
 
-def _quantised(photo: Photo) -> np.ndarray:
-    """Photo -> (H, W, C) uint8 or uint16, rounded to the nearest; grey as luma; alpha last.
+def _quantised(photo: Photo, form: Form) -> Samples:
+    """Pixels rounded to the nearest; grey as luma. `form`: what the file will say of them.
 
     A few rows at a time, because large images in several float copies are what memory would run out for.
     """
-    form, top = photo.form, 2**photo.form.bits - 1
+    if works_on_pixels(photo.pixels.device):
+        values, arrived = fetched(_levels(photo, slice(None)))
+        return Samples(values, form, arrived)
     height, width = photo.pixels.shape[1:]
-    samples = np.empty((height, width, (1 if form.grey else 3) + form.alpha), np.uint8 if form.bits == 8 else np.uint16)
+    channels, kind = (1 if form.grey else 3) + form.alpha, np.uint8 if form.bits == 8 else np.uint16
+    samples = np.empty((height, width, channels), kind)
     for rows in (slice(*strip) for strip in strips(height)):
-        pixels = photo.pixels[:, rows].detach().to("cpu", torch.float32)
-        if form.grey:
-            pixels = sum(plane * share for plane, share in zip(pixels, _LUMA, strict=True))[None]
-        planes = [pixels.clamp(-1, 1).add_(1).div_(2)]
-        if form.alpha:
-            planes.append(photo.alpha[:, rows].detach().to("cpu", torch.float32).clamp(0, 1))
-        for i, plane in enumerate(torch.cat(planes) if form.alpha else planes[0]):
-            samples[rows, :, i] = plane.mul_(top).round_().numpy()
-    return samples
+        samples[rows] = _levels(photo, rows).numpy()
+    return Samples(samples, form)
+
+
+def _levels(photo: Photo, rows: slice) -> Tensor:
+    """Some rows of a photo (h, W, C), where they are: uint8 or, of 16 bits, int32."""
+    form, place = photo.form, photo.pixels.device
+    planes = photo.pixels[:, rows].detach().to(place if works_on_pixels(place) else "cpu", torch.float32)
+    if form.grey:
+        planes = sum(plane * share for plane, share in zip(planes, _LUMA, strict=True))[None]
+    planes = planes.clamp(-1, 1).add_(1).div_(2)
+    if form.alpha:
+        planes = torch.cat([planes, photo.alpha[:, rows].detach().to(planes).clamp(0, 1)])
+    levels = planes.mul_(2**form.bits - 1).round_().permute(1, 2, 0)
+    return levels.to(torch.uint8 if form.bits == 8 else torch.int32).contiguous()
 
 
 def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:

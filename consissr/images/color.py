@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consissr.images.moments import Moments
-from consissr.images.resize import STRIP, strips
+from consissr.images.resize import strips
 
 _EPSILON = 1e-5  # added to the variance
 _LEVELS = 5
@@ -28,7 +28,9 @@ def adain(content: Tensor, style: Tensor) -> Tensor:
 
 def adain_(content: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """The same in place on (B,C,H,W), with the style's `moments`, each (B,C,1,1)."""
-    own_mean, own_variance = moments(content.split(STRIP, dim=2))
+    own_mean, own_variance = moments(
+        content[:, :, top:bottom] for top, bottom in strips(content.shape[2], content.device)
+    )
     std, own_std = ((x + _EPSILON).sqrt() for x in (variance, own_variance))
     own_mean, own_std, std, mean = (x.to(content) for x in (own_mean, own_std, std, mean))
     return content.sub_(own_mean).div_(own_std).mul_(std).add_(mean)
@@ -53,7 +55,7 @@ def wavelet(content: Tensor, style: Tensor) -> Tensor:
 def wavelet_(content: Tensor, style: Callable[[int, int], Tensor]) -> Tensor:
     """The same in place, strip by strip; style(top, bottom) gives rows of it."""
     height, above = content.shape[2], content[:, :, :0]
-    for top, bottom in strips(height):
+    for top, bottom in strips(height, content.device):
         first, last = max(top - _REACH, 0), min(bottom + _REACH, height)
         old = torch.cat([above, content[:, :, top:last]], dim=2)  # what stood in rows first..last-1
         above = old[:, :, max(bottom - _REACH, 0) - first : bottom - first].clone()

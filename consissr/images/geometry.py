@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from consissr.images import color
+from consissr.images.device import to_device
 from consissr.images.formats import output_size
 from consissr.images.resize import crop, reflected, resize, resized_rows, strips
 from consissr.images.rgb8 import to_pil, to_tensor
@@ -47,6 +48,8 @@ class Prepared:
     """Height and width of the result."""
     upscaled: tuple[int, int]
     """Height and width of the part of the input that is not padding."""
+    device: torch.device
+    """Where its pixels are."""
 
     @property
     def x(self) -> Tensor:
@@ -56,7 +59,7 @@ class Prepared:
     @classmethod
     def of(cls, x: Tensor, size: tuple[int, int], upscaled: tuple[int, int]) -> Prepared:
         """An input (1,3,H,W) that is at hand."""
-        return cls(lambda top, bottom: x[:, :, top:bottom], tuple(x.shape[2:]), size, upscaled)
+        return cls(lambda top, bottom: x[:, :, top:bottom], tuple(x.shape[2:]), size, upscaled, x.device)
 
 
 def prepare(
@@ -85,9 +88,12 @@ def prepare(
         def rows(top: int, bottom: int) -> Tensor:
             which = down[top:bottom]
             first, last = int(which.min()), int(which.max()) + 1
-            return resized_rows(image, raised, first, last)[:, :, which - first][..., across]
+            part = resized_rows(image, raised, first, last)
+            if padded == raised:
+                return part
+            return part[:, :, to_device(which - first, part.device)][..., to_device(across, part.device)]
 
-        return Prepared(rows, padded, size, raised)
+        return Prepared(rows, padded, size, raised, image.device)
     short_side = short_side or RELEASED_SHORT_SIDE
     if rule == "ccsr":
         x = to_tensor(ccsr_input(to_pil(image), scale, short_side))
@@ -131,7 +137,7 @@ def at_least(size: tuple[int, int], short_side: int) -> tuple[int, int]:
 def transfer(content: Tensor, style: Rows, color_fix: str) -> Tensor:
     """Colours of `style` in [-1, 1] for `content` (1,3,H,W) in [0, 1], in place, by 'adain', 'wavelet' or 'none'."""
     if color_fix == "adain":
-        mean, variance = color.moments(style(*strip) for strip in strips(content.shape[2]))
+        mean, variance = color.moments(style(*strip) for strip in strips(content.shape[2], content.device))
         color.adain_(content, mean / 2 + 0.5, variance / 4)
     if color_fix == "wavelet":
         color.wavelet_(content, lambda *rows: style(*rows) / 2 + 0.5)

@@ -11,6 +11,7 @@ from torch import Tensor
 from consissr.errors import UserError
 from consissr.images import codec
 from consissr.images.codec import Photo
+from consissr.images.device import works_on_pixels
 from consissr.images.geometry import Prepared
 from consissr.images.resize import strips
 
@@ -18,7 +19,7 @@ Images = Image | list[Image] | Tensor
 
 
 def unpacked(inputs: Images) -> tuple[list[Tensor], list[Photo]]:
-    """The images, each (1,3,H,W) float32 in [-1, 1] on the CPU, and how they were stored (nothing for a tensor).
+    """The images, each (1,3,H,W) float32 in [-1, 1], and how they were stored (nothing for a tensor).
 
     UserError for what is no image, and for a tensor of another shape, of whole numbers or of no image at all.
     """
@@ -26,7 +27,7 @@ def unpacked(inputs: Images) -> tuple[list[Tensor], list[Photo]]:
         if inputs.ndim != 4 or inputs.shape[1] != 3 or not len(inputs) or not inputs.is_floating_point():
             found = f"{inputs.dtype} {tuple(inputs.shape)}"
             raise UserError(f"cannot restore a tensor of {found}: give floats (B, 3, H, W) in [-1, 1]")
-        return list(inputs.detach().to("cpu", torch.float32).split(1)), []
+        return list(inputs.detach().float().split(1)), []
     listed = [inputs] if isinstance(inputs, Image) else list(inputs)
     for item in listed:
         if not isinstance(item, Image):
@@ -36,9 +37,9 @@ def unpacked(inputs: Images) -> tuple[list[Tensor], list[Photo]]:
 
 
 def packed(inputs: Images, photos: list[Photo], results: list[Tensor]) -> Images:
-    """Results (1,3,H,W) as the kind of thing that `inputs` is."""
+    """Results (1,3,H,W) as the kind of thing that `inputs` is; a tensor of a GPU where its pixels were worked on."""
     if isinstance(inputs, Tensor):
-        return stacked(results)
+        return stacked(results) if works_on_pixels(inputs.device) else stacked(results).to("cpu")
     restored = [codec.to_pil(photo.restored(result[0])) for photo, result in zip(photos, results, strict=True)]
     return restored[0] if isinstance(inputs, Image) else restored
 
@@ -55,9 +56,9 @@ def equal_sizes(shapes: Sequence[tuple], batch_size: int) -> list[list[int]]:
 
 def network_input(images: Sequence[Prepared], dtype: torch.dtype) -> Tensor:
     """Prepared images of one size as (B,3,H,W); made strip by strip, so that float32 needs room for one only."""
-    x = torch.empty(len(images), 3, *images[0].shape, dtype=dtype)
+    x = torch.empty(len(images), 3, *images[0].shape, dtype=dtype, device=images[0].device)
     for row, image in zip(x, images, strict=True):
-        for top, bottom in strips(image.shape[0]):
+        for top, bottom in strips(image.shape[0], image.device):
             row[:, top:bottom] = image.rows(top, bottom)[0]
     return x
 

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
+
+from consissr.images.device import works_on_pixels
 
 STRIP = 256
 """Rows that are worked on at once: resizing needs several times the memory of what it makes."""
@@ -18,26 +21,34 @@ def resize(x: Tensor, size: tuple[int, int], limits: tuple[float, float] | None 
     """Bicubic resize as Pillow does it (antialiased when shrinking), in float32: (..., H, W) -> (..., *size).
 
     The cubic overshoots at edges; the result is clamped to `limits` after the horizontal and after the vertical pass,
-    as Pillow does on 8-bit images (so the two differ by rounding only); None does not clamp. Computed on the CPU, one
-    channel and some rows after the other, so that a result depends neither on the device nor on the batch.
+    as Pillow does on 8-bit images (so the two differ by rounding only); None does not clamp. Pillow computes it, one
+    channel and some rows after the other, or torch on devices that work on pixels; both do the same up to rounding.
     """
     if tuple(x.shape[-2:]) == tuple(size):
         return x
+    if works_on_pixels(x.device):
+        return _by_torch(x, size, limits)
     result = torch.empty(*x.shape[:-2], *size)
     for top, bottom in strips(size[0]):
         result[..., top:bottom, :] = resized_rows(x, size, top, bottom, limits)
     return result.to(x)
 
 
-def strips(height: int) -> Iterator[tuple[int, int]]:
-    """(top, bottom) of the strips that images of `height` rows are worked on in, to save memory."""
-    return ((top, min(top + STRIP, height)) for top in range(0, height, STRIP))
+def strips(height: int, device: torch.device | str = "cpu") -> Iterator[tuple[int, int]]:
+    """(top, bottom) of the strips that `height` rows are worked on in, to save memory; on a GPU one, to save time."""
+    step = height if works_on_pixels(device) else STRIP
+    return ((top, min(top + step, height)) for top in range(0, height, step))
 
 
 def resized_rows(
     x: Tensor, size: tuple[int, int], top: int, bottom: int, limits: tuple[float, float] | None = (-1.0, 1.0)
 ) -> Tensor:
-    """Rows top..bottom-1 of what `resize` makes of x (..., H, W), float32 on the CPU: (..., bottom - top, size[1])."""
+    """Rows top..bottom-1 of what `resize` makes of x (..., H, W): (..., bottom - top, size[1]) float32.
+
+    On the CPU, but for devices that work on pixels.
+    """
+    if works_on_pixels(x.device):
+        return resize(x.float(), size, limits)[..., top:bottom, :]
     if tuple(x.shape[-2:]) == tuple(size):
         return x[..., top:bottom, :].detach().to("cpu", torch.float32)
     height, width = x.shape[-2:]
@@ -51,6 +62,16 @@ def resized_rows(
         wide = _bicubic(plane, (size[1], last - first), (0, 0, width, last - first), limits)
         resized.copy_(_bicubic(wide, (size[1], bottom - top), rows, limits))
     return result.reshape(*x.shape[:-2], *result.shape[1:])
+
+
+def _by_torch(x: Tensor, size: tuple[int, int], limits: tuple[float, float] | None) -> Tensor:
+    """The same where x is: across, then down."""
+    planes = x.detach().float().reshape(1, -1, *x.shape[-2:])
+    for shape in ((x.shape[-2], size[1]), tuple(size)):
+        if shape != tuple(planes.shape[-2:]):
+            planes = F.interpolate(planes, size=shape, mode="bicubic", antialias=True)
+            planes = planes if limits is None else planes.clamp_(*limits)
+    return planes.reshape(*x.shape[:-2], *size).to(x)
 
 
 def _bicubic(

@@ -36,6 +36,8 @@ PATIENCE = 48 * 60 * 60
 class Restores(Protocol):
     """What a run needs of a `Restorer`."""
 
+    device: torch.device
+
     def __call__(self, images: Tensor, **settings: Any) -> Tensor:
         """LQ images (B,3,h,w) in [-1, 1] -> restored images (B,3,H,W) in [-1, 1]; see `Restorer.__call__`."""
 
@@ -107,7 +109,7 @@ def run(restorer: Restores, jobs: Iterable[Job], settings: Settings, report: Rep
     with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(WRITERS) as writers:
         writing: deque[tuple[Outcome, Future]] = deque()
         try:
-            for group, futures in _read_ahead(readers, groups):
+            for group, futures in _read_ahead(readers, groups, restorer and restorer.device):
                 for outcome, samples in _restore_group(restorer, group, futures, settings, report):
                     target, quality = outcome.job.target, settings.quality
                     writing.append((outcome, writers.submit(codec.write_samples, target, samples, quality)))
@@ -126,11 +128,16 @@ def _groups(jobs: list[Job], batch_size: int) -> list[list[Job]]:
     return [[jobs[i] for i in group] for group in equal_sizes(alike, batch_size)]
 
 
-def _read_ahead(readers: ThreadPoolExecutor, groups: list[list[Job]]) -> Iterator[tuple[list[Job], list[Future]]]:
-    """Each group with the futures of its photos; the next group is being read while this one is worked on."""
+def _read_ahead(
+    readers: ThreadPoolExecutor, groups: list[list[Job]], device: torch.device
+) -> Iterator[tuple[list[Job], list[Future]]]:
+    """Each group with the futures of its photos; the next group is being read while this one is worked on.
+
+    A GPU that works on pixels gets them as soon as they are read.
+    """
     ahead: deque = deque()
     for group in groups:
-        ahead.append((group, [readers.submit(codec.read, job.source) for job in group]))
+        ahead.append((group, [readers.submit(codec.read, job.source, device) for job in group]))
         if len(ahead) > 1:
             yield ahead.popleft()
     yield from ahead
@@ -181,7 +188,7 @@ def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settin
         batch_size=len(jobs),
         on_step=_step_writer(restorer, *read[0], settings) if settings.save_steps else None,
         on_tile=lambda *now: report.on_tile(jobs[0], *now),
-    ).cpu()
+    )
     # As samples, a fourth of the size: a large result may wait for its predecessor to be written.
     return [codec.samples_for(job.target, photo.restored(pixels)) for pixels, (job, photo) in zip(y, read, strict=True)]
 

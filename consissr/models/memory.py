@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from consissr.images.device import PIXEL_BYTES, works_on_pixels
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = -1, -3, 2**25
 """glibc's names (malloc.h), and the largest value that it takes."""
 HEAP_KEEPS = 2**28
@@ -33,6 +35,13 @@ def total_memory(device: torch.device) -> int:
         text = path.read_text().strip() if path.is_file() else ""
         limits += [int(text)] if text.isdigit() else []
     return min(limits)
+
+
+def pixel_device(device: torch.device, size: tuple[int, int]) -> torch.device:
+    """Where a result of `size` (H, W) is resized and coloured: on `device`, if it can and has room, or the CPU."""
+    if works_on_pixels(device) and size[0] * size[1] * PIXEL_BYTES <= total_memory(device) / 8:
+        return device
+    return torch.device("cpu")
 
 
 def peak_memory_mb() -> int:

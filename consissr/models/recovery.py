@@ -16,7 +16,7 @@ from consissr.models.tiles import Tiles
 log = logging.getLogger(__name__)
 
 Attempt = Callable[[slice, Tiles], Tensor]
-"""(rows of a batch, tiles) -> results (rows,3,H,W), float32 on the CPU; may run out of memory or hold NaN."""
+"""(rows of a batch, tiles) -> results (rows,3,H,W), float32; may run out of memory or hold NaN."""
 
 
 def within_memory(
@@ -72,7 +72,7 @@ def finite(
 def rows_not_finite(y: Tensor) -> Tensor:
     """Which rows (B,) of y (B,...) hold NaN or infinity."""
     # The extremes say it without a copy, which of a large image would take as much memory as all else.
-    return ~torch.tensor([all(extreme.isfinite() for extreme in row.aminmax()) for row in y])
+    return ~torch.stack([torch.stack(row.aminmax()).isfinite().all() for row in y]).cpu()
 
 
 def named(names: Sequence, which: Tensor) -> str:

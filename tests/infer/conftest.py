@@ -17,7 +17,7 @@ class Enlarger:
 
     def __init__(self, spoil: dict[str, str] | None = None) -> None:
         self.sampler = SamplerConfig()
-        self.precision = "fp32"
+        self.device, self.precision = torch.device("cpu"), "fp32"
         self.spoil = spoil or {}
         self.calls = []
 
@@ -50,7 +50,7 @@ def infer(script, model, monkeypatch, capsys):
     """infer(*arguments) -> (exit status, standard output, standard error)."""
     module = script("infer")
     loads = []
-    monkeypatch.setattr(module, "load", lambda args, local_rank: loads.append(args) or model)
+    monkeypatch.setattr(module, "load", lambda args, local_rank, one_size: loads.append(args) or model)
 
     def run(*arguments):
         status = module.main([str(argument) for argument in arguments])
