@@ -122,7 +122,7 @@ def evaluate(
         for run in method.runs:
             sr, hr = ([table[image] for image in pairs.images] for table in (run, pairs.hr))
             tasks += [partial(set_scores, k, sr, hr, scoring) for k in missing(set_key(run))]
-    for method, image in product(pairs.methods, pairs.images):
+    for image, method in product(pairs.images, pairs.methods):
         for run in method.runs:
             wanted = {key(m, image, run): m for m in image_measures}
             if fresh := missing(*wanted):

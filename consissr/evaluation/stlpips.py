@@ -49,22 +49,24 @@ class ShiftTolerantLpips:
         self.blurs = [state[f"net.{name}.filt"] for name in ("slice1.1", "slice2.4", "slice3.8")]
         self.linear = [state[f"lin{i}.model.1.weight"] for i in range(len(self.convolutions))]
 
+        self.hr, self.hr_features = None, []
+
     @torch.inference_mode()
     def __call__(self, sr: torch.Tensor, hr: torch.Tensor) -> float:
         if min(sr.shape[-2:]) < SMALLEST:
             raise UserError(f"ST-LPIPS needs images of at least {SMALLEST} pixels, these have {tuple(sr.shape[-2:])}")
-        images = torch.cat([sr, hr]).to(self.shift.device, torch.float32)
+        if self.hr is None or not torch.equal(self.hr, hr):  # results of one image follow one another
+            self.hr, self.hr_features = hr, [unit_length(x) for x in self.features(hr)]
         distance = 0.0
-        for features, weights in zip(self.features(images), self.linear, strict=True):
+        for features, reference, weights in zip(self.features(sr), self.hr_features, self.linear, strict=True):
             # (Eq. 1, Zhang et al. 2018): unit length over channels, weighted squared differences, mean over places
-            unit = features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
-            difference = (unit[:1] - unit[1:]).square()
+            difference = (unit_length(features) - reference).square()
             distance += F.conv2d(difference, weights).mean().item()
         return distance
 
-    def features(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Outputs of AlexNet's five rectified convolutions: (N, 3, H, W) in [0, 1] -> five (N, C, H', W')."""
-        x = (2 * images - 1 - self.shift) / self.scale
+    def features(self, image: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Outputs of AlexNet's five rectified convolutions: (1, 3, H, W) in [0, 1] -> five (1, C, H', W')."""
+        x = (2 * image.to(self.shift.device, torch.float32) - 1 - self.shift) / self.scale
         for layer, (weight, bias) in enumerate(self.convolutions):
             if layer in (1, 2):
                 x = self._blur(F.max_pool2d(x, 3, stride=1), layer)
@@ -75,3 +77,8 @@ class ShiftTolerantLpips:
     def _blur(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Every second pixel of the blurred features, borders mirrored."""
         return F.conv2d(F.pad(x, [2] * 4, mode="reflect"), self.blurs[index], stride=2, groups=x.shape[1])
+
+
+def unit_length(features: torch.Tensor) -> torch.Tensor:
+    """Features (1, C, H, W) whose channels have length 1 at every place."""
+    return features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)

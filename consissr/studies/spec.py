@@ -13,68 +13,66 @@ A variant is a parent configuration and the lines that differ, so `train.py --co
       - {rows: [v1, full], expect: {psnr: higher}, claim: "...", source: "Table I, CCSR"}
 """
 
-from __future__ import annotations
-
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import yaml
+from omegaconf import MISSING
 
-from consissr.config.loading import check_word, nearest
+from consissr.config.loading import check_word, load_config, nearest
 from consissr.errors import UserError
 
 METRICS = ("psnr", "ssim", "st-lpips", "niqe", "psnr-gstd", "l-std")
 """What comparisons may be about: means over runs, the deviation of the PSNR over runs (G-STD), and L-STD."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Variant:
     """One model to train, once for each of its seeds."""
 
-    parent: str
+    parent: str = MISSING
     """Configuration below configs/nano."""
-    lines: tuple[str, ...] = ()
+    lines: list[str] = field(default_factory=list)
     """key=value over the parent's and the study's."""
     init: str = ""
     """Variant whose model it starts from: that of the same seed, or its only one."""
-    seeds: tuple[int, ...] = ()
+    seeds: list[int] = field(default_factory=list)
     """Training seeds; empty: the study's."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Row:
     """One row of the tables: a variant's models under some flags of scripts/infer.py."""
 
-    variant: str
-    flags: tuple[str, ...] = ()
+    variant: str = MISSING
+    flags: list[str] = field(default_factory=list)
     published: str = ""
     """Row of the papers' table beside which it stands."""
     about: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Comparison:
     """A claim about two rows: `expect` says by metric whether the first one's value is 'higher' or 'lower'."""
 
-    rows: tuple[str, str]
-    expect: dict[str, str]
-    claim: str
-    source: str
+    rows: list[str] = MISSING
+    expect: dict[str, str] = MISSING
+    claim: str = MISSING
+    source: str = MISSING
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Study:
     """The fields of a study's file."""
 
-    name: str
-    title: str
-    variants: dict[str, Variant]
-    rows: dict[str, Row]
-    comparisons: tuple[Comparison, ...]
-    seeds: tuple[int, ...]
-    lines: tuple[str, ...] = ()
+    name: str = ""
+    """The file's, without its ending."""
+    title: str = MISSING
+    variants: dict[str, Variant] = MISSING
+    rows: dict[str, Row] = MISSING
+    comparisons: list[Comparison] = MISSING
+    seeds: list[int] = MISSING
+    lines: list[str] = field(default_factory=list)
+    """key=value of every variant."""
     repeats: int = 3
     """Noise seeds per image."""
     images: int = 100
@@ -82,7 +80,7 @@ class Study:
     published: dict[str, str] = field(default_factory=dict)
     """The papers' table and data set: {table: ccsr/table1, dataset: RealSR}."""
 
-    def seeds_of(self, variant: str) -> tuple[int, ...]:
+    def seeds_of(self, variant: str) -> list[int]:
         return self.variants[variant].seeds or self.seeds
 
     def trainings(self, rows: list[str]) -> list[list[tuple[str, int]]]:
@@ -105,29 +103,9 @@ def load_study(name: str, folder: Path) -> Study:
     path = folder / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"unknown study '{name}'{nearest(name, available(folder))}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no study: it needs title, seeds, variants, rows and comparisons")
-    tables = {key: content.get(key) or {} for key in ("variants", "rows")}
-    made = {
-        "variants": {key: _made(Variant, path, value) for key, value in tables["variants"].items()},
-        "rows": {key: _made(Row, path, value) for key, value in tables["rows"].items()},
-        "comparisons": tuple(_made(Comparison, path, value) for value in content.get("comparisons") or ()),
-    }
-    study = _made(Study, path, {**content, **made, "name": name})
+    study = replace(load_config(Study, path), name=name)
     _check(study, path, folder.parent)
     return study
-
-
-def _made(kind: type, path: Path, given: dict[str, Any]) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in given:
-        if key not in fields:
-            raise UserError(f"{path}: unknown key '{key}'{nearest(str(key), sorted(fields))}")
-    for name, f in fields.items():
-        if f.default is f.default_factory is dataclasses.MISSING and name not in given:
-            raise UserError(f"{path}: a {kind.__name__.lower()} lacks '{name}': add it")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 
 def _check(study: Study, path: Path, parents: Path) -> None:

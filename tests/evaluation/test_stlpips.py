@@ -40,6 +40,9 @@ def test_values_are_the_package_s(own, package) -> None:
         with torch.no_grad():
             expected = package(2 * sr - 1, 2 * hr - 1).item()
         assert own(sr, hr) == pytest.approx(expected, abs=1e-6)
+        assert own(sr, sr) == 0 == own(hr, hr) and own(sr, hr) == pytest.approx(expected, abs=1e-6), (
+            "no stale reference"
+        )
     assert expected > 0.01
 
 
