@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from consissr.bench import basicsr_path
+from consissr.config.data import DataConfig
 from consissr.data.datasets import PhotoDataset
 from consissr.data.degradation import degrade
 from consissr.data.listing import list_photos
@@ -59,7 +60,7 @@ def _alternate(scratch: Path, names: list[str], config: DegradationConfig, image
     meta = scratch / "meta.txt"
     meta.write_text("\n".join(names))
     theirs = basicsr_path.dataset(scratch, meta, config)
-    ours = PhotoDataset([str(scratch / "*.jpg")], crop=CROP, seed=0, cache_mb=0)
+    ours = PhotoDataset(DataConfig(paths=[str(scratch / "*.jpg")], crop=CROP, cache_mb=0), seed=0)
 
     def read_theirs(first: int):
         items = [theirs[(first + i) % len(names)] for i in range(BATCH)]

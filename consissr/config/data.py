@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 from consissr.config.loading import check_word
 
@@ -11,6 +12,11 @@ from consissr.config.loading import check_word
 @dataclass(kw_only=True)
 class DataConfig:
     """Training images and how their low-quality partners are made."""
+
+    shrink: ClassVar[float] = 1.0
+    """A field of the bundled models' runs (consissr/nano/config.py), here off."""
+    enlarge: ClassVar[Sequence[str]] = ()
+    """A field of the bundled models' runs, here the preset's."""
 
     paths: list[str] = field(default_factory=list)
     """Folders (recursive), text lists of files, tar shards, or patterns of these with *, {000..099} or {a,b}."""
@@ -53,11 +59,3 @@ class DataConfig:
         check_word(self.crop_rule, ("random", "center"), "data.crop_rule")
         check_word(self.flips, ("none", "horizontal", "both"), "data.flips")
         check_word(self.draws, ("per_image", "per_batch"), "data.draws")
-
-    def crop_options(self) -> dict[str, Any]:
-        """More arguments of the dataset, of configurations that have them."""
-        return {}
-
-    def degradation_options(self) -> dict[str, Any]:
-        """Fields of the degradation's preset that configurations with more options change."""
-        return {}

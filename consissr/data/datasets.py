@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from consissr.config.data import DataConfig
 from consissr.data.listing import Photos, list_photos
 from consissr.data.pairs import check_names, pairs
 from consissr.data.photo import Photo
@@ -32,81 +32,34 @@ def generator(*key: int) -> np.random.Generator:
 
 
 class PhotoDataset:
-    """Crops of photographs by sample number.
+    """Crops of the photographs that a configuration names, by sample number: an endless sequence.
 
-    paths: folders, text lists, tar shards or patterns (see `files.list_photos`); probabilities: how often each entry
-    of `paths` is drawn (images of an entry are then drawn with replacement), empty for epochs over all images;
-    crop: side in pixels; crop_rule: 'random' (an image smaller than the crop is skipped) or 'center'; flips: 'none',
-    'horizontal' or 'both'; shrink: least factor by which a random crop's photograph is shrunk first (1: never), drawn
-    evenly up to 1; lq_paths: for each entry of `paths` the folder of low-quality partners, '' for an entry without,
-    empty for none at all; scale: HQ side / LQ side of such pairs; pair_names: their file names (`pairs.pairs`);
-    cache_mb: memory for decoded images, not used where it would hold less than a quarter of them.
+    Where entries have probabilities, their images are drawn with replacement; else in epochs over all images.
 
     Images that cannot be read are replaced by another draw of the same sample number, counted in `skipped` (label ->
     reason) and logged once each. Damaged ones are remembered; one that could not be read is tried again when it is next
-    drawn. Reading is safe from several threads.
+    drawn. Reading is safe from several threads. Raises UserError for settings that cannot be.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        crop: int,
-        seed: int,
-        crop_rule: str = "random",
-        flips: str = "horizontal",
-        shrink: float = 1.0,
-        probabilities: Sequence[float] = (),
-        lq_paths: Sequence[str] = (),
-        scale: int = 4,
-        pair_names: Sequence[str] = ("NAME", "NAME"),
-        cache_mb: int = 1024,
-    ):
-        paired = any(lq_paths)
-        self._check(paths, crop, crop_rule, shrink, probabilities, lq_paths)
-        if paired:
-            self._check_pairs(crop, crop_rule, shrink, scale, pair_names)
-        self.crop, self.seed, self.crop_rule, self.flips, self.scale = crop, seed, crop_rule, flips, scale
-        self.shrink = shrink
-        groups: list[Photos | list[Photo]] = [list_photos(path) for path in paths]
+    def __init__(self, config: DataConfig, seed: int):
+        check(config)
+        self.config, self.seed, self.crop, self.scale = config, seed, config.crop, config.scale
+        groups: list[Photos | list[Photo]] = [list_photos(path) for path in config.paths]
         self.partners: list[list[Photo]] = [[] for _ in groups]
         """For each entry of `paths` the partners of its images, in their order; [] where there are none."""
-        for i, folder in enumerate(lq_paths):
+        for i, folder in enumerate(config.lq_paths):
             if folder:
-                groups[i], self.partners[i] = pairs(groups[i], folder, pair_names)
+                groups[i], self.partners[i] = pairs(groups[i], folder, config.pair_names)
         self.groups = groups
         self._starts = np.cumsum([0, *map(len, groups)])
-        self._edges = np.cumsum(probabilities) / np.sum(probabilities) if len(probabilities) else None
+        shares = config.probabilities
+        self._edges = np.cumsum(shares) / np.sum(shares) if shares else None
         self.skipped: dict[str, str] = {}
         self._damaged: dict[str, str] = {}
         self._cache: dict[str, np.ndarray] = {}
-        self._cache_size = self._cache_left = cache_mb * 2**20
+        self._cache_size = self._cache_left = config.cache_mb * 2**20
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         self._lock = threading.Lock()
-
-    @staticmethod
-    def _check(paths, crop, crop_rule, shrink, probabilities, lq_paths) -> None:
-        if not paths:
-            raise UserError("no training images: name at least one folder, list or shard in data.paths")
-        if not 0 < shrink <= 1:
-            raise UserError(f"data.shrink is {shrink}: use a factor above 0 and at most 1")
-        if shrink < 1 and crop_rule != "random":
-            raise UserError("data.shrink is for random crops: leave it at 1")
-        if len(probabilities) not in (0, len(paths)):
-            raise UserError(f"data.probabilities has {len(probabilities)} entries for {len(paths)} data.paths")
-        if len(probabilities) and not (all(0 <= p < math.inf for p in probabilities) and sum(probabilities) > 0):
-            raise UserError(f"data.probabilities is {list(probabilities)}: use numbers from 0 up, not all 0")
-        if len(lq_paths) not in (0, len(paths)):
-            raise UserError(f"data.lq_paths has {len(lq_paths)} entries for {len(paths)} data.paths")
-
-    @staticmethod
-    def _check_pairs(crop, crop_rule, shrink, scale, pair_names) -> None:
-        if crop_rule != "random" or shrink < 1:
-            raise UserError("LQ/HQ pairs are never resized: data.crop_rule must be 'random', and data.shrink 1")
-        if scale not in (1, 2, 4):
-            raise UserError(f"data.scale is {scale}: the HQ sides of pairs are 1, 2 or 4 times the LQ sides")
-        if crop % scale:
-            raise UserError(f"data.crop {crop} does not divide by the pairs' scale {scale}")
-        check_names(pair_names)
 
     def __len__(self) -> int:
         """Number of images; an epoch."""
@@ -156,16 +109,16 @@ class PhotoDataset:
     def _sample(self, photo: Photo, partner: Photo | None, n: int) -> dict[str, Any]:
         rng = generator(self.seed, 2, n)
         images = [self._image(p) for p in (photo, partner) if p is not None]
-        if self.crop_rule == "center":
+        if self.config.crop_rule == "center":
             images = [center_crop(images[0], self.crop)]
-        elif self.shrink < 1:
+        elif self.config.shrink < 1:
             images = [self._shrunk_crop(images[0], rng)]
         else:
             images = self._random_crops(images, rng)
         mirror, upend = rng.random(2) < 0.5
-        if self.flips != "none" and mirror:
+        if self.config.flips != "none" and mirror:
             images = [image[:, ::-1] for image in images]
-        if self.flips == "both" and upend:
+        if self.config.flips == "both" and upend:
             images = [image[::-1] for image in images]
         sample: dict[str, Any] = {"hq": to_tensor(images[0])[0]}
         if partner is not None:
@@ -174,7 +127,7 @@ class PhotoDataset:
 
     def _shrunk_crop(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A random window, larger than the crop by a random factor, brought to the crop's size."""
-        side = min(round(self.crop / rng.uniform(self.shrink, 1)), *image.shape[:2])
+        side = min(round(self.crop / rng.uniform(self.config.shrink, 1)), *image.shape[:2])
         if side < self.crop:
             raise RejectedError(f"its shorter side, {side} pixels, is less than a {self.crop}-pixel crop needs")
         top, left = (int(rng.integers(length - side + 1)) for length in image.shape[:2])
@@ -220,7 +173,7 @@ class PhotoDataset:
 
     def _decoded(self, photo: Photo) -> np.ndarray:
         """Pixels; bytes that cannot be decoded are read once more, as a hiccup may have cut them short."""
-        least = self.crop if self.crop_rule == "center" else 0
+        least = self.crop if self.config.crop_rule == "center" else 0
         data = photo.read()
         try:
             return decode(data, least)
@@ -236,3 +189,28 @@ class PhotoDataset:
                 return
             self.skipped[label] = reason
         log.warning("skipped %s: %s (%d so far)", label, reason, len(self.skipped))
+
+
+def check(config: DataConfig) -> None:
+    """UserError for settings that cannot be."""
+    entries, shares = len(config.paths), config.probabilities
+    if not entries:
+        raise UserError("no training images: name at least one folder, list or shard in data.paths")
+    for name, values in (("probabilities", shares), ("lq_paths", config.lq_paths)):
+        if len(values) not in (0, entries):
+            raise UserError(f"data.{name} has {len(values)} entries for {entries} data.paths")
+    if shares and not (all(0 <= p < math.inf for p in shares) and sum(shares) > 0):
+        raise UserError(f"data.probabilities is {list(shares)}: use numbers from 0 up, not all 0")
+    if not 0 < config.shrink <= 1:
+        raise UserError(f"data.shrink is {config.shrink}: use a factor above 0 and at most 1")
+    if config.shrink < 1 and config.crop_rule != "random":
+        raise UserError("data.shrink is for random crops: leave it at 1")
+    if not any(config.lq_paths):
+        return
+    if config.crop_rule != "random" or config.shrink < 1:
+        raise UserError("LQ/HQ pairs are never resized: data.crop_rule must be 'random', and data.shrink 1")
+    if config.scale not in (1, 2, 4):
+        raise UserError(f"data.scale is {config.scale}: the HQ sides of pairs are 1, 2 or 4 times the LQ sides")
+    if config.crop % config.scale:
+        raise UserError(f"data.crop {config.crop} does not divide by the pairs' scale {config.scale}")
+    check_names(config.pair_names)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from consissr.config.data import DataConfig
 from consissr.data.datasets import PhotoDataset
 from consissr.data.degradation import check_size, degrade
 from consissr.data.settings import preset
@@ -36,7 +37,7 @@ def write_testset(
     check_size((crop, crop), config)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} exists and is not empty: name another, a test set is never changed")
-    dataset = PhotoDataset(paths, crop=crop, seed=seed, flips="none", cache_mb=0)
+    dataset = PhotoDataset(DataConfig(paths=list(paths), crop=crop, flips="none", cache_mb=0), seed)
     for folder in ("HR", "LR"):
         (output / folder).mkdir(parents=True, exist_ok=True)
 

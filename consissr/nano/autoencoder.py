@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consissr.data.datasets import PhotoDataset
 from consissr.models.vae.latents import Latents, LinearPath
 from consissr.nano.config import NanoConfig
-from consissr.training.stage import EXPORT, Batch, Phase, check_crop, held_out, photographs
+from consissr.training.stage import EXPORT, Batch, Phase, check_crop, held_out
 from consissr.training.validation import VALIDATION_SEED
 from consissr.weights.latents import save_latents
 
@@ -59,7 +60,7 @@ def fit_linear(path: LinearPath, x: Tensor, whitening: float) -> None:
 @torch.no_grad()
 def start_linear(latents: Latents, config: NanoConfig) -> None:
     """Start as the linear code alone: principal components of the first crops, networks that add nothing."""
-    dataset = photographs(config.data, config.seed)
+    dataset = PhotoDataset(config.data, config.seed)
     crops = torch.stack([dataset[n]["hq"] for n in range(256)])
     fit_linear(latents.linear, crops, config.autoencoder.whitening)
     vae = latents.vae
@@ -111,7 +112,7 @@ class Autoencoder:
     @torch.no_grad()
     def latent_variance(self) -> float:
         """Of all elements of the modes of the validation set or, without one, of the first training crops."""
-        dataset, numbers = photographs(self.data, self.seed), range(MEASURED)
+        dataset, numbers = PhotoDataset(self.data, self.seed), range(MEASURED)
         if self.data.validation:
             dataset = held_out(self.data, VALIDATION_SEED)
             numbers = range(min(self.data.validation_count, len(dataset)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from consissr.config.data import DataConfig
 from consissr.config.deft import DeftConfig
@@ -125,14 +125,6 @@ class NanoDataConfig(DataConfig):
         super().__post_init__()
         for mode in self.enlarge:
             check_word(mode, MODES, "data.enlarge")
-
-    def crop_options(self) -> dict[str, Any]:
-        """More arguments of the dataset."""
-        return {"shrink": self.shrink}
-
-    def degradation_options(self) -> dict[str, Any]:
-        """Fields of the degradation's preset that are changed."""
-        return {"enlarge": list(self.enlarge)} if self.enlarge else {}
 
 
 @dataclass(kw_only=True)

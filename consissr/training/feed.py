@@ -13,11 +13,12 @@ import torch
 
 from consissr.config.training import TrainConfig
 from consissr.data.as_released import PairPool, degrade_as_released
+from consissr.data.datasets import PhotoDataset
 from consissr.data.degradation import check_size, degrade, preset
 from consissr.data.draws import ReleasedDraws
 from consissr.training.checks import accumulation
 from consissr.training.precision import without_autocast
-from consissr.training.stage import Batch, photographs, seed_of
+from consissr.training.stage import Batch, seed_of
 
 SPARE = 2
 """Batches that wait ready, or are being made, beyond one per thread."""
@@ -40,10 +41,12 @@ class Feed:
     def __init__(self, config: TrainConfig, device: torch.device, rank: int, world: int, needs_lq: bool) -> None:
         self.config, self.device, self.rank, self.world, self.needs_lq = config, device, rank, world, needs_lq
         self.micro_batches = accumulation(config, world)
-        self.degradation = replace(preset(config.data.degradation), **config.data.degradation_options())
+        self.degradation = preset(config.data.degradation)
+        if config.data.enlarge:
+            self.degradation = replace(self.degradation, enlarge=list(config.data.enlarge))
         if needs_lq and not (config.data.lq_paths and all(config.data.lq_paths)):
             check_size((config.data.crop, config.data.crop), self.degradation)
-        self.dataset = photographs(config.data, config.seed)
+        self.dataset = PhotoDataset(config.data, config.seed)
         self.workers = threads(config.workers)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and torch.cuda.is_available() else None
         """Where batches are copied and degraded while the step computes."""

@@ -27,28 +27,11 @@ EXPORT = {"fp32": torch.float32, "fp16": torch.float16}
 """Storage types of exported weights by their config word."""
 
 
-def photographs(data: DataConfig, seed: int) -> PhotoDataset:
-    """The endless sequence of training crops that `data` and `seed` describe."""
-    return PhotoDataset(
-        data.paths,
-        crop=data.crop,
-        seed=seed,
-        crop_rule=data.crop_rule,
-        flips=data.flips,
-        probabilities=data.probabilities,
-        lq_paths=data.lq_paths,
-        scale=data.scale,
-        pair_names=data.pair_names,
-        cache_mb=data.cache_mb,
-        **data.crop_options(),
-    )
-
-
 def held_out(data: DataConfig, seed: int) -> PhotoDataset:
     """Crops of `data.validation` with own partners or ones to be made; upright, so that figures mean the same."""
     partners = [data.validation_lq] if data.validation_lq else []
     fixed = replace(data, paths=[data.validation], probabilities=[], lq_paths=partners, flips="none")
-    return photographs(fixed, seed)
+    return PhotoDataset(fixed, seed)
 
 
 def check_crop(crop: int, factor: int) -> None:

@@ -5,6 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from consissr.data.datasets import PhotoDataset
+from consissr.nano.config import NanoDataConfig
+
 
 def photo(seed: int, width: int = 60, height: int = 48) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -30,3 +33,8 @@ def folder(tmp_path):
 
 def same(a: dict, b: dict) -> bool:
     return torch.equal(a["hq"], b["hq"]) and a["name"] == b["name"] and a["seed"] == b["seed"]
+
+
+def photos_of(*paths: object, crop: int = 32, seed: int = 0, **settings: object) -> PhotoDataset:
+    """A data set of `paths`; `settings` are fields of the configuration."""
+    return PhotoDataset(NanoDataConfig(paths=[str(path) for path in paths], crop=crop, **settings), seed)

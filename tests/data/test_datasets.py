@@ -12,24 +12,23 @@ import torch
 from PIL import Image
 
 from consissr.data import photo as photo_module
-from consissr.data.datasets import PhotoDataset
 from consissr.errors import UserError
 from consissr.images.rgb8 import center_crop, decode
-from tests.data.conftest import photo, same
+from tests.data.conftest import photo, photos_of, same
 
 
 def test_sample_is_a_function_of_seed_and_number(folder):
-    first, second = (PhotoDataset([str(folder)], crop=32, seed=7, cache_mb=mb) for mb in (0, 64))
+    first, second = (photos_of(folder, seed=7, cache_mb=mb) for mb in (0, 64))
     forward = [first[n] for n in range(40)]
     assert all(same(second[n], forward[n]) for n in reversed(range(40)))
     with ThreadPoolExecutor(4) as pool:
         assert all(same(a, b) for a, b in zip(pool.map(second.__getitem__, range(40)), forward, strict=True))
-    other = PhotoDataset([str(folder)], crop=32, seed=8)
+    other = photos_of(folder, seed=8)
     assert not all(same(other[n], forward[n]) for n in range(8))
 
 
 def test_epochs_are_different_permutations(folder):
-    dataset = PhotoDataset([str(folder)], crop=32, seed=0)
+    dataset = photos_of(folder)
     epochs = [[dataset[n]["name"] for n in range(8 * e, 8 * e + 8)] for e in range(3)]
     assert all(sorted(names) == sorted(epochs[0]) and len(set(names)) == 8 for names in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -38,7 +37,7 @@ def test_epochs_are_different_permutations(folder):
 
 
 def test_crops_and_flips_are_windows_of_the_image(folder):
-    dataset = PhotoDataset([str(folder)], crop=32, seed=0, flips="both")
+    dataset = photos_of(folder, flips="both")
     seen = set()
     for n in range(64):
         sample = dataset[n]
@@ -62,14 +61,14 @@ def test_crops_and_flips_are_windows_of_the_image(folder):
 def test_every_window_can_be_drawn(tmp_path):
     y, x = np.mgrid[:34, :33]
     Image.fromarray(np.stack([x, y, y], -1).astype(np.uint8)).save(tmp_path / "p.png")
-    dataset = PhotoDataset([str(tmp_path)], crop=32, seed=0, flips="none")
+    dataset = photos_of(tmp_path, flips="none")
     corners = {tuple(((dataset[n]["hq"][:2, 0, 0] + 1) * 127.5).round().int().tolist()) for n in range(200)}
     assert corners == {(left, top) for left in range(2) for top in range(3)}
 
 
 def test_probabilities(folder):
     paths = [str(folder / "a"), str(folder / "b")]
-    dataset = PhotoDataset(paths, crop=32, seed=0, probabilities=[3, 1])
+    dataset = photos_of(*paths, probabilities=[3, 1])
     names = [dataset[n]["name"] for n in range(400)]
     assert abs(sum(not name.startswith("c/") for name in names) / 400 - 0.75) < 0.08
     assert len(set(names)) == 8
@@ -90,7 +89,7 @@ def test_damaged_images_are_replaced_counted_and_named_once(folder, caplog):
     data = (folder / "b/c/5.png").read_bytes()
     (folder / "b/c/5.png").write_bytes(data[: len(data) // 2])
     photo(0, 20, 20).save(folder / "a/small.png")
-    dataset = PhotoDataset([str(folder)], crop=32, seed=0)
+    dataset = photos_of(folder)
     with caplog.at_level(logging.WARNING):
         names = {dataset[n]["name"] for n in range(27)}
     assert names == {f"a/{i}.png" for i in (1, 2, 3)} | {f"b/c/{i}.png" for i in (4, 6, 7)}
@@ -98,12 +97,12 @@ def test_damaged_images_are_replaced_counted_and_named_once(folder, caplog):
     reasons = {key.rsplit("/", 1)[1]: reason for key, reason in dataset.skipped.items()}
     assert "not an image" in reasons["0.png"]
     assert "20x20" in reasons["small.png"] and "32" in reasons["small.png"]
-    again = PhotoDataset([str(folder)], crop=32, seed=0)
+    again = photos_of(folder)
     assert all(same(again[n], dataset[n]) for n in range(27))
 
 
 def test_folder_deleted_in_mid_run(folder):
-    dataset = PhotoDataset([str(folder)], crop=32, seed=0, cache_mb=0)
+    dataset = photos_of(folder, cache_mb=0)
     dataset[0]
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="No such file.*data.paths"):
@@ -112,7 +111,7 @@ def test_folder_deleted_in_mid_run(folder):
 
 def test_a_read_that_fails_once_changes_nothing(folder, monkeypatch):
     """A network's hiccup: the read is tried again, and the file again when it is next drawn."""
-    wanted = [PhotoDataset([str(folder)], crop=32, seed=0, cache_mb=0)[n] for n in range(16)]
+    wanted = [photos_of(folder, cache_mb=0)[n] for n in range(16)]
     monkeypatch.setattr(photo_module, "WAITS", (0, 0))
     usual, calls, failing = photo_module.Photo._read, Counter(), {"a/1.png": 2, "b/c/5.png": 3}
 
@@ -123,7 +122,7 @@ def test_a_read_that_fails_once_changes_nothing(folder, monkeypatch):
         return usual(self)
 
     monkeypatch.setattr(photo_module.Photo, "_read", hiccup)
-    dataset = PhotoDataset([str(folder)], crop=32, seed=0, cache_mb=0)
+    dataset = photos_of(folder, cache_mb=0)
     got = [dataset[n] for n in range(16)]
     differ = [n for n in range(16) if not same(got[n], wanted[n])]
     assert [wanted[n]["name"] for n in differ] == ["b/c/5.png"] and differ[0] < 8  # in the second epoch it is back
@@ -136,7 +135,7 @@ def test_jpegs_that_shrink_are_decoded_small(tmp_path):
     smooth = np.stack([127 + 90 * np.sin(x / 60), 127 + 90 * np.cos(y / 50), (x + y) / 5], -1).astype(np.uint8)
     Image.fromarray(smooth).save(tmp_path / "p.jpg", quality=95, subsampling=0)
     assert decode((tmp_path / "p.jpg").read_bytes(), least=100).shape == (120, 180, 3)
-    dataset = PhotoDataset([str(tmp_path)], crop=100, seed=0, crop_rule="center", flips="none")
+    dataset = photos_of(tmp_path, crop=100, crop_rule="center", flips="none")
     got = (dataset[0]["hq"] + 1) * 127.5
     assert np.abs(got.permute(1, 2, 0).numpy() - center_crop(smooth, 100)).mean() < 1.5
 
@@ -178,19 +177,19 @@ def test_exif_rotation():
 )
 def test_wrong_settings_are_named(folder, settings, message):
     with pytest.raises(UserError, match=message):
-        PhotoDataset(**({"paths": [str(folder)], "crop": 32, "seed": 0} | settings))
+        photos_of(*settings.get("paths", [folder]), **{k: v for k, v in settings.items() if k != "paths"})
 
 
 def test_shrunk_crops_show_more_of_the_photograph(tmp_path):
     x = np.add.outer(np.zeros(96, int), np.arange(96)).astype(np.uint8)  # a ramp: its step tells the factor
     Image.fromarray(np.repeat(x[..., None], 3, 2)).save(tmp_path / "ramp.png")
-    dataset = PhotoDataset([str(tmp_path)], crop=32, seed=0, flips="none", shrink=0.5)
+    dataset = photos_of(tmp_path, flips="none", shrink=0.5)
     factors = []
     for n in range(40):
         row = (dataset[n]["hq"][0, 16] + 1) * 127.5
         factors.append(float(28 / (row[30] - row[2])))  # pixels of the crop per level, that is per source pixel
     assert 0.48 < min(factors) < 0.6 and 0.9 < max(factors) < 1.06
     with pytest.raises(UserError, match="data.shrink is 0"):
-        PhotoDataset([str(tmp_path)], crop=32, seed=0, shrink=0)
+        photos_of(tmp_path, shrink=0)
     with pytest.raises(UserError, match="random crops"):
-        PhotoDataset([str(tmp_path)], crop=32, seed=0, shrink=0.5, crop_rule="center")
+        photos_of(tmp_path, shrink=0.5, crop_rule="center")

@@ -7,10 +7,9 @@ import tarfile
 import pytest
 
 from consissr.data import listing
-from consissr.data.datasets import PhotoDataset
 from consissr.data.listing import MANY_SHARDS, list_photos, read_shard
 from consissr.errors import UserError
-from tests.data.conftest import same
+from tests.data.conftest import photos_of, same
 
 
 def test_names_and_order_of_a_folder(folder):
@@ -31,9 +30,9 @@ def write_shard(path, folder) -> None:
 
 def test_shard_gives_what_its_folder_gives(folder, tmp_path):
     write_shard(tmp_path / "x.tar", folder)
-    plain = PhotoDataset([str(folder)], crop=32, seed=0)
+    plain = photos_of(folder)
     for entry in (tmp_path / "x.tar", tmp_path / "*.tar"):
-        packed = PhotoDataset([str(entry)], crop=32, seed=0)
+        packed = photos_of(entry)
         assert all(same(packed[n], plain[n]) for n in range(8))
 
 
@@ -53,7 +52,7 @@ def test_truncated_shard(folder, tmp_path, caplog):
 def test_shard_shortened_in_mid_run(folder, tmp_path):
     path = tmp_path / "x.tar"
     write_shard(path, folder)
-    dataset = PhotoDataset([str(path)], crop=32, seed=0, cache_mb=0)
+    dataset = photos_of(path, cache_mb=0)
     path.write_bytes(path.read_bytes()[: dataset.pair(1)[0].offset])
     assert {dataset[n]["name"] for n in range(3)} == {dataset.pair(0)[0].name}
     assert all("before the end of" in reason for reason in dataset.skipped.values())

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from consissr.data.datasets import PhotoDataset
 from consissr.errors import UserError
-from tests.data.conftest import photo
+from tests.data.conftest import photo, photos_of
 
 
 def test_pairs_stay_aligned(tmp_path):
@@ -16,7 +15,7 @@ def test_pairs_stay_aligned(tmp_path):
         y, x = (np.mgrid[:side, :side] + 0.5) / side * 255
         (tmp_path / kind).mkdir()
         Image.fromarray(np.stack([x, y, x], -1).round().astype(np.uint8)).save(tmp_path / kind / "p.png")
-    dataset = PhotoDataset([str(tmp_path / "hq")], 32, 0, flips="both", lq_paths=[str(tmp_path / "lq")])
+    dataset = photos_of(tmp_path / "hq", flips="both", lq_paths=[str(tmp_path / "lq")])
     for n in range(20):
         sample = dataset[n]
         assert sample["lq"].shape == sample["hq"].shape == (3, 32, 32)
@@ -33,9 +32,9 @@ def test_pairs_of_other_scales(tmp_path, scale):
     Image.fromarray(part.astype(np.uint8)).save(tmp_path / "Canon_001_LR4.png")
     here = str(tmp_path)
     with pytest.raises(UserError, match=r"use data.pair_names=\[NAME_HR,NAME_LR4\]"):
-        PhotoDataset([here], 32, 0, lq_paths=[here], scale=scale, pair_names=["NAME_HR", "NAME_LR"])
+        photos_of(here, lq_paths=[here], scale=scale, pair_names=["NAME_HR", "NAME_LR"])
     names = ["NAME_HR", "NAME_LR4"]
-    dataset = PhotoDataset([here], 32, 0, lq_paths=[here], scale=scale, pair_names=names)
+    dataset = photos_of(here, lq_paths=[here], scale=scale, pair_names=names)
     assert len(dataset) == 1
     for n in range(8):
         sample = dataset[n]
@@ -49,7 +48,7 @@ def test_pairs_in_the_layout_of_lsdir(folder, tmp_path):
         partner = tmp_path / "LR/X4" / file.relative_to(folder).with_stem(file.stem + "x4")
         partner.parent.mkdir(parents=True, exist_ok=True)
         Image.open(file).resize((15, 12)).save(partner)
-    dataset = PhotoDataset([str(folder)], 32, 0, lq_paths=[str(tmp_path / "LR/X4")], pair_names=["NAME", "NAMEx4"])
+    dataset = photos_of(folder, lq_paths=[str(tmp_path / "LR/X4")], pair_names=["NAME", "NAMEx4"])
     photo, partner = dataset.pair(5)
     assert (photo.name, partner.name) == ("b/c/5.png", "b/c/5x4.png")
 
@@ -60,7 +59,7 @@ def test_pairs_beside_images_without(folder, tmp_path):
         (tmp_path / kind).mkdir()
         photo(0, side, side).save(tmp_path / kind / "p.png")
     paths, partners = [str(folder), str(tmp_path / "hq")], ["", str(tmp_path / "lq")]
-    dataset = PhotoDataset(paths, 32, 0, lq_paths=partners, probabilities=[1, 3])
+    dataset = photos_of(*paths, lq_paths=partners, probabilities=[1, 3])
     samples = [dataset[n] for n in range(200)]
     assert all(("lq" in sample) == (sample["name"] == "p.png") for sample in samples)
     assert 0.65 < sum("lq" in sample for sample in samples) / 200 < 0.85
@@ -68,9 +67,9 @@ def test_pairs_beside_images_without(folder, tmp_path):
 
 def test_pairs_without_partner_or_of_wrong_size(folder, tmp_path, caplog):
     shutil.copytree(folder, tmp_path / "lq")
-    dataset = PhotoDataset([str(folder)], 32, 0, lq_paths=[str(tmp_path / "lq")])
+    dataset = photos_of(folder, lq_paths=[str(tmp_path / "lq")])
     with pytest.raises(UserError, match="not 4 times its partner's 60x48"):
         dataset[0]
     (tmp_path / "lq/a/2.png").unlink()
     with pytest.raises(UserError, match="1 of 8 images have no single partner.*a/2.png"):
-        PhotoDataset([str(folder)], 32, 0, lq_paths=[str(tmp_path / "lq")])
+        photos_of(folder, lq_paths=[str(tmp_path / "lq")])

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from consissr.config.training import TrainConfig
+from consissr.data.datasets import PhotoDataset
 from consissr.nano.autoencoder import MEASURED
 from consissr.nano.config import run_config
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.checks import accumulation
 from consissr.training.loop import Loop
-from consissr.training.stage import held_out, photographs
+from consissr.training.stage import held_out
 from consissr.training.validation import VALIDATION_SEED
 from consissr.weights.latents import load_latents
 from scripts.train import main, stage_builder
@@ -50,7 +51,7 @@ def test_exported_latents_have_unit_variance(photos: Path, tmp_path: Path, own: 
     _, path, *overrides = words("autoencoder", photos, tmp_path, *own)
     config = run_config(path, overrides)
     Loop(config, stage_builder("autoencoder")).run()
-    numbers, dataset = range(MEASURED), photographs(config.data, config.seed)
+    numbers, dataset = range(MEASURED), PhotoDataset(config.data, config.seed)
     if own:
         numbers, dataset = range(5), held_out(config.data, VALIDATION_SEED)
     latents = load_latents(tmp_path / "autoencoder/vae")
