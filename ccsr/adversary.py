@@ -19,7 +19,7 @@ class PatchAdversary(nn.Module):
     def __init__(self, config: DeftConfig, untrained: bool = True) -> None:
         """It always starts untrained."""
         super().__init__()
-        self.discriminator = PatchGAN(config.discriminator_width, config.discriminator_growth)
+        self.discriminator = PatchGAN(config.discriminator_width)
         self.learned = self.discriminator
 
     def prepare(self, batch: Batch) -> None:

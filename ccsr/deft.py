@@ -86,11 +86,10 @@ class Deft:
         return {"loss": reconstruction + weight * losses["adversarial"], **losses}
 
     def discriminator_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Hinge loss on photographs and on the decoder's images of this step; 0 before `deft.discriminator_start`."""
+        """Hinge loss on photographs and on the decoder's images of this step."""
         real, _ = self.adversary(batch.hq, batch, self.adversary.view(batch))
         fake, _ = self.adversary(batch.cache["image"], batch, self.adversary.view(batch))
-        losses = discriminator_hinge(real, fake)
-        return losses | {"loss": losses["loss"] * (step >= self.config.discriminator_start)}
+        return discriminator_hinge(real, fake)
 
     def perceptual(self, image: Tensor, batch: Batch, view: Any, features: list[Tensor]) -> Tensor:
         """LPIPS (a scalar) between `image` (B, 3, S, S) and the photographs.

@@ -9,14 +9,14 @@ from torch.nn import functional as F
 class PatchGAN(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1, about H/8, W/8) and the features of every layer.
 
-    Isola et al.'s (2017) with three stride-2 convolutions, as in LDM's VAE training, which has a last layer of 8 times
-    the first's `width` (`growth`). Two things differ from it: group instead of batch normalisation, so that an image's
+    Isola et al.'s (2017) with three stride-2 convolutions, and a last layer of 8 times the first's `width`, as in LDM's
+    VAE training. Two things differ from it: group instead of batch normalisation, so that an image's
     logits do not depend on the batch it is in, and PyTorch's initial weights.
     """
 
-    def __init__(self, width: int, growth: int = 4) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        widths = [3, width, 2 * width, 4 * width, growth * width]
+        widths = [3, width, 2 * width, 4 * width, 8 * width]
         strides = [2, 2, 2, 1]
         self.convs = nn.ModuleList(
             nn.Conv2d(before, after, 4, stride=stride, padding=1)

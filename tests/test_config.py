@@ -65,7 +65,6 @@ def test_training_configs_load(root: Path) -> None:
         (["data.crop_rule=centre"], "data.crop_rule is 'centre'"),
         (["data.flips=vertical"], "data.flips is 'vertical'"),
         (["nuts.l_diff_t=paper"], "nuts.l_diff_t is 'paper'"),
-        (["deft.discriminator_growth=3"], "deft.discriminator_growth is '3'"),
         (["deft.perceptual=features"], "deft.perceptual is 'features'"),
         (["model.residual=0.5"], "unknown key 'model.residual'"),
         (["stage=nano_tala", "model.residual=-1"], "model.residual is -1.0"),

@@ -41,12 +41,8 @@ class DeftConfig:
     """Scale the adversarial loss by the ratio of gradient norms at the last layer (LDM's VAE training)."""
     adversarial_start: int = 0
     """Optimiser step after which the generator sees the adversarial loss."""
-    discriminator_start: int = 0
-    """Optimiser step from which the discriminator learns; before it, its gradients are zero."""
     discriminator_width: int = 64
     """Channels of the first layer of the PatchGAN (LDM's VAE training: 64)."""
-    discriminator_growth: int = 8
-    """Its last layer's channels in multiples of the first's: 4 or 8 (LDM's VAE training: 8)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The discriminator's optimiser."""
 
@@ -56,4 +52,3 @@ class DeftConfig:
         check_word(self.discriminator, ("patchgan", "dino"), "deft.discriminator")
         if self.discriminator_width < 4 or self.discriminator_width % 4:
             raise UserError(f"deft.discriminator_width is {self.discriminator_width}: use a multiple of 4, such as 32")
-        check_word(str(self.discriminator_growth), ("4", "8"), "deft.discriminator_growth")

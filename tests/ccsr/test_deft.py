@@ -171,13 +171,6 @@ def test_the_same_batch_gives_the_same_losses(tiny_model: Path, tmp_path: Path, 
     assert found[0] == found[1]
 
 
-def test_a_discriminator_can_start_late(tiny_model: Path, tmp_path: Path) -> None:
-    stage = Deft(config(tiny_model, tmp_path, "deft.discriminator_start=3"))
-    assert losses(stage, 2)[1]["loss"] == 0
-    assert not any(p.grad.abs().sum() for p in stage.phases[1].parameters.values())
-    assert losses(stage, 3)[1]["loss"] > 0
-
-
 def test_post_quant_conv_can_be_tuned(tiny_model: Path, tmp_path: Path) -> None:
     plain, more = (Deft(config(tiny_model, tmp_path, f"deft.post_quant_conv={word}")) for word in ("false", "true"))
     added = more.phases[0].parameters.keys() - plain.phases[0].parameters.keys()
