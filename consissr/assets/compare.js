@@ -67,7 +67,7 @@ customElements.define("compare-images", class extends HTMLElement {
     if (!room) return;
     if (!this.chosen) {  // at first 1:1, larger only where that would be tiny
       this.chosen = true;
-      this.zoom.value = [1, 2, 4].find(zoom => width * zoom * pixel >= room / 2) || 4;
+      this.zoom.value = [1, 2, 4].find(zoom => width * zoom * pixel >= room / 3) || 4;
     }
     const zoom = Number(this.zoom.value);
     const middle = [(frame.scrollLeft + frame.clientWidth / 2) / stage.clientWidth || .5, (frame.scrollTop + frame.clientHeight / 2) / stage.clientHeight || .5];

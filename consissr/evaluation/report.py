@@ -50,8 +50,12 @@ def html_report(evaluation: Evaluation, pictures: int) -> str:
     }  # fmt: skip
     # no "<" at all: a name may hold one that would end, or open, an element
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    template = files("consissr.evaluation").joinpath("report_template.html").read_text(encoding="utf-8")
+    template, compare = (
+        files("consissr").joinpath(*name).read_text(encoding="utf-8")
+        for name in (("evaluation", "report_template.html"), ("assets", "compare.js"))
+    )
     head, data_end = template.split("@DATA@")
+    data_end = data_end.replace("@COMPARE@", compare)
     elements = "\n".join(picture_elements(evaluation.pairs, embedded))
     return head.replace("@PLOTS@", inline_svgs(evaluation)) + text + data_end.replace("@PICTURES@", elements)
 

@@ -1,7 +1,9 @@
 """Scores of folders: averages, stability, cache, outputs."""
 
 import csv
+import html
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -219,16 +221,35 @@ def test_many_images_are_drawn_as_histograms() -> None:
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_the_report_works_in_a_browser(sets: dict[str, Path], tmp_path: Path, save) -> None:
-    """Its script runs without a network: rows are filled in, two pictures lie over each other, the slider moves."""
+    """Its script runs without a network: rows are filled in, two pictures lie over each other, the divider moves, keys
+    step through the images, and the address leads to one."""
     save(sets["bad"], {"c": np.zeros((96, 192, 3), np.uint8)})  # has no NIQE
     output.write_all(run(sets, tmp_path / "s.jsonl"), tmp_path)
     report = tmp_path / "report.html"
-    moves = 'by("method").value = "bad"; by("method").onchange({target: by("method")}); by("slider").value = 25; '
-    moves += 'by("slider").dispatchEvent(new Event("input")); by("best").click(); location.hash = "#b"; step(1);'
+    moves = """
+    const seen = [], root = by("compare").shadowRoot;
+    const now = () => seen.push([state.image, location.hash, by("right").value]);
+    by("images").querySelectorAll("a")[1].click(); now();
+    document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+    document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "5", bubbles: true })); now();
+    by("method").value = "bad"; by("method").onchange({ target: by("method") }); by("best").click(); now();
+    by("methods").querySelectorAll("th button")[1].click(); seen.push(by("methods").rows[1].cells[0].textContent);
+    by("compare").resize();
+    root.querySelector("input").value = 25;
+    root.querySelector("input").dispatchEvent(new Event("input"));
+    seen.push(root.getElementById("bar").style.left, root.getElementById("left").alt, by("compare").box.style.width);
+    addEventListener("hashchange", () => { now(); document.title = JSON.stringify(seen); });
+    location.hash = "#b";
+    """
     report.write_text(report.read_text().replace("</body>", f"<script>{moves}</script></body>"))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", report.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     page = done.stdout.split("<script")[0]
     assert page.count("<tr") == 1 + 2 + 1 + 3 + 1 + 1, "two methods, three images, a difference, three headings"
     assert page.count("<figcaption") == 5, "LR, bicubic, two methods and HR at one crop"
-    assert 'id="picture-left"' in page and "inset(0px 75% 0px 0px)" in page and "left: 25%" in page
+    seen = json.loads(html.unescape(page.split("<title>")[1].split("</title>")[0]))
+    rows = re.findall('data-image="(.)"', page)
+    clicked, stepped, best, first, left, label, width, linked = seen
+    assert clicked[1] == f"#{clicked[0]}" and stepped[:2] != clicked[:2] and stepped[1] == f"#{stepped[0]}"
+    assert (stepped[2], best[2], best[0], first) == ("HR", "bad", rows[0], "bad") and linked[:2] == ["b", "#b"]
+    assert float(left[:-2]) == pytest.approx(float(width[:-2]) / 4) and label == "bicubic (of LR)"
