@@ -36,7 +36,7 @@ from consissr.diffusion.schedule import Schedule
 from consissr.models.residual import ResidualDenoiser
 from consissr.nano.config import run_config
 from consissr.restorer import Restorer
-from consissr.training import dry_run
+from consissr.training import dry_run, estimate
 from consissr.training.engine import Average
 from consissr.training.feed import Feed
 from consissr.training.optimisers import build_optimizer
@@ -174,6 +174,31 @@ def test_a_training_step(gpu: FakeTensorMode, tiny_model: Path, monkeypatch: pyt
         for phase in stage.phases:
             phase.loss(batch, 10**6)["loss"].backward()
             assert {p.grad.device.type for p in phase.parameters.values() if p.grad is not None} == {"lazy"}
+
+
+def test_a_dry_run_knows_what_autograd_keeps(gpu: FakeTensorMode, tiny_model: Path) -> None:
+    """Bytes of all tensors that are kept for the backward pass under autocast, beside the weights."""
+    config = configuration(
+        "tala", tiny_model, *FEATURES, *MORE, "micro_batch=2", "precision=bf16", "frozen_precision=auto"
+    )
+    stages = [dry_run.build(config, stage_builder(config.stage)) for _ in range(2)]
+    estimated, stage = estimate.activations(config, stages[0]), stages[1]
+    (phase,) = stage.phases
+    Frozen(stage.networks, {id(p) for p in phase.parameters.values()}, low=True, keep=False)
+    kept: dict[int, Tensor] = {}
+    fused = estimate.OnGpu(low=False, halved=set())  # without a GPU, torch computes attention in plain steps
+    with gpu, fused:
+        put(stage, "cuda", None)
+        batch = prepared(stage, "cuda")
+        keep = torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.setdefault(x.untyped_storage()._cdata, x), lambda x: x
+        )
+        with mixed(), keep:
+            phase.loss(batch, 0)
+    weights = {p.untyped_storage()._cdata for p in stage.networks.parameters()}
+    assert estimated == pytest.approx(
+        sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights), rel=0.01
+    )
 
 
 def put(stage: Any, device: str, dtype: torch.dtype | None) -> None:

@@ -89,7 +89,7 @@ def test_activations_are_what_autograd_keeps(tiny_model: Path) -> None:
 def test_attention_is_counted_without_its_matrix() -> None:
     q = torch.empty(2, 3, 500, 8, device="meta", requires_grad=True)
     kept = []
-    with estimate.FusedAttention(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+    with estimate.OnGpu(low=False, halved=set()), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert sum(t.numel() for t in kept) == 4 * q.numel()
 
@@ -100,7 +100,12 @@ def test_the_front_door(tiny_model: Path, tmp_path: Path, capsys: pytest.Capture
     config = str(root / "configs/ccsr/deft_as_released.yaml")
     assert main(["--config", config, "--dry-run", *words, "micro_batch=2", "deft.dino=none.pth"]) == 0
     said = capsys.readouterr().out
-    for text in ("effective batch 6 = micro_batch 2 x 1 process x 3 accumulated", "in float32", "init", "base here"):
+    for text in (
+        "effective batch 6 = micro_batch 2 x 1 process x 3 accumulated",
+        "under autocast to bf16",
+        "init",
+        "base here",
+    ):
         assert text in said
     assert f"{'DINO':18s} none.pth: missing" in said and "DINOv2" in said
     assert "the run itself would stop here: " in said
