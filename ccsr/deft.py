@@ -22,10 +22,8 @@ from consissr.config.loading import changed_fields
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.learned import lpips_network
+from consissr.training.restoration import model_of_init
 from consissr.training.stage import Batch, Phase
-from consissr.weights.files import base_of, read_config
-from consissr.weights.find import find_model
-from consissr.weights.folder import load_model
 from consissr.weights.model import Model
 
 
@@ -151,14 +149,7 @@ def trained_model(config: TrainConfig) -> Model:
     given = [f"{name}.{field}" for name, fields in own for field in fields if (name, field) != ("model", "base")]
     if given:
         raise UserError(f"stage 'deft' has its model and sampler from init's config.yaml: leave out {', '.join(given)}")
-    base = config.model.base if config.model.base != fresh.model.base else None
-    folder = find_model(config.init)
-    stored = read_config(folder)
-    whole = replace(stored.model, base=base or base_of(folder, stored))
-    model = load_model(folder, additions=whole, prompts=[""])
-    if "" not in model.prompts:
-        raise UserError(f"{config.init} holds no embedding of the empty prompt, which training needs: convert it again")
-    return model
+    return model_of_init(config)
 
 
 def first_stage(config: TrainConfig, model: Model) -> TrainConfig:

@@ -50,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         reason = str(error) if isinstance(error, UserError) else f"{args.source}: {type(error).__name__}: {error}"
         print(f"error: {reason.splitlines()[0]}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what is whole is kept, and the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

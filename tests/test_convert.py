@@ -15,6 +15,7 @@ from consissr.diffusion.sampler import recorded_draw
 from consissr.diffusion.schedule import CLEAN, alpha_bar
 from consissr.errors import UserError
 from consissr.restorer import Restorer
+from consissr.weights.conversion import BESIDE
 from consissr.weights.files import read_config
 from consissr.weights.folder import save_prompts
 
@@ -130,6 +131,22 @@ def test_foreign_damaged_and_missing_files_get_one_line(convert, tmp_path):
         status, told, error, folder = convert(tmp_path / name)
         assert status == 2 and told == "" and said in error and error.count("\n") == 1
         assert not folder.exists()
+
+
+def test_a_base_is_found_from_any_directory(convert, shared, tmp_path, monkeypatch):
+    """Named relative to where `convert.py` ran; or lying beside the networks, as CCSR's README arranges them."""
+    fixture = shared / "conformance" / "ccsr_A"
+    monkeypatch.chdir(fixture.parent)
+    assert convert(fixture, "--base", fixture.name)[0] == 0
+    folder = (tmp_path / "out").rename(tmp_path / "one")
+    monkeypatch.chdir(tmp_path)
+    assert read_config(folder).model.base == str(fixture)
+    models = tmp_path / "preset" / "models"
+    for part, source in (("controlnet", "controlnet"), ("vae", "vae"), (BESIDE, "")):
+        (models / part).parent.mkdir(parents=True, exist_ok=True)
+        (models / part).symlink_to(fixture / source)
+    assert convert("preset/models")[0] == 0
+    assert read_config(tmp_path / "out").model.base == str(models / BESIDE)
 
 
 def test_existing_folders_stay(convert, tmp_path):

@@ -26,6 +26,13 @@ def check_word(value: str, known: tuple[str, ...], name: str) -> None:
         raise UserError(f"{name} is '{value}', which it cannot be{nearest(str(value), list(known))}")
 
 
+def find_config(path: str | Path) -> Path:
+    """`path`, or where nothing is there the package's own file of that name, such as configs/ccsr/nuts.yaml."""
+    package = Path(__file__).parents[1]  # in a wheel configs/ stands in it, in a clone beside it
+    own = (root / path for root in (package, package.parent))
+    return Path(path) if Path(path).exists() else next(filter(Path.is_file, own), Path(path))
+
+
 def read_word(key: str, path: str | Path | None, overrides: list[str] | None = None) -> str:
     """The word that a YAML file and `key=value` overrides give the top-level `key`; '' for none, or an unreadable file.
 
@@ -35,7 +42,7 @@ def read_word(key: str, path: str | Path | None, overrides: list[str] | None = N
 
     word = ""
     try:
-        content = safe_load(Path(path).read_text()) if path is not None else {}
+        content = safe_load(find_config(path).read_text()) if path is not None else {}
         word = str(content.get(key, "")) if isinstance(content, dict) else ""
     except (OSError, YAMLError, UnicodeDecodeError):
         pass
@@ -57,7 +64,8 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: l
     layers = []
     try:
         if path is not None:
-            if not Path(path).is_file():
+            path = find_config(path)
+            if not path.is_file():
                 raise UserError(f"config file {path} does not exist: give the path of a YAML file")
             layers.append((str(path), OmegaConf.load(path)))
         for word in overrides or []:

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from consissr.config.loading import load_config
+from consissr.config.loading import find_config, load_config
 from consissr.config.sampler import SamplerConfig
 
 SAMPLER_FLAGS = ("guidance", "positive", "negative", "start", "color_fix", "tile", "tile_overlap", "vae_tile")
@@ -124,7 +124,7 @@ def sampler_settings(args: argparse.Namespace) -> dict[str, Any]:
         from omegaconf import OmegaConf
 
         config = load_config(SamplerConfig, args.config)
-        settings = {name: getattr(config, name) for name in OmegaConf.load(args.config)}
+        settings = {name: getattr(config, name) for name in OmegaConf.load(find_config(args.config))}
         if settings.keys() & PLAN_FIELDS:
             settings = {"timesteps": []} | settings
     return settings | given(args, SAMPLER_FLAGS)

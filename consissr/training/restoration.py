@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from consissr.config.folder import FolderConfig
+from consissr.config.model import ModelConfig
 from consissr.config.training import TrainConfig
 from consissr.diffusion.plans import Step
 from consissr.diffusion.sampler import sample, start_latent
@@ -24,6 +25,7 @@ from consissr.models.denoiser import Condition, SoftPrompt
 from consissr.models.lora import lora_parameters
 from consissr.models.surgery import added_parameters, trainable_parameters
 from consissr.training.stage import EXPORT, Batch, Phase, check_crop
+from consissr.weights.files import base_of, read_config
 from consissr.weights.find import find_model
 from consissr.weights.folder import load_model, new_model, own_parameters, save_model
 from consissr.weights.image_encoder import has_tower
@@ -43,15 +45,24 @@ def starting_model(config: TrainConfig) -> Model:
     """
     if not config.init or tower_only(config.init):
         return new_model(config.model, tower=config.init)
-    folder = find_model(config.init)
-    model = load_model(folder, additions=config.model, prompts=[""], tuned_decoder=config.keep_decoder)
-    if "" not in model.prompts:
-        raise UserError(f"{config.init} holds no embedding of the empty prompt, which training needs: convert it again")
+    model = model_of_init(config, config.model)
     if not config.stage.endswith("deft") and model.decoder != "base":
         log.warning(
             "%s: its decoder was tuned on its results and stays: tune it again (stage deft), or use keep_decoder=false",
             config.init,
         )
+    return model
+
+
+def model_of_init(config: TrainConfig, described: ModelConfig | None = None) -> Model:
+    """The model of `init` as `described` (None: as it is), on its own base unless `model.base` names another."""
+    folder = find_model(config.init)
+    stored = read_config(folder)
+    base = config.model.base if config.model.base != ModelConfig().base else base_of(folder, stored)
+    whole = replace(described or stored.model, base=base)
+    model = load_model(folder, additions=whole, prompts=[""], tuned_decoder=config.keep_decoder)
+    if "" not in model.prompts:
+        raise UserError(f"{config.init} holds no embedding of the empty prompt, which training needs: convert it again")
     return model
 
 

@@ -20,6 +20,7 @@ from consissr.config.loading import nearest
 from consissr.config.sd21 import SD_BETAS
 from consissr.errors import UserError
 from consissr.models.vae.latents import Latents
+from consissr.weights.cache import by_hand_folder, sha256_of
 from consissr.weights.files import (
     ASSETS,
     BUILD_ERRORS,
@@ -32,9 +33,9 @@ from consissr.weights.files import (
     weights_file,
 )
 from consissr.weights.from_ldm import read_base
-from consissr.weights.hub import UnreachableError, fetch, is_place, sha256_of
+from consissr.weights.hub import UnreachableError, fetch, is_hub_id, present
 from consissr.weights.latents import LINEAR_PATH, load_latents
-from consissr.weights.names import by_hand_folder, published
+from consissr.weights.names import published
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -88,11 +89,11 @@ def find_base(name: str) -> list[str]:
     """Places to try for the base `name`, in order: folders, files or hub ids. UserError for what cannot be one."""
     if name in BUNDLED_BASES:
         return [str(BUNDLED_BASES[name])]
-    if name in published():
+    if name == SD21:
         by_hand = by_hand_folder(name)
-        places = [source.place for source in published()[name].sources if source.layout == "base"]
-        return [str(by_hand), *places] if (by_hand / "unet").is_dir() else places
-    if Path(name).exists() or is_place(name):
+        hub_ids = [source.hub_id for source in published()[name].sources if source.layout == "base"]
+        return [str(by_hand), *hub_ids] if (by_hand / "unet").is_dir() else hub_ids
+    if Path(name).exists() or is_hub_id(name):
         return [name]
     raise UserError(
         f"base model '{name}' is neither a file or folder, a hub id (owner/name), nor a known name"
@@ -121,29 +122,32 @@ def base_path(name: str, half: bool = False) -> str:
     for place in places:
         if Path(place).exists():
             return place
+        if (ready := present(place, choose, half)) is not None:
+            return str(ready.folder)
+    for hub_id in places:
         try:
-            return str(fetch(place, lambda files: choose(files, half), reachable)[0])
+            return str(fetch(hub_id, choose, half, reachable).folder)
         except UserError as error:
             reasons.append(str(error))
             reachable = reachable and not isinstance(error, UnreachableError)
-    how = published()[name if name in published() else SD21].how()
+    how = published()[name].how() if name in published() else "run once where there is a network, and copy its cache"
     raise UserError(
-        f"base model '{name}' is not on this machine and could not be fetched ({'; '.join(reasons)}): {how}, or name "
-        "the folder: model.base=FOLDER"
+        f"base model '{name}' is not on this machine and could not be fetched ({'; '.join(reasons)}): {how}, or name a "
+        "folder or file of yours: --base FOLDER (training: model.base=FOLDER)"
     )
 
 
 def choose(files: Collection[str], half: bool = False) -> list[str]:
     """The files of a base among those of a repository. `half`: weights in half precision are preferred."""
-    found = []
+    needed = []
     for part, stem in BASE_NETWORKS.items():
         names = [f"{part}/{name}" for name in weight_names(stem, half) if f"{part}/{name}" in files]
         if not names or f"{part}/config.json" not in files:
             raise UserError(f"the repository is no base model: it has no {part}/ with config.json and weights")
-        found += [f"{part}/config.json", names[0]]
+        needed += [f"{part}/config.json", names[0]]
     if "scheduler/scheduler_config.json" not in files:
         raise UserError("the repository is no base model: it has no scheduler/scheduler_config.json")
-    return [*found, *(name for name in files if name.startswith(("scheduler/", "tokenizer/")))]
+    return [*needed, *(name for name in files if name.startswith(("scheduler/", "tokenizer/")))]
 
 
 def embeddings(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -159,11 +163,11 @@ def load_folder(folder: Path, dtype: torch.dtype, prompts: Sequence[str]) -> Bas
         raise UserError(f"{folder} has no text_encoder/ to embed prompts with: copy that folder (and tokenizer/), too")
     schedule = schedule_of(folder / "scheduler" / "scheduler_config.json")
     known = embeddings(load_text(folder), prompts) if prompts else {}
-    unet = read_network(folder / "unet", UNet2DConditionModel, dtype)
+    unet = read_network(folder / "unet", UNet2DConditionModel.from_config, dtype)
     if (folder / "vae" / LINEAR_PATH).is_file():
         latents = load_latents(folder / "vae", dtype=dtype)
     else:
-        latents = Latents(read_network(folder / "vae", AutoencoderKL, dtype))
+        latents = Latents(read_network(folder / "vae", AutoencoderKL.from_config, dtype))
     return Base(unet, latents, known, *schedule, str(folder))
 
 

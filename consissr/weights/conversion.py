@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
 from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
-from consissr.weights import ldm, released, released_ccsr
+from consissr.weights import released, released_ccsr
+from consissr.weights.files import read_weights
 from consissr.weights.folder import save_base, save_model
 
 if TYPE_CHECKING:
@@ -21,20 +25,34 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONVERTER = 1
+CONVERTER = 2
 """Counts up when conversion changes: folders of another version are converted again."""
 
+CHECKPOINTS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 TEXT_FOLDERS = ("text_encoder", "tokenizer")
+BESIDE = "stable-diffusion-2-1-base"
+"""The base's folder beside CCSR v2's controlnet/ and vae/, as its authors' README arranges them."""
+
+
+class ForeignError(UserError):
+    """The source is damaged, or of another kind than the releases."""
 
 
 def convert(
-    source: Path, target: Path, base: str = "auto", clip: Path | None = None, half: bool = False, name: str = ""
+    source: Path,
+    target: Path,
+    base: str = "auto",
+    clip: Path | None = None,
+    half: bool = False,
+    name: str = "",
+    finish: Callable[[Path], None] | None = None,
 ) -> Released:
     """Turn the authors' file or folder `source` into the model folder `target`, at once or not at all.
 
-    base: name, folder, file or hub id; 'own' writes the source's own beside the result, 'auto' does where the source
-    has all of it and else names 'sd21-base'. clip: open_clip's model config (JSON), if ConsisSR's is not ViT-H-14.
-    half: store 16 bits; a source in 16 bits stays so. name: the model's, for its card. Raises UserError.
+    base: name, folder, file or hub id; 'own' writes the source's own beside the result; 'auto' does where the source
+    has all of it, else takes the folder beside it or 'sd21-base'. clip: open_clip's model config (JSON), if ConsisSR's
+    is not ViT-H-14. half: store 16 bits; else weights are stored as they are. name: the model's, for its card.
+    finish: called with the folder before it takes its place. Raises UserError.
     """
     if target.exists():
         raise UserError(f"{target} exists: remove it or name another folder")
@@ -46,19 +64,45 @@ def convert(
     shutil.rmtree(part, ignore_errors=True)  # of a conversion that was cut off
     part.mkdir(parents=True)
     try:
-        found = read(source, clip)
-        write(found, part, name or target.name, base, half, source)
+        try:
+            source = release_in(source)
+            model = read(source, clip, with_base=base in ("auto", "own"))
+        except UserError as error:
+            raise ForeignError(str(error)) from error
+        write(model, part, name or target.name, base, torch.float16 if half else None, source)
+        if finish is not None:
+            finish(part)
         part.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target} cannot be written ({error}): make room, or name another folder") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return found
+    return model
 
 
-def read(source: Path, clip: Path | None = None) -> Released:
-    """The authors' model in a file or folder, through the reader that knows it. `clip`: open_clip's model config."""
+def release_in(path: Path) -> Path:
+    """The release that a path holds: the file itself, a folder with controlnet/, or a folder's one checkpoint."""
+    if path.is_file() and path.suffix in CHECKPOINTS or (path / "controlnet" / "config.json").is_file():
+        return path
+    files = sorted(file for file in path.glob("*") if file.suffix in CHECKPOINTS) if path.is_dir() else []
+    if len(files) == 1:
+        return files[0]
+    several = f", but {len(files)} checkpoints, {', '.join(file.name for file in files)}: name one" if files else ""
+    raise UserError(
+        f"{path} holds no model: neither config.yaml (ours), nor controlnet/config.json (CCSR v2), nor one checkpoint "
+        f"(CCSR v1, ConsisSR){several}"
+    )
+
+
+def read(source: Path, clip: Path | None = None, with_base: bool = True) -> Released:
+    """The authors' model in a file or folder, through the reader that knows it.
+
+    clip: open_clip's model config. with_base: whether the UNet that lies in CCSR v2's folder is read, too.
+    """
     if source.is_dir():
-        return released_ccsr.read_v2(source)
-    state = ldm.read_state(source)
+        return released_ccsr.read_v2(source, with_base)
+    check_archive(source)
+    state = read_weights(source)
     if released.is_released(state):
         return released.read(state, None if clip is None else json.loads(clip.read_text()))
     if released_ccsr.is_v1(state):
@@ -68,12 +112,17 @@ def read(source: Path, clip: Path | None = None) -> Released:
     )
 
 
-def is_half(source: Path) -> bool:
-    """Whether a source stores its weights in 16 bits."""
-    if source.is_dir():
-        return False
-    kinds = {t.dtype for t in ldm.read_state(source).values() if t.is_floating_point() and t.ndim > 1}
-    return kinds <= {torch.float16}
+def check_archive(source: Path) -> None:
+    """UserError where the contents of a .ckpt's archive are not those that its checksums were made of."""
+    if not zipfile.is_zipfile(source):
+        return
+    try:
+        with zipfile.ZipFile(source) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        raise UserError(f"{source} cannot be read ({error}): download it again") from error
+    if damaged:
+        raise UserError(f"{source} is damaged (checksum of {damaged}): download it again")
 
 
 def has_text(source: Path) -> bool:
@@ -81,22 +130,23 @@ def has_text(source: Path) -> bool:
     return all((source / name).is_dir() for name in TEXT_FOLDERS)
 
 
-def choose_base(base: str, found: Released, source: Path) -> str:
+def choose_base(base: str, model: Released, source: Path) -> str:
     """The name of the base to store: 'own', or what can be found from any folder."""
     if base == "auto":
-        whole = found.unet is not None and found.latents is not None and (found.text is not None or has_text(source))
-        return "own" if whole else "sd21-base"
-    if base == "own" and (found.unet is None or found.latents is None):
+        whole = model.unet is not None and model.latents is not None and (model.text is not None or has_text(source))
+        beside = (source / BESIDE).absolute()
+        return "own" if whole else str(beside) if (beside / "unet").is_dir() else "sd21-base"
+    if base == "own" and (model.unet is None or model.latents is None):
         raise UserError("--base own: the source has no UNet or autoencoder of its own; name a base instead")
     if base != "own" and Path(base).exists():
         return str(Path(base).absolute())
     return base
 
 
-def runnable(found: Released, base: str, source: Path) -> SamplerConfig:
+def runnable(model: Released, base: str, source: Path) -> SamplerConfig:
     """The release's SamplerConfig; without prompts and guidance where an own base has no text encoder for them."""
-    sampler = found.config.sampler
-    if base != "own" or found.text is not None or has_text(source) or sampler.guidance == 1:
+    sampler = model.config.sampler
+    if base != "own" or model.text is not None or has_text(source) or sampler.guidance == 1:
         return sampler
     log.warning(
         "no text encoder in the source, so its own base embeds no prompts, and guidance is off: name a base (--base) "
@@ -105,19 +155,21 @@ def runnable(found: Released, base: str, source: Path) -> SamplerConfig:
     return replace(sampler, positive="", negative="", guidance=1.0, first_prompt="positive")
 
 
-def write(found: Released, target: Path, name: str, base: str, half: bool, source: Path) -> None:
+def write(model: Released, target: Path, name: str, base: str, dtype: torch.dtype | None, source: Path) -> None:
     """The model folder: networks, configuration with its plan, prompts that only this model's text encoder knows."""
-    base, dtype = choose_base(base, found, source), torch.float16 if half or is_half(source) else None
-    sampler = runnable(found, base, source)
-    if found.text is not None:
+    base = choose_base(base, model, source)
+    sampler = runnable(model, base, source)
+    if model.latents is None:
+        log.warning("%s has no vae/: the base's autoencoder decodes, as after the first stage of CCSR alone", source)
+    if model.text is not None:
         wanted = dict.fromkeys([sampler.positive, sampler.negative, ""])
-        found.prompts, found.own_prompts = {prompt: found.text.encode([prompt]) for prompt in wanted}, True
+        model.prompts, model.own_prompts = {prompt: model.text.encode([prompt]) for prompt in wanted}, True
     if base == "own":
         base = "./base"
-        save_base(target / "base", found, dtype)
-        found.decoder = "base"  # its autoencoder is the base's
-        for folder in TEXT_FOLDERS if found.text is None and has_text(source) else ():
+        save_base(target / "base", model, dtype)
+        model.decoder = "base"  # its autoencoder is the base's
+        for folder in TEXT_FOLDERS if model.text is None and has_text(source) else ():
             shutil.copytree(source / folder, target / "base" / folder)
-    found.config = replace(found.config, model=replace(found.config.model, base=base), sampler=sampler)
-    card = f"# {name}\n\nConverted from {found.kind} as its authors published it; weights under their licence.\n"
-    save_model(target, found, dtype, card)
+    model.config = replace(model.config, model=replace(model.config.model, base=base), sampler=sampler)
+    card = f"# {name}\n\nConverted from {model.kind} as its authors published it; weights under their licence.\n"
+    save_model(target, model, dtype, card)

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,10 +28,15 @@ from torch import Tensor, nn
 from consissr.config.folder import FolderConfig
 from consissr.config.loading import load_config
 from consissr.errors import UserError
-from consissr.weights.ldm import modern, read_state
 
 log = logging.getLogger(__name__)
 
+CARD = "README.md"
+MODEL_FILES = (
+    "config.yaml", "controlnet/", "unet_adapter.safetensors", "pytorch_lora_weights.safetensors", "image_encoder/",
+    "vae/", "hint_vae/", "prompts.safetensors", "base/", CARD,
+)  # fmt: skip
+"""How the names of a model folder's files begin."""
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = ("nano-ccsr", "nano-consissr")
 Built = TypeVar("Built")
@@ -36,22 +44,61 @@ BUILD_ERRORS = (
     TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, LookupError, AssertionError, ImportError,
 )  # fmt: skip
 """What libraries raise at settings that describe no network."""
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names inside an autoencoder's attention in diffusers' files before 0.15, and today."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNET_ADAPTER = "unet_adapter.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors or torch file; nothing stored in it runs. UserError if it is missing or damaged."""
+class Inert:
+    """Stands in for every class that a checkpoint names but weights don't need: nothing of it runs."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors or torch file, on the CPU; nothing stored in it runs.
+
+    A Lightning file's `state_dict` is unwrapped and a `module.` prefix removed. UserError if the file is missing,
+    damaged or holds no tensors by name.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if path.suffix != ".safetensors":
-        return read_state(path)
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights {path} do not exist: copy or download the model again")
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"weights {path} cannot be read ({error}): copy or download the model again") from error
+        stored = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks to run {code[1]}, which weights never need" if code else "it is no checkpoint, or damaged"
+        raise UserError(f"{path} was not loaded: {reason}; download it again from its authors") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"weights {path} cannot be read ({reason}): copy or download the model again") from error
+    if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
+        stored = stored["state_dict"]
+    tensors = {n: t for n, t in stored.items() if isinstance(t, Tensor)} if isinstance(stored, dict) else {}
+    if not tensors:
+        raise UserError(f"{path} holds no weights by name: give the file of a model")
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+def read_pickle(path: Path) -> Any:
+    """A torch file with `weights_only`; classes it names beside tensors are replaced by `Inert`."""
+    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+    if not zipfile.is_zipfile(path):  # torch before 1.6
+        return torch.load(path, map_location="cpu", weights_only=True)
+    foreign = get_unsafe_globals_in_checkpoint(path)
+    with safe_globals([(Inert, name) for name in foreign]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def weight_names(stem: str, half: bool) -> list[str]:
@@ -80,13 +127,32 @@ def build(what: Path, make: Callable[[], Built], device: str = "meta") -> Built:
         raise UserError(f"{what} describes no network ({reason}): copy or download the model again") from error
 
 
-def read_network(folder: Path, kind: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A diffusers network of class `kind` as `dtype` on the CPU, from config.json and weights of any age."""
+def read_network(
+    folder: Path,
+    make: Callable[[dict[str, Any]], Any],
+    dtype: torch.dtype | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Any:
+    """The diffusers network that `make` builds of config.json, with weights of any age, on the CPU.
+
+    dtype: see `load_strict`; None: as stored. names: modules that have other names in the file -> theirs here.
+    """
     settings = {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
-    network = build(folder / "config.json", lambda: kind.from_config(settings))
+    network = build(folder / "config.json", lambda: make(settings))
     weights = {modern(name): tensor for name, tensor in read_weights(weights_file(folder)).items()}
+    for theirs, ours in (names or {}).items():
+        weights = {
+            f"{ours}.{n.removeprefix(f'{theirs}.')}" if n.startswith(f"{theirs}.") else n: weights[n] for n in weights
+        }
     load_strict(network, weights, str(folder), dtype=dtype)
     return network.eval()
+
+
+def modern(name: str) -> str:
+    """The name of an autoencoder's parameter in a diffusers file of any age, as it is today."""
+    return re.sub(
+        r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{OLD_ATTENTION[m[2]]}.", name
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -119,29 +185,34 @@ def load_strict(
     subset: set[str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Load `tensors` into `module`: exactly its state (or the `subset` of names), else UserError naming the keys.
+    """Load `tensors` into `module`: exactly its state (or the `subset` of names), else UserError naming the key.
 
-    The module's parameters take their values. With `dtype` the tensors, floating-point ones as this type, become its
-    parameters: a module that was built on the meta device is then in memory once, and never in another type.
+    The module's parameters take their values. With `dtype` copies of the tensors, floating-point ones as this type,
+    become its parameters: a module that was built on the meta device is then in memory once, and never in another
+    type. Without, a module on the meta device takes the tensors themselves.
     """
-    wanted = set(module.state_dict()) if subset is None else subset
-    missing, unplanned = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
-    if missing or unplanned:
-        raise UserError(
-            f"{what}: {len(missing)} keys are missing (first: {missing[:1]}) and {len(unplanned)} are unplanned "
-            f"(first: {unplanned[:1]}): the file belongs to another model"
-        )
     own = module.state_dict()
-    for name, value in tensors.items():
-        if own[name].is_floating_point() != value.is_floating_point():
-            raise UserError(f"{what}: {name} is stored as {value.dtype}: weights are floating-point numbers")
-        if own[name].shape != value.shape:
-            shapes = f"{tuple(value.shape)}, this model's is {tuple(own[name].shape)}"
-            raise UserError(f"{what}: {name} has shape {shapes}: the file belongs to a model of another size")
+    wanted = own.keys() if subset is None else subset
+    both = sorted(wanted & tensors.keys())
+    kinds = [name for name in both if own[name].is_floating_point() != tensors[name].is_floating_point()]
+    wrong = {
+        "lacks": sorted(wanted - tensors.keys()),
+        "has unknown": sorted(tensors.keys() - wanted),
+        "has no floating-point numbers in": kinds,
+        "has another shape for": [name for name in both if own[name].shape != tensors[name].shape],
+    }
+    for problem, names in wrong.items():
+        if names:
+            shapes = (
+                f" ({tuple(tensors[names[0]].shape)}, not {tuple(own[names[0]].shape)})" if "shape" in problem else ""
+            )
+            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{what} {problem} {names[0]}{shapes}{rest}: it belongs to another model")
+    on_meta = any(tensor.is_meta for tensor in own.values())
     if dtype is not None:  # copies: what is read may be a view of the file, which somebody may write anew
-        kinds = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
-        tensors = {name: tensor.to(kinds[name], copy=True) for name, tensor in tensors.items()}
-    module.load_state_dict(tensors, strict=False, assign=dtype is not None)
+        types = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+        tensors = {name: tensor.to(types[name], copy=True) for name, tensor in tensors.items()}
+    module.load_state_dict(tensors, strict=False, assign=dtype is not None or on_meta)
     log.info("%s: %d keys used, %d of the base kept", what, len(tensors), len(own) - len(tensors))
 
 

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from consissr.config.loading import nearest
 from consissr.errors import UserError
 from consissr.weights.base import BASE_NETWORKS, SD21, base_path
 from consissr.weights.base import choose as choose_base
-from consissr.weights.conversion import CONVERTER, convert
-from consissr.weights.files import ASSETS, BUNDLED, base_of, read_config, weight_names
-from consissr.weights.hub import UnreachableError, check_free, fetch, is_place, split_place
-from consissr.weights.names import Published, Source, by_hand_folder, cache_folder, published
+from consissr.weights.cache import by_hand_folder, cache_folder, check_free, locked, stamp_of, unchanged
+from consissr.weights.conversion import CHECKPOINTS, CONVERTER, ForeignError, convert, release_in
+from consissr.weights.files import ASSETS, BUNDLED, MODEL_FILES, base_of, read_config, weight_names
+from consissr.weights.hub import (
+    UnreachableError,
+    fetch,
+    forget,
+    is_hub_id,
+    recorded,
+    split_hub_id,
+    without_network,
+)
+from consissr.weights.names import Published, Source, published
 
 log = logging.getLogger(__name__)
 
 ORIGIN = "origin.json"
-"""Beside a converted model in the cache: where it is from, and the size of every file of it."""
-
-CHECKPOINTS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-PATIENCE = 2.0
-"""Seconds of waiting for another process before it is said."""
+"""Beside a converted model in the cache: where it is from, and what tells whether its files are as they were made."""
 
 
 def find_model(name: str | Path, half: bool = False) -> Path:
@@ -41,186 +49,185 @@ def find_model(name: str | Path, half: bool = False) -> Path:
         return published_model(published()[name], half)
     if (path / "config.yaml").is_file():
         return path
-    if path.is_file() and path.suffix in CHECKPOINTS or (path / "controlnet" / "config.json").is_file():
-        return converted(path.resolve(), *stamp(path), label=path.name)
     if path.exists():
-        raise UserError(f"{name} is no model folder: it has no config.yaml, nor is it a checkpoint of the authors'")
-    if not is_place(name):
+        source = release_in(path)
+        return converted(source, *state_of(source), label=path.resolve().name)
+    if not is_hub_id(name):
         known = [*BUNDLED, *(known for known in published() if known != SD21)]
         raise UserError(f"model '{name}' is no known name, folder, checkpoint or hub id{nearest(name, known)}")
-    return hub_model(name, half)
+    try:
+        return from_hub(Source(*split_hub_id(name), layout="any"), name, half)
+    except UserError as error:
+        raise UserError(f"'{name}' is no folder here, and as a hub id: {error}") from error
 
 
 def published_model(entry: Published, half: bool) -> Path:
-    """A model of names.yaml: put there by hand, converted before, or from the first place on the hub that has it."""
-    if (by_hand := by_hand_source(entry.name)) is not None:
-        return converted(by_hand, *stamp(by_hand), label=entry.name)
-    if (ready := ready_model(entry.name)) is not None:
+    """A model of names.yaml: put there by hand, converted before, or from the first repository that has it."""
+    if (source := by_hand(entry)) is not None:
+        return converted(source, *state_of(source), label=entry.name)
+    if (ready := ready_model(entry.name, half)) is not None:
         return ready
     reasons, reachable = [], True
     for source in entry.in_order(half):
         try:
-            return from_release(source, entry.name, half, reachable)
+            return from_hub(source, entry.name, half, reachable)
         except UserError as error:
             reasons.append(str(error))
             reachable = reachable and not isinstance(error, UnreachableError)
+    if (ready := ready_model(entry.name, half=True)) is not None:
+        log.warning("%s: its weights in half precision, which are here, have to do", entry.name)
+        return ready
     reason = f" and could not be fetched ({'; '.join(reasons)})" if reasons else ", and is on no hub"
     raise UserError(f"model '{entry.name}' is not on this machine{reason}: {entry.how()}")
 
 
-def by_hand_source(name: str) -> Path | None:
-    """What a user has put into the folder for downloads by hand: a checkpoint, or the folder with controlnet/."""
-    folder = by_hand_folder(name)
-    if (folder / "controlnet" / "config.json").is_file():
+def by_hand(entry: Published) -> Path | None:
+    """What a user has put into the folder for downloads by hand; UserError where some of it is missing or unknown."""
+    folder = by_hand_folder(entry.name)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    lacking = [str(place) for step in entry.by_hand if not any((place := entry.into(step)).glob("*"))]
+    if lacking:
+        raise UserError(
+            f"{folder} is not complete: there is nothing in {' and '.join(lacking)}: {entry.by_hand_words()}"
+        )
+    try:
+        return release_in(folder)
+    except UserError as error:
+        raise UserError(f"{error}; {entry.by_hand_words()}") from error
+
+
+def from_hub(source: Source, label: str, half: bool, reachable: bool = True) -> Path:
+    """A repository: a model folder of ours as it is, a release converted. What proves to be of another kind goes."""
+
+    def choose(files: Collection[str], half: bool) -> list[str]:
+        if source.file:
+            if source.file not in files:
+                raise UserError(f"{source.hub} has no {source.file}")
+            return [source.file]
+        ours = [name for name in files if name.startswith(MODEL_FILES)]
+        return ours if source.layout == "any" and "config.yaml" in files else choose_released(files, half)
+
+    fetched = fetch(source.hub_id, choose, half, reachable)
+    folder = fetched.folder
+    if not source.file and (folder / "config.yaml").is_file():
         return folder
-    files = sorted(path for path in folder.glob("*") if path.suffix in CHECKPOINTS and path.is_file())
-    return files[0] if files else None
-
-
-def from_release(source: Source, label: str, half: bool, reachable: bool = True) -> Path:
-    """A converted model of a repository in a released layout."""
-
-    def choose(files: Collection[str]) -> list[str]:
-        if source.file and source.file not in files:
-            raise UserError(f"{source.hub} has no {source.file}")
-        return [source.file] if source.file else choose_released(files, half)
-
-    folder, commit = fetch(source.place, choose, reachable)
-    checkpoint = folder / source.file if source.file else checkpoint_in(folder)
-    repository, _ = split_place(source.place)
-    base = f"{repository}@{commit}" if is_base(folder) else "auto"  # its own base stays in the hub's cache
-    return converted(checkpoint, f"{repository}/{source.file}", commit, label, base)
-
-
-def hub_model(place: str, half: bool) -> Path:
-    """A repository of the hub: a model folder of ours as it is, a release converted."""
-
-    def choose(files: Collection[str]) -> list[str]:
-        if "config.yaml" in files:
-            return [name for name in files if not name.startswith(".")]
-        return choose_released(files, half)
-
-    folder, _ = fetch(place, choose)
-    if (folder / "config.yaml").is_file():
-        return folder
-    return from_release(Source(*split_place(place), layout="released"), place, half)
+    whole = all((folder / part / "config.json").is_file() for part in BASE_NETWORKS)
+    base = f"{source.hub}@{fetched.commit}" if whole else "auto"  # its own base stays in the hub's cache
+    try:
+        release = folder / source.file if source.file else release_in(folder)
+        return converted(release, f"{source.hub}/{source.file}", fetched.commit, label, base, half)
+    except ForeignError:
+        forget(source.hub_id, fetched)
+        raise
 
 
 def choose_released(files: Collection[str], half: bool) -> list[str]:
     """The files of a release among those of a repository: CCSR v2's folders, with their base, or one checkpoint."""
-    stem = "diffusion_pytorch_model"
-    found = []
+    networks = []
     for part in ("controlnet", "vae"):
-        weights = [f"{part}/{name}" for name in weight_names(stem, half) if f"{part}/{name}" in files]
+        weights = [n for n in weight_names("diffusion_pytorch_model", half) if f"{part}/{n}" in files]
         if weights and f"{part}/config.json" in files:
-            found += [f"{part}/config.json", weights[0]]
-    if found and found[0].startswith("controlnet/"):
+            networks += [f"{part}/config.json", f"{part}/{weights[0]}"]
+    if len(networks) == 4:
         whole = all(f"{part}/config.json" in files for part in BASE_NETWORKS)
-        return list(dict.fromkeys(found + (choose_base(files, half) if whole else [])))
+        return list(dict.fromkeys(networks + (choose_base(files, half) if whole else [])))
     checkpoints = [name for name in files if "/" not in name and name.endswith(CHECKPOINTS)]
     halves = [name for name in checkpoints if "fp16" in name]
-    if len(checkpoints) - len(halves) <= 1 and len(halves) <= 1 and checkpoints:
-        return (halves if half and halves else [c for c in checkpoints if c not in halves] or halves)[:1]
-    raise UserError("the repository is none of ours (no config.yaml), nor one of CCSR's or ConsisSR's checkpoints")
+    full = [name for name in checkpoints if name not in halves]
+    if checkpoints and max(len(full), len(halves)) == 1:
+        return halves if halves and (half or not full) else full
+    several = f", but {len(checkpoints)} checkpoints: download one and give its path" if checkpoints else ""
+    raise UserError(
+        "the repository holds no model: neither config.yaml (ours), nor controlnet/ and vae/ (CCSR v2), nor one "
+        f"checkpoint (CCSR v1, ConsisSR){several}"
+    )
 
 
-def checkpoint_in(folder: Path) -> Path:
-    """The source of a conversion in a fetched folder."""
-    if (folder / "controlnet" / "config.json").is_file():
-        return folder
-    return next(path for path in sorted(folder.iterdir()) if path.suffix in CHECKPOINTS)
-
-
-def is_base(folder: Path) -> bool:
-    """Whether a fetched folder holds a base, too."""
-    return all((folder / part / "config.json").is_file() for part in BASE_NETWORKS)
-
-
-def stamp(path: Path) -> tuple[str, str]:
-    """What tells one state of a local source from another: its place, and its files' sizes and times."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    marks = [f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files]
+def state_of(path: Path) -> tuple[str, str]:
+    """What tells one state of a local source from another: its path, and its files' sizes and times."""
+    marks = [f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files_of(path)]
     return str(path.resolve()), " ".join(marks)
 
 
-def converted(source: Path, place: str, revision: str, label: str, base: str = "auto") -> Path:
-    """The model folder of a release in this project's cache, made once by whichever process comes first."""
-    import hashlib
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or every file below a folder."""
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
-    origin = {"name": label, "source": place, "revision": revision, "converter": CONVERTER}
+
+def converted(source: Path, place: str, revision: str, label: str, base: str = "auto", half: bool = False) -> Path:
+    """The model folder of a release in this project's cache, made once by whichever process comes first.
+
+    place, revision: where the release is from, and its state there. half: it was chosen where half precision will do.
+    """
+    origin = {"name": label, "source": place, "revision": revision, "converter": CONVERTER, "half": half}
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
-    target = cache_folder() / "models" / f"{label.replace('/', '--')}-{digest}"
+    target = cache_folder() / "models" / f"{label.replace('/', '--')[:80]}-{digest}"
+    if intact(target):
+        return target
     with locked(target.name):
         if intact(target):
             return target
-        shutil.rmtree(target, ignore_errors=True)
-        files = [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file()]
-        check_free(target, sum(file.stat().st_size for file in files), f"converting {label}", "CONSISSR_HOME")
+        needed = ("controlnet", "vae") if base != "auto" and source.is_dir() else ("",)
+        size = sum(file.stat().st_size for part in needed for file in files_of(source / part))
+        check_free(target, size, f"converting {label}", "CONSISSR_HOME")
         log.warning("converting %s to %s (once)", label, target)
-        work = target.with_name(f".{target.name}.new")
-        shutil.rmtree(work, ignore_errors=True)
-        try:
-            convert(source, work, base, name=label)
-            sizes = {path.relative_to(work).as_posix(): path.stat().st_size for path in files_of(work)}
-            (work / ORIGIN).write_text(json.dumps(origin | {"sizes": sizes}, indent=1))
-            work.rename(target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        convert(source, target, base, name=label, finish=lambda folder: write_origin(folder, origin))
+        for other in target.parent.iterdir():  # of another state of the same source, or of another converter
+            was = read_origin(other)
+            if other != target and [was.get(key) for key in ("name", "source", "half")] == [label, place, half]:
+                shutil.rmtree(other, ignore_errors=True)
     return target
 
 
-def files_of(folder: Path) -> Iterator[Path]:
-    """Every file below a folder."""
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+def write_origin(folder: Path, origin: dict[str, Any]) -> None:
+    """origin.json, the last file of a conversion."""
+    files = {path.relative_to(folder).as_posix(): stamp_of(path) for path in files_of(folder) if path.name != ORIGIN}
+    save_origin(folder, origin | {"files": files})
 
 
-def read_origin(folder: Path) -> dict:
+def save_origin(folder: Path, origin: dict[str, Any]) -> None:
+    """Write origin.json, whole."""
+    part = folder / f".{ORIGIN}.{os.getpid()}"
+    part.write_text(json.dumps(origin, indent=1))
+    part.replace(folder / ORIGIN)
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
     """origin.json of a converted model; empty where it is damaged or missing."""
     try:
-        found = json.loads((folder / ORIGIN).read_text())
-    except (OSError, ValueError):
+        origin = json.loads((folder / ORIGIN).read_text())
+        return origin if isinstance(origin["files"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def intact(folder: Path) -> bool:
-    """Whether a converted model has every file at its size, and was made by this converter."""
+    """Whether a converted model's files are as this version of the converter made them."""
     origin = read_origin(folder)
-    sizes = origin.get("sizes", {})
-    here = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files_of(folder)}
-    return origin.get("converter") == CONVERTER and bool(sizes) and sizes.items() <= here.items()
+    before = json.dumps(origin)
+    if origin.get("converter") != CONVERTER:
+        return False
+    for name, stamp in origin["files"].items():
+        if not unchanged(folder / name, stamp):
+            log.warning("%s is damaged: the model is made again", folder / name)
+            with suppress(OSError):
+                (folder / ORIGIN).unlink()  # said once
+            return False
+    if json.dumps(origin) != before:  # copied from elsewhere: found to be the same by digest, which need not be twice
+        with suppress(OSError):
+            save_origin(folder, origin)
+    return True
 
 
-def ready_model(name: str) -> Path | None:
-    """The newest intact conversion of a published model."""
-    folders = [f for f in (cache_folder() / "models").glob(f"{name}-*") if read_origin(f).get("name") == name]
-    for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True):
-        if intact(folder):
+def ready_model(name: str, half: bool) -> Path | None:
+    """An intact conversion of a published model; `half`: one that was chosen for half precision will do."""
+    for folder in (cache_folder() / "models").glob("[!.]*"):
+        origin = read_origin(folder)
+        if origin.get("name") == name and (half or not origin.get("half")) and intact(folder):
             return folder
-        log.warning("%s is damaged: it is made again", folder)
     return None
-
-
-@contextmanager
-def locked(name: str) -> Iterator[None]:
-    """One process at a time; the others wait, and say so."""
-    from filelock import FileLock, Timeout
-
-    path = cache_folder() / "locks" / f"{name}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be written ({error}): set CONSISSR_HOME to a folder that can") from error
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=PATIENCE)
-    except Timeout:
-        log.warning("another process is preparing %s: waiting for it", name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def prefetch(name: str, half: bool = False) -> str:
@@ -232,30 +239,41 @@ def prefetch(name: str, half: bool = False) -> str:
     return str(folder)
 
 
-def listing(tell: Callable[[Published], str] = lambda entry: here(entry)) -> list[dict[str, str]]:
-    """Published models as rows: name, method, size, licence, steps, whether it is here."""
+def listing() -> list[dict[str, str]]:
+    """Published models as rows: what they are, where they are from, whether they are here, and what to do by hand."""
     return [
         {
             "name": entry.name,
             "method": entry.method,
-            "download": f"{entry.gigabytes['full']:g} GB",
+            "download": f"{entry.gigabytes['full']:g} GB, or {entry.gigabytes['half']:g} GB in half precision"
+            if entry.gigabytes["half"] < entry.gigabytes["full"]
+            else f"{entry.gigabytes['full']:g} GB",
             "steps": entry.steps,
             "licence": entry.licence,
-            "here": tell(entry) or "not on this machine",
-            "from": ", ".join(dict.fromkeys(source.place for source in entry.sources)) or "no hub",
+            "here": here(entry) or "not on this machine",
+            "from": ", ".join(dict.fromkeys(map(revision_of, entry.sources))) or "no hub",
             "by hand": entry.by_hand_words(),
         }
         for entry in published().values()
     ]
 
 
+def revision_of(source: Source) -> str:
+    """A repository and the commit that is pinned, or that this machine took at its first download."""
+    if source.revision != "main":
+        return f"{source.hub} (pinned: {source.revision[:12]})"
+    known = recorded(source.hub_id)
+    return f"{source.hub} ({f'taken: {known.commit[:12]}' if known else 'main at the first download'})"
+
+
 def here(entry: Published) -> str:
     """Where a published model stands on this machine; empty where it doesn't."""
-    if entry.name != SD21:
-        return str(ready_model(entry.name) or by_hand_source(entry.name) or "")
-    for source in entry.sources:
-        try:
-            return str(fetch(source.place, choose_base, reachable=False)[0])
-        except UserError:
-            continue
-    return ""
+    try:
+        if entry.name != SD21:
+            return str(by_hand(entry) or ready_model(entry.name, half=True) or "")
+    except UserError:
+        return ""
+    if (by_hand_folder(SD21) / "unet").is_dir():
+        return str(by_hand_folder(SD21))
+    copies = (without_network(source.hub_id, choose_base) for source in entry.sources)
+    return next((str(copy.folder) for copy in copies if copy is not None), "")

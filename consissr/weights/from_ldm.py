@@ -16,6 +16,7 @@ from consissr.models.surgery import replace_blocks
 from consissr.models.text import OpenClipText
 from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
+from consissr.weights.files import read_weights
 from consissr.weights.ldm import Report, State
 
 if TYPE_CHECKING:
@@ -53,16 +54,16 @@ def read_base(
 
     Nothing stored in the file runs, nothing is downloaded. UserError for a file of another kind or with unknown keys.
     """
-    state, report = ldm.read_state(path), Report()
+    state, report = read_weights(path), Report(dtype)
     if "model.diffusion_model.input_blocks.0.0.weight" not in state:
         raise UserError(f"{path} is no Stable Diffusion base: it lacks model.diffusion_model.input_blocks.0.0.weight")
     drop_training(state, report)
-    unet, model = read_unet(ldm.take(state, "model.diffusion_model."), report, dtype=dtype)
-    latents = read_latents(ldm.take(state, "first_stage_model."), report, dtype)
-    text = read_text(ldm.take(state, "cond_stage_model.model."), report)  # in float32: it runs on the CPU
+    unet, model = read_unet(ldm.split_off(state, "model.diffusion_model."), report)
+    latents = read_latents(ldm.split_off(state, "first_stage_model."), report)
+    text = read_text(ldm.split_off(state, "cond_stage_model.model."), report)
     if state or model.position_embedding or model.transposed_attention or model.image_prompt != "none":
         name = next(iter(state), "ConsisSR's additions in the UNet")
-        raise UserError(f"{path} is no Stable Diffusion 2 base: it has {name}; convert models with scripts/convert.py")
+        raise UserError(f"{path} is no Stable Diffusion 2 base: it has {name}; convert models with consissr-convert")
     return unet, latents, text, report
 
 
@@ -80,11 +81,11 @@ def drop_training(state: State, report: Report) -> None:
     ):
         raise UserError("the checkpoint was trained with another noise schedule than Stable Diffusion's")
     for prefix in UNUSED:
-        report.ignored[f"training's own ({prefix}*)"] = list(ldm.take(state, prefix))
+        report.ignored[f"training's own ({prefix}*)"] = list(ldm.split_off(state, prefix))
 
 
 def read_unet(
-    state: State, report: Report, heads: Sequence[int] | None = None, dtype: torch.dtype = torch.float32
+    state: State, report: Report, heads: Sequence[int] | None = None
 ) -> tuple[UNet2DConditionModel, ModelConfig]:
     """The UNet with ConsisSR's additions where the weights have them, and what those are; `heads`: per level."""
     from diffusers import UNet2DConditionModel
@@ -99,7 +100,7 @@ def read_unet(
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
         replace_blocks(unet, model)
-    ldm.load_strict(unet, unet_names(state), "unet", report, dtype)
+    report.load(unet, unet_names(state), "unet")
     return unet.eval(), model
 
 
@@ -127,18 +128,18 @@ def additions(state: State, levels: list[ldm.Level]) -> ModelConfig:
     )
 
 
-def read_latents(state: State, report: Report, dtype: torch.dtype = torch.float32) -> Latents:
+def read_latents(state: State, report: Report) -> Latents:
     """The autoencoder."""
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
         vae = AutoencoderKL(**ldm.vae_config(state))
-    ldm.load_strict(vae, ldm.vae_names(state), "vae", report, dtype)
+    report.load(vae, ldm.vae_names(state), "vae")
     return Latents(vae.eval())
 
 
-def read_text(state: State, report: Report, dtype: torch.dtype = torch.float32) -> OpenClipText | None:
-    """The text tower, where the file has one."""
+def read_text(state: State, report: Report) -> OpenClipText | None:
+    """The text tower, where the file has one, in float32: it runs on the CPU."""
     if not state:
         return None
     from open_clip.transformer import TextTransformer
@@ -157,5 +158,5 @@ def read_text(state: State, report: Report, dtype: torch.dtype = torch.float32) 
             layers=ldm.indices(state, "transformer.resblocks"),
             output_dim=ldm.require(state, "text_projection").shape[1],
         )
-    ldm.load_strict(tower, state, "text", report, dtype)
-    return OpenClipText(tower).eval()
+    report.load(tower, state, "text")
+    return OpenClipText(tower).float().eval()

@@ -1,32 +1,28 @@
 """Files from the Hugging Face hub, through its own client: its cache, token, endpoint, offline mode, progress bars.
 
-What a repository holds is written down at the first download (its commit, every file's name, size and SHA-256 where the
-hub knows it): later calls need no network, and what is missing or cut off is fetched again at that commit.
+What a repository holds is written down at the first download (its commit, every file's name, size and SHA-256): later
+calls need no network, and what is missing or damaged is fetched again at that commit.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import shutil
-import zipfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from consissr.errors import UserError
-from consissr.weights.names import cache_folder
+from consissr.weights.cache import cache_folder, check_free, locked, stamp_of, unchanged
+from consissr.weights.names import published
 
 log = logging.getLogger(__name__)
 
-SPARE = 2**28
-"""Bytes that stay free on a disk."""
-
-Choose = Callable[[Collection[str]], list[str]]
-"""Names of a repository's files -> those that are needed; UserError where it is no repository of the kind."""
+Choose = Callable[[Collection[str], bool], list[str]]
+"""(names of a repository's files, whether half precision is preferred) -> those that are needed; UserError where it is
+no repository of the kind."""
 
 
 class UnreachableError(UserError):
@@ -40,21 +36,32 @@ class Listing:
     repository: str
     commit: str
     files: dict[str, dict[str, Any]]
-    """Name -> {"size": bytes or None, "sha256": digest or None}."""
+    """Name -> what `cache.unchanged` compares the file with."""
 
 
-def split_place(place: str) -> tuple[str, str]:
+@dataclass
+class Fetched:
+    """Files of a repository on this machine."""
+
+    folder: Path
+    """The hub's snapshot that holds them."""
+    commit: str
+    new: list[Path] = field(default_factory=list)
+    """Those that were downloaded just now."""
+
+
+def split_hub_id(hub_id: str) -> tuple[str, str]:
     """'owner/name@revision' -> (repository, revision); the revision is 'main' where none is named."""
-    repository, _, revision = place.partition("@")
+    repository, _, revision = hub_id.partition("@")
     return repository, revision or "main"
 
 
-def is_place(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether `name` could be a hub id, with a revision or without."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    repository, _ = split_place(name)
+    repository, _ = split_hub_id(name)
     try:
         validate_repo_id(repository)
     except HFValidationError:
@@ -62,75 +69,122 @@ def is_place(name: str) -> bool:
     return repository.count("/") == 1
 
 
-def fetch(place: str, choose: Choose, reachable: bool = True) -> tuple[Path, str]:
-    """A folder with the files of hub repository `place` that `choose` asks for, and the commit they are of.
+def fetch(hub_id: str, choose: Choose, half: bool = False, reachable: bool = True) -> Fetched:
+    """The files of a repository that `choose` asks for, downloaded by one process where they are not here.
 
-    reachable: whether asking the hub is worth while; without, the caches have to do. UserError in one line: no such
-    repository or file, no network and no copy, too little space, a damaged download (which is not kept).
+    half: half precision will do; what is here in full serves as well. reachable: whether asking the hub is worth while;
+    without, the caches have to do. UserError in one line: no such repository or file, no network and no copy, too
+    little space, a damaged download (which is not kept).
     """
-    known = recorded(place)
-    if known is None:
+    if (ready := present(hub_id, choose, half)) is not None:
+        return ready
+    with locked(record_file(hub_id).stem):
+        if (ready := present(hub_id, choose, half)) is not None:  # by now another process has fetched it
+            return ready
         try:
-            if not reachable:
-                raise UnreachableError(f"{place}: no copy")
-            known = ask(place)
+            listing = recorded(hub_id) or ask(hub_id, reachable)
+            files = choose(listing.files, half)
+            new = download(listing, files, reachable)
         except UnreachableError:
-            if (known := cached(place)) is None:
+            if (other := without_network(hub_id, choose, half)) is None:
                 raise
-    files = choose(known.files)
-    missing = [name for name in files if not is_here(known, name)]
-    if not missing:
-        record(place, known)
-        return folder_of(known, files), known.commit
-    check_space(known, missing)
-    for name in missing:
-        folder = download(known, name).parents[name.count("/")]
-        known.commit = folder.name  # what the file came with, should the listing have said another
-    record(place, known)
-    return folder_of(known, files), known.commit
+            return other
+        record(hub_id, listing)
+    return Fetched(snapshot(listing, files), listing.commit, new)
 
 
-def ask(place: str) -> Listing:
-    """What the hub says a repository holds."""
+def present(hub_id: str, choose: Choose, half: bool) -> Fetched | None:
+    """What was fetched before, if all of it is here and whole."""
+    listing = recorded(hub_id)
+    if not (files := files_here(listing, choose, half)):
+        return None
+    record(hub_id, listing)
+    return Fetched(snapshot(listing, files), listing.commit)
+
+
+def files_here(listing: Listing | None, choose: Choose, half: bool) -> list[str]:
+    """The files that `choose` asks for, in full or where it will do in half precision; empty unless all are whole."""
+    for kind in (False, True) if half else (False,):
+        files = [] if listing is None else choose(listing.files, kind)
+        if files and not [name for name in files if not is_here(listing, name)]:
+            return files
+    return []
+
+
+def without_network(hub_id: str, choose: Choose, half: bool = True) -> Fetched | None:
+    """What is here of a repository in any precision, if only because other programs have left it in the hub's cache."""
+    for listing in (recorded(hub_id), cached(hub_id)):
+        try:
+            files = files_here(listing, choose, half=True)
+            if not files:
+                continue
+            if not half and files != choose(listing.files, False):
+                log.warning("%s: without a network its weights in half precision, which are here, have to do", hub_id)
+            return Fetched(snapshot(listing, files), listing.commit)
+        except UserError:  # what another program needed is no whole model
+            continue
+    return None
+
+
+def ask(hub_id: str, reachable: bool = True) -> Listing:
+    """What the hub says a repository holds; UserError where that is not what names.yaml knows of it."""
     from huggingface_hub import HfApi, constants
 
-    repository, revision = split_place(place)
+    repository, revision = split_hub_id(hub_id)
+    if not reachable:
+        raise UnreachableError(f"{hub_id}: no copy")
     if constants.HF_HUB_OFFLINE:
-        raise UnreachableError(f"{place} is not in the cache of the Hugging Face hub, and HF_HUB_OFFLINE is set")
+        raise UnreachableError(f"{hub_id} is not in the cache of the Hugging Face hub, and HF_HUB_OFFLINE is set")
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=20)
     except network_errors() as error:
-        raise told(place, error) from error
+        raise told(hub_id, error) from error
     files = {
         sibling.rfilename: {"size": sibling.size, "sha256": sibling.lfs.sha256 if sibling.lfs else None}
         for sibling in info.siblings or []
     }
+    for name, digest in known_digests(hub_id).items():
+        if name in files:
+            if files[name]["sha256"] not in (None, digest):
+                raise UserError(f"{hub_id} has another {name} than the one that is known: its SHA-256 is not {digest}")
+            files[name]["sha256"] = digest
     return Listing(repository, info.sha or revision, files)
 
 
-def download(known: Listing, name: str) -> Path:
-    """One file into the hub's cache: its place there. What is damaged does not stay."""
-    from huggingface_hub import hf_hub_download
+def known_digests(hub_id: str) -> dict[str, str]:
+    """SHA-256 of a repository's files, as names.yaml has them."""
+    sources = [source for entry in published().values() for source in entry.sources if source.hub_id == hub_id]
+    return {name: digest for source in sources for name, digest in source.sha256.items()}
 
-    place = f"{known.repository}@{known.commit[:12]}"
-    try:
-        path = Path(hf_hub_download(known.repository, name, revision=known.commit))
-    except network_errors() as error:
-        raise told(f"{place}: {name}", error) from error
-    size = known.files[name]["size"]
-    known.files[name]["size"] = actual = path.stat().st_size
-    digest = known.files[name]["sha256"]
-    damage = ""
-    if size is not None and size != actual:
-        damage = f"it has {actual} bytes instead of {size}"
-    elif digest and sha256_of(path) != digest:
-        damage = f"its SHA-256 is not {digest}"
-    elif reason := what_is_wrong(path):
-        damage = reason
-    if damage:
-        remove(path)
-        raise UserError(f"{name} of {known.repository} came damaged ({damage}) and was not kept: try again")
-    return path
+
+def download(listing: Listing, files: list[str], reachable: bool) -> list[Path]:
+    """What is missing of `files`, into the hub's cache: where it stands. What comes damaged does not stay."""
+    from huggingface_hub import constants, hf_hub_download
+
+    if not reachable:
+        raise UnreachableError(f"{listing.repository}: no copy of all its files")
+    missing = [name for name in files if not is_here(listing, name)]
+    need = sum(listing.files[name]["size"] or 0 for name in missing)
+    check_free(Path(constants.HF_HUB_CACHE), need, listing.repository, "HF_HOME")
+    new = []
+    for name in missing:
+        try:
+            path = Path(hf_hub_download(listing.repository, name, revision=listing.commit))
+        except network_errors() as error:
+            raise told(f"{listing.repository}@{listing.commit[:12]}: {name}", error) from error
+        listing.commit = path.parents[name.count("/")].name  # what it came with, should the listing have said another
+        said, stamp = listing.files[name], stamp_of(path)
+        damage = what_is_wrong(path)
+        if said["size"] not in (None, stamp["size"]):
+            damage = f"it has {stamp['size']} bytes instead of {said['size']}"
+        elif said["sha256"] not in (None, stamp["sha256"]):
+            damage = f"its SHA-256 is not {said['sha256']}"
+        if damage:
+            remove(path)
+            raise UserError(f"{name} of {listing.repository} came damaged ({damage}) and was not kept: try again")
+        listing.files[name] = stamp
+        new.append(path)
+    return new
 
 
 def what_is_wrong(path: Path) -> str:
@@ -143,17 +197,9 @@ def what_is_wrong(path: Path) -> str:
                 pass
         elif path.suffix == ".json":
             json.loads(path.read_text("utf-8"))
-        elif path.suffix == ".ckpt" and not zipfile.is_zipfile(path) and not is_pickle(path):
-            return "it is no checkpoint"
     except (SafetensorError, ValueError, OSError) as error:
         return str(error).splitlines()[0]
     return ""
-
-
-def is_pickle(path: Path) -> bool:
-    """Whether a file begins as pickles do."""
-    with open(path, "rb") as file:
-        return file.read(1) == b"\x80"
 
 
 def remove(path: Path) -> None:
@@ -163,129 +209,101 @@ def remove(path: Path) -> None:
     blob.unlink(missing_ok=True)
 
 
-def is_here(known: Listing, name: str) -> bool:
-    """Whether a file is whole in the hub's cache; one of another size is removed."""
+def path_here(listing: Listing, name: str) -> Path | None:
+    """A file's place in the hub's cache, if it is there."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(known.repository, name, revision=known.commit)
-    if not isinstance(path, str) or not os.path.isfile(path):
+    path = try_to_load_from_cache(listing.repository, name, revision=listing.commit)
+    return Path(path) if isinstance(path, str) and os.path.isfile(path) else None
+
+
+def is_here(listing: Listing, name: str) -> bool:
+    """Whether a file is whole in the hub's cache; a damaged one is removed."""
+    path = path_here(listing, name)
+    if path is None:
         return False
-    size = known.files[name]["size"]
-    if (size is None or os.path.getsize(path) == size) and not what_is_wrong(Path(path)):
+    if unchanged(path, listing.files[name]) and not what_is_wrong(path):
         return True
-    log.warning("%s of %s is damaged in the cache: it is fetched again", name, known.repository)
-    remove(Path(path))
+    log.warning("%s of %s is damaged in the cache: it is fetched again", name, listing.repository)
+    remove(path)
     return False
 
 
-def folder_of(known: Listing, files: list[str]) -> Path:
-    """The snapshot that holds `files`."""
-    from huggingface_hub import try_to_load_from_cache
-
-    name = files[0]
-    path = try_to_load_from_cache(known.repository, name, revision=known.commit)
-    return Path(path).parents[name.count("/")]
+def snapshot(listing: Listing, files: list[str]) -> Path:
+    """The folder that holds `files`."""
+    return path_here(listing, files[0]).parents[files[0].count("/")]
 
 
-def check_space(known: Listing, missing: list[str]) -> None:
-    """UserError where the disk of the hub's cache is too small for what is missing."""
-    from huggingface_hub import constants
-
-    need = sum(known.files[name]["size"] or size_of(known, name) for name in missing)
-    check_free(Path(constants.HF_HUB_CACHE), need, known.repository, "HF_HOME")
-
-
-def size_of(known: Listing, name: str) -> int:
-    """The size of a file that the hub's listing leaves out, 0 where the hub doesn't say."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    try:
-        return get_hf_file_metadata(hf_hub_url(known.repository, name, revision=known.commit)).size or 0
-    except network_errors() as error:
-        raise told(f"{known.repository}: {name}", error) from error
-
-
-def check_free(folder: Path, need: int, what: str, variable: str) -> None:
-    """UserError unless the disk of `folder` has `need` bytes."""
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if need and need + SPARE > free:
-        raise UserError(
-            f"{what} needs {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: make room, or set "
-            f"{variable} to a folder on another disk"
-        )
-
-
-def record_file(place: str) -> Path:
+def record_file(hub_id: str) -> Path:
     """Where the listing of a repository is written down."""
-    return cache_folder() / "hub" / f"{place.replace('/', '--')}.json"
+    return cache_folder() / "hub" / f"{hub_id.replace('/', '--')}.json"
 
 
-def record(place: str, known: Listing) -> None:
-    """Write a listing down, under the place's name and under the commit's."""
-    for name in {place, f"{known.repository}@{known.commit}"}:
+def record(hub_id: str, listing: Listing) -> None:
+    """Write a listing down, under the hub id that was asked for and under the commit's, where that can be done."""
+    text = json.dumps(vars(listing))
+    for name in {hub_id, f"{listing.repository}@{listing.commit}"}:
         path = record_file(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.read_text("utf-8") == text:
+            continue
         part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_text(json.dumps(vars(known)), "utf-8")
-        part.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(text, "utf-8")
+            part.replace(path)
+        except OSError as error:
+            log.debug("%s cannot be written: %s", path, error)
 
 
-def recorded(place: str) -> Listing | None:
+def forget(hub_id: str, fetched: Fetched) -> None:
+    """Remove what was downloaded just now, and what is written down of the repository: the hub is asked anew."""
+    repository, _ = split_hub_id(hub_id)
+    for path in fetched.new:
+        remove(path)
+    for name in {hub_id, f"{repository}@{fetched.commit}"} if fetched.new else ():
+        record_file(name).unlink(missing_ok=True)
+
+
+def recorded(hub_id: str) -> Listing | None:
     """The listing that was written down; None where there is none, or it is damaged."""
     try:
-        return Listing(**json.loads(record_file(place).read_text("utf-8")))
+        return Listing(**json.loads(record_file(hub_id).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def cached(place: str) -> Listing | None:
+def cached(hub_id: str) -> Listing | None:
     """What other programs have left of a repository in the hub's cache."""
     from huggingface_hub import snapshot_download
 
-    repository, revision = split_place(place)
+    repository, revision = split_hub_id(hub_id)
     try:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except network_errors():
         return None
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    sizes = {name: {"size": path.stat().st_size, "sha256": None} for name, path in files.items()}
-    return Listing(repository, folder.name, sizes) if files else None
+    return Listing(repository, folder.name, {name: {"size": None, "sha256": None} for name in files})
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises; its HTTP library's errors are no OSError in every version."""
+    """What the hub's client raises; not every version's HTTP errors are OSErrors, xet's are RuntimeErrors."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-    return (OSError, ValueError, EntryNotFoundError, *HfHubHTTPError.__bases__)
+    return (OSError, ValueError, RuntimeError, EntryNotFoundError, *HfHubHTTPError.__bases__)
 
 
 def told(what: str, error: Exception) -> UserError:
     """One line for an error of the hub's client."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return UserError(f"{what} asks for an accepted licence: accept it on its page and set HF_TOKEN")
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return UserError(f"{what} is no repository of the hub, or private (then set HF_TOKEN)")
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return UserError(f"{what}: the hub has no such revision")
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return UserError(f"{what} is not on the hub")
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no answer'}"
-    if isinstance(error, HfHubHTTPError):
-        return UserError(f"{what} could not be fetched ({reason})")
-    return UnreachableError(f"{what} could not be fetched ({reason})")
-
-
-def sha256_of(path: Path) -> str:
-    """The digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    kind = UserError if isinstance(error, errors.HfHubHTTPError) else UnreachableError
+    return kind(f"{what} could not be fetched ({reason})")

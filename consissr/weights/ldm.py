@@ -1,13 +1,10 @@
-"""Checkpoints in latent-diffusion naming (LDM): safe reading, sizes from the weights, names in diffusers' layout."""
+"""Checkpoints in latent-diffusion naming (LDM): sizes from the weights, names in diffusers' layout."""
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 
 from consissr.config.sd21 import SCALING_FACTOR
 from consissr.errors import UserError
+from consissr.weights.files import load_strict
 
 State = dict[str, Tensor]
 
@@ -37,28 +35,22 @@ VAE_ATTENTION = {
 }
 """Names inside the autoencoder's attention."""
 
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""The same in diffusers' files before 0.15."""
-
-
-class Inert:
-    """Stands in for every class that a checkpoint names but weights don't need: nothing of it runs."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
 
 @dataclass
 class Report:
     """What became of every key of a checkpoint."""
 
+    dtype: torch.dtype | None = None
+    """What networks are read as; None: as stored, without a copy."""
     used: dict[str, int] = field(default_factory=dict)
     """Part of the model -> number of tensors loaded into it."""
     ignored: dict[str, list[str]] = field(default_factory=dict)
     """Reason -> keys that were left out on purpose."""
+
+    def load(self, module: nn.Module, state: State, part: str) -> None:
+        """Load exactly `state` into `module` and count it; UserError where a key or a shape does not fit."""
+        load_strict(module, state, f"the checkpoint's {part}", dtype=self.dtype)
+        self.used[part] = len(state)
 
     def lines(self) -> list[str]:
         """One line per part and per reason."""
@@ -66,75 +58,18 @@ class Report:
         return used + [f"ignored  {len(keys):5d}  {reason}" for reason, keys in self.ignored.items() if keys]
 
 
-def read_state(path: str | Path) -> State:
-    """Every tensor of a .safetensors file or of a .ckpt/.pth/.bin file, without running anything stored in it.
-
-    A Lightning file's `state_dict` is unwrapped and a `module.` prefix removed. UserError if the file is missing,
-    damaged or holds no state dict.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist: give the path of a .ckpt or .safetensors file")
-    try:
-        found = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks to run {code[1]}, which weights never need" if code else "it is no checkpoint, or damaged"
-        raise UserError(f"{path} was not loaded: {reason}; download it again from its authors") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason}): download it again") from error
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{path} holds no state dict: give the authors' checkpoint file")
-    state = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def read_safetensors(path: Path) -> State:
-    """All tensors of a safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-
-
-def read_pickle(path: Path) -> Any:
-    """A torch file with `weights_only`; classes it names beside tensors are replaced by `Inert`."""
-    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-
-    if not zipfile.is_zipfile(path):  # torch before 1.6
-        return torch.load(path, map_location="cpu", weights_only=True)
-    foreign = get_unsafe_globals_in_checkpoint(path)
-    with safe_globals([(Inert, name) for name in foreign]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def take(state: State, prefix: str) -> State:
+def split_off(state: State, prefix: str) -> State:
     """Remove and return the entries below `prefix`, without the prefix."""
     names = [name for name in state if name.startswith(prefix)]
     return {name.removeprefix(prefix): state.pop(name) for name in names}
 
 
-def load_strict(module: nn.Module, state: State, part: str, report: Report, dtype: torch.dtype = torch.float32) -> None:
-    """Load `state` as `dtype` into `module`, which may be on the meta device; UserError unless every key fits."""
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    wanted = module.state_dict()
-    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    both = sorted(wanted.keys() & state.keys())
-    wrong = [n for n in both if wanted[n].shape != state[n].shape]
-    kind = [n for n in both if wanted[n].is_floating_point() != state[n].is_floating_point()]
-    checks = ((missing, "lacks"), (unexpected, "has unknown"), (wrong, "has another shape for"))
-    for names, what in (*checks, (kind, "holds no floating-point numbers in")):
-        if names:
-            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"the checkpoint {what} {names[0]}{rest} ({part}): it is not a model of this kind")
-    module.load_state_dict(state, assign=True)
-    report.used[part] = len(state)
+def refuse_rest(state: State, kind: str) -> None:
+    """UserError where a key is left of a checkpoint that every part was split off."""
+    if state:
+        raise UserError(
+            f"the checkpoint has an unknown key, {next(iter(state))} ({len(state) - 1} more): it is not {kind}"
+        )
 
 
 def rename(state: State, pairs: dict[str, str], inner: dict[str, str]) -> State:
@@ -262,13 +197,6 @@ def vae_names(state: State) -> State:
             tensor = tensor.flatten(1) if tensor.ndim == 4 else tensor
         renamed[ours] = tensor
     return renamed
-
-
-def modern(name: str) -> str:
-    """The name of an autoencoder's parameter in a diffusers file of any age, as it is today."""
-    return re.sub(
-        r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{OLD_ATTENTION[m[2]]}.", name
-    )
 
 
 def vae_config(state: State) -> dict[str, Any]:

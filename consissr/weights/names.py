@@ -1,8 +1,7 @@
-"""Published models by name, as names.yaml lists them, and this project's own cache."""
+"""Published models by name, as names.yaml lists them."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -10,29 +9,33 @@ from typing import Any
 
 import yaml
 
+from consissr.weights.cache import by_hand_folder, cache_folder
+
 
 @dataclass(frozen=True)
 class Source:
-    """A place on the hub."""
+    """A repository on the hub."""
 
     hub: str
     revision: str
     layout: str
-    """'released' or 'base'."""
+    """'released', 'base', or 'any' where nothing is known."""
     file: str = ""
     """The checkpoint in the repository, where it is one file."""
     half: bool = False
     """Whether the file is in half precision."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Digests of its files, where they are known."""
 
     @property
-    def place(self) -> str:
+    def hub_id(self) -> str:
         """owner/name, with the revision where one is pinned."""
         return self.hub if self.revision == "main" else f"{self.hub}@{self.revision}"
 
 
 @dataclass(frozen=True)
 class Published:
-    """One entry of names.yaml."""
+    """One entry of names.yaml, which explains the fields."""
 
     name: str
     what: str
@@ -40,26 +43,35 @@ class Published:
     licence: str
     steps: str
     gigabytes: dict[str, float]
-    by_hand: dict[str, str]
+    by_hand: list[dict[str, str]]
+    sampler: dict[str, Any] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
+    builds_on: str = ""
 
     def in_order(self, half: bool) -> list[Source]:
-        """The places to try: first those in half precision where `half` will do, else those in full."""
+        """The repositories to try: first those in half precision where `half` will do, else those in full."""
         return sorted(self.sources, key=lambda source: source.half != half)
 
     def by_hand_words(self) -> str:
-        """What to download in a browser, and where to put it."""
-        files, page = self.by_hand["files"], self.by_hand["page"]
-        return f"download {files} from {page} into {by_hand_folder(self.name)}"
+        """What to download in a browser, and where to put it; with what it builds on."""
+        each = [f"{step['files']} from {step['page']} into {self.into(step)}" for step in self.by_hand]
+        base = f"; and {published()[self.builds_on].by_hand_words()}" if self.builds_on else ""
+        return f"download {', and '.join(each)}{base}"
+
+    def into(self, step: dict[str, str]) -> Path:
+        """The folder of one step by hand."""
+        return by_hand_folder(self.name) / step.get("into", "")
 
     def how(self) -> str:
         """What to do for this model without the hub, or without a network."""
         if not self.sources:
             return self.by_hand_words()
-        size = f"about {self.gigabytes['full']:g} GB"
+        from huggingface_hub import constants
+
         return (
-            f"where there is a network run scripts/convert.py --prefetch {self.name} ({size}) and copy "
-            f"{cache_folder()} and the hub's cache, or {self.by_hand_words()}"
+            f"where there is a network run consissr-convert --prefetch {self.name} (about "
+            f"{self.gigabytes['full']:g} GB) and copy {cache_folder()} and {constants.HF_HUB_CACHE}, or "
+            f"{self.by_hand_words()}"
         )
 
 
@@ -71,15 +83,3 @@ def published() -> dict[str, Published]:
         name: Published(name=name, **{**entry, "sources": [Source(**source) for source in entry["sources"]]})
         for name, entry in listed.items()
     }
-
-
-def cache_folder() -> Path:
-    """Where converted models stand: CONSISSR_HOME, or consissr/ in the user's cache."""
-    if home := os.environ.get("CONSISSR_HOME"):
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "consissr"
-
-
-def by_hand_folder(name: str) -> Path:
-    """Where files that can only be downloaded by hand are put."""
-    return cache_folder() / "by-hand" / name

@@ -19,9 +19,11 @@ from consissr.models.image_prompt import Adapter, ImagePrompt
 from consissr.models.text import OpenClipText
 from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
+from consissr.weights.files import read_weights
 from consissr.weights.from_ldm import drop_training, read_latents, read_unet
 from consissr.weights.ldm import Report, State
 from consissr.weights.model import Model
+from consissr.weights.names import published
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -33,24 +35,13 @@ ADAPTER = {"0": "norm", "1": "linear_1", "4": "linear_2", "6": "linear_3"}
 HEAD_WIDTHS = {1280: 80}
 """CLIP tower width -> width of a head, where it isn't 64 (ViT-H-14); the weights don't show it."""
 
-AS_RELEASED = SamplerConfig(
-    plan="ddpm",
-    steps=50,
-    timesteps=[list(step) for step in ddpm_plan(50)],
-    start="noise",
-    guidance=5.0,
-    positive="clean, high-resolution, 8k",
-    negative="dotted, noise, blur, lowres, smooth",
-    first_prompt="guided",
-    geometry="consissr",
-    short_side=512,
-)
+AS_RELEASED = SamplerConfig(**published()["consissr"].sampler, timesteps=[list(step) for step in ddpm_plan(50)])
 """How the authors sample."""
 
 
 @dataclass(kw_only=True)
 class Released(Model):
-    """A published model, float32: what its authors' files hold."""
+    """A published model: what its authors' files hold, in the number types they have it in."""
 
     kind: str
     """'ConsisSR', 'ConsisSR's first stage (RCLIP)', 'CCSR v1' or 'CCSR v2'."""
@@ -71,22 +62,20 @@ def read(source: str | Path | State, clip: dict[str, Any] | None = None) -> Rele
     `clip` is an open_clip model config (embed_dim, vision_cfg, text_cfg); without it sizes come from the weights, with
     ViT-H-14's head widths. UserError for a file that is not ConsisSR's, is incomplete, or has keys left over.
     """
-    state = dict(source) if isinstance(source, dict) else ldm.read_state(source)
+    state = dict(source) if isinstance(source, dict) else read_weights(source)
     if not is_released(state):
         raise UserError("the checkpoint is not a ConsisSR release: it has no cond_stage_model.ft_layers_4 keys")
     report = Report()
-    teacher = ldm.take(state, "cond_stage_model.model.v_fix.")
+    teacher = ldm.split_off(state, "cond_stage_model.model.v_fix.")
     report.ignored["teacher of the RCLIP stage"] = list(teacher)
     drop_training(state, report)
-    unet, model = read_unet(ldm.take(state, "model.diffusion_model."), report)
-    controlnet = read_controlnet(ldm.take(state, "control_model."), unet, model, report)
-    latents = read_latents(ldm.take(state, "first_stage_model."), report)
-    hint_latents = read_hint_encoder(ldm.take(state, "cond_encoder."), latents, report)
-    tower = ldm.take(state, "cond_stage_model.model.")
-    adapter = ldm.take(state, "cond_stage_model.ft_layers_4.")
-    if state:
-        name, rest = next(iter(state)), len(state) - 1
-        raise UserError(f"the checkpoint has an unknown key, {name} ({rest} more): it is not a ConsisSR release")
+    unet, model = read_unet(ldm.split_off(state, "model.diffusion_model."), report)
+    controlnet = read_controlnet(ldm.split_off(state, "control_model."), unet, model, report)
+    latents = read_latents(ldm.split_off(state, "first_stage_model."), report)
+    hint_latents = read_hint_encoder(ldm.split_off(state, "cond_encoder."), latents, report)
+    tower = ldm.split_off(state, "cond_stage_model.model.")
+    adapter = ldm.split_off(state, "cond_stage_model.ft_layers_4.")
+    ldm.refuse_rest(state, "a ConsisSR release")
     encoder = read_clip(tower, clip, report)
     return Released(
         kind="ConsisSR's first stage (RCLIP)" if teacher else "ConsisSR",
@@ -97,7 +86,7 @@ def read(source: str | Path | State, clip: dict[str, Any] | None = None) -> Rele
         decoder="own",
         hint_latents=hint_latents,
         image_prompt=ImagePrompt(encoder.visual, read_adapter(adapter, report)).eval(),
-        text=OpenClipText(encoder).eval(),
+        text=OpenClipText(encoder).float().eval(),
         report=report,
     )
 
@@ -111,7 +100,7 @@ def read_controlnet(state: State, unet: UNet2DConditionModel, model: ModelConfig
             unet, load_weights_from_unet=False, conditioning_channels=unet.config.in_channels
         )
         controlnet = empty_controlnet(stock.config, model)
-    ldm.load_strict(controlnet, controlnet_names(state), "controlnet", report)
+    report.load(controlnet, controlnet_names(state), "controlnet")
     return controlnet.eval()
 
 
@@ -132,7 +121,7 @@ def read_hint_encoder(state: State, latents: Latents, report: Report) -> Latents
     names = ldm.vae_names(state)
     own = latents.vae.state_dict()
     if names.keys() == {n for n in own if n.startswith(("encoder.", "quant_conv."))} and all(
-        torch.equal(own[name], tensor.float()) for name, tensor in names.items()
+        torch.equal(own[name].float(), tensor.float()) for name, tensor in names.items()
     ):
         report.ignored["hint encoder, equal to the autoencoder's"] = list(state)
         return None
@@ -140,7 +129,7 @@ def read_hint_encoder(state: State, latents: Latents, report: Report) -> Latents
         vae = AutoencoderKL(**latents.vae.config)
     vae.decoder, vae.post_quant_conv = latents.vae.decoder, latents.vae.post_quant_conv
     decoder = {name: tensor for name, tensor in own.items() if name not in names}
-    ldm.load_strict(vae, names | decoder, "hint encoder", report)
+    report.load(vae, names | decoder, "hint encoder")
     report.used["hint encoder"] = len(names)
     return Latents(vae.eval())
 
@@ -152,7 +141,7 @@ def read_clip(state: State, config: dict[str, Any] | None, report: Report) -> CL
     config = config or clip_config(state)
     with torch.device("meta"):
         clip = CLIP(config["embed_dim"], dict(config["vision_cfg"]), dict(config["text_cfg"]))
-    ldm.load_strict(clip, state, "clip", report)
+    report.load(clip, state, "clip")
     return clip.eval()
 
 
@@ -182,15 +171,10 @@ def clip_config(state: State) -> dict[str, Any]:
 
 
 def read_adapter(state: State, report: Report) -> Adapter:
-    """The layers between the image tower and the image branch."""
+    """The layers between the image tower and the image branch, under our names."""
     features = ldm.require(state, "0.weight").shape[0]
     width = ldm.require(state, "6.weight").shape[0]
     with torch.device("meta"):
         adapter = Adapter(features, width)
-    ldm.load_strict(adapter, adapter_names(state), "image adapter", report)
+    report.load(adapter, ldm.rename(state, ADAPTER, {}), "image adapter")
     return adapter.eval()
-
-
-def adapter_names(state: State) -> State:
-    """An image adapter's weights under our names."""
-    return ldm.rename(state, ADAPTER, {})

@@ -7,8 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
@@ -20,9 +18,10 @@ from consissr.models.surgery import replace_blocks
 from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
 from consissr.weights.base import schedule_of
-from consissr.weights.files import build, read_json, weights_file
+from consissr.weights.files import read_json, read_network, read_weights
 from consissr.weights.from_ldm import drop_training, read_latents, read_text, read_unet
 from consissr.weights.ldm import Report, State
+from consissr.weights.names import published
 from consissr.weights.released import Released, read_controlnet, read_hint_encoder
 
 if TYPE_CHECKING:
@@ -41,39 +40,11 @@ def jump(times: Sequence[int]) -> list[list[int | str]]:
     return [[999, times[0], "renoise"], *steps, [times[-1], CLEAN, "x0"]]
 
 
-AS_RELEASED_V2 = SamplerConfig(
-    plan="nuts",
-    timesteps=jump([499]),
-    steps=6,
-    t_max=2 / 3,
-    t_min=1 / 2,
-    grid="leading",
-    start="lq",
-    guidance=4.5,
-    positive="clean, high-resolution, 8k",
-    negative="blurry, dotted, noise, raster lines, unclear, lowres, over-smoothed",
-    first_prompt="negative",
-    posterior="sample",
-    posterior_rows=2,
-    geometry="ccsr",
-    short_side=512,
-    tile=0,
-)
+AS_RELEASED_V2 = SamplerConfig(**published()["ccsr-v2"].sampler, timesteps=jump([499]))
 """How the authors sample with v2 in two steps, by the README's command without tiles (one step: steps 1, t_min 0,
 guidance 1)."""
 
-AS_RELEASED_V1 = SamplerConfig(
-    plan="nuts",
-    timesteps=jump(grid(45, "linspace")[29:14:-1]),
-    steps=45,
-    t_max=2 / 3,
-    t_min=1 / 3,
-    grid="linspace",
-    start="noise",
-    geometry="ccsr_v1",
-    short_side=512,
-    tile=0,
-)
+AS_RELEASED_V1 = SamplerConfig(**published()["ccsr-v1"].sampler, timesteps=jump(grid(45, "linspace")[29:14:-1]))
 """How the authors sample with v1, in 16 evaluations."""
 
 
@@ -90,74 +61,56 @@ def is_v1(state: State) -> bool:
     return first is not None and plain is not None and first.shape[1] == 2 * plain.shape[1]
 
 
-def read_v2(source: str | Path) -> Released:
+def read_v2(source: str | Path, with_base: bool = True) -> Released:
     """A folder with controlnet/, and vae/, unet/ and scheduler/ where they are there, in diffusers 0.21's layout.
 
-    UserError for a folder that is not CCSR v2's, a damaged file, keys that don't fit or another kind of schedule.
+    with_base: whether unet/ and scheduler/ are read. UserError for a folder that is not CCSR v2's, a damaged file, keys
+    that don't fit or another kind of schedule.
     """
+    from diffusers import AutoencoderKL
+
     source = Path(source)
     if not is_v2(source):
         raise UserError(f"{source} is not CCSR v2's: it needs controlnet/config.json with use_vae_encode_condition")
-    report = Report()
-    found = Released(
+    vae, base = source / "vae", with_base and (source / "unet").is_dir()
+    model = Released(
         kind="CCSR v2",
         config=FolderConfig(model=MODEL, sampler=AS_RELEASED_V2),
-        controlnet=read_v2_controlnet(source / "controlnet", report),
-        unet=read_v2_unet(source / "unet", report) if (source / "unet").is_dir() else None,
-        latents=read_v2_vae(source / "vae", report) if (source / "vae").is_dir() else None,
-        report=report,
+        controlnet=read_v2_controlnet(source / "controlnet"),
+        unet=read_network(source / "unet", empty_unet) if base else None,
+        latents=Latents(read_network(vae, AutoencoderKL.from_config)) if vae.is_dir() else None,
+        decoder="own" if vae.is_dir() else "base",
     )
-    found.decoder = "base" if found.latents is None else "own"
     scheduler = source / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
+    if with_base and scheduler.is_file():
         # The release trains and takes its first step as if the UNet predicted noise, whatever is said here; only a
         # model of someone else's may mean more by it.
-        found.betas, found.prediction_type = schedule_of(scheduler)
-    return found
+        model.betas, model.prediction_type = schedule_of(scheduler)
+    networks = {"controlnet": model.controlnet, "unet": model.unet, "vae": model.latents}
+    model.report.used |= {name: len(n.state_dict()) for name, n in networks.items() if n is not None}
+    return model
 
 
-def read_part(folder: Path) -> tuple[dict[str, Any], State]:
-    """config.json and weights of one part."""
-    config = {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
-    return config, ldm.read_state(weights_file(folder))
-
-
-def read_v2_controlnet(folder: Path, report: Report) -> ControlNetModel:
+def read_v2_controlnet(folder: Path) -> ControlNetModel:
     """The ControlNet; its hint convolution moves to our name."""
-    config, state = read_part(folder)
-    if not config.pop("use_vae_encode_condition"):
+    if not read_json(folder / "config.json")["use_vae_encode_condition"]:
         raise UserError(
             f"{folder} was made for pixel hints (use_vae_encode_condition is false): give CCSR v2's ControlNet"
         )
-    controlnet = build(folder / "config.json", lambda: empty_controlnet(config, MODEL))
-    renamed = {
-        name.replace(HINT, "controlnet_cond_embedding.0") if name.startswith(HINT) else name: tensor
-        for name, tensor in state.items()
-    }
-    ldm.load_strict(controlnet, renamed, "controlnet", report)
-    return controlnet.eval()
+
+    def empty(settings: dict[str, Any]) -> ControlNetModel:
+        return empty_controlnet({n: s for n, s in settings.items() if n != "use_vae_encode_condition"}, MODEL)
+
+    return read_network(folder, empty, names={HINT: "controlnet_cond_embedding.0"})
 
 
-def read_v2_vae(folder: Path, report: Report) -> Latents:
-    """The autoencoder; its attention may carry diffusers' old names."""
-    from diffusers import AutoencoderKL
-
-    config, state = read_part(folder)
-    vae = build(folder / "config.json", lambda: AutoencoderKL.from_config(config))
-    ldm.load_strict(vae, {ldm.modern(name): tensor for name, tensor in state.items()}, "vae", report)
-    return Latents(vae.eval())
-
-
-def read_v2_unet(folder: Path, report: Report) -> UNet2DConditionModel:
-    """The base's UNet, where it was copied beside the ControlNet."""
+def empty_unet(settings: dict[str, Any]) -> UNet2DConditionModel:
+    """The base's UNet, with our blocks."""
     from diffusers import UNet2DConditionModel
 
-    config, state = read_part(folder)
-    unet = build(folder / "config.json", lambda: UNet2DConditionModel.from_config(config))
-    with torch.device("meta"):
-        replace_blocks(unet, MODEL)
-    ldm.load_strict(unet, state, "unet", report)
-    return unet.eval()
+    unet = UNet2DConditionModel.from_config(settings)
+    replace_blocks(unet, MODEL)
+    return unet
 
 
 def read_v1(source: str | Path | State, heads: Sequence[int] | None = None) -> Released:
@@ -165,20 +118,18 @@ def read_v1(source: str | Path | State, heads: Sequence[int] | None = None) -> R
 
     The ControlNet's first convolution over [z_t, hint] becomes two: one on z_t, which keeps the bias, and the hint's.
     """
-    state = dict(source) if isinstance(source, dict) else ldm.read_state(source)
+    state = dict(source) if isinstance(source, dict) else read_weights(source)
     if not is_v1(state):
         raise UserError("the checkpoint is not CCSR v1's: its ControlNet does not take latent and hint together")
     report = Report()
     drop_training(state, report)
-    unet, _ = read_unet(ldm.take(state, "model.diffusion_model."), report, heads)
-    control = split_first(ldm.take(state, "control_model."))
+    unet, _ = read_unet(ldm.split_off(state, "model.diffusion_model."), report, heads)
+    control = split_first(ldm.split_off(state, "control_model."))
     controlnet = read_controlnet(control, unet, MODEL, report)
-    latents = read_latents(ldm.take(state, "first_stage_model."), report)
-    encoder = ldm.take(state, "cond_encoder.")
-    text = read_text(ldm.take(state, "cond_stage_model.model."), report)
-    if state:
-        name, rest = next(iter(state)), len(state) - 1
-        raise UserError(f"the checkpoint has an unknown key, {name} ({rest} more): it is not CCSR v1's")
+    latents = read_latents(ldm.split_off(state, "first_stage_model."), report)
+    encoder = ldm.split_off(state, "cond_encoder.")
+    text = read_text(ldm.split_off(state, "cond_stage_model.model."), report)
+    ldm.refuse_rest(state, "CCSR v1's")
     return Released(
         kind="CCSR v1",
         config=FolderConfig(model=MODEL, sampler=AS_RELEASED_V1),

@@ -16,6 +16,7 @@ from consissr.training.rclip import Rclip
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala
 from consissr.weights import from_ldm, ldm, released
+from consissr.weights.files import read_weights
 from tests.training.plain import Recorded, only, start, watched
 
 NOISES = ("posterior_noise_hq", "posterior_noise_lq", "eps")
@@ -133,11 +134,14 @@ def norms(fixture: Fixture, parameters: dict[str, nn.Parameter], stage: Tala) ->
 
 def by_released_name(fixture: Fixture) -> Iterator[tuple[str, nn.Parameter]]:
     """Our parameters under the names of the authors' file, through the readers' own renaming."""
-    model, state = fixture.model, ldm.read_state(fixture.weights_folder / "weights.safetensors")
+    model, state = fixture.model, read_weights(fixture.weights_folder / "weights.safetensors")
     parts = {
         "model.diffusion_model.": (from_ldm.unet_names, model.unet),
         "control_model.": (released.controlnet_names, model.controlnet),
-        "cond_stage_model.ft_layers_4.": (released.adapter_names, model.image_prompt.adapter),
+        "cond_stage_model.ft_layers_4.": (
+            lambda weights: ldm.rename(weights, released.ADAPTER, {}),
+            model.image_prompt.adapter,
+        ),
     }
     for prefix, (rename, module) in parts.items():
         stored = ldm.take(state, prefix)

@@ -164,7 +164,7 @@ def test_results_of_another_origin_stand_elsewhere(tmp_path: Path, save, make_pi
     save(lr, {"a": make_picture(1, size=(8, 8))})
     others.append(produced())
     assert len({folder, *(other["CCSR-S1"] for other in others)}) == 5
-    assert origin.record(folder)["flags"] == ["--plan", "nuts", "--steps", "1"]
+    assert origin.record(folder)["flags"] == ["--plan", "nuts", "--steps", "1", "--guidance", "1"]
 
 
 def test_rows_are_timed_with_the_model_named_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_rows_are_timed_with_the_model_named_for_them(monkeypatch: pytest.Monkey
     table = load_table("ccsr/table7", TABLES)
     seconds = produce.timer(table, ["CCSR-S1=runs/a"], Path("infer.py"))
     assert seconds("CCSR-S1") == 1.5 and math.isnan(seconds("CCSR-S2"))
-    assert calls == [("runs/a", ["--plan", "nuts", "--steps", "1"])]
+    assert calls == [("runs/a", ["--plan", "nuts", "--steps", "1", "--guidance", "1"])]
     assert produce.timer(table, ["nano-ccsr"], Path("infer.py"))("CCSR-S2") == 1.5
     assert produce.timer(table, [], Path("infer.py")) is None
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from consissr.config.folder import StoredModelConfig
 from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
-from consissr.weights import ldm, released, released_ccsr
+from consissr.weights import released, released_ccsr
+from consissr.weights.files import read_weights
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +104,7 @@ def test_lightning_files_are_read_and_run_nothing(state, clip, tmp_path):
     wrapped = {f"module.{name}": value for name, value in state.items()}
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": wrapped, "epoch": 3, "callbacks": {"x": Trap(make_folder, tmp_path / "executed")}}, path)
-    assert ldm.read_state(path).keys() == state.keys()
+    assert read_weights(path).keys() == state.keys()
     assert released.read(path, clip).report.used["unet"] == 552
     assert not (tmp_path / "executed").exists()
 
@@ -112,7 +113,7 @@ def test_a_file_that_would_run_a_system_function_is_refused(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": {"a": torch.zeros(2)}, "x": Trap(os.mkdir, tmp_path / "executed")}, path)
     with pytest.raises(UserError, match="asks to run posix.mkdir"):
-        ldm.read_state(path)
+        read_weights(path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -128,7 +129,7 @@ def test_damaged_and_foreign_files_get_one_line(fixture_a, tmp_path):
     torch.save({"epoch": 3}, empty)
     for path in (damaged, text, cut, empty, tmp_path / "absent.ckpt"):
         with pytest.raises(UserError) as error:
-            ldm.read_state(path)
+            read_weights(path)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,10 +18,13 @@ from torch import Tensor
 class Hub(ThreadingHTTPServer):
     """Serves the folders below `root` as repositories owner/name, as the hub's own protocol does."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.asked, self.cut, self.spoilt = root, [], {}, {}
-        """cut: file -> bytes after which a connection ends, once; spoilt: file -> what is sent instead."""
+    def __init__(self, root: Path, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.root, self.asked, self.tokens, self.ranges, self.cut, self.spoilt = root, [], set(), [], {}, {}
+        """asked: method and path of every request; tokens: what it was authorised with; ranges: where it was to begin;
+        cut: file -> bytes after which a connection ends, once; spoilt: file -> what is sent instead."""
+        self.stuck, self.halfway = "", threading.Event()
+        """stuck: a file of which half is sent and then nothing; halfway: that point is reached."""
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -31,6 +35,10 @@ class Hub(ThreadingHTTPServer):
         """No connection from here on."""
         self.shutdown()
         self.server_close()
+
+    def back(self) -> Hub:
+        """The same hub at the same address, after `gone`."""
+        return Hub(self.root, self.server_port)
 
     def handle_error(self, request, client_address) -> None:
         """A client that hangs up is no news."""
@@ -53,10 +61,11 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         path = unquote(urlparse(self.path).path)
         self.server.asked.append((self.command, path))
+        self.server.tokens.add(self.headers.get("Authorization"))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
-            return self.listing(found[1], body)
+            return self.listing(found[1], found[2], body)
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self.file(found[1], found[3], body)
+            return self.file(*found.groups(), body)
         return self.refuse("EntryNotFound")
 
     def refuse(self, code: str) -> None:
@@ -65,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def listing(self, name: str, body: bool) -> None:
+    def listing(self, name: str, revision: str, body: bool) -> None:
         folder = self.server.root / name
         if not folder.is_dir():
             return self.refuse("RepoNotFound")
@@ -78,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
             }
             for file in files
         ]
-        text = json.dumps({"id": name, "sha": commit(name), "siblings": siblings}).encode()
+        text = json.dumps({"id": name, "sha": commit(name, revision), "siblings": siblings}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
@@ -86,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(text)
 
-    def file(self, name: str, rest: str, body: bool) -> None:
+    def file(self, name: str, revision: str, rest: str, body: bool) -> None:
         file = self.server.root / name / rest
         if not file.is_file():
             return self.refuse("EntryNotFound" if (self.server.root / name).is_dir() else "RepoNotFound")
@@ -94,29 +103,45 @@ class Handler(BaseHTTPRequestHandler):
         first = int(found[1]) if (found := re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")) else 0
         self.send_response(206 if first else 200)
         if first:
+            self.server.ranges.append(self.headers["Range"])
             self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
         for header, value in (
-            ("X-Repo-Commit", commit(name)),
+            ("X-Repo-Commit", commit(name, revision)),
             ("ETag", f'"{digest(file)}"'),
             ("Accept-Ranges", "bytes"),
             ("Content-Length", str(len(data) - first)),
         ):
             self.send_header(header, value)
         self.end_headers()
-        if body and rest in self.server.cut:
+        if body and rest == self.server.stuck:
+            self.wfile.write(data[: len(data) // 2])
+            self.server.halfway.set()
+            while self.rfile.read(1):  # until the client is gone
+                pass
+            self.close_connection = True
+        elif body and rest in self.server.cut:
             self.wfile.write(data[first : first + self.server.cut.pop(rest)])
             self.close_connection = True
         elif body:
             self.wfile.write(data[first:])
 
 
+def serve(hub: Hub, name: str, *files: Path) -> Path:
+    """A repository with copies of files and folders."""
+    folder = hub.root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        (shutil.copytree if file.is_dir() else shutil.copyfile)(file, folder / file.name)
+    return folder
+
+
 def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def commit(name: str) -> str:
-    """Forty hexadecimal digits, as the hub names a state of a repository."""
-    return hashlib.sha1(name.encode()).hexdigest()
+def commit(name: str, revision: str = "main") -> str:
+    """Forty hexadecimal digits, as the hub names a state of a repository; a revision that is one itself."""
+    return revision if re.fullmatch("[0-9a-f]{40}", revision) else hashlib.sha1(name.encode()).hexdigest()
 
 
 def filled(shapes: dict, seed: int = 0) -> dict[str, Tensor]:

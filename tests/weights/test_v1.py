@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from consissr.errors import UserError
-from consissr.weights import ldm
+from consissr.weights.files import read_weights
 from consissr.weights.released_ccsr import read_v1
 from tests.weights.standin import v1_state
 
@@ -51,7 +51,7 @@ def test_what_only_training_needs_may_be_missing_or_more(state):
 def test_half_precision_with_its_rounded_schedule(state, tmp_path):
     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     save_file({f"module.{name}": value.clone() for name, value in half.items()}, tmp_path / "half.safetensors")
-    found = read_v1(ldm.read_state(tmp_path / "half.safetensors"))
+    found = read_v1(read_weights(tmp_path / "half.safetensors"))
     weight = "control_model.input_blocks.0.0.weight"
     assert torch.equal(found.controlnet.conv_in.weight, state[weight][:, :4].half().float())
     assert found.hint_latents is None
