@@ -137,4 +137,4 @@ class Nuts(Restoration):
 
     def folder_config(self) -> FolderConfig:
         """The model's configuration, its default plan spelled out so that sampling needs no knowledge of NUTS."""
-        return FolderConfig(model=self.config.model, sampler=with_plan(self.config.sampler, len(self.schedule)))
+        return FolderConfig(model=self.model.config.model, sampler=with_plan(self.config.sampler, len(self.schedule)))

@@ -172,4 +172,4 @@ class Restoration:
 
     def folder_config(self) -> FolderConfig:
         """The model's configuration, its plan included."""
-        return FolderConfig(model=self.config.model, sampler=self.config.sampler)
+        return FolderConfig(model=self.model.config.model, sampler=self.config.sampler)

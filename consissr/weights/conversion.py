@@ -95,18 +95,18 @@ def release_in(path: Path) -> Path:
 
 
 def read(source: Path, clip: Path | None = None, with_base: bool = True) -> Released:
-    """The authors' model in a file or folder, through the reader that knows it.
+    """The authors' model in a file or folder, through the reader that knows it, its numbers as they are stored.
 
     clip: open_clip's model config. with_base: whether the UNet that lies in CCSR v2's folder is read, too.
     """
     if source.is_dir():
-        return released_ccsr.read_v2(source, with_base)
+        return released_ccsr.read_v2(source, with_base, dtype=None)
     check_archive(source)
     state = read_weights(source)
     if released.is_released(state):
-        return released.read(state, None if clip is None else json.loads(clip.read_text()))
+        return released.read(state, None if clip is None else json.loads(clip.read_text()), dtype=None)
     if released_ccsr.is_v1(state):
-        return released_ccsr.read_v1(state)
+        return released_ccsr.read_v1(state, dtype=None)
     raise UserError(
         f"{source} is neither ConsisSR's nor CCSR's: its first key is '{next(iter(state))}'; give a file of theirs"
     )

@@ -41,7 +41,7 @@ AS_RELEASED = SamplerConfig(**published()["consissr"].sampler, timesteps=[list(s
 
 @dataclass(kw_only=True)
 class Released(Model):
-    """A published model: what its authors' files hold, in the number types they have it in."""
+    """A published model: what its authors' files hold."""
 
     kind: str
     """'ConsisSR', 'ConsisSR's first stage (RCLIP)', 'CCSR v1' or 'CCSR v2'."""
@@ -56,16 +56,19 @@ def is_released(state: State) -> bool:
     return any(name.startswith("cond_stage_model.ft_layers_4.") for name in state)
 
 
-def read(source: str | Path | State, clip: dict[str, Any] | None = None) -> Released:
+def read(
+    source: str | Path | State, clip: dict[str, Any] | None = None, dtype: torch.dtype | None = torch.float32
+) -> Released:
     """The authors' model from a file or a state dict, every key accounted for in `report`.
 
-    `clip` is an open_clip model config (embed_dim, vision_cfg, text_cfg); without it sizes come from the weights, with
-    ViT-H-14's head widths. UserError for a file that is not ConsisSR's, is incomplete, or has keys left over.
+    clip: open_clip's model config (embed_dim, vision_cfg, text_cfg); without it sizes come from the weights, with
+    ViT-H-14's head widths. dtype: of the networks; None: as stored. UserError for a file that is not ConsisSR's, is
+    incomplete, or has keys left over.
     """
     state = dict(source) if isinstance(source, dict) else read_weights(source)
     if not is_released(state):
         raise UserError("the checkpoint is not a ConsisSR release: it has no cond_stage_model.ft_layers_4 keys")
-    report = Report()
+    report = Report(dtype)
     teacher = ldm.split_off(state, "cond_stage_model.model.v_fix.")
     report.ignored["teacher of the RCLIP stage"] = list(teacher)
     drop_training(state, report)

@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
@@ -61,11 +63,11 @@ def is_v1(state: State) -> bool:
     return first is not None and plain is not None and first.shape[1] == 2 * plain.shape[1]
 
 
-def read_v2(source: str | Path, with_base: bool = True) -> Released:
+def read_v2(source: str | Path, with_base: bool = True, dtype: torch.dtype | None = torch.float32) -> Released:
     """A folder with controlnet/, and vae/, unet/ and scheduler/ where they are there, in diffusers 0.21's layout.
 
-    with_base: whether unet/ and scheduler/ are read. UserError for a folder that is not CCSR v2's, a damaged file, keys
-    that don't fit or another kind of schedule.
+    with_base: whether unet/ and scheduler/ are read. dtype: of the networks; None: as stored. UserError for a folder
+    that is not CCSR v2's, a damaged file, keys that don't fit or another kind of schedule.
     """
     from diffusers import AutoencoderKL
 
@@ -76,9 +78,9 @@ def read_v2(source: str | Path, with_base: bool = True) -> Released:
     model = Released(
         kind="CCSR v2",
         config=FolderConfig(model=MODEL, sampler=AS_RELEASED_V2),
-        controlnet=read_v2_controlnet(source / "controlnet"),
-        unet=read_network(source / "unet", empty_unet) if base else None,
-        latents=Latents(read_network(vae, AutoencoderKL.from_config)) if vae.is_dir() else None,
+        controlnet=read_v2_controlnet(source / "controlnet", dtype),
+        unet=read_network(source / "unet", empty_unet, dtype) if base else None,
+        latents=Latents(read_network(vae, AutoencoderKL.from_config, dtype)) if vae.is_dir() else None,
         decoder="own" if vae.is_dir() else "base",
     )
     scheduler = source / "scheduler" / "scheduler_config.json"
@@ -91,7 +93,7 @@ def read_v2(source: str | Path, with_base: bool = True) -> Released:
     return model
 
 
-def read_v2_controlnet(folder: Path) -> ControlNetModel:
+def read_v2_controlnet(folder: Path, dtype: torch.dtype | None) -> ControlNetModel:
     """The ControlNet; its hint convolution moves to our name."""
     if not read_json(folder / "config.json")["use_vae_encode_condition"]:
         raise UserError(
@@ -101,7 +103,7 @@ def read_v2_controlnet(folder: Path) -> ControlNetModel:
     def empty(settings: dict[str, Any]) -> ControlNetModel:
         return empty_controlnet({n: s for n, s in settings.items() if n != "use_vae_encode_condition"}, MODEL)
 
-    return read_network(folder, empty, names={HINT: "controlnet_cond_embedding.0"})
+    return read_network(folder, empty, dtype, names={HINT: "controlnet_cond_embedding.0"})
 
 
 def empty_unet(settings: dict[str, Any]) -> UNet2DConditionModel:
@@ -113,15 +115,19 @@ def empty_unet(settings: dict[str, Any]) -> UNet2DConditionModel:
     return unet
 
 
-def read_v1(source: str | Path | State, heads: Sequence[int] | None = None) -> Released:
-    """v1's single file, or its state dict. `heads`: attention heads per level, if not 64 wide as in SD2.1.
+def read_v1(
+    source: str | Path | State, heads: Sequence[int] | None = None, dtype: torch.dtype | None = torch.float32
+) -> Released:
+    """v1's single file, or its state dict, with networks as `dtype` (None: as stored).
+
+    heads: attention heads per level, if not 64 wide as in SD2.1.
 
     The ControlNet's first convolution over [z_t, hint] becomes two: one on z_t, which keeps the bias, and the hint's.
     """
     state = dict(source) if isinstance(source, dict) else read_weights(source)
     if not is_v1(state):
         raise UserError("the checkpoint is not CCSR v1's: its ControlNet does not take latent and hint together")
-    report = Report()
+    report = Report(dtype)
     drop_training(state, report)
     unet, _ = read_unet(ldm.split_off(state, "model.diffusion_model."), report, heads)
     control = split_first(ldm.split_off(state, "control_model."))
