@@ -48,6 +48,25 @@ def float32_on_the_cpu() -> None:
         setattr(torch.cpu, name, lambda: False)
 
 
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a folder by its name and the function that fills it, once for all worker processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, fill: Callable[[Path], object]) -> Path:
+        from filelock import FileLock
+
+        with FileLock(base / f"{name}.lock"):
+            if not (base / f"{name}.made").exists():
+                (base / name).mkdir()
+                fill(base / name)
+                (base / f"{name}.made").touch()
+        return base / name
+
+    return folder
+
+
 @pytest.fixture
 def script() -> Callable[[str], ModuleType]:
     """Imports a script by its name, such as "infer", for tests that call its `main`."""

@@ -24,39 +24,44 @@ FAST = {"MKL_ENABLE_INSTRUCTIONS": "AVX512", "ONEDNN_MAX_CPU_ISA": "DEFAULT"}
 """For folders that pass whichever way a processor sums, which is most of the time that they take."""
 
 
-@pytest.mark.parametrize(("name", "compared"), [("ccsr", 210), ("consissr", 440)])
-def test_what_the_repository_holds_is_reproduced(root, name, compared):
+def test_what_the_repository_holds_is_reproduced(root):
     """Networks, samplings, training steps, tables: always. (What they lack, the large ones have: small/README.md.)"""
-    count, rest = verdict(root, root / "tests/conformance/small" / f"{name}.tar.xz", {})
-    unchecked = [line for line in rest if line.startswith("unchecked")]
-    assert unchecked == [line for line in CCSR_REST if "stability" in line and name == "ccsr"]
-    assert count >= compared
+    least = {"ccsr": 210, "consissr": 440}
+    told = verdicts(root, [root / "tests/conformance/small" / f"{name}.tar.xz" for name in least], {})
+    for (count, rest), (name, compared) in zip(told, least.items(), strict=True):
+        unchecked = [line for line in rest if line.startswith("unchecked")]
+        assert unchecked == [line for line in CCSR_REST if "stability" in line and name == "ccsr"]
+        assert count >= compared, name
 
 
 @pytest.mark.parametrize(
-    ("name", "compared", "rest"),
+    ("least", "rest", "environment"),
     [
-        ("consissr_A", 83, []),
-        ("consissr_train_A", 304, []),
-        ("consissr_common", 95, []),
-        ("ccsr_A", 307, CCSR_REST),
+        ({"consissr_A": 83, "consissr_train_A": 304, "consissr_common": 95}, [], FAST),
+        ({"ccsr_A": 307}, CCSR_REST, {}),
     ],
 )
-def test_the_authors_results_are_reproduced(root, shared, name, compared, rest):
+def test_the_authors_results_are_reproduced(root, shared, least, rest, environment):
     """The large folders, where they are beside the repository."""
-    fast = {} if name.startswith("ccsr") else FAST
-    count, found = verdict(root, shared / "conformance" / name, fast)
-    assert found == rest and count >= compared
+    told = verdicts(root, [shared / "conformance" / name for name in least], environment)
+    for (count, found), (name, compared) in zip(told, least.items(), strict=True):
+        assert found == rest and count >= compared, name
 
 
-def verdict(root, folder, environment):
-    """Quantities compared, and lines on what is lacking or unchecked, of the command itself; it must succeed.
+def verdicts(root, folders, environment):
+    """Per folder: quantities compared, and lines on what is lacking or unchecked. The command must succeed.
 
     In a process of its own: it sets how the processor computes before torch loads.
     """
-    call = [sys.executable, str(root / "tests/conformance/check.py"), str(folder)]
+    call = [sys.executable, str(root / "tests/conformance/check.py"), *map(str, folders)]
     done = subprocess.run(call, env=os.environ | environment, capture_output=True, text=True, timeout=1800)
-    *lines, last = done.stdout.splitlines()
+    lines = done.stdout.splitlines()
     assert done.returncode == 0, "\n".join(line for line in lines if line.endswith("FAIL")) or done.stderr
-    found = re.fullmatch(r"# (\d+) compared, 0 failed, \d+ lacking, \d unchecked(; lacking: .*)?", last)
-    return int(found[1]), sorted(line for line in lines if line.startswith(("lacks", "unchecked")))
+    told, rest = [], []
+    for line in lines:
+        if line.startswith(("lacks", "unchecked")):
+            rest.append(line)
+        if count := re.fullmatch(r"# (\d+) compared, 0 failed, \d+ lacking, \d unchecked(; lacking: .*)?", line):
+            told.append((int(count[1]), sorted(rest)))
+            rest = []
+    return told

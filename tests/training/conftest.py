@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,27 +14,31 @@ from consissr.models.image_prompt import build_tower
 from consissr.nano.config import ClipConfig, NanoConfig
 from consissr.weights.image_encoder import save_tower
 from scripts.train import main
-from tests.training.tiny import SMALL, words
+from tests.training.tiny import SMALL, validated, words
 
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photos(made_once: Callable[..., Path]) -> Path:
     """Six smooth random pictures of 80x96 pixels."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        small = Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8))
-        small.resize((96, 80), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return folder
+
+    def draw(folder: Path) -> None:
+        rng = np.random.default_rng(0)
+        for i in range(6):
+            small = Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8))
+            small.resize((96, 80), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+
+    return made_once("photos", draw)
 
 
 @pytest.fixture(scope="session")
-def runs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(photos: Path, made_once: Callable[..., Path]) -> Path:
     """The stages, each trained for two steps."""
-    folder = tmp_path_factory.mktemp("runs")
-    for stage in SMALL:
-        assert main(words(stage, photos, folder, f"data.validation={photos}", "data.validation_count=2")) == 0, stage
-    return folder
+
+    def train(folder: Path) -> None:
+        for stage in SMALL:
+            assert main(words(stage, photos, folder, *validated(photos))) == 0, stage
+
+    return made_once("runs", train)
 
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8}

@@ -15,7 +15,7 @@ from consissr.errors import UserError
 from consissr.nano.config import run_config
 from consissr.training.checks import check_run
 from scripts.train import stage_builder
-from tests.training.tiny import SMALL, words
+from tests.training.tiny import beside, words
 
 
 def refuse(photos: Path, tmp_path: Path, *changes: str) -> str:
@@ -86,8 +86,7 @@ def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("stage", ["autoencoder", "prior", "nuts"])
 def test_crops_are_whole_latents(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
-    for earlier in list(SMALL)[: list(SMALL).index(stage)]:
-        (tmp_path / earlier).symlink_to(runs / earlier)
+    beside(runs, tmp_path, stage)
     _, path, *overrides = words(stage, photos, tmp_path, "data.crop=62", "data.degradation=ccsr")
     with pytest.raises(UserError, match="data.crop is 62: the autoencoder needs a multiple of 4, such as 64"):
         config = run_config(path, overrides)

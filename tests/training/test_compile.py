@@ -8,7 +8,7 @@ import pytest
 
 from consissr.training.report import read_log
 from scripts.train import main
-from tests.training.tiny import SMALL, words
+from tests.training.tiny import beside, words
 
 
 @pytest.mark.slow
@@ -19,10 +19,7 @@ def test_compiled_networks_tune_the_decoder_alike(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # what other runs compiled shall not count
     logs = []
     for word in ("false", "true"):
-        folder = tmp_path / word
-        folder.mkdir()
-        for earlier in list(SMALL)[: list(SMALL).index("deft")]:
-            (folder / earlier).symlink_to(runs / earlier)
+        folder = beside(runs, tmp_path / word, "deft")
         more = ("deft.adversarial_start=1", "steps=3", "checkpoint_every=3")
         assert main(words("deft", photos, folder, f"compile={word}", *more)) == 0
         logs.append(read_log(folder / "deft/log.jsonl"))

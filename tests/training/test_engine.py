@@ -18,14 +18,14 @@ from torch import nn
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint
 from consissr.training.report import read_log
 from tests.training.children import finish, start, start_several
-from tests.training.test_processes import MORE, assert_same_figures, prepare
-from tests.training.tiny import words
+from tests.training.test_processes import MORE, assert_same_figures
+from tests.training.tiny import beside, words
 
 
-@pytest.mark.parametrize("stage", ["nuts", "deft"])
+@pytest.mark.parametrize("stage", ["nuts", pytest.param("deft", marks=pytest.mark.slow)])
 def test_shared_out_moments_change_nothing(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
     """ZeRO's two processes train like one, resume bit for bit, and leave checkpoints that one process goes on with."""
-    one, two = (prepare(runs, tmp_path / name, stage) for name in ("one", "two"))
+    one, two = (beside(runs, tmp_path / name, stage) for name in ("one", "two"))
     out = tmp_path / "out.txt"
     alone = start(words(stage, photos, one, *MORE), out)
     together = words(stage, photos, two, *MORE, "engine=zero1")

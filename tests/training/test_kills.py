@@ -15,7 +15,7 @@ import torch
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint
 from consissr.training.report import read_log
 from tests.training.children import finish, start
-from tests.training.tiny import SMALL, words
+from tests.training.tiny import beside, slow_but, words
 
 KILLS = int(os.environ.get("CONSISSR_TEST_KILLS", "2"))
 """How often a run of each stage is killed; CONSISSR_TEST_KILLS=10 takes minutes."""
@@ -35,14 +35,11 @@ def kill_after(process: BaseProcess, log: Path, step: int, share: float) -> None
     process.join()
 
 
-@pytest.mark.parametrize("stage", list(SMALL))
+@pytest.mark.parametrize("stage", slow_but("autoencoder"))
 def test_killed_runs_end_like_one_that_ran_through(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
     ends = {}
     for name, kills in (("whole", 0), ("killed", KILLS)):
-        folder = tmp_path / name
-        folder.mkdir()
-        for earlier in list(SMALL)[: list(SMALL).index(stage)]:
-            (folder / earlier).symlink_to(runs / earlier)
+        folder = beside(runs, tmp_path / name, stage)
         more = (f"steps={STEPS}", f"checkpoint_every={EVERY}", "log_every=1", "ema=0.9", "optimizer.warmup=2")
         arguments, output = words(stage, photos, folder, *more), folder / stage
         draw = random.Random(stage)

@@ -14,22 +14,14 @@ from consissr.training.checkpoints import load_checkpoint
 from consissr.training.report import read_log
 from consissr.weights.files import WEIGHTS, read_weights
 from scripts.train import main
-from tests.training.tiny import SMALL, started, words
-
-
-def prepare(runs: Path, folder: Path, stage: str) -> Path:
-    """A new folder with the results of the stages before `stage`."""
-    folder.mkdir(exist_ok=True)
-    for earlier in list(SMALL)[: list(SMALL).index(stage)]:
-        (folder / earlier).symlink_to(runs / earlier)
-    return folder
+from tests.training.tiny import beside, started, words
 
 
 def test_frozen_weights_in_bf16_change_nothing(runs: Path, photos: Path, tmp_path: Path) -> None:
     """Bit for bit: neither what is learned under autocast, nor what is exported of the frozen parts."""
     ends = []
     for word in ("fp32", "bf16"):
-        folder = prepare(runs, tmp_path / word, "deft")
+        folder = beside(runs, tmp_path / word, "deft")
         more = ("precision=bf16", f"frozen_precision={word}", "export_precision=fp32")
         assert main(words("deft", photos, folder, *more)) == 0
         state = load_checkpoint(folder / "deft/checkpoint-2")
@@ -39,7 +31,7 @@ def test_frozen_weights_in_bf16_change_nothing(runs: Path, photos: Path, tmp_pat
 
 
 def test_frozen_weights_take_half(runs: Path, photos: Path, tmp_path: Path) -> None:
-    folder = prepare(runs, tmp_path, "deft")
+    folder = beside(runs, tmp_path, "deft")
     _, path, *overrides = words("deft", photos, folder, "precision=bf16", "frozen_precision=bf16")
     loop = started(run_config(path, overrides))
     trained = {id(p) for p in loop.weights().values()}
@@ -104,7 +96,7 @@ def test_validation_is_the_same_every_time(photos: Path, tmp_path: Path, runs: P
     """Fixed images, degradations and noise: equal weights give equal figures, in new runs, too."""
     found = []
     for name in ("one", "two"):
-        folder = prepare(runs, tmp_path / name, "nuts")
+        folder = beside(runs, tmp_path / name, "nuts")
         more = (f"data.validation={photos}", "data.validation_count=3")
         _, path, *overrides = words("nuts", photos, folder, *more, f"seed={len(found)}", f"init={runs}/nuts")
         loop = started(run_config(path, overrides))

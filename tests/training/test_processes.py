@@ -14,17 +14,9 @@ import torch
 from consissr.training.checkpoints import load_checkpoint
 from consissr.training.report import read_log
 from tests.training.children import finish, start, start_several
-from tests.training.tiny import SMALL, words
+from tests.training.tiny import beside, slow_but, words
 
 MORE = ("micro_batch=1", "ema=0.9", "optimizer.warmup=2", "optimizer.decay=cosine", "checkpoint_limit=9")
-
-
-def prepare(runs: Path, folder: Path, stage: str) -> Path:
-    """A new folder with the results of the stages before `stage`."""
-    folder.mkdir()
-    for earlier in list(SMALL)[: list(SMALL).index(stage)]:
-        (folder / earlier).symlink_to(runs / earlier)
-    return folder
 
 
 def assert_same_figures(one: Path, two: Path, stage: str) -> None:
@@ -43,9 +35,9 @@ def assert_same_figures(one: Path, two: Path, stage: str) -> None:
             assert first[key] == pytest.approx(second[key], rel=1e-5), key
 
 
-@pytest.mark.parametrize("stage", list(SMALL))
+@pytest.mark.parametrize("stage", slow_but("deft"))
 def test_two_processes_train_like_one(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
-    one, two = (prepare(runs, tmp_path / name, stage) for name in ("one", "two"))
+    one, two = (beside(runs, tmp_path / name, stage) for name in ("one", "two"))
     out = tmp_path / "out.txt"
     alone = start(words(stage, photos, one, *MORE, "processes=1"), out)
     together = words(stage, photos, two, *MORE, "processes=2")
@@ -63,7 +55,7 @@ def test_two_processes_train_like_one(runs: Path, photos: Path, tmp_path: Path, 
 
 def test_torchrun_starts_two(runs: Path, photos: Path, tmp_path: Path, root: Path) -> None:
     """The command that users type, and its result beside one process's."""
-    one, two = (prepare(runs, tmp_path / name, "nuts") for name in ("one", "two"))
+    one, two = (beside(runs, tmp_path / name, "nuts") for name in ("one", "two"))
     assert finish(start(words("nuts", photos, one, *MORE), tmp_path / "out.txt")) == [0]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "scripts/train.py"]
     arguments = words("nuts", photos, two, *MORE, "processes=2")

@@ -7,6 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 COMMON = ["batch=2", "micro_batch=2", "steps=2", "log_every=1", "tracker=none", "data.crop=64", "checkpoint_every=1"]
 COMMON += ["compile=false", "precision=fp32", "frozen_precision=fp32"]
 SMALL = {
@@ -28,12 +30,30 @@ SMALL = {
 }
 
 
+def slow_but(*fast: str) -> list:
+    """All stages as a test's parameters, marked slow but for the `fast` ones."""
+    return [stage if stage in fast else pytest.param(stage, marks=pytest.mark.slow) for stage in SMALL]
+
+
 def started(config: Any) -> Any:
     """A run that has not begun."""
     from consissr.training.loop import Loop
     from scripts.train import stage_builder
 
     return Loop(config, stage_builder(config.stage))
+
+
+def validated(photos: Path) -> list[str]:
+    """What the fixture `runs` adds to `words`: two held-out photographs."""
+    return [f"data.validation={photos}", "data.validation_count=2"]
+
+
+def beside(runs: Path, folder: Path, stage: str) -> Path:
+    """`folder`, made where it is missing, with the results of the stages before `stage`, so that it can be trained."""
+    folder.mkdir(exist_ok=True)
+    for earlier in list(SMALL)[: list(SMALL).index(stage)]:
+        (folder / earlier).symlink_to(runs / earlier)
+    return folder
 
 
 def words(stage: str, photos: Path, runs: Path, *more: str) -> list[str]:
