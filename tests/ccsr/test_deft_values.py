@@ -16,7 +16,7 @@ from ccsr.patchgan import PatchGAN
 from consissr.models.denoiser import Condition, Denoiser
 from consissr.nano.config import run_config
 from scripts.train import stage_builder
-from tests.ccsr.test_nuts_values import LAST, SCALE, built, latent, predictor, text
+from tests.ccsr.test_nuts_values import LAST, built, predictor
 from tests.training import plain
 
 WORDS = ["stage=nano_deft", "data.crop=64", "deft.discriminator_width=8"]
@@ -42,10 +42,10 @@ def tuning(base: Path, model: Path, *words: str) -> tuple:
 
 def one_step(base: Path, denoiser: Denoiser, lq: Tensor, noise: Tensor) -> Tensor:
     """x0_from_T (B, C, h, w) of the frozen first stage."""
-    z_lq = latent(base, lq)
+    z_lq = plain.latent(base, lq)
     z_T = plain.noised(z_lq.double(), noise.double(), LAST)
     with torch.no_grad():
-        eps = predictor(denoiser, Condition(text(base, len(lq)), z_lq))(z_T, LAST)
+        eps = predictor(denoiser, Condition(plain.text(base, len(lq)), z_lq))(z_T, LAST)
     return plain.clean(z_T, eps, LAST).float()
 
 
@@ -86,7 +86,7 @@ def test_the_decoders_loss(base: Path, model: Path, words: str) -> None:
     found["loss"].backward()
 
     (noise,) = batch.normals
-    image = vae.decode(one_step(base, denoiser, batch.lq, noise) / SCALE).sample
+    image = vae.decode(one_step(base, denoiser, batch.lq, noise) / plain.SCALE).sample
     assert image.abs().max() > 1, "the clamp is seen"
     if "clamp" in words:
         image = image.clamp(-1, 1)
@@ -121,7 +121,7 @@ def test_the_discriminators_loss(base: Path, model: Path) -> None:
     found["loss"].backward()
 
     (noise,) = batch.normals
-    image = vae.decode(one_step(base, denoiser, batch.lq, noise) / SCALE).sample.detach()
+    image = vae.decode(one_step(base, denoiser, batch.lq, noise) / plain.SCALE).sample.detach()
     real, fake = judge(batch.hq)[0], judge(image)[0]
     loss = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
     plain.close(found["loss"], loss)
@@ -145,15 +145,15 @@ def test_what_each_network_is_given(base: Path, model: Path) -> None:
         stage.phases[1].loss(batch, 5)
     assert [phase.name for phase in stage.phases] == ["decoder", "discriminator"], "in this order"
     assert torch.equal(torch.cat([call["sample"] for call in given["encoder"]]), torch.cat([batch.hq, batch.lq]))
-    (noise,), z_lq = batch.normals, latent(base, batch.lq)
+    (noise,), z_lq = batch.normals, plain.latent(base, batch.lq)
     for name in ("unet", "controlnet"):
         (call,) = given[name]
         plain.close(call["sample"], plain.noised(z_lq.double(), noise.double(), LAST))
         assert call["timestep"].tolist() == [LAST, LAST]
     plain.close(given["controlnet"][0]["controlnet_cond"], z_lq)
     x0 = one_step(base, denoiser, batch.lq, noise)
-    plain.close(given["decoder"][0]["sample"], vae.post_quant_conv(x0 / SCALE))
-    image = vae.decode(x0 / SCALE).sample
+    plain.close(given["decoder"][0]["sample"], vae.post_quant_conv(x0 / plain.SCALE))
+    image = vae.decode(x0 / plain.SCALE).sample
     of_decoder, of_judge = given["judge"][seen:middle], given["judge"][middle:]
     assert len(of_decoder) == len(of_judge) == 2
     for calls, order in ((of_decoder, (image, batch.hq)), (of_judge, (batch.hq, image))):
@@ -177,7 +177,7 @@ def test_the_tuned_decoder_restores_the_one_step_result(base: Path, model: Path)
         stage.prepare(batch)
         image = stage.restore(batch)
         (noise,) = batch.normals
-        plain.close(image, vae.decode(one_step(base, denoiser, batch.lq, noise) / SCALE).sample)
+        plain.close(image, vae.decode(one_step(base, denoiser, batch.lq, noise) / plain.SCALE).sample)
     assert all(torch.equal(value, vae.encoder.state_dict()[name]) for name, value in untouched.items())
 
 

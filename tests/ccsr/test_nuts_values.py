@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Encoder
 from torch import Tensor
 
 from consissr.errors import UserError
 from consissr.models.denoiser import Condition, Denoiser
 from consissr.nano.config import run_config
-from consissr.weights.base import load_text
 from scripts.train import stage_builder
 from tests.training import plain
 
-SCALE = 0.18215
 LAST = 999
 
 
@@ -30,17 +29,6 @@ def built(base: Path, *words: str) -> tuple:
     stage = stage_builder(config.stage)(config)
     plain.wake(stage)
     return stage, plain.only(stage.networks, Denoiser), stage.phases[0]
-
-
-def latent(base: Path, x: Tensor, noise: Tensor | None = None) -> Tensor:
-    """The scaled latent of the base's autoencoder: the mode, or the sample that `noise` makes."""
-    posterior = AutoencoderKL.from_pretrained(base / "vae").encode(x).latent_dist
-    return SCALE * (posterior.mean if noise is None else posterior.mean + posterior.std * noise).detach()
-
-
-def text(base: Path, count: int) -> Tensor:
-    """Embeddings of the empty prompt."""
-    return load_text(base).encode([""]).expand(count, -1, -1)
 
 
 def nuts_losses(
@@ -68,59 +56,59 @@ def predictor(denoiser: Denoiser, condition: Condition) -> Callable[[Tensor, int
     return lambda z, t: denoiser(z.float(), torch.as_tensor(t).expand(len(z)), condition).double()
 
 
+ALL = ["l_diff", "l_T", "l_tmax"]
 VARIANTS = {
-    "": (["l_diff", "l_T", "l_tmax"], 666, 666),
-    "nuts.t_max_step=667 nuts.start=hq": (["l_diff", "l_T", "l_tmax"], 667, 667),  # as released, stage 1
-    "nuts.posterior=sample": (["l_diff", "l_T", "l_tmax"], 666, 666),
-    "nuts.losses=[l_T]": (["l_T"], 666, 666),
-    "nuts.losses=[l_tmax]": (["l_tmax"], 666, 1000),
-    "nuts.losses=[l_diff]": (["l_diff"], 666, 1000),
-    "sampler.t_max=0.8333": (["l_diff", "l_T", "l_tmax"], 832, 832),
+    "": (ALL, 666, 0, 666),
+    "nuts.t_max_step=667 nuts.start=hq": (ALL, 667, 0, 667),  # as released, stage 1
+    "nuts.posterior=sample": (ALL, 666, 0, 666),
+    "nuts.losses=[l_T]": (["l_T"], 666, 0, 666),
+    "nuts.losses=[l_tmax]": (["l_tmax"], 666, 0, 1000),
+    "nuts.losses=[l_diff]": (["l_diff"], 666, 0, 1000),
+    "nuts.l_diff_t=all": (ALL, 666, 0, 1000),
+    "nuts.l_diff_t=interval sampler.t_max=0.8333": (ALL, 832, 499, 833),  # [t_max, t_min], both included
+    "nuts.l_diff_t=interval sampler.t_min=0": (ALL, 666, 0, 667),
 }
-"""Words of the config: the losses that are summed, t_max, and how many timesteps l_diff is drawn from."""
+"""Words of the config: the losses that are summed, t_max, l_diff's first timestep and the one after its last."""
 
 
 @pytest.mark.parametrize("words", list(VARIANTS))
 def test_the_losses_are_those_of_the_paper(base: Path, words: str) -> None:
-    names, t_max, high = VARIANTS[words]
+    names, t_max, first, end = VARIANTS[words]
     stage, denoiser, phase = built(base, *words.split())
-    batch = plain.recorded(2, integer=[torch.tensor([137, 588])])
-    with torch.no_grad():
-        stage.prepare(batch)
-    plain.start(phase, stage.networks)
-    found = phase.loss(batch, 0)
-    found["loss"].backward()
+    drawn = torch.tensor([137, 288])
+    batch = plain.recorded(2, integer=[drawn])
+    found = plain.learnt(stage, phase, batch)
 
     *posterior, n_t, n_T, n_tmax = batch.normals
     z_hq, z_lq = (
-        latent(base, x, noise) for x, noise in zip((batch.hq, batch.lq), posterior or (None, None), strict=True)
+        plain.latent(base, x, noise) for x, noise in zip((batch.hq, batch.lq), posterior or (None, None), strict=True)
     )
     start = z_hq if "start=hq" in words else z_lq
-    denoise = predictor(denoiser, Condition(text(base, 2), z_lq))
-    losses = nuts_losses(denoise, z_hq, start, torch.tensor([137, 588]), [n_t, n_T, n_tmax], t_max)
+    denoise = predictor(denoiser, Condition(plain.text(base, 2), z_lq))
+    losses = nuts_losses(denoise, z_hq, start, first + drawn, [n_t, n_T, n_tmax], t_max)
     assert found.keys() == {"loss", *names} and len(posterior) == (2 if "posterior=sample" in words else 0)
     for name in names:
         plain.close(found[name], losses[name])
     total = sum(losses[name] for name in names)
     plain.close(found["loss"], total)
     plain.same_gradients(phase.parameters, total)
-    assert batch.highs == [high]
+    assert batch.highs == [end - first]
 
 
-def test_augmentation_acts_on_l_diff_alone(base: Path) -> None:
-    """The hybrid: Algorithm 1 of ConsisSR under CCSR's losses, at every timestep."""
-    stage, denoiser, phase = built(base, "tala.probability=power", "nuts.l_diff_t=all")
+@pytest.mark.parametrize("word", ["false", "true"])
+def test_augmentation_acts_on_l_diff_alone(base: Path, word: str) -> None:
+    """The hybrid: Algorithm 1 of ConsisSR under CCSR's losses, at every timestep; each network runs three times."""
+    stage, denoiser, phase = built(base, "tala.probability=power", "nuts.l_diff_t=all", f"tala.shared_draw={word}")
     t = torch.tensor([985, 985])
     batch = plain.recorded(2, integer=[t], uniform=[torch.tensor([0.864, 0.9])])  # p(t) is 0.868
-    with torch.no_grad():
-        stage.prepare(batch)
-    plain.start(phase, stage.networks)
-    found = phase.loss(batch, 0)
-    found["loss"].backward()
-    z_hq, z_lq, noises = latent(base, batch.hq).double(), latent(base, batch.lq).double(), batch.normals
-    z_t = plain.noised(torch.stack([z_lq[0], z_hq[1]]), noises[0].double(), t)
+    with plain.watched(unet=denoiser.unet) as given:
+        found = plain.learnt(stage, phase, batch)
+    assert len(given["unet"]) == 3
+    z_hq, z_lq, noises = plain.latent(base, batch.hq).double(), plain.latent(base, batch.lq).double(), batch.normals
+    second = z_lq[1] if word == "true" else z_hq[1]  # by the first one's draw, or by its own
+    z_t = plain.noised(torch.stack([z_lq[0], second]), noises[0].double(), t)
     target = (z_t - plain.level(t).sqrt() * z_hq) / (1 - plain.level(t)).sqrt()
-    denoise = predictor(denoiser, Condition(text(base, 2), z_lq.float()))
+    denoise = predictor(denoiser, Condition(plain.text(base, 2), z_lq.float()))
     losses = nuts_losses(denoise, z_hq, z_lq, t, noises, 666, (z_t, target))
     for name, loss in losses.items():
         plain.close(found[name], loss)
@@ -139,29 +127,24 @@ def test_what_each_network_is_given(base: Path) -> None:
             stage.prepare(batch)
         phase.loss(batch, 0)
     assert torch.equal(torch.cat([call["sample"] for call in given["encoder"]]), torch.cat([batch.hq, batch.lq]))
-    z_hq, z_lq = latent(base, batch.hq), latent(base, batch.lq)
+    z_hq, z_lq = plain.latent(base, batch.hq), plain.latent(base, batch.lq)
     n_t, n_T, n_tmax = (noise.double() for noise in batch.normals)
     with torch.no_grad():
         z_T = plain.noised(z_lq.double(), n_T, LAST)
-        x0_T = plain.clean(z_T, predictor(denoiser, Condition(text(base, 2), z_lq))(z_T, LAST), LAST)
+        x0_T = plain.clean(z_T, predictor(denoiser, Condition(plain.text(base, 2), z_lq))(z_T, LAST), LAST)
     latents = [plain.noised(z_hq.double(), n_t, t), z_T, plain.noised(x0_T, n_tmax, 666)]
     times = [t, torch.full((2,), LAST), torch.full((2,), 666)]
     for name in ("unet", "controlnet"):
         for call, z, at in zip(given[name], latents, times, strict=True):
             plain.close(call["sample"], z)
             assert torch.equal(call["timestep"], at)
-            plain.close(call["encoder_hidden_states"], text(base, 2))
+            plain.close(call["encoder_hidden_states"], plain.text(base, 2))
     for call in given["controlnet"]:
         plain.close(call["controlnet_cond"], z_lq)
 
 
 def test_a_hint_encoder_of_its_own_sees_the_low_quality_image(base: Path, tmp_path: Path) -> None:
-    first, *_ = built(base)
-    first.export(tmp_path)
-    vae = AutoencoderKL.from_pretrained(base / "vae")
-    with torch.no_grad():
-        vae.encoder.conv_in.bias.add_(1.0)
-    vae.save_pretrained(tmp_path / "hint_vae")
+    vae = plain.with_hint_encoder(built(base)[0], base, tmp_path)
     stage, _, phase = built(base, f"init={tmp_path}")
     batch = plain.recorded(2)
     with plain.watched(controlnet=plain.only(stage.networks, ControlNetModel)) as given:
@@ -169,8 +152,8 @@ def test_a_hint_encoder_of_its_own_sees_the_low_quality_image(base: Path, tmp_pa
             stage.prepare(batch)
         phase.loss(batch, 0)
     with torch.no_grad():
-        other = 0.18215 * vae.encode(batch.lq).latent_dist.mean
-    assert (other - latent(base, batch.lq)).norm() > 0.01 * other.norm()
+        other = plain.SCALE * vae.encode(batch.lq).latent_dist.mean
+    assert (other - plain.latent(base, batch.lq)).norm() > 0.01 * other.norm()
     for call in given["controlnet"]:
         plain.close(call["controlnet_cond"], other)
 
@@ -189,10 +172,10 @@ def test_one_step_is_restored_where_it_is_trained(base: Path) -> None:
     with torch.no_grad():
         stage.prepare(batch)
         image = stage.restore(batch)
-        z_lq, (noise,) = latent(base, batch.lq), batch.normals
+        z_lq, (noise,) = plain.latent(base, batch.lq), batch.normals
         z_T = plain.noised(z_lq.double(), noise.double(), LAST)
-        x0 = plain.clean(z_T, predictor(denoiser, Condition(text(base, 2), z_lq))(z_T, LAST), LAST)
-        plain.close(image, AutoencoderKL.from_pretrained(base / "vae").decode((x0 / SCALE).float()).sample)
+        x0 = plain.clean(z_T, predictor(denoiser, Condition(plain.text(base, 2), z_lq))(z_T, LAST), LAST)
+    plain.close(image, plain.decoded(base, x0))
 
 
 def test_the_sampler_restores_where_one_step_is_not_trained(base: Path) -> None:
@@ -202,12 +185,12 @@ def test_the_sampler_restores_where_one_step_is_not_trained(base: Path) -> None:
     with torch.no_grad():
         stage.prepare(batch)
         image = stage.restore(batch)
-        z_lq, (n_T, n_tmax) = latent(base, batch.lq), (noise.double() for noise in batch.normals)
-        denoise = predictor(denoiser, Condition(text(base, 2), z_lq))
+        z_lq, (n_T, n_tmax) = plain.latent(base, batch.lq), (noise.double() for noise in batch.normals)
+        denoise = predictor(denoiser, Condition(plain.text(base, 2), z_lq))
         z_T = plain.noised(z_lq.double(), n_T, LAST)
         z_tmax = plain.noised(plain.clean(z_T, denoise(z_T, LAST), LAST), n_tmax, 666)
         x0 = plain.clean(z_tmax, denoise(z_tmax, 666), 666)
-        plain.close(image, AutoencoderKL.from_pretrained(base / "vae").decode((x0 / SCALE).float()).sample)
+    plain.close(image, plain.decoded(base, x0))
 
 
 def test_a_t_max_out_of_range_is_named(base: Path) -> None:
@@ -222,5 +205,23 @@ def test_the_result_holds_its_plan(base: Path, tmp_path: Path) -> None:
     """Sampling then needs no knowledge of NUTS: (6, 2/3, 1/2) is 999, re-noised to 666, whose x0 is the result."""
     stage, *_ = built(base)
     stage.export(tmp_path)
-    sampler = yaml.safe_load((tmp_path / "config.yaml").read_text())["sampler"]
-    assert sampler["timesteps"] == [[999, 666, "renoise"], [666, -1, "x0"]]
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["sampler"]["timesteps"] == [[999, 666, "renoise"], [666, -1, "x0"]]
+    assert config["model"]["base"] == str(base)
+
+
+def test_a_schedule_of_another_length_is_heeded(base: Path, tmp_path: Path) -> None:
+    """Of 100 timesteps the last is 99, and two thirds are 66."""
+    shutil.copytree(base, tmp_path / "base")
+    DDPMScheduler(100, beta_schedule="scaled_linear").save_pretrained(tmp_path / "base/scheduler")
+    stage, denoiser, phase = built(tmp_path / "base", "tala.probability=power", "nuts.l_diff_t=all", "tala.gamma=1")
+    batch = plain.recorded(2, integer=[torch.tensor([49, 49])], uniform=[torch.tensor([0.49, 0.51])])
+    with plain.watched(unet=denoiser.unet) as given:
+        plain.learnt(stage, phase, batch)
+    assert [call["timestep"][0].item() for call in given["unet"]] == [99, 66, 49] and batch.highs == [100]
+    z_hq, z_lq = plain.latent(base, batch.hq)[1], plain.latent(base, batch.lq)[0]
+    a = stage.model.alpha_bar[49]
+    for z_t, z, eps in zip(given["unet"][2]["sample"], (z_lq, z_hq), batch.normals[0], strict=True):
+        plain.close(z_t, a.sqrt() * z + (1 - a).sqrt() * eps)  # p(49) is 0.5
+    assert [tuple(step) for step in stage.plan] == [(99, 66, "renoise"), (66, -1, "x0")]
+    assert stage.folder_config().sampler.timesteps == [[99, 66, "renoise"], [66, -1, "x0"]]

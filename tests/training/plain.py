@@ -1,6 +1,7 @@
 """The papers' equations in plain tensors, and a record of what networks are given: what stages are compared with.
 
-Nothing here comes from the code under test but `Batch`, whose draws are recorded, and the networks themselves.
+Nothing here comes from the code under test but `Batch`, whose draws are recorded, the text encoder's loader, and the
+networks themselves.
 """
 
 from __future__ import annotations
@@ -9,18 +10,25 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consissr.training.stage import Batch
+from consissr.weights.base import load_text
 
 T = 1000
 BETA = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2
 ALPHA_BAR = torch.cumprod(1 - BETA, 0)
 """Stable Diffusion's schedule (T,)."""
+SCALE = 0.18215
+"""Its latents' factor."""
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of the pictures that CLIP was trained on."""
 
 # --- the equations, float64 ---
 
@@ -99,6 +107,39 @@ def recorded(count: int = 2, side: int = 64, seed: int = 0, **draws: Sequence[Te
 # --- networks ---
 
 
+def latent(base: Path, x: Tensor, noise: Tensor | None = None) -> Tensor:
+    """The scaled latent of the base's autoencoder: the mode, or the sample that `noise` makes."""
+    posterior = AutoencoderKL.from_pretrained(base / "vae").encode(x).latent_dist
+    return SCALE * (posterior.mean if noise is None else posterior.mean + posterior.std * noise).detach()
+
+
+@torch.no_grad()
+def with_hint_encoder(stage: Any, base: Path, folder: Path) -> AutoencoderKL:
+    """The stage's result in `folder`, an autoencoder for the hint alone beside it, as converted releases have."""
+    stage.export(folder)
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    vae.encoder.conv_in.bias.add_(1.0)
+    vae.save_pretrained(folder / "hint_vae")
+    return vae
+
+
+@torch.no_grad()
+def decoded(base: Path, z: Tensor) -> Tensor:
+    """The base's picture of a scaled latent."""
+    return AutoencoderKL.from_pretrained(base / "vae").decode((z / SCALE).float()).sample
+
+
+def text(base: Path, count: int) -> Tensor:
+    """Embeddings of the empty prompt."""
+    return load_text(base).encode([""]).expand(count, -1, -1)
+
+
+def seen_by_clip(x: Tensor) -> Tensor:
+    """What a CLIP tower of 32 pixels is given of images in [-1, 1]."""
+    small = F.interpolate((x + 1) / 2, size=(32, 32), mode="bicubic", align_corners=False)
+    return (small - torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)) / torch.tensor(CLIP_STD).view(1, 3, 1, 1)
+
+
 def wake(stage: Any, seed: int = 5) -> None:
     """Random values where trained layers start at zero, so that what comes before them shows in the output."""
     generator = torch.Generator().manual_seed(seed)
@@ -146,6 +187,16 @@ def start(phase: Any, networks: nn.Module) -> None:
     for parameter in networks.parameters():
         parameter.grad = None
         parameter.requires_grad_(id(parameter) in trained)
+
+
+def learnt(stage: Any, phase: Any, batch: Batch, step: int = 0) -> dict[str, Tensor]:
+    """The phase's losses on a batch as the loop has them computed; gradients are in its parameters."""
+    with torch.no_grad():
+        stage.prepare(batch)
+    start(phase, stage.networks)
+    losses = phase.loss(batch, step)
+    losses["loss"].backward()
+    return losses
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:

@@ -35,10 +35,7 @@ def test_the_autoencoders_loss(photos: Path, tmp_path: Path) -> None:
         for parameter in phase.parameters.values():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
     batch = plain.recorded(2)
-    stage.prepare(batch)
-    plain.start(phase, stage.networks)
-    found = phase.loss(batch, 0)
-    found["loss"].backward()
+    found = plain.learnt(stage, phase, batch)
 
     (noise,), latents = batch.normals, stage.networks
     mean, logvar = latents.moments(batch.hq)
@@ -86,11 +83,7 @@ def test_the_priors_loss(photos: Path, runs: Path) -> None:
     batch = plain.recorded(2, integer=[t])
     unet = plain.only(stage.networks, UNet2DConditionModel)
     with plain.watched(unet=unet) as given:
-        with torch.no_grad():
-            stage.prepare(batch)
-        plain.start(phase, stage.networks)
-        found = phase.loss(batch, 0)
-    found["loss"].backward()
+        found = plain.learnt(stage, phase, batch)
     latents = load_latents(runs / "autoencoder/vae")
     assert latents.scale == json.loads((runs / "autoencoder/vae/config.json").read_text())["scaling_factor"] != 1
     z, (eps,) = (latents.moments(batch.hq)[0] * latents.scale).detach().double(), batch.normals

@@ -9,25 +9,16 @@ import pytest
 import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
-from torch.nn import functional as F
 
 from consissr.nano.config import run_config
 from consissr.weights.image_encoder import load_tower
 from scripts.train import stage_builder
 from tests.training import plain
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-def shown(x: Tensor) -> Tensor:
-    """What CLIP sees of images in [-1, 1]."""
-    small = F.interpolate((x + 1) / 2, size=(32, 32), mode="bicubic", align_corners=False)
-    return (small - torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)) / torch.tensor(CLIP_STD).view(1, 3, 1, 1)
-
 
 def features(tower: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
     """open_clip's pooled feature, and its patch tokens through the same norm and projection."""
-    tokens = tower.ln_post(tower.transformer(tower._embeds(shown(x)))) @ tower.proj
+    tokens = tower.ln_post(tower.transformer(tower._embeds(plain.seen_by_clip(x)))) @ tower.proj
     return tokens[:, 0], tokens[:, 1:]
 
 
@@ -49,14 +40,10 @@ def test_the_student_learns_what_the_teacher_says_of_the_photograph(base: Path, 
     batch = plain.recorded(3)
     others = [t for t in plain.members(stage.networks, VisionTransformer) if t is not student]
     with plain.watched(student=student.conv1, teacher=others[0].conv1) as given:
-        with torch.no_grad():
-            stage.prepare(batch)
-        plain.start(phase, stage.networks)
-        found = phase.loss(batch, 0)
-    found["loss"].backward()
+        found = plain.learnt(stage, phase, batch)
     for name, image in (("student", batch.lq), ("teacher", batch.hq)):
         (call,) = given[name]
-        plain.close(call["input"], shown(image))
+        plain.close(call["input"], plain.seen_by_clip(image))
 
     (pooled, patches), (pooled_hq, patches_hq) = features(student, batch.lq), features(teacher, batch.hq)
     # |RCLIP(x_LQ) - CLIP(x_HQ)|^2  (Eq. 3, ConsisSR), a mean over elements, not of normalised features

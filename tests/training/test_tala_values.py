@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor
 
@@ -14,13 +14,11 @@ from consissr.errors import UserError
 from consissr.models.denoiser import Condition, Denoiser
 from consissr.models.image_prompt import ImagePrompt
 from consissr.nano.config import run_config
-from consissr.weights.base import load_text
 from scripts.train import stage_builder
 from tests.training import plain
 
 WORDS = ["stage=tala", "data.crop=64", "model.image_prompt=hpa", "model.image_tokens=patches", "sampler.plan=ddpm"]
 WORDS += ["model.hint=stack", "model.position_embedding=16", "model.transposed_attention=true", "sampler.start=noise"]
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TIMES, DRAWS = torch.tensor([999, 985, 985, 300]), torch.tensor([0.999, 0.864, 0.9, 0.0005])
 """p(t) of the paper is 1, 0.868, 0.868 and 6e-6 there; the release's 0.990, 0.860, 0.860 and 6e-6."""
 ADAPTED = {
@@ -43,12 +41,6 @@ def built(base: Path, *words: str) -> tuple:
     return stage, plain.only(stage.networks, Denoiser), plain.only(stage.networks, ImagePrompt), stage.phases[0]
 
 
-def latent(base: Path, x: Tensor, noise: Tensor | None = None) -> Tensor:
-    """The scaled latent of the base's autoencoder: the mode, or the sample that `noise` makes."""
-    posterior = AutoencoderKL.from_pretrained(base / "vae").encode(x).latent_dist
-    return 0.18215 * (posterior.mean if noise is None else posterior.mean + posterior.std * noise).detach()
-
-
 def tala_loss(z_hq: Tensor, z_lq: Tensor, t: Tensor, eps: Tensor, adapted: Tensor, denoise) -> Tensor:
     """Algorithm 1: the noised latent of either image; the noise that leads from there to z_hq is asked for (Eq. 4)."""
     z_hq, z_lq, eps = z_hq.double(), z_lq.double(), eps.double()
@@ -61,14 +53,10 @@ def tala_loss(z_hq: Tensor, z_lq: Tensor, t: Tensor, eps: Tensor, adapted: Tenso
 def test_the_loss_is_that_of_algorithm_1(base: Path, words: str) -> None:
     stage, denoiser, prompt, phase = built(base, *words.split())
     batch = plain.recorded(4, integer=[TIMES], uniform=[DRAWS])
-    with torch.no_grad():
-        stage.prepare(batch)
-    plain.start(phase, stage.networks)
-    found = phase.loss(batch, 0)
-    found["loss"].backward()
+    found = plain.learnt(stage, phase, batch)
 
-    z_hq, z_lq, (eps,) = latent(base, batch.hq), latent(base, batch.lq), batch.normals
-    text = load_text(base).encode([""]).expand(4, -1, -1)
+    z_hq, z_lq, (eps,) = plain.latent(base, batch.hq), plain.latent(base, batch.lq), batch.normals
+    text = plain.text(base, 4)
     adapted = torch.tensor(ADAPTED[words], dtype=torch.bool)
     condition = Condition(text, z_lq, prompt(batch.lq))
     wanted = tala_loss(z_hq, z_lq, TIMES, eps, adapted, lambda z, t: denoiser(z, t, condition))
@@ -81,13 +69,11 @@ def test_a_posterior_sample_is_taken_of_both_images_and_the_mode_shown_to_the_co
     """As released."""
     stage, denoiser, prompt, phase = built(base, "tala.posterior=sample")
     batch = plain.recorded(4, integer=[TIMES], uniform=[DRAWS])
-    with torch.no_grad():
-        stage.prepare(batch)
-    found = phase.loss(batch, 0)["loss"]
+    found = plain.learnt(stage, phase, batch)["loss"]
     of_hq, of_lq, eps = batch.normals
-    text = load_text(base).encode([""]).expand(4, -1, -1)
-    condition = Condition(text, latent(base, batch.lq), prompt(batch.lq))
-    z_hq, z_lq = latent(base, batch.hq, of_hq), latent(base, batch.lq, of_lq)
+    text = plain.text(base, 4)
+    condition = Condition(text, plain.latent(base, batch.lq), prompt(batch.lq))
+    z_hq, z_lq = plain.latent(base, batch.hq, of_hq), plain.latent(base, batch.lq, of_lq)
     adapted = torch.tensor(ADAPTED[""], dtype=torch.bool)
     plain.close(found, tala_loss(z_hq, z_lq, TIMES, eps, adapted, lambda z, t: denoiser(z, t, condition)))
 
@@ -105,14 +91,12 @@ def test_what_each_network_is_given(base: Path) -> None:
 
     assert torch.equal(torch.cat([call["sample"] for call in given["encoder"]]), torch.cat([batch.hq, batch.lq]))
     (tower,) = given["tower"]
-    small = torch.nn.functional.interpolate((batch.lq + 1) / 2, size=(32, 32), mode="bicubic", align_corners=False)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    plain.close(tower["input"], (small - mean) / std, 1e-6)
+    plain.close(tower["input"], plain.seen_by_clip(batch.lq), 1e-6)
 
-    z_hq, z_lq, (eps,) = latent(base, batch.hq), latent(base, batch.lq), batch.normals
+    z_hq, z_lq, (eps,) = plain.latent(base, batch.hq), plain.latent(base, batch.lq), batch.normals
     from_lq = torch.tensor([True, True, False, False]).view(-1, 1, 1, 1)
     z_t = plain.noised(torch.where(from_lq, z_lq, z_hq).double(), eps.double(), TIMES)
-    text = load_text(base).encode([""]).expand(4, -1, -1)
+    text = plain.text(base, 4)
     for name in ("unet", "controlnet"):
         (call,) = given[name]
         plain.close(call["sample"], z_t)
@@ -125,20 +109,15 @@ def test_what_each_network_is_given(base: Path) -> None:
 
 def test_a_hint_encoder_of_its_own_sees_the_low_quality_image(base: Path, tmp_path: Path) -> None:
     """Converted releases have a second autoencoder for the hint alone; its hint is z_lq on another scale."""
-    first, *_ = built(base)
-    first.export(tmp_path)
-    vae = AutoencoderKL.from_pretrained(base / "vae")
-    with torch.no_grad():
-        vae.encoder.conv_in.bias.add_(1.0)
-    vae.save_pretrained(tmp_path / "hint_vae")
+    vae = plain.with_hint_encoder(built(base)[0], base, tmp_path)
     stage, *_, phase = built(base, f"init={tmp_path}")
     batch = plain.recorded(2)
     with plain.watched(controlnet=plain.only(stage.networks, ControlNetModel)) as given:
         stage.prepare(batch)
         phase.loss(batch, 0)
     with torch.no_grad():
-        other = 0.18215 * vae.encode(batch.lq).latent_dist.mean
-    assert (other - latent(base, batch.lq)).norm() > 0.01 * other.norm()
+        other = plain.SCALE * vae.encode(batch.lq).latent_dist.mean
+    assert (other - plain.latent(base, batch.lq)).norm() > 0.01 * other.norm()
     plain.close(given["controlnet"][0]["controlnet_cond"], other)
 
 
@@ -162,8 +141,8 @@ def test_restoring_is_spaced_ddpm(base: Path) -> None:
     with torch.no_grad(), plain.watched(decoder=plain.only(stage.networks, Decoder)) as given:
         stage.prepare(batch)
         image = stage.restore(batch)
-    z_lq, noises = latent(base, batch.lq), [noise.double() for noise in batch.normals]
-    text = load_text(base).encode([""]).expand(2, -1, -1)
+    z_lq, noises = plain.latent(base, batch.lq), [noise.double() for noise in batch.normals]
+    text = plain.text(base, 2)
     with torch.no_grad():
         condition = Condition(text, z_lq, prompt(batch.lq))
         z = noises[0]
@@ -171,9 +150,8 @@ def test_restoring_is_spaced_ddpm(base: Path) -> None:
             eps = denoiser(z.float(), torch.full((2,), t), condition).double()
             x0 = plain.clean(z, eps, t)
             z = x0 if noise is None else plain.ddpm(z, x0, t, t_next, noise)
-        wanted = AutoencoderKL.from_pretrained(base / "vae").decode((z / 0.18215).float()).sample
     assert len(noises) == 3 and len(given["decoder"]) == 1
-    plain.close(image, wanted)
+    plain.close(image, plain.decoded(base, z))
 
 
 def test_a_plan_that_is_not_trained_is_refused(base: Path) -> None:
