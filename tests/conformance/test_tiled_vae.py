@@ -161,7 +161,7 @@ def verdict(folder: Path, recorded: dict[str, Tensor], **metadata: str) -> tuple
     return len(rows), [re.match(r"\S+:(\w+)", line)[1] for line in rows if line.endswith("FAIL")]
 
 
-@pytest.mark.parametrize("size", [LARGE, SMALL])
+@pytest.mark.parametrize("size", [pytest.param(LARGE, marks=pytest.mark.slow), SMALL])
 def test_the_released_decoder_passes(folder, size):
     assert verdict(folder, record(folder, size)) == (4, [])
 

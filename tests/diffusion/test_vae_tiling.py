@@ -36,17 +36,16 @@ def latents(request):
 
 @pytest.fixture(scope="module")
 def image():
-    return torch.rand(2, 3, 104, 168, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return torch.rand(1, 3, 104, 136, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.mark.parametrize("tile", [3, 5, 8])
-def test_exact_tiles_equal_the_whole(latents, image, tile):
-    tiled = TiledLatents(latents, tile)
-    for got, want in zip(tiled.moments(image), latents.moments(image), strict=True):
-        assert (got - want).abs().max() <= 1e-4 * (want.max() - want.min())
-    z = latents.encode(image)
-    got, want = tiled.decode(z), latents.decode(z)
-    assert (got - want).abs().max() <= 1e-4 * (want.max() - want.min())
+def test_exact_tiles_equal_the_whole(latents, image):
+    z, moments = latents.encode(image), latents.moments(image)
+    decoded = latents.decode(z)
+    for tile in (3, 5, 8):
+        tiled = TiledLatents(latents, tile)
+        for got, want in zip((*tiled.moments(image), tiled.decode(z)), (*moments, decoded), strict=True):
+            assert (got - want).abs().max() <= 1e-4 * (want.max() - want.min()), tile
 
 
 def test_windowed_tiles_differ_by_their_attention_only(latents, image):
@@ -106,7 +105,7 @@ def test_exact_tiles_need_less_memory(latents):
     assert largest(TiledLatents(latents, 8).decode) < 0.3 * largest(latents.decode)
 
 
-@pytest.mark.parametrize("side", [24, 48])
+@pytest.mark.parametrize("side", [12, 24])
 def test_windowed_attention_costs_as_much_as_the_area(latents, monkeypatch, side):
     """As many windows as tiles, none larger than a tile and its margins; `exact` looks at all pairs of positions."""
     pairs, original = [], torch.nn.functional.scaled_dot_product_attention

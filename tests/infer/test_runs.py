@@ -58,6 +58,7 @@ def test_processes_share_the_work(infer, folder, tmp_path, monkeypatch, files):
     assert infer("-i", folder, "-o", tmp_path / "shared")[0] == 2
 
 
+@pytest.mark.slow
 def test_a_bad_file_does_not_end_the_other_processes(root, tmp_path, rng):
     """torchrun ends all processes when one fails: the first, whose only file is no image, has to wait for the second.
 

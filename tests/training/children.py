@@ -84,13 +84,18 @@ def start_saving(folder: Path) -> tuple[BaseProcess, Event]:
     return process, saved
 
 
-def start_several(arguments: list[str], log: Path, count: int) -> list[BaseProcess]:
-    """`count` processes that train together, as torchrun would start them."""
+def world(count: int) -> list[dict[str, str]]:
+    """The environment variables by which `count` processes find each other, as torchrun would set them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(arguments, log, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(count)]
+    same = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [same | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def start_several(arguments: list[str], log: Path, count: int) -> list[BaseProcess]:
+    """`count` processes that train together."""
+    return [start(arguments, log, **environment) for environment in world(count)]
 
 
 def finish(*processes: BaseProcess, seconds: float = 300) -> list[int | None]:

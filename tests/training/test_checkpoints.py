@@ -81,7 +81,8 @@ def test_another_run_is_not_resumed_by_mistake(photos: Path, tmp_path: Path, cap
         arguments = words("autoencoder", photos, tmp_path, "steps=3", change)
         assert main(["--resume", "latest", *arguments]) == 2
         assert f"differs from this run in {change.split('=')[0]}: " in caplog.text and "--allow-changes" in caplog.text
-    assert main(["--resume", "latest", "--allow-changes", *arguments]) == 0
+    assert main(["--resume", "latest", "--allow-changes", *arguments, "optimizer.lr=1e-5"]) == 0
+    assert "step 2 goes on with other settings than before: batch, optimizer.lr" in caplog.text
 
 
 def test_one_run_per_folder(tmp_path: Path, root: Path) -> None:

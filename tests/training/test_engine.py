@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,7 +15,7 @@ from torch import nn
 
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint
 from consissr.training.report import read_log
-from tests.training.children import finish, start, start_several
+from tests.training.children import finish, forkserver, start, start_several, world
 from tests.training.test_processes import MORE, assert_same_figures
 from tests.training.tiny import beside, words
 
@@ -60,8 +58,10 @@ class Slow(torch.autograd.Function):
         return gradient
 
 
-def show_overlap() -> None:
-    """One of two processes: prints when each collective began and when the backward pass and the step ended."""
+def show_overlap(environment: dict[str, str], told: Path) -> None:
+    """One of two processes: writes when the first collective began, and when the backward pass ended, to `told`."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
@@ -101,19 +101,20 @@ def show_overlap() -> None:
     wanted = mine.clone()
     reduce(wanted)
     assert torch.allclose(wanted / 2, mine), "gradients are not the same in both processes"
-    print(f"rank {accelerator.process_index} begun {min(begun):.3f} of {ended:.3f}", flush=True)
+    told.write_text(f"{min(begun)} {ended}")
+    torch.distributed.destroy_process_group()
 
 
-def test_gradients_are_sent_while_the_backward_pass_goes_on(root: Path) -> None:
+def test_gradients_are_sent_while_the_backward_pass_goes_on(tmp_path: Path) -> None:
     """And only in a step's last micro-batch."""
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    call += ["-m", "tests.training.test_engine"]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(call, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[:3000]
-    for line in (line.split() for line in done.stdout.splitlines() if line.startswith("rank")):
-        assert float(line[3]) < float(line[5]) - 0.15, "the first bucket waits for the whole backward pass"
-    assert done.stdout.count("rank") == 2
+    places = [(environment, tmp_path / f"{rank}.txt") for rank, environment in enumerate(world(2))]
+    processes = [forkserver().Process(target=show_overlap, args=place) for place in places]
+    for process in processes:
+        process.start()
+    assert finish(*processes) == [0, 0]
+    for _, told in places:
+        begun, ended = map(float, told.read_text().split())
+        assert begun < ended - 0.15, "the first bucket waits for the whole backward pass"
 
 
 def two_running(photos: Path, folder: Path, *more: str) -> list[BaseProcess]:
@@ -168,7 +169,3 @@ def test_steps_that_are_not_finite_can_be_left_out(photos: Path, tmp_path: Path)
     assert counts == sorted(counts) and counts[-1] > 0
     state = load_checkpoint(list_checkpoints(tmp_path / "autoencoder")[-1])
     assert all(value.isfinite().all() for part in ("weights", "ema") for value in state[part].values())
-
-
-if __name__ == "__main__":
-    show_overlap()

@@ -11,7 +11,6 @@ import torch
 
 from consissr.nano.config import run_config
 from consissr.training.checkpoints import load_checkpoint
-from consissr.training.report import read_log
 from consissr.weights.files import WEIGHTS, read_weights
 from scripts.train import main
 from tests.training.tiny import beside, started, words
@@ -62,34 +61,6 @@ def _tensors(state: object) -> list[torch.Tensor]:
     if isinstance(state, dict):
         return [t for value in state.values() for t in _tensors(value)]
     return [state] if isinstance(state, torch.Tensor) else []
-
-
-def test_the_last_validation_and_the_export_use_averaged_weights(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, path, *overrides = words("autoencoder", photos, tmp_path, "ema=0.5", "optimizer.lr=0.05", "optimizer.warmup=0")
-    overrides += [f"data.validation={photos}", "data.validation_count=2", "validate_every=1"]
-    loop = started(run_config(path, overrides))
-    seen: dict[str, list[bool]] = {"restore": [], "export": []}
-    for what in seen:
-        usual = getattr(loop.stage, what)
-
-        def spy(argument: object, what: str = what, usual: object = usual) -> object:
-            averages = (
-                load_checkpoint(tmp_path / "autoencoder/checkpoint-2")["ema"] if loop.step == 2 else loop.average.values
-            )
-            same = [torch.equal(value, averages[name]) for name, value in loop.weights().items()]
-            seen[what].append(all(same))
-            return usual(argument)
-
-        monkeypatch.setattr(loop.stage, what, spy)
-    loop.run()
-    # at step 1 the sets are swapped, so that `loop.average` holds the trained weights
-    assert seen == {"restore": [False, True], "export": [True]}
-    state = load_checkpoint(tmp_path / "autoencoder/checkpoint-2")
-    assert not all(torch.equal(value, state["ema"][name]) for name, value in state["weights"].items())
-    log = [line for line in read_log(tmp_path / "autoencoder/log.jsonl") if "validation/restored_psnr" in line]
-    assert [line["step"] for line in log] == [1, 2]
 
 
 def test_validation_is_the_same_every_time(photos: Path, tmp_path: Path, runs: Path) -> None:
