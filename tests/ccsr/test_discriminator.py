@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from ccsr.discriminator import (
     Augmentation,
@@ -61,6 +62,59 @@ def test_only_the_heads_learn(vit, images):
     assert all(parameter.grad is not None for parameter in judge.heads.parameters())
 
 
+def spectral(conv, x):
+    """Convolution, circular at the ends, with weights over their largest singular value's estimate."""
+    sigma = conv.weight_u @ conv.weight_orig.flatten(1) @ conv.weight_v
+    margin = conv.weight_orig.shape[2] // 2
+    x = torch.cat([x[..., x.shape[2] - margin :], x, x[..., :margin]], 2)
+    return F.conv1d(x, conv.weight_orig / sigma, conv.bias)
+
+
+@torch.no_grad()
+def test_logits_project_features_on_the_condition(vit, images):
+    """Of the embedded patches and of blocks 3, 6, 9, 12, each patch token plus the class token; as CCSR's release."""
+    judge = ProjectedDiscriminator(vit, c_dim=6).eval()
+    c = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
+    x = F.interpolate(images / 2 + 0.5, size=(32, 32), mode="area")
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    embedded, *blocks = vit.tokens((x - mean) / std)
+    wanted = []
+    for head, tokens in zip(judge.heads, [blocks[i - 1] for i in (3, 6, 9, 12)] + [embedded], strict=True):
+        y = (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2)
+        for i, layers in enumerate((head.main[0], head.main[1].fn)):
+            new = F.group_norm(spectral(layers[0], y), 4, layers[1].weight, layers[1].bias)
+            new = torch.where(new > 0, new, 0.2 * new)
+            y = (new + y) / 2**0.5 if i else new
+        condition = c @ head.cmapper.weight.T / 6**0.5 + head.cmapper.bias
+        wanted.append((spectral(head.cls, y) * condition[:, :, None]).sum(1) / 64**0.5)
+    assert torch.allclose(judge(images, c)[0], torch.cat(wanted, 1), atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_vit_is_its_formula():
+    """Patches in rows, a class token before them, positions; pre-norm attention and MLP with GELU, scaled in DINOv2."""
+    torch.manual_seed(0)
+    vit, x = ViT(side=16, patch=8, width=8, depth=2, heads=2, layer_scale=True), torch.rand(2, 3, 16, 16)
+    for parameter in vit.parameters():
+        parameter.normal_(std=0.4)
+    proj = vit.patch_embed["proj"]
+    patches = [F.linear(x[:, :, r : r + 8, c : c + 8].flatten(1), proj.weight.flatten(1), proj.bias)
+               for r in (0, 8) for c in (0, 8)]  # fmt: skip
+    y = torch.stack([vit.cls_token[0].expand(2, -1), *patches], 1) + vit.pos_embed
+    wanted = [y]
+    for block in vit.blocks:
+        even = F.layer_norm(y, (8,), block.norm1.weight, block.norm1.bias, 1e-6)
+        q, k, v = (part.view(2, 5, 2, 4) for part in block.attn["qkv"](even).chunk(3, -1))
+        shares = torch.einsum("bihd,bjhd->bhij", q, k).div(2).softmax(-1)
+        y = y + block.attn["proj"](torch.einsum("bhij,bjhd->bihd", shares, v).flatten(2)) * block.ls1.gamma
+        even = F.layer_norm(y, (8,), block.norm2.weight, block.norm2.bias, 1e-6)
+        y = y + block.mlp["fc2"](F.gelu(block.mlp["fc1"](even))) * block.ls2.gamma
+        wanted.append(y)
+    for got, want in zip(vit.tokens(x), wanted, strict=True):
+        assert torch.allclose(got, want, atol=1e-4)
+    assert torch.allclose(vit.summary(x), F.layer_norm(y, (8,), vit.norm.weight, vit.norm.bias, 1e-6)[:, 0], atol=1e-4)
+
+
 def test_windows_show_a_part_at_its_own_size(vit, images):
     generators = [torch.Generator().manual_seed(i) for i in range(200)]
     windows = draw_windows(generators, 40, 48, vit.side)
@@ -88,12 +142,15 @@ def test_spectral_norm_tends_to_one():
 
 
 def test_sizes_come_from_the_weights(vit, tmp_path):
-    again = build_vit(vit.state_dict(), heads=2)
+    again = build_vit(vit.state_dict() | {"mask_token": torch.zeros(1)}, heads=2)
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
     x = torch.rand(1, 3, 32, 32)
     assert torch.equal(again.summary(x), vit.eval().summary(x))
     torch.save(vit.state_dict(), tmp_path / "dino.pth")
     assert torch.equal(read_dino(tmp_path / "dino.pth", 2).summary(x), vit.summary(x))
-    assert condition_of(again, torch.rand(2, 3, 17, 9)).shape == (2, 16)
+    small = torch.rand(2, 3, 17, 9) * 2 - 1
+    shown = F.interpolate(small / 2 + 0.5, size=(32, 32), mode="bilinear", align_corners=False)
+    assert torch.allclose(condition_of(again, small), vit.summary(shown), atol=1e-5)
 
 
 def test_layer_scales_of_dino_v2():
