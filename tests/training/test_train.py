@@ -71,11 +71,11 @@ def test_the_result_runs(runs: Path) -> None:
 @pytest.mark.parametrize("stage", list(SMALL))
 def test_resuming_is_bit_exact(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
     """A run stopped after one step and resumed ends with the weights of one that ran through."""
-    beside(runs, tmp_path, stage)
-    shutil.copytree(runs / stage, tmp_path / stage)
-    shutil.rmtree(tmp_path / stage / "checkpoint-2")
-    assert main(["--resume", "latest", *words(stage, photos, tmp_path, *validated(photos))]) == 0
-    through, resumed = (load_checkpoint(folder / stage / "checkpoint-2") for folder in (runs, tmp_path))
+    again = tmp_path / stage
+    shutil.copytree(runs / stage, again)
+    shutil.rmtree(again / "checkpoint-2")
+    assert main(["--resume", "latest", *words(stage, photos, runs, *validated(photos), f"output_dir={again}")]) == 0
+    through, resumed = (load_checkpoint(folder / "checkpoint-2") for folder in (runs / stage, again))
     assert through["weights"].keys() == resumed["weights"].keys()
     for name, value in through["weights"].items():
         assert torch.equal(value, resumed["weights"][name]), name
