@@ -288,7 +288,9 @@ def test_not_a_number_never_comes_back(restorer, monkeypatch):
         restorer(torch.zeros(1, 3, 8, 8), 2, keys=["dark.png"])
 
 
-@pytest.mark.parametrize("geometry", ["ccsr", "ccsr_v1", "consissr"])
+@pytest.mark.parametrize(
+    "geometry", ["ccsr", *(pytest.param(g, marks=pytest.mark.slow) for g in ("ccsr_v1", "consissr"))]
+)
 def test_released_size_rules_run(restorer, picture, geometry):
     assert restorer(picture(20, 24), 2, plan=nuts_plan(1), geometry=geometry).size == (40, 48)
 

@@ -65,6 +65,7 @@ def test_norms_from_a_sample_change_little(restorer, root):
     assert 127.5 * (results[0] - results[1]).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_tiles_save_memory():
     """More than twice the pixels in less memory than in one piece, each in a process of its own."""
     whole = footprint("nano-ccsr", 512, tile=0, vae_tile=0)
@@ -83,5 +84,9 @@ def test_memory_hardly_grows_with_the_image():
 def test_failures_of_the_child_are_one_line():
     with pytest.raises(UserError, match="multiple of the scale"):
         footprint("nano-ccsr", 255)
+
+
+@pytest.mark.slow
+def test_failures_while_it_restores_are_one_line():
     with pytest.raises(UserError, match=r"8x8 with nano-crs failed: .*nano-ccsr"):
         footprint("nano-crs", 8)
