@@ -25,7 +25,7 @@ class Measure:
     smallest: tuple[int, int] = (0, 0)
     """Least short and long side of images, in pixels."""
     gigabytes: float = 0.0
-    """Memory that a process takes for it at 512x512 pixels: a share of 5.3, measured of all together."""
+    """Memory that a process takes for it at 512x512 pixels: a share of 5.3, measured of all but FID (an estimate)."""
     digits: int = 4
     about: str = ""
 

@@ -112,9 +112,9 @@ def _ignored_interrupts() -> Iterator[None]:
 
 
 def _serve(function: Callable[..., Any], pipe: connection.Connection) -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for a torch that is imported later
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     try:
         while True:
             item = pipe.recv()

@@ -115,18 +115,19 @@ def test_a_study_from_training_to_verdict(small: run.Work) -> None:
     assert len(finding["per seed"].split()) == 2 and float(finding["least"]) > 0
     assert (small.out / "s" / "crops_realsr.png").is_file() and "opposite" in text
 
-
-def test_what_is_made_of_something_else_stands_elsewhere(small: run.Work) -> None:
-    do(small)
-    before = small.model("b", 1), small.results("a", 1, "realsr")
     (small.photos / "train" / "t.png").write_bytes(b"other")
-    changed = dataclasses.replace(small)
-    after = changed.model("b", 1), changed.results("a", 1, "realsr")
-    assert before[0] != after[0] and before[1] != after[1]
-    assert len(do(changed)) == 5 + 8
+    other = dataclasses.replace(small)
+    assert other.model("b", 1) != small.model("b", 1)
+    assert other.results("a", 1, "realsr") != small.results("a", 1, "realsr")
+    (anew, *_) = run.stages(other, list(other.study.rows))
+    assert [job.name for job in anew] == ["train start, seed 7"], "what is made of other photographs is made anew"
 
 
-def test_a_failed_training_is_named_and_holds_up_its_own_alone(small: run.Work) -> None:
+def test_a_failed_training_is_named_and_holds_up_its_own_alone(
+    small: run.Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (run, report):
+        monkeypatch.setattr(module, "SETS", ("realsr",))
     script = small.scripts / "train.py"
     script.write_text(script.read_text() + "if 'x=1' in sys.argv: folder.joinpath('config.yaml').unlink(); "
                       "sys.exit('out of luck')\n")  # fmt: skip
