@@ -22,6 +22,7 @@ from consissr.config.loading import changed_fields
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.learned import lpips_network
+from consissr.models.vae.latents import narrowed
 from consissr.training.restoration import model_of_init
 from consissr.training.stage import Batch, Phase
 from consissr.weights.model import Model
@@ -42,6 +43,8 @@ class Deft:
         """Without `model`, the trained model is `init`'s, and the other networks are found as the config says."""
         self.config = config.deft
         model = model or trained_model(config)
+        if config.deft.decoder_width != 1:
+            model.latents, model.decoder = narrowed(model.latents, config.deft.decoder_width), "own"
         self.first = Nuts(first_stage(config, model), model)
         self.latents = self.first.latents
         model.decoder = "own" if model.decoder == "own" else "tuned"

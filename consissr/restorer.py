@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from consissr.config.loading import changed
 from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import Step, check_plan, ddpm_plan
-from consissr.diffusion.sampler import Denoise, Draw, sample, seeded_draw, start_latent
+from consissr.diffusion.sampler import Denoise, Draw, drawn, sample, seeded_draw, start_latent
 from consissr.diffusion.schedule import Schedule
 from consissr.diffusion.tiling import TiledDenoiser
 from consissr.errors import UserError
+from consissr.images.device import to_device
 from consissr.images.formats import output_size
 from consissr.images.geometry import Prepared, finish, prepare
 from consissr.images.inputs import Images, equal_sizes, network_input, packed, unpacked
@@ -181,7 +182,7 @@ class Restorer:
         moments = latents.moments(x.repeat(2, 1, 1, 1) if two_samples else x)
         mean = moments[0].float()
         if config.posterior == "sample":
-            noise = torch.cat([draw(name, (len(x), *mean.shape[1:])) for name in names]).to(mean)
+            noise = torch.cat([drawn(draw, name, mean[: len(x)]) for name in names])
             mean = mean + torch.exp(0.5 * moments[1].float()) * noise
         del moments
         z_lq, z_positive = (mean * latents.scale).split(len(x)) if two_samples else 2 * [mean * latents.scale]
@@ -296,7 +297,7 @@ class Restorer:
                 f"prompt '{prompt}' was not encoded at loading, only {known}: use one of these, or pass it to "
                 "Restorer.load (a converted model with a text encoder of its own keeps no others)"
             )
-        return self.prompts[prompt].to(x).expand(len(x), -1, -1)
+        return to_device(self.prompts[prompt], x.device).to(x.dtype).expand(len(x), -1, -1)
 
     def plan(self, config: SamplerConfig, plan: Sequence | None, settings: dict[str, Any] | None = None) -> list[Step]:
         """The plan given, else the configuration's, checked."""

@@ -1,14 +1,9 @@
-"""Restoring and training on a GPU that need not be there: shapes, types and devices of every operation, no values.
-
-Fake tensors say that they are on a GPU, and an operation on two devices raises, as it would there. What the program
-asks a value for (to choose a branch) has no answer; such draws are replaced below. The mode has no public name: torch's
-documentation of fake tensors imports it from `torch._subclasses`, too.
-"""
+"""Restoring and training on a GPU that need not be there: shapes, types and devices of every operation, no values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ccsr.adversary
@@ -27,6 +22,9 @@ import consissr.models.tiles
 import consissr.nano.clip
 import consissr.nano.prior
 from ccsr import nuts_plan
+from ccsr.methods import method, stages
+from consissr.bench import launches
+from consissr.bench.fake_gpu import fake_gpu, mixed
 from consissr.config.loading import changed
 from consissr.config.training import TrainConfig
 from consissr.data.degradation import degrade, preset
@@ -50,51 +48,17 @@ FEATURES = ["model.image_prompt=hpa", "model.image_tokens=patches", "model.trans
 FEATURES += ["model.position_embedding=16", "model.hint=stack", "sampler.plan=ddpm", "sampler.timesteps=[]"]
 
 
-def moved(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
-    """`module.to(...)`, which cannot exchange a real parameter for a fake one in place. Parameters become others."""
-    device, dtype, _, order = torch._C._nn._parse_to(*arguments, **keywords)
-    for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            for name, value in ((n, v) for n, v in held.items() if v is not None):
-                kind = dtype if dtype and value.is_floating_point() else value.dtype
-                new = torch.empty(value.shape, dtype=kind, device=device or value.device)
-                if order is not None and value.ndim == 4:
-                    new = new.contiguous(memory_format=order)
-                held[name] = nn.Parameter(new, value.requires_grad) if held is part._parameters else new
-    return module
-
-
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """A mode in which tensors may be on "cuda", and have no values. What checks its values is built before."""
-    monkeypatch.setattr(nn.Module, "to", moved)
-    monkeypatch.setattr(consissr.models.tiles, "total_memory", lambda device: 2**34)
-    monkeypatch.setattr(consissr.data.draws.SeededDraws, "_generator", lambda draws, device: None)
-    monkeypatch.setattr(consissr.data.noise, "power_above", lambda levels: torch.full((len(levels),), 256.0))
-    monkeypatch.setattr(consissr.data.jpeg, "_constants", consissr.data.jpeg._constants.__wrapped__)
     monkeypatch.setattr(ccsr.adversary, "draw_windows", lambda *_: [None, (1, 2)])
-    constant = torch.tensor
-    monkeypatch.setattr(Tensor, "new_tensor", lambda x, data: constant(data, dtype=x.dtype).to(x.device))
     small = consissr.nano.clip.F.interpolate
     monkeypatch.setattr(consissr.nano.clip, "random_windows", lambda batch, _, size: small(batch.hq, (size, size)))
     monkeypatch.setattr(consissr.nano.clip, "caption", lambda image: f"bright {image.device.type} photo")
     monkeypatch.setattr(consissr.nano.prior, "captions", lambda batch, _: ["bright photo"] * len(batch.names))
     monkeypatch.setattr(torch, "lazy", torch.cpu, raising=False)  # where checkpointing asks for a device's generator
-    return FakeTensorMode(allow_non_fake_inputs=True)  # real ones, such as the noise schedule, are on the CPU
-
-
-@contextmanager
-def mixed() -> Iterator[None]:
-    """`torch.autocast("cuda", torch.bfloat16)`, which turns itself off where there is no GPU."""
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if not torch.autocast_decrement_nesting():
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", False)
+    with fake_gpu() as mode:
+        yield mode
 
 
 def configuration(stage: str, tiny_model: Path, *more: str) -> TrainConfig:
@@ -140,6 +104,7 @@ MORE = ["tala.metric=latents", "tala.plan_share=0.5", "tala.weighting=v"]
 STAGE_CASES = {stage: (stage, []) for stage in SMALL} | {
     "tala": ("tala", [*FEATURES, *MORE, "tala.posterior=sample", "gradient_checkpointing=true"]),
     "nuts": ("nuts", ["model.residual=0.5", "tala.probability=power"]),
+    "deft, narrow": ("deft", ["deft.decoder_width=0.5"]),
     "deft, dino": ("deft", ["deft.discriminator=dino", "deft.adaptive=true"]),
 }
 
@@ -203,10 +168,7 @@ def test_a_dry_run_knows_what_autograd_keeps(gpu: FakeTensorMode, tiny_model: Pa
 
 def put(stage: Any, device: str, dtype: torch.dtype | None) -> None:
     """The stage's networks on a device, as the loop has them."""
-    names = {id(p): name for name, p in stage.networks.named_parameters()}
-    there = dict(stage.networks.to(device, dtype, memory_format=torch.channels_last).named_parameters())
-    for phase in stage.phases:
-        phase.parameters = {name: there[names[id(p)]] for name, p in phase.parameters.items()}
+    dry_run.exchange(stage, lambda m: m.to(device, dtype, memory_format=torch.channels_last))
 
 
 def prepared(stage: Any, device: str) -> Batch:
@@ -224,6 +186,27 @@ def test_degrading(gpu: FakeTensorMode) -> None:
             hq = torch.zeros(1, 3, 2 * SIDE, 2 * SIDE, device="cuda")
             lq, enlarged = degrade(hq, preset("ccsr"), [seed])
             assert lq.device.type == enlarged.device.type == "cuda" and enlarged.dtype == torch.float32
+
+
+@pytest.mark.parametrize("stage", ["nuts", "tala"])
+def test_a_step_does_not_wait_for_the_gpu(stage: str) -> None:
+    """Neither the host's numbers nor the device's keep the host; the first step alone moves what stays there."""
+    file, builder = stages(Path("configs"))[stage]
+    words = [*launches.TINY, "micro_batch=2", "batch=2", "init="]
+    counted = launches.trained(launches.run_config(file, words), builder)
+    assert sum(counted.launches.values()) > 500 and set(counted.waits) <= {"_to_copy"}
+    assert sum(counted.waits.values()) <= 2  # tables of the noise schedule
+
+
+def test_degrading_does_not_wait_for_the_gpu() -> None:
+    counted = launches.degraded(8)
+    assert not counted.waits and 50 * 8 < sum(counted.launches.values()) < 170 * 8
+
+
+def test_one_image_from_pixels_to_whole_numbers() -> None:
+    config = launches.run_config("configs/ccsr/nuts.yaml", [*launches.TINY, "micro_batch=2", "batch=2", "init="])
+    counted = launches.restored(config, method("ccsr-1", 1))
+    assert sum(counted.waits.values()) <= 1 and counted.launches["_upsample_bicubic2d_aa"] >= 2
 
 
 @pytest.mark.parametrize("broken", [lambda x: x + torch.ones(2), lambda x: x[None] @ torch.ones(2, 2)])

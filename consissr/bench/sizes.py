@@ -16,8 +16,11 @@ from torch import nn
 from consissr.bench.work import counted
 from consissr.evaluation import complexity
 from consissr.models.denoiser import Condition, Denoiser
+from consissr.models.vae.latents import Latents, narrowed
 
 TEXT_TOWER = {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24}
+NARROW = 0.5
+"""Width of the narrow decoder of configs/ccsr/deft_narrow.yaml."""
 GUIDED = 100
 """Evaluations of 50 guided steps."""
 
@@ -49,9 +52,17 @@ def rows() -> list[dict[str, Any]]:
         counts = {name: complexity.parameters(part) for name, part in parts.items()}
         for name, count in (counts | {"all": sum(counts.values())}).items():
             found.append({"networks": kind, "what": name, "parameters, M": count / 1e6})
+    narrow = narrowed(Latents(complexity.build("ccsr")["vae"]), NARROW).vae
+    count = complexity.parameters(narrow.decoder)
+    found.append({"networks": "ccsr", "what": f"decoder, {NARROW:g} as wide", "parameters, M": count / 1e6})
+    full = complexity.parameters(complexity.build("ccsr")["vae"].decoder)
+    found.append({"networks": "ccsr", "what": "decoder", "parameters, M": full / 1e6})
     for row in found:
         row["layers, G"] = row["with attention, G"] = ""
     work = work_rows("ccsr", complexity.build("ccsr")) + work_rows("consissr", complexity.build("consissr"))
+    z = torch.empty(1, 4, complexity.LATENT, complexity.LATENT, device="meta")
+    macs = (complexity.macs(lambda: narrow.decode(z)), counted(lambda: narrow.decode(z)))
+    work.append(pass_row("ccsr", f"decoder, {NARROW:g} as wide, one pass", *macs))
     return [*found, *work, *work_rows("consissr-released", complexity.build("consissr"), prepared=False)]
 
 
@@ -77,7 +88,11 @@ def work_rows(kind: str, parts: dict[str, nn.Module], prepared: bool = True) -> 
     }
     passes = [(f"{name}, one pass", layers[name], everything[name]) for name in layers]
     passes.append(("50 guided steps", GUIDED * layers["denoiser"], GUIDED * everything["denoiser"]))
-    return [
-        {"networks": kind, "what": what, "parameters, M": "", "layers, G": few / 1e9, "with attention, G": all_ / 1e9}
-        for what, few, all_ in passes
-    ]
+    return [pass_row(kind, *one) for one in passes]
+
+
+def pass_row(kind: str, what: str, few: int, all_: int) -> dict[str, Any]:
+    """A row of MACs."""
+    return {
+        "networks": kind, "what": what, "parameters, M": "", "layers, G": few / 1e9, "with attention, G": all_ / 1e9
+    }  # fmt: skip

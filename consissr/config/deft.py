@@ -33,6 +33,8 @@ class DeftConfig:
     """DINO ViT-S/16 that the discriminator judges by: a file (dino_deitsmall16_pretrain.pth) or timm's hub id."""
     dino_v2: str = "timm/vit_small_patch14_dinov2.lvd142m"
     """DINOv2 ViT-S/14 whose summary of the LQ image is its condition: a file (dinov2_vits14_pretrain.pth) or hub id."""
+    decoder_width: float = 1.0
+    """Below 1, tune a decoder so much narrower, which begins with the full one's strongest channels (ours)."""
     post_quant_conv: bool = False
     """Tune the convolution before the decoder, too (CCSR v1 as released)."""
     adversarial_weight: float = 0.5
@@ -47,6 +49,8 @@ class DeftConfig:
     """The discriminator's optimiser."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.decoder_width <= 1:
+            raise UserError(f"deft.decoder_width is {self.decoder_width}: use a share above 0, at most 1")
         check_word(self.reconstruction, ("l1", "l2"), "deft.reconstruction")
         check_word(self.perceptual, self.PERCEPTUAL, "deft.perceptual")
         check_word(self.discriminator, ("patchgan", "dino"), "deft.discriminator")

@@ -21,6 +21,7 @@ from consissr.data.kernels import FAMILIES, SIZES, gaussian_like, low_pass
 from consissr.data.noise import gaussian_noise, poisson_noise
 from consissr.data.settings import MODES, DegradationConfig, StageConfig, preset
 from consissr.errors import UserError
+from consissr.images.device import to_device
 
 __all__ = ["DegradationConfig", "StageConfig", "degrade", "preset"]
 
@@ -36,14 +37,21 @@ def degrade(hq: torch.Tensor, config: DegradationConfig, seeds: Iterable[int]) -
     An image's result depends on its pixels and its seed only. Raises UserError for sizes that cannot be.
     """
     check_size(hq.shape[-2:], config)
-    pairs = []
-    for image, seed in zip(hq.float(), seeds, strict=True):
-        draws = SeededDraws(int(seed))
-        kernels = draw_kernels(config, draws)
-        lq = quantise(run_stages((image[None] + 1) / 2, config, kernels, draws))
+    pairs, sources = [], [SeededDraws(int(seed)) for seed in seeds]
+    kernels = sent([draw_kernels(config, draws) for draws in sources], hq.device)
+    for image, draws, own in zip(((hq.float() + 1) / 2).split(1), sources, kernels, strict=True):
+        lq = quantise(run_stages(image, config, own, draws))
         pairs.append((lq, quantise(enlarge(lq, hq.shape[-2:], config, draws))))
     lq, enlarged = (torch.cat(part) * 2 - 1 for part in zip(*pairs, strict=True))
     return lq, enlarged
+
+
+def sent(kernels: list[list[torch.Tensor]], device: torch.device) -> list[list[torch.Tensor]]:
+    """The kernels [k,k] of every image on `device`, in one copy."""
+    sizes = [[kernel.shape[-1] for kernel in own] for own in kernels]
+    flat = to_device(torch.cat([kernel.flatten() for own in kernels for kernel in own]), device)
+    parts = iter(flat.split([k * k for own in sizes for k in own]))
+    return [[next(parts).view(k, k) for k in own] for own in sizes]
 
 
 def check_size(size: tuple[int, int], config: DegradationConfig) -> None:
@@ -164,13 +172,20 @@ def draw_resize(stage: StageConfig, draws: Draws) -> tuple[float, str]:
 def add_noise(x: torch.Tensor, stage: StageConfig, draws: Draws) -> torch.Tensor:
     """Gaussian or Poisson noise of drawn strength, coloured or gray, on `x` [B,3,H,W] in about [0,1]; clamped to it."""
     gaussian = draws.uniform() < stage.gaussian_prob
-    strength = draws.strengths(*(stage.gaussian if gaussian else stage.poisson), len(x)).view(-1, 1, 1, 1)
-    gray = draws.strengths(0, 1, len(x)).view(-1, 1, 1, 1) < stage.gray_prob
+    strength = draws.strengths(*(stage.gaussian if gaussian else stage.poisson), len(x))
+    gray = draws.strengths(0, 1, len(x)) < stage.gray_prob
     noise_of = gaussian_noise if gaussian else poisson_noise
-    noise = noise_of(x, draws, gray=True) if gray.any() else torch.zeros((), device=x.device)
+    noise = noise_of(x, draws, gray=True) if gray.any() else None
     if draws.wasteful or not gray.all():
-        noise = torch.where(gray.to(x.device), noise, noise_of(x, draws, gray=False))
-    return (x + noise * strength.to(x.device)).clamp_(0, 1)
+        coloured = noise_of(x, draws, gray=False)
+        if noise is None or not gray.all():
+            noise = coloured if noise is None else torch.where(per_image(gray, x), noise, coloured)
+    return (x + noise * per_image(strength, x)).clamp_(0, 1)
+
+
+def per_image(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One number per image of `x` [B,C,H,W], shaped to go with it; a single one may stay on the CPU."""
+    return values[0] if len(values) == 1 else to_device(values, x.device).view(-1, 1, 1, 1)
 
 
 def compress(x: torch.Tensor, stage: StageConfig, draws: Draws) -> torch.Tensor:

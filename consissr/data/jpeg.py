@@ -11,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from consissr.images.device import to_device
+
 _LUMA = (
     (16, 11, 10, 16, 24, 40, 51, 61),
     (12, 12, 14, 19, 26, 58, 60, 55),
@@ -74,14 +76,15 @@ def jpeg(x: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     """What JPEG leaves of `x` [B,3,H,W] in [0,1] at `quality` [B], each in (0,100]; same shape and range, any size."""
     dct, luma, chroma, to_ycc, to_rgb = _constants(x.device)
     b, _, h, w = x.shape
-    x = F.pad(x, (0, -w % 16, 0, -h % 16))
+    x = F.pad(x, (0, -w % 16, 0, -h % 16)) if w % 16 or h % 16 else x
     height, width = x.shape[-2:]
-    factor = quantisation_factor(quality.to(x))[:, None]
+    factor = quantisation_factor(quality.to(x.dtype))
+    factor = factor[0] if b == 1 else to_device(factor, x.device)[:, None]  # a single number may stay on the CPU
 
     ycc = torch.matmul(to_ycc, x.flatten(2)).view(b, 3, height, width)
-    y = _round_trip(ycc[:, 0] - 128, luma * factor, dct) + 128
+    y = _round_trip(ycc[:, 0] - 128, luma[None] * factor, dct) + 128
     halves = _halve(ycc[:, 1:]).flatten(0, 1)
-    halves = _round_trip(halves, (chroma * factor).repeat_interleave(2, dim=0), dct)
+    halves = _round_trip(halves, (chroma[None] * factor).repeat_interleave(2, dim=0), dct)
     color = torch.matmul(to_rgb, halves.view(b, 2, -1)).view(b, 3, height // 2, width // 2)
     rgb = F.interpolate(color, scale_factor=2, mode="nearest").add_(y[:, None])
     return rgb.div_(255).clamp_(0, 1)[..., :h, :w]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -34,10 +35,16 @@ def power_above(levels: torch.Tensor) -> torch.Tensor:
 
     On the CPU, or on a GPU's images there, without waiting for it.
     """
-    powers = torch.tensor([0.0] + [2.0 ** math.ceil(math.log2(count)) for count in range(1, 257)])
+    powers = powers_above(levels.device)
     if levels.device.type == "cpu":
         counts = torch.stack([(torch.bincount(image.flatten(), minlength=256) > 0).sum() for image in levels])
         return powers[counts]
     there = torch.zeros(len(levels), 256, device=levels.device)
     counts = there.scatter_(1, levels.flatten(1).long(), 1.0).sum(1).long()
-    return powers.to(levels.device, non_blocking=True)[counts]
+    return powers[counts]
+
+
+@functools.cache
+def powers_above(device: torch.device) -> torch.Tensor:
+    """The next power of two from each of 0..256 on, [257] float32 (of 0: 0)."""
+    return torch.tensor([0.0] + [2.0 ** math.ceil(math.log2(count)) for count in range(1, 257)], device=device)

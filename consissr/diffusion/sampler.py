@@ -11,6 +11,7 @@ from torch import Tensor
 
 from consissr.diffusion.plans import Step
 from consissr.diffusion.schedule import Schedule
+from consissr.images.device import to_device
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(z_t (B,C,h,w), t (B,) int64) -> predicted noise (B,C,h,w)."""
@@ -46,18 +47,23 @@ def sample(
             return x0
         if step.kind == "renoise":
             again = any(earlier.kind == "renoise" for earlier in plan[:i])
-            noise = draw(f"tmax[{i}]" if again else "tmax", z.shape).to(z)
+            noise = drawn(draw, f"tmax[{i}]" if again else "tmax", z)
             z = schedule.add_noise(x0, noise, step.t_next)
         else:
             mean, variance = schedule.posterior(z, x0, step.t, step.t_next)
-            z = mean + variance.sqrt() * draw(f"step[{i}]", z.shape).to(z)
+            z = mean + variance.sqrt() * drawn(draw, f"step[{i}]", z)
     raise ValueError("the plan does not end with x0; see plans.check_plan")
 
 
 def start_latent(start: str, z_lq: Tensor, schedule: Schedule, draw: Draw) -> Tensor:
     """The first latent, like z_lq (B,C,h,w): `noise` itself, or z_lq noised to the last timestep (`lq`)."""
-    noise = draw("init", z_lq.shape).to(z_lq)
+    noise = drawn(draw, "init", z_lq)
     return noise if start == "noise" else schedule.add_noise(z_lq, noise, len(schedule) - 1)
+
+
+def drawn(draw: Draw, name: str, like: Tensor) -> Tensor:
+    """Noise of the shape, device and type of `like`; the host does not wait for a GPU."""
+    return to_device(draw(name, like.shape), like.device).to(like.dtype)
 
 
 def seeded_draw(seed: int, keys: Iterable[str | int], repeat: int = 0) -> Draw:

@@ -112,13 +112,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
         """Tokens `x` (B, h * w, C) of a map of `size` (h, w), in rows -> the same shape."""
-        q = split_heads(self.to_q(x), self.heads)
-        k = split_heads(self.to_k(x), self.heads)
-        v = split_heads(self.to_v(x), self.heads)
+        q, k, v = (split_heads(part, self.heads) for part in self.queries_keys_values(x))
         if self.position_emb is not None:
             p = self.positions(size).to(q.dtype)
             q, k = q + p, k + p
         return self.to_out[1](self.to_out[0](merge_heads(attention(q, k, v))))
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Three times (B, N, C)."""
+        return self.to_q(x), self.to_k(x), self.to_v(x)
 
     def positions(self, size: tuple[int, int]) -> Tensor:
         """p of an h x w map, (h * w, d); the parameter itself at the size it was made for."""

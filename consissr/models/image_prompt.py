@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from consissr.config.model import ModelConfig
 from consissr.errors import UserError
+from consissr.images.device import to_device
 from consissr.models.attention import zeroed
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def build_tower(embed_dim: int, vision: dict[str, Any]) -> VisionTransformer:
 def clip_input(x: Tensor, size: int) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] -> CLIP's normalised input (B, 3, size, size), bicubic without antialiasing."""
     x = F.interpolate((x + 1) / 2, size=(size, size), mode="bicubic")
-    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+    mean, std = to_device(torch.tensor([MEAN, STD], dtype=x.dtype).view(2, 3, 1, 1), x.device)
+    return (x - mean) / std
 
 
 def tower_features(tower: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from consissr.data.as_released import PairPool, degrade_as_released
 from consissr.data.datasets import PhotoDataset
 from consissr.data.degradation import check_size, degrade, preset
 from consissr.data.draws import ReleasedDraws
+from consissr.images.device import to_device
 from consissr.training.checks import accumulation
 from consissr.training.precision import without_autocast
 from consissr.training.stage import Batch, seed_of
@@ -62,8 +63,9 @@ class Feed:
         hq = self.moved([s["hq"] for s in samples])
         with without_autocast(self.device):
             lq = self.degraded(hq, samples) if self.needs_lq else None
+        hq, lq = (x if x is None else x.contiguous(memory_format=torch.channels_last) for x in (hq, lq))
         return Batch(
-            hq=hq.contiguous(memory_format=torch.channels_last),
+            hq=hq,
             names=[s["name"] for s in samples],
             generators=[torch.Generator().manual_seed(seed_of(s["seed"], "loss")) for s in samples],
             lq=lq,
@@ -71,9 +73,7 @@ class Feed:
 
     def moved(self, images: list[torch.Tensor]) -> torch.Tensor:
         """Images as one tensor on the device; the copy does not keep the host waiting."""
-        stacked = torch.stack(images)
-        stacked = stacked if self.stream is None else stacked.pin_memory()
-        return stacked.to(self.device, non_blocking=True)
+        return to_device(torch.stack(images), self.device)
 
     def degraded(self, hq: torch.Tensor, samples: list[dict[str, Any]]) -> torch.Tensor:
         """The low-quality images (B, 3, S, S) in [-1, 1] of `hq`: the samples' own, or made here."""
@@ -99,8 +99,8 @@ class Feed:
         """Micro-batches of this process from `step` on; through the pool of pairs, where there is one."""
         for batch in self.prepared(step):
             if self.pool is not None:
-                hq, batch.lq = self.pool.exchange(batch.hq, batch.lq)
-                batch.hq = hq.contiguous(memory_format=torch.channels_last)
+                pair = self.pool.exchange(batch.hq, batch.lq)
+                batch.hq, batch.lq = (x.contiguous(memory_format=torch.channels_last) for x in pair)
             yield batch
 
     def prepared(self, step: int) -> Iterator[Batch]:

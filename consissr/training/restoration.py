@@ -146,7 +146,8 @@ class Restoration:
         """The empty prompt (and soft tokens after it), the LQ latent, and the image tokens."""
         hint = batch.cache["hint"]
         image = None if self.image_prompt is None else self.image_prompt.adapter(batch.cache["features"])
-        condition = Condition(self.text.to(hint.device).expand(len(hint), -1, -1), hint, image)
+        self.text = self.text.to(hint.device)  # once: a copy at every step would wait for the device
+        condition = Condition(self.text.expand(len(hint), -1, -1), hint, image)
         return condition.with_soft(batch.cache.get("soft"))
 
     def form(self, default: str) -> str:

@@ -15,6 +15,7 @@ from consissr.config.data import DataConfig
 from consissr.config.optimizer import OptimizerConfig
 from consissr.data.datasets import PhotoDataset
 from consissr.errors import UserError
+from consissr.images.device import to_device
 
 
 def seed_of(*values: object) -> int:
@@ -59,15 +60,15 @@ class Batch:
     def randn(self, *shape: int) -> Tensor:
         """Standard normal (B, *shape) on the images' device."""
         drawn = torch.stack([torch.randn(shape, generator=g) for g in self.generators])
-        return drawn.to(self.hq.device)
+        return to_device(drawn, self.hq.device)
 
     def rand(self) -> Tensor:
         """Uniform [0, 1), shape (B,)."""
-        return torch.cat([torch.rand(1, generator=g) for g in self.generators]).to(self.hq.device)
+        return to_device(torch.cat([torch.rand(1, generator=g) for g in self.generators]), self.hq.device)
 
     def randint(self, high: int) -> Tensor:
         """Uniform integers in [0, high), shape (B,)."""
-        return torch.cat([torch.randint(high, (1,), generator=g) for g in self.generators]).to(self.hq.device)
+        return to_device(torch.cat([torch.randint(high, (1,), generator=g) for g in self.generators]), self.hq.device)
 
 
 @dataclass

@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consissr.errors import UserError
+from consissr.models.vae.narrow import empty_decoder, fill, narrow_widths
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+
+WIDTH = "decoder_width"
+"""Entry of vae/config.json: the decoder's width as a share of what the other entries say; absent: 1."""
 
 
 class LinearPath(nn.Module):
@@ -101,6 +106,29 @@ def empty_latents(settings: dict[str, Any]) -> Latents:
     """An untrained autoencoder of the sizes in a `vae/config.json`."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_config({name: value for name, value in settings.items() if name != "linear_path"})
-    vae.register_to_config(linear_path=settings.get("linear_path", False))
+    own = {name: settings[name] for name in ("linear_path", WIDTH) if name in settings}
+    vae = AutoencoderKL.from_config({name: value for name, value in settings.items() if name not in own})
+    if own.get(WIDTH, 1) != 1:
+        vae.decoder = empty_decoder(vae.config, own[WIDTH])
+    vae.register_to_config(**own)
     return Latents(vae)
+
+
+def narrowed(latents: Latents, factor: float) -> Latents:
+    """The same autoencoder, its encoder shared, with a decoder `factor` times as wide, to be tuned (stage 'deft').
+
+    UserError for a factor outside (0, 1], or if the decoder is narrow already.
+    """
+    config = latents.vae.config
+    if config.get(WIDTH, 1) != 1:
+        raise UserError(f"this decoder is narrow already (factor {config[WIDTH]:g}): start from the full one")
+    full = latents.vae.decoder
+    with full.conv_in.weight.device:
+        made = empty_latents(dict(config) | {WIDTH: factor})
+    for name in ("encoder", "quant_conv", "post_quant_conv"):
+        setattr(made.vae, name, getattr(latents.vae, name))
+    made.linear = latents.linear
+    groups = config.norm_num_groups
+    fill(made.vae.decoder, full, narrow_widths(config.block_out_channels, factor, groups), groups)
+    made.vae.decoder.to(full.conv_in.weight.dtype).train(full.training)
+    return made
