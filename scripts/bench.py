@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from consissr.bench import report
-from consissr.bench.commandline import parser
+from consissr.bench.commandline import check, parser
 from consissr.errors import UserError
 
 
@@ -49,10 +49,8 @@ def training(args: argparse.Namespace) -> tuple[Any, Iterable]:
     """Images per second and memory of a few steps of training stages, or of their data path alone (--data)"""
     from consissr.bench import feeding, training
 
-    if args.data:
-        found = feeding.measure(args.data, args.set, args.workers, args.images)
-    else:
-        found = training.measure(args.config, args.set, args.switch)
+    feed = (args.data, args.set, args.workers, args.images)
+    found = feeding.measure(*feed) if args.data else training.measure(args.config, args.set, args.switch)
     return found, [report.plain(found, "images per second")]
 
 
@@ -81,7 +79,13 @@ def gpu(args: argparse.Namespace) -> tuple[Any, Iterable]:
     from consissr.bench.gpu import measure
     from consissr.bench.gpu_tasks import tasks
 
-    listed = tasks(args.size, args.device, method, stages(Path(__file__).parents[1] / "configs"))
+    trained = stages(Path(__file__).parents[1] / "configs")
+    if args.counts:
+        from consissr.bench.launches import rows
+
+        found = rows(args.size, method("ccsr-1", 1), trained)
+        return found, [report.plain(found, "operations that a GPU is given, and times that the host waits for it")]
+    listed = tasks(args.size, args.device, method, trained)
     return measure(listed, args.minutes, args.json, lambda line: print(line, flush=True)), []
 
 
@@ -90,11 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = {function.__name__.replace("_", "-"): function for function in measurements}
     args = parser(__doc__, commands).parse_args(arguments)
     try:
-        for name in ("runs", "steps", "pixels", "batch", "images"):
-            if vars(args).get(name, 1) < 1:
-                raise UserError(f"--{name} {vars(args)[name]} is out of range: use at least 1")
-        if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-            raise UserError(f"--json {args.json} is no file in a folder that exists: name another")
+        check(args)
         found, shown = args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from consissr.errors import UserError
+
 METHODS = ("ccsr-1", "ccsr-2", "ccsr-2-guided", "consissr")
 
 
@@ -26,6 +28,7 @@ def parser(description: str, commands: Mapping[str, Callable]) -> argparse.Argum
     add("--minutes", type=float, default=5.0, help="when to stop")
     add("--size", default="sd21", choices=("sd21", "tiny"), help="SD2.1's sizes, or the bundled models'")
     add("--device", default="cuda", help="cuda, or cpu for a rehearsal")
+    add("--counts", action="store_true", help="instead: count launches on tensors without values; needs no GPU")
     add = sub("tiles")
     add("-m", "--model", default="nano-ccsr", help="bundled name or model folder")
     add("--megapixels", type=float, nargs="+", default=[0.25, 1, 3, 12, 48], help="sizes of results")
@@ -48,6 +51,15 @@ def parser(description: str, commands: Mapping[str, Callable]) -> argparse.Argum
     add("--preset", default="ccsr", help="settings: ccsr or consissr")
     add("--images", type=int, default=48, help="images per path")
     return root
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for numbers below 1 and for a --json that is no file."""
+    for name in ("runs", "steps", "pixels", "batch", "images"):
+        if vars(args).get(name, 1) < 1:
+            raise UserError(f"--{name} {vars(args)[name]} is out of range: use at least 1")
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise UserError(f"--json {args.json} is no file in a folder that exists: name another")
 
 
 def inference(add: Callable) -> None:
