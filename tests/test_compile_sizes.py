@@ -27,6 +27,6 @@ def test_one_product_for_queries_keys_and_values(tiny_model):
     restorer = Restorer.load(str(tiny_model), "cpu", "fp32")
     x = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     plain = restorer(x, 2)
-    assert fast.fuse_projections(restorer.denoiser) == 4
+    assert fast.fuse_projections(restorer.denoiser) == 6
     assert torch.allclose(restorer(x, 2), plain, atol=1e-5)
     assert fast.fuse_projections(restorer.denoiser) == 0

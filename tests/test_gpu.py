@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from consissr.data.degradation import degrade, preset
+from consissr.images import codec
 from consissr.restorer import Restorer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and CUDA_VISIBLE_DEVICES=0")
@@ -18,6 +19,32 @@ def test_restoring_agrees_with_the_cpu(model):
     expected = Restorer.load(model, "cpu", "fp32")(lq)
     found = Restorer.load(model, "cuda", "fp32")(lq)
     assert found.device.type == "cpu" and (found - expected).abs().max() <= LEVEL
+
+
+@pytest.mark.parametrize(
+    "form", [codec.Form(), codec.Form(bits=16), codec.Form(grey=True, bits=16), codec.Form(alpha=True)]
+)
+def test_files_agree_with_the_cpu(tmp_path, form):
+    """Through the whole numbers that travel, both ways."""
+    pixels = torch.rand(3, 24, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codec.write(tmp_path / "a.png", codec.Photo(pixels, pixels[:1] / 2 + 0.5 if form.alpha else None, form))
+    found = []
+    for device in ("cpu", "cuda"):
+        photo = codec.read(tmp_path / "a.png", device)
+        y = Restorer.load("nano-ccsr", device, "fp32")(photo.pixels[None])
+        assert y.device.type == device
+        codec.write(tmp_path / f"{device}.png", photo.restored(y[0]))
+        found.append(codec.read(tmp_path / f"{device}.png").pixels)
+    assert (found[0] - found[1]).abs().max() <= LEVEL
+
+
+def test_compiled_networks_restore_the_same_at_every_size():
+    restorer, sizes = Restorer.load("nano-ccsr", "cuda", "fp32"), [(32, 32), (24, 40), (32, 32), (40, 24)]
+    images = [torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1 for size in sizes]
+    plain = [restorer(image) for image in images]
+    restorer.compile()
+    for image, expected in zip(images, plain, strict=True):
+        assert (restorer(image) - expected).abs().max() <= LEVEL
 
 
 def test_degrading_without_noise_agrees_with_the_cpu():

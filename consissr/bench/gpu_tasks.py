@@ -134,9 +134,9 @@ def precisions(question: Question) -> dict[str, Any]:
 def tests(device: str) -> dict[str, Any]:
     """The repository's own tests of GPUs."""
     root = Path(__file__).parents[2]
-    files = ["tests/test_gpu.py"] + (["tests/test_cuda.py"] if device.startswith("cuda") else [])
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
-    call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if device.startswith("cuda") else ""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": shown}
+    call = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     done = subprocess.run(call, cwd=root, env=environment, capture_output=True, text=True, timeout=240, check=False)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
     failed = [line for line in lines if re.match("FAILED|ERROR", line)]

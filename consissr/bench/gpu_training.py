@@ -74,6 +74,7 @@ def stage(config: str, builder: Any, words: list[str], device: str) -> dict[str,
     with tempfile.TemporaryDirectory() as scratch:
         write_photos(Path(scratch))
         run = [f"data.paths=[{scratch}]", f"output_dir={scratch}/run", "init=", "tracker=none", "validate_every=0"]
+        run.append("skip_not_finite=true")  # what random weights do with gradients is not what is measured
         run += [f"steps={STEPS}", f"log_every={LINE}", f"checkpoint_every={STEPS}", *words]
         run.append("batch=${micro_batch}")
         loop = Timed(run_config(config, run), random_weights(builder, torch.device(device)))

@@ -127,7 +127,7 @@ def restored(config: TrainConfig, method: Method) -> Launches:
         restorer = Restorer(*networks, Schedule(model.alpha_bar), prompts, **place)
         with mock.patch("consissr.models.memory.total_memory", lambda device: 2**34), Launches() as counted:
             y = restorer(torch.zeros(1, 3, side // 4, side // 4, device="cuda"), plan=method.plan)
-            codec._levels(codec.Photo(y[0], None, codec.Form()), slice(None)).to("cpu", non_blocking=True)
+            codec.levels(codec.Photo(y[0], None, codec.Form()), slice(None)).to("cpu", non_blocking=True)
     return counted
 
 

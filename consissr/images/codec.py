@@ -255,17 +255,17 @@ def _quantised(photo: Photo, form: Form) -> Samples:
     A few rows at a time, because large images in several float copies are what memory would run out for.
     """
     if works_on_pixels(photo.pixels.device):
-        values, arrived = fetched(_levels(photo, slice(None)))
+        values, arrived = fetched(levels(photo, slice(None)))
         return Samples(values, form, arrived)
     height, width = photo.pixels.shape[1:]
     channels, kind = (1 if form.grey else 3) + form.alpha, np.uint8 if form.bits == 8 else np.uint16
     samples = np.empty((height, width, channels), kind)
     for rows in (slice(*strip) for strip in strips(height)):
-        samples[rows] = _levels(photo, rows).numpy()
+        samples[rows] = levels(photo, rows).numpy()
     return Samples(samples, form)
 
 
-def _levels(photo: Photo, rows: slice) -> Tensor:
+def levels(photo: Photo, rows: slice) -> Tensor:
     """Some rows of a photo (h, W, C), where they are: uint8 or, of 16 bits, int32."""
     form, place = photo.form, photo.pixels.device
     planes = photo.pixels[:, rows].detach().to(place if works_on_pixels(place) else "cpu", torch.float32)
@@ -274,8 +274,8 @@ def _levels(photo: Photo, rows: slice) -> Tensor:
     planes = planes.clamp(-1, 1).add_(1).div_(2)
     if form.alpha:
         planes = torch.cat([planes, photo.alpha[:, rows].detach().to(planes).clamp(0, 1)])
-    levels = planes.mul_(2**form.bits - 1).round_().permute(1, 2, 0)
-    return levels.to(torch.uint8 if form.bits == 8 else torch.int32).contiguous()
+    whole = planes.mul_(2**form.bits - 1).round_().permute(1, 2, 0)
+    return whole.to(torch.uint8 if form.bits == 8 else torch.int32).contiguous()
 
 
 def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:

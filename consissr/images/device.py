@@ -42,9 +42,7 @@ def fetched(values: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
     array = there.numpy().view(np.uint16) if deep else there.numpy()
     if values.device.type != "cuda":
         return array, lambda: None
-    arrival = torch.cuda.Event()
-    arrival.record()
-    return array, arrival.synchronize
+    return array, torch.cuda.current_stream(values.device).record_event().synchronize
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
