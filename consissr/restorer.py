@@ -316,6 +316,7 @@ class Restorer:
         one_size: all images will have the same size, for which the code is then made.
         """
         networks = {id(network): network for network in (self.denoiser, self.latents, self.hint_latents)}
+        self.denoiser.coefficients(torch.zeros(1, dtype=torch.int64, device=self.device))  # made once, before the code
         compile_all(networks.values(), one_size)
 
     def networks(self) -> list[nn.Module]:

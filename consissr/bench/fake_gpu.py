@@ -7,6 +7,7 @@ imports it from `torch._subclasses`, too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -44,8 +45,8 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
         (nn.Module, "to", moved),
         (consissr.models.tiles, "total_memory", lambda device: 2**34),
         (consissr.data.draws.SeededDraws, "_generator", lambda draws, device: None),
-        (noise, "powers_above", noise.powers_above.__wrapped__),
-        (consissr.data.jpeg, "_constants", consissr.data.jpeg._constants.__wrapped__),
+        (noise, "powers_above", functools.cache(noise.powers_above.__wrapped__)),
+        (consissr.data.jpeg, "_constants", functools.cache(consissr.data.jpeg._constants.__wrapped__)),
         (Tensor, "new_tensor", lambda x, data: constant(data, dtype=x.dtype).to(x.device)),
     ]
     with ExitStack() as stack:

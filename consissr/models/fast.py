@@ -87,6 +87,7 @@ def compile_forward(network: nn.Module, one_size: bool) -> None:
     them. The setting must stand while the code is made, which is at the first call with inputs of a new shape.
     """
     from torch._inductor import config
+    from torch.fx.experimental import _config as shapes
 
     on_gpu = any(parameter.device.type == "cuda" for parameter in network.parameters())
     how = {"fullgraph": True, "dynamic": None if one_size else True}
@@ -96,4 +97,5 @@ def compile_forward(network: nn.Module, one_size: bool) -> None:
         torch.compiler.cudagraph_mark_step_begin()
         return compiled(*arguments, **keywords).clone()
 
-    network.forward = replayed if on_gpu else config.patch(freezing=True)(compiled)
+    made = replayed if on_gpu else config.patch(freezing=True)(compiled)
+    network.forward = made if one_size else shapes.patch(use_duck_shape=False)(made)  # a square first does not bind
