@@ -32,10 +32,10 @@ def test_what_does_not_fit_is_named_and_a_smaller_task_still_runs(tmp_path):
     worker, said, file = Clocked(), [], tmp_path / "gpu.json"
     names = [("first", 10, 10), ("hangs", 10, 10**6), ("too long", 100, 1), ("last", 5, 5)]
     listed = [Task(name, seconds, str, {"took": took}) for name, seconds, took in names]
-    record = measure(listed, 2, file, said.append, worker, lambda: worker.now)
+    record = measure(listed, 3, file, said.append, worker, lambda: worker.now)
     assert [entry["status"] for entry in record["tasks"]] == ["done", "failed", "not begun", "done"]
-    assert record["tasks"][2]["reason"] == "takes about 100 s, 47 were left"  # of 2 minutes less 3 s, after 10 and 60
-    assert worker.limits == [60.0, 60.0, 47.0, "stopped"] and worker.now <= 120
+    assert record["tasks"][2]["reason"] == "takes about 100 s, 67 were left"  # of 3 minutes less 3 s, after 10 and 100
+    assert worker.limits == [100.0, 100.0, 67.0, "stopped"] and worker.now <= 180
     assert json.loads(file.read_text()) == record and said[0] == "first: done, 10 s\n    images/s: 2.5"
 
 

@@ -107,11 +107,14 @@ class Paths:
                         to_pil(done).save(file)  # both releases: Pillow's own settings for PNG
         return y
 
-    def working_mb(self, path: str) -> float:
-        """MB that one more batch takes at most above what is loaded."""
-        before = start_peak(self.question.device)
-        self.run(path, Clock(self.device))
-        return (peak_bytes(self.question.device) - before) / MB
+    def undivided(self, path: str) -> dict[str, Any]:
+        """Seconds per image where nothing waits between the parts, and MB above what is loaded."""
+        before, clocks = start_peak(self.question.device), []
+        for _ in range(self.question.runs + 1):
+            clocks.append(Clock(self.device, only="total"))
+            self.run(path, clocks[-1])
+        seconds = spread([clock.parts["total"].wall / self.question.batch for clock in clocks[1:]])
+        return {"undivided": seconds, "working_mb": (peak_bytes(self.question.device) - before) / MB}
 
     def ours(self, x: Tensor, plan: list[Step], clock: Clock) -> Tensor:
         """Restorer's result, with the time of its parts."""
@@ -152,14 +155,12 @@ def compare(question: Question, paths: tuple[str, ...] = PATHS, tell: Callable[[
                 if number or question.runs == 1:
                     rounds[path].append(clock)
                 tell(f"{path}: {clock.parts['total'].wall:.2f} s, {clock.parts['total'].cpu:.2f} CPU seconds")
-        working = {path: ways.working_mb(path) for path in paths} if device.type == "cuda" else {}
+        more = {path: ways.undivided(path) for path in paths} if device.type == "cuda" else {}
     best = {"wall": max(rate.wall for rate in rates), "cpu": max(rate.cpu for rate in rates)}
     found: dict[str, Any] = {"question": asdict(question), "macs": ways.work, "ceiling_macs_per_second": best}
     found["threads"] = torch.get_num_threads()
-    if working:
-        found["working_mb"] = working
     for path in paths:
-        found[path] = summary(rounds[path], question, ways.work[path], best)
+        found[path] = summary(rounds[path], question, ways.work[path], best) | more.get(path, {})
     if len(paths) == 2:
         plain, fast = results["reference"].double(), results["ours"].double()
         found["relative_difference"] = ((fast - plain).norm() / plain.norm()).item()

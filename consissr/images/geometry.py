@@ -86,11 +86,11 @@ def prepare(
         down, across = map(reflected, raised, padded)
 
         def rows(top: int, bottom: int) -> Tensor:
+            if padded == raised:
+                return resized_rows(image, raised, top, bottom)
             which = down[top:bottom]
             first, last = int(which.min()), int(which.max()) + 1
             part = resized_rows(image, raised, first, last)
-            if padded == raised:
-                return part
             return part[:, :, to_device(which - first, part.device)][..., to_device(across, part.device)]
 
         return Prepared(rows, padded, size, raised, image.device)

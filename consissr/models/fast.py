@@ -78,7 +78,7 @@ def compile_all(networks: Iterable[nn.Module], one_size: bool) -> None:
 
 
 def compile_forward(network: nn.Module, one_size: bool) -> None:
-    """Compile what calling `network` computes, in place, under `torch.no_grad`; as one graph, or torch says why not.
+    """Compile what calling `network` computes, in place, under `torch.no_grad`.
 
     Without `one_size` the code is made for all sizes at once. On a GPU what it launches is recorded for each size that
     is met, and replayed as a whole (CUDA graphs); a replay overwrites the last one's result, so that is copied.
@@ -90,8 +90,8 @@ def compile_forward(network: nn.Module, one_size: bool) -> None:
     from torch.fx.experimental import _config as shapes
 
     on_gpu = any(parameter.device.type == "cuda" for parameter in network.parameters())
-    how = {"fullgraph": True, "dynamic": None if one_size else True}
-    compiled = torch.compile(network.forward, mode="reduce-overhead" if on_gpu else "default", **how)
+    mode = "reduce-overhead" if on_gpu else "default"
+    compiled = torch.compile(network.forward, mode=mode, dynamic=None if one_size else True)
 
     def replayed(*arguments: Any, **keywords: Any) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
