@@ -35,6 +35,7 @@ from consissr.training.stage import Stage
 from consissr.weights.base import BUNDLED_BASES, find_base
 from consissr.weights.files import BUNDLED, read_config
 from consissr.weights.find import find_model
+from consissr.weights.hub import is_hub_id, split_hub_id
 from consissr.weights.image_encoder import OPEN_CLIP, has_tower, new_image_prompt
 from consissr.weights.model import Model
 from consissr.weights.names import published
@@ -273,9 +274,11 @@ def hub_or_here(name: str, file: str) -> str:
     if os.path.exists(os.path.expanduser(name)):
         return "here"
     if name in published():
-        return "a published model: scripts/convert.py --list says where it is"
-    if name.count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
+        return "a published model: consissr-convert --list says where it is"
+    if not is_hub_id(name) or name.startswith("runs/"):
         return "missing"
     from huggingface_hub import try_to_load_from_cache
 
-    return "in the hub's cache" if isinstance(try_to_load_from_cache(name, file), str) else "would be downloaded"
+    repository, revision = split_hub_id(name)
+    cached = isinstance(try_to_load_from_cache(repository, file, revision=revision), str)
+    return "in the hub's cache" if cached else "would be downloaded"

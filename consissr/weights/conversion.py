@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
 from consissr.weights import released, released_ccsr
-from consissr.weights.files import read_weights
+from consissr.weights.base import BASE_NETWORKS
+from consissr.weights.base import choose as choose_base_files
+from consissr.weights.files import read_weights, weight_names
 from consissr.weights.folder import save_base, save_model
 
 if TYPE_CHECKING:
@@ -82,14 +84,37 @@ def convert(
 
 def release_in(path: Path) -> Path:
     """The release that a path holds: the file itself, a folder with controlnet/, or a folder's one checkpoint."""
-    if path.is_file() and path.suffix in CHECKPOINTS or (path / "controlnet" / "config.json").is_file():
+    if path.is_file() and path.suffix in CHECKPOINTS:
         return path
-    files = sorted(file for file in path.glob("*") if file.suffix in CHECKPOINTS) if path.is_dir() else []
-    if len(files) == 1:
-        return files[0]
-    several = f", but {len(files)} checkpoints, {', '.join(file.name for file in files)}: name one" if files else ""
+    try:
+        chosen = choose_released([n.relative_to(path).as_posix() for n in (*path.glob("*"), *path.glob("*/*"))])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return path if "/" in chosen[0] else path / chosen[0]
+
+
+def choose_released(files: Collection[str], half: bool = False) -> list[str]:
+    """The files of a release among those of a repository: CCSR v2's folders, with their base, or one checkpoint.
+
+    half: those in half precision are preferred.
+    """
+    networks = []
+    for part in ("controlnet", "vae") if "controlnet/config.json" in files else ():
+        weights = [n for n in weight_names("diffusion_pytorch_model", half) if f"{part}/{n}" in files]
+        if f"{part}/config.json" in files and not weights:
+            raise UserError(f"it has {part}/config.json, but not its diffusion_pytorch_model.safetensors")
+        networks += [f"{part}/config.json", f"{part}/{weights[0]}"] if weights else []
+    if networks:
+        whole = all(f"{part}/config.json" in files for part in BASE_NETWORKS)
+        return list(dict.fromkeys(networks + (choose_base_files(files, half) if whole else [])))
+    checkpoints = [name for name in files if "/" not in name and name.endswith(CHECKPOINTS)]
+    halves = [name for name in checkpoints if "fp16" in name]
+    full = [name for name in checkpoints if name not in halves]
+    if checkpoints and max(len(full), len(halves)) == 1:
+        return halves if halves and (half or not full) else full
+    several = f", but {len(checkpoints)} checkpoints: give the path of one" if checkpoints else ""
     raise UserError(
-        f"{path} holds no model: neither config.yaml (ours), nor controlnet/config.json (CCSR v2), nor one checkpoint "
+        "it holds no model: neither config.yaml (ours), nor controlnet/ and vae/ (CCSR v2), nor one checkpoint "
         f"(CCSR v1, ConsisSR){several}"
     )
 

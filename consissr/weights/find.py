@@ -17,8 +17,8 @@ from consissr.errors import UserError
 from consissr.weights.base import BASE_NETWORKS, SD21, base_path
 from consissr.weights.base import choose as choose_base
 from consissr.weights.cache import by_hand_folder, cache_folder, check_free, locked, stamp_of, unchanged
-from consissr.weights.conversion import CHECKPOINTS, CONVERTER, ForeignError, convert, release_in
-from consissr.weights.files import ASSETS, BUNDLED, MODEL_FILES, base_of, read_config, weight_names
+from consissr.weights.conversion import CONVERTER, ForeignError, choose_released, convert, release_in
+from consissr.weights.files import ASSETS, BUNDLED, MODEL_FILES, base_of, read_config
 from consissr.weights.hub import (
     UnreachableError,
     fetch,
@@ -105,8 +105,12 @@ def from_hub(source: Source, label: str, half: bool, reachable: bool = True) -> 
             if source.file not in files:
                 raise UserError(f"{source.hub} has no {source.file}")
             return [source.file]
-        ours = [name for name in files if name.startswith(MODEL_FILES)]
-        return ours if source.layout == "any" and "config.yaml" in files else choose_released(files, half)
+        if source.layout == "any" and "config.yaml" in files:
+            return [name for name in files if name.startswith(MODEL_FILES)]
+        try:
+            return choose_released(files, half)
+        except UserError as error:
+            raise UserError(f"{source.hub}: {error}") from error
 
     fetched = fetch(source.hub_id, choose, half, reachable)
     folder = fetched.folder
@@ -120,28 +124,6 @@ def from_hub(source: Source, label: str, half: bool, reachable: bool = True) -> 
     except ForeignError:
         forget(source.hub_id, fetched)
         raise
-
-
-def choose_released(files: Collection[str], half: bool) -> list[str]:
-    """The files of a release among those of a repository: CCSR v2's folders, with their base, or one checkpoint."""
-    networks = []
-    for part in ("controlnet", "vae"):
-        weights = [n for n in weight_names("diffusion_pytorch_model", half) if f"{part}/{n}" in files]
-        if weights and f"{part}/config.json" in files:
-            networks += [f"{part}/config.json", f"{part}/{weights[0]}"]
-    if len(networks) == 4:
-        whole = all(f"{part}/config.json" in files for part in BASE_NETWORKS)
-        return list(dict.fromkeys(networks + (choose_base(files, half) if whole else [])))
-    checkpoints = [name for name in files if "/" not in name and name.endswith(CHECKPOINTS)]
-    halves = [name for name in checkpoints if "fp16" in name]
-    full = [name for name in checkpoints if name not in halves]
-    if checkpoints and max(len(full), len(halves)) == 1:
-        return halves if halves and (half or not full) else full
-    several = f", but {len(checkpoints)} checkpoints: download one and give its path" if checkpoints else ""
-    raise UserError(
-        "the repository holds no model: neither config.yaml (ours), nor controlnet/ and vae/ (CCSR v2), nor one "
-        f"checkpoint (CCSR v1, ConsisSR){several}"
-    )
 
 
 def state_of(path: Path) -> tuple[str, str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,8 @@ def ask(hub_id: str, reachable: bool = True) -> Listing:
         raise UnreachableError(f"{hub_id}: no copy")
     if constants.HF_HUB_OFFLINE:
         raise UnreachableError(f"{hub_id} is not in the cache of the Hugging Face hub, and HF_HUB_OFFLINE is set")
-    try:
+    with asking(hub_id):
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=20)
-    except network_errors() as error:
-        raise told(hub_id, error) from error
     files = {
         sibling.rfilename: {"size": sibling.size, "sha256": sibling.lfs.sha256 if sibling.lfs else None}
         for sibling in info.siblings or []
@@ -168,13 +167,11 @@ def download(listing: Listing, files: list[str], reachable: bool) -> list[Path]:
     check_free(Path(constants.HF_HUB_CACHE), need, listing.repository, "HF_HOME")
     new = []
     for name in missing:
-        try:
+        with asking(f"{listing.repository}@{listing.commit[:12]}: {name}"):
             path = Path(hf_hub_download(listing.repository, name, revision=listing.commit))
-        except network_errors() as error:
-            raise told(f"{listing.repository}@{listing.commit[:12]}: {name}", error) from error
         listing.commit = path.parents[name.count("/")].name  # what it came with, should the listing have said another
         said, stamp = listing.files[name], stamp_of(path)
-        damage = what_is_wrong(path)
+        damage = ""
         if said["size"] not in (None, stamp["size"]):
             damage = f"it has {stamp['size']} bytes instead of {said['size']}"
         elif said["sha256"] not in (None, stamp["sha256"]):
@@ -185,21 +182,6 @@ def download(listing: Listing, files: list[str], reachable: bool) -> list[Path]:
         listing.files[name] = stamp
         new.append(path)
     return new
-
-
-def what_is_wrong(path: Path) -> str:
-    """Why a file can't be what its name says; empty where it can."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt"):
-                pass
-        elif path.suffix == ".json":
-            json.loads(path.read_text("utf-8"))
-    except (SafetensorError, ValueError, OSError) as error:
-        return str(error).splitlines()[0]
-    return ""
 
 
 def remove(path: Path) -> None:
@@ -222,7 +204,7 @@ def is_here(listing: Listing, name: str) -> bool:
     path = path_here(listing, name)
     if path is None:
         return False
-    if unchanged(path, listing.files[name]) and not what_is_wrong(path):
+    if unchanged(path, listing.files[name]):
         return True
     log.warning("%s of %s is damaged in the cache: it is fetched again", name, listing.repository)
     remove(path)
@@ -278,32 +260,31 @@ def cached(hub_id: str) -> Listing | None:
 
     repository, revision = split_hub_id(hub_id)
     try:
-        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-    except network_errors():
+        with asking(hub_id):
+            folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except UserError:
         return None
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return Listing(repository, folder.name, {name: {"size": None, "sha256": None} for name in files})
 
 
-def network_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises; not every version's HTTP errors are OSErrors, xet's are RuntimeErrors."""
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-
-    return (OSError, ValueError, RuntimeError, EntryNotFoundError, *HfHubHTTPError.__bases__)
-
-
-def told(what: str, error: Exception) -> UserError:
-    """One line for an error of the hub's client."""
+@contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Errors of the hub's client as one line: UnreachableError where the hub does not answer, else UserError."""
     from huggingface_hub import errors
 
-    if isinstance(error, errors.GatedRepoError):
-        return UserError(f"{what} asks for an accepted licence: accept it on its page and set HF_TOKEN")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return UserError(f"{what} is no repository of the hub, or private (then set HF_TOKEN)")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return UserError(f"{what}: the hub has no such revision")
-    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return UserError(f"{what} is not on the hub")
-    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no answer'}"
-    kind = UserError if isinstance(error, errors.HfHubHTTPError) else UnreachableError
-    return kind(f"{what} could not be fetched ({reason})")
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise UserError(f"{what} asks for an accepted licence: accept it on its page and set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(f"{what} is no repository of the hub, or private (then set HF_TOKEN)") from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{what}: the hub has no such revision") from error
+    # HTTP errors are not OSErrors in every version, and xet's are RuntimeErrors
+    except (errors.EntryNotFoundError, *errors.HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+            raise UserError(f"{what} is not on the hub") from error
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no answer'}"
+        kind = UserError if isinstance(error, errors.HfHubHTTPError) else UnreachableError
+        raise kind(f"{what} could not be fetched ({reason})") from error

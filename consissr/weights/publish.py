@@ -6,7 +6,7 @@ from pathlib import Path
 
 from consissr.errors import UserError
 from consissr.weights.files import BUNDLED, CARD, MODEL_FILES, read_config
-from consissr.weights.hub import is_hub_id, network_errors, told
+from consissr.weights.hub import asking, is_hub_id
 from consissr.weights.names import published
 
 CARD_HEADER = "---\nlibrary_name: consissr\npipeline_tag: image-to-image\ntags: [super-resolution]\n---\n\n"
@@ -29,12 +29,9 @@ def push(folder: Path | None, hub_id: str, private: bool = False) -> str:
         raise UserError(f"{folder} builds on {base}, which nobody else has: name a published base in its config.yaml")
     card = (folder / CARD).read_text("utf-8") if (folder / CARD).is_file() else f"# {hub_id}\n"
     text = card if card.startswith("---\n") else CARD_HEADER + card
-    api = HfApi()
-    try:
-        address = api.create_repo(hub_id, private=private, exist_ok=True)
-        files = [f"{name}*" if name.endswith("/") else name for name in MODEL_FILES if name != CARD]
+    files = [f"{name}*" if name.endswith("/") else name for name in MODEL_FILES if name != CARD]
+    with asking(f"{hub_id} (uploading)"):
+        address = (api := HfApi()).create_repo(hub_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=hub_id, folder_path=folder, allow_patterns=files)
         api.upload_file(repo_id=hub_id, path_or_fileobj=text.encode(), path_in_repo=CARD)
-    except network_errors() as error:
-        raise told(f"{hub_id} (uploading)", error) from error
     return str(address)
