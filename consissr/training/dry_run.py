@@ -31,6 +31,7 @@ from consissr.models.surgery import replace_blocks
 from consissr.models.vae.latents import empty_latents
 from consissr.training.checks import launched, problems
 from consissr.training.estimate import memory
+from consissr.training.restoration import base_for
 from consissr.training.stage import Stage
 from consissr.weights.base import BUNDLED_BASES, find_base
 from consissr.weights.files import BUNDLED, read_config
@@ -43,6 +44,9 @@ from consissr.weights.names import published
 
 def describe(config: TrainConfig, builder: Any) -> Iterator[str]:
     """The report, line by line, on the run that `config` and the stage class `builder` make."""
+    init = model_folder(config.init)
+    if init is not None and (init / "config.yaml").is_file() and config.stage.removeprefix("nano_") != "deft":
+        config = replace(config, model=replace(config.model, base=base_for(config.model, init)))
     stage = build(config, builder)
     yield f"stage {config.stage}, {config.steps} optimiser steps; output: {config.output_dir}"
     yield from batches(config)

@@ -210,7 +210,8 @@ class Loop:
                 for micro in range(self.micro_batches):
                     waiting = time.perf_counter()
                     batch = next(batches)
-                    self.window.waited += time.perf_counter() - waiting
+                    if self.window.work:  # the first wait fills the feed
+                        self.window.waited += time.perf_counter() - waiting
                     accumulate = partial(self.accumulate, batch, totals, last=micro == self.micro_batches - 1)
                     if self.window.work:
                         accumulate()

@@ -62,7 +62,7 @@ class Report:
             self.told_waiting = True
             self.bar.clear()
             log.warning(
-                "waiting for data takes %.0f %% of a step: raise workers (%d threads now, %d cores for this process), "
+                "waiting for data takes %.0f %% of a step: raise workers (now %d, with %d cores for this process), "
                 "or read from a local disk, tar shards or smaller JPEGs (scripts/bench.py training --data measures it)",
                 100 * waiting, threads(self.config.workers), cores(),
             )  # fmt: skip

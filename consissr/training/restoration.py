@@ -40,8 +40,8 @@ TEXT_ATTENTION = re.compile(r"transformer_blocks\.\d+\.(attn2|norm2)\.")
 def starting_model(config: TrainConfig) -> Model:
     """The model that a run starts from.
 
-    `init` may be a model folder, whose weights go on (what `model` adds to it starts as a no-op), or a folder with
-    nothing but image_encoder/ (stage 'rclip'), whose tower the image branch of a new model takes.
+    `init` may be a model folder, whose weights go on, on its base unless the run names one (what `model` adds starts as
+    a no-op); or a folder with nothing but image_encoder/ (stage 'rclip'), whose tower a new model's image branch takes.
     """
     if not config.init or tower_only(config.init):
         return new_model(config.model, tower=config.init)
@@ -57,13 +57,16 @@ def starting_model(config: TrainConfig) -> Model:
 def model_of_init(config: TrainConfig, described: ModelConfig | None = None) -> Model:
     """The model of `init` as `described` (None: as it is), on its own base unless `model.base` names another."""
     folder = find_model(config.init)
-    stored = read_config(folder)
-    base = config.model.base if config.model.base != ModelConfig().base else base_of(folder, stored)
-    whole = replace(described or stored.model, base=base)
+    whole = replace(described or read_config(folder).model, base=base_for(config.model, folder))
     model = load_model(folder, additions=whole, prompts=[""], tuned_decoder=config.keep_decoder)
     if "" not in model.prompts:
         raise UserError(f"{config.init} holds no embedding of the empty prompt, which training needs: convert it again")
     return model
+
+
+def base_for(model: ModelConfig, folder: Path) -> str:
+    """The base that `model` names, or of the model in `folder` where it names none but the default."""
+    return model.base if model.base != ModelConfig().base else base_of(folder, read_config(folder))
 
 
 def tower_only(init: str) -> bool:
