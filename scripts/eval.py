@@ -21,16 +21,14 @@ from consissr.evaluation.commandline import parse_box, parser
 from consissr.evaluation.evaluate import Evaluation, evaluate
 from consissr.weights.find import BUNDLED, find_model
 
-ROOT = Path(__file__).resolve().parent.parent
-TABLES, INFER = ROOT / "configs" / "tables", ROOT / "scripts" / "infer.py"
+TABLES, INFER = (Path(__file__).resolve().parents[1] / place for place in ("configs/tables", "scripts/infer.py"))
 
 
 def measure(args: argparse.Namespace, results: dict, metrics: list[str], protocol: str, small=()) -> Evaluation:
     """Pair, score, write every output file. small: rows of models of another size than the others'."""
-    choice = protocols.get_measures(metrics), protocols.get_protocol(protocol)
+    choice = protocols.get_measures(metrics), protocols.get_protocol(protocol), args.output / "scores.jsonl"
     pairs = folders.pair(results, args.hr, args.lr, {*args.unranked, *small})
-    how = {"weights": args.weights, "device": args.device, "jobs": args.jobs, "small_fid": args.small_fid}
-    done = evaluate(pairs, *choice, args.output / "scores.jsonl", **how)
+    done = evaluate(pairs, *choice, args.weights, args.device, args.jobs, args.small_fid)
     files = output.write_all(done, args.output, args.report_images)
     sys.stderr.write(f"wrote {', '.join(file.name for file in files)} to {args.output}\n")
     return done
@@ -45,9 +43,8 @@ def tell_lacking(done: Evaluation, asked: str | None) -> int:
 
 def evaluate_folders(args: argparse.Namespace) -> int:
     if not (args.sr or args.run):
-        raise UserError("nothing to evaluate: give result folders with --sr (or --table, --check, --list-weights)")
+        raise UserError("nothing to evaluate: give result folders with --sr or models with --run (or --table)")
     metrics = (args.metrics or ("psnr,ssim,niqe" if args.hr else "niqe")).split(",")
-    protocols.get_measures(metrics)  # mistakes before the restoring
     results, small = produce.results_of(args, None, INFER, find_model, BUNDLED)
     done = measure(args, results, metrics, args.protocol or "ccsr", small)
     print(output.markdown(done))
@@ -57,7 +54,8 @@ def evaluate_folders(args: argparse.Namespace) -> int:
 def print_table(args: argparse.Namespace) -> int:
     table = tables.load_table(args.table, TABLES)
     if table.kind == "figure":
-        print("\n".join(map(str, figures.draw(table, folders.parse_methods(args.sr), args, parse_box(args.box)))))
+        results, _ = produce.results_of(args, None, INFER, find_model)
+        print("\n".join(map(str, figures.draw(table, results, args, parse_box(args.box)))))
         return 0
     dataset, status = table.dataset(args.dataset), 0
     if table.kind == "complexity":
@@ -93,6 +91,7 @@ def check(args: argparse.Namespace) -> int:
 def evaluation(args: argparse.Namespace) -> int:
     if args.output.is_file():
         raise UserError(f"--output {args.output} is a file: name a folder")
+    protocols.get_measures((args.metrics or "psnr").split(",")), protocols.get_protocol(args.protocol or "ccsr")
     if args.list_tables or args.list_weights or args.check_dataset:
         print(listings.text(args, TABLES))
         return 0

@@ -17,7 +17,7 @@ from PIL import Image
 from consissr.config.loading import nearest
 from consissr.errors import UserError
 from consissr.evaluation import origin, stlpips
-from consissr.evaluation.folders import EXTENSIONS, parse_methods
+from consissr.evaluation.folders import EXTENSIONS, pair, parse_methods
 from consissr.evaluation.tables import Table
 from consissr.evaluation.workers import end_with_parent
 
@@ -49,6 +49,8 @@ def results_of(
     if table and small and stlpips.weights_file() is None:
         raise UserError(f"{models[small[0]]} is small: beside published values it is shown with a learned distance, "
                         "which needs pip install stlpips-pytorch==0.0.2")  # fmt: skip
+    if args.hr:
+        pair({"HR": args.hr}, args.hr, args.lr)  # what does not pair is said before anything is restored
     repeat = args.repeat or (table.runs if table else 1)
     results |= produce(table, models, args.lr, args.output, script, repeat, flags, find)
     return results, small if table or len(small) < len(results) else []
