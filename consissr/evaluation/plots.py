@@ -1,6 +1,7 @@
 """Drawings in SVG: how a metric spreads over images, method by method, and all of them on one sheet for slides."""
 
 import html
+import textwrap
 
 import numpy as np
 
@@ -21,7 +22,8 @@ COLUMNS = 3
 def distribution_plot(measure: Measure, values: dict[str, np.ndarray]) -> tuple[str, int]:
     """Elements of an SVG of WIDTH pixels, and its height.
 
-    Per method a dot for each image that has a value (or a histogram), the box of the quartiles, and the mean (a rhomb).
+    Per method a dot for each image that has a value (or a histogram), the box of the quartiles, and the mean (a rhomb,
+    and its value behind the name).
     """
     values = {name: known for name, points in values.items() if len(known := points[~np.isnan(points)])}
     if not values:
@@ -39,7 +41,8 @@ def distribution_plot(measure: Measure, values: dict[str, np.ndarray]) -> tuple[
     for index, (name, points) in enumerate(values.items()):
         colour, strip = COLOURS[index % len(COLOURS)], y + LABEL
         middle = strip + ROW / 2
-        drawn.append(f'<text x="{MARGIN}" y="{strip - 4}" font-size="12">{html.escape(one_line(name))}</text>')
+        label = f"{one_line(name)}  {points.mean():.{measure.digits}f}"
+        drawn.append(f'<text x="{MARGIN}" y="{strip - 4}" font-size="12">{html.escape(label)}</text>')
         drawn.append(_histogram(points, x, strip, colour) if len(points) > MANY else _dots(points, x, middle, colour))
         first, median, third = (x(value) for value in np.quantile(points, [0.25, 0.5, 0.75]))
         box = f'x="{first:.1f}" y="{strip + 6}" width="{third - first:.1f}" height="{ROW - 12}"'
@@ -97,10 +100,11 @@ def summary_svg(evaluation: Evaluation) -> str:
         f'<g transform="translate({index % columns * (WIDTH + 16) + 8} {index // columns * height + 8})">{elements}</g>'
         for index, (elements, _) in enumerate(drawn)
     )
-    note = html.escape(f"{len(evaluation.pairs.images)} images; {evaluation.protocol.as_text()}")
-    size = f'width="{width}" height="{rows * height + 28}" viewBox="0 0 {width} {rows * height + 28}"'
+    lines = textwrap.wrap(f"{len(evaluation.pairs.images)} images; {evaluation.protocol.as_text()}", width // 6)
+    note = "".join(f'<tspan x="16" dy="14">{html.escape(line)}</tspan>' for line in lines)
+    top, bottom = rows * height, rows * height + 14 * len(lines) + 12
+    size = f'width="{width}" height="{bottom}" viewBox="0 0 {width} {bottom}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" fill="#111" color="#111">'
-        f'<rect width="100%" height="100%" fill="#fff"/>{placed}'
-        f'<text x="16" y="{rows * height + 16}" font-size="11">{note}</text></svg>\n'
+        f'<rect width="100%" height="100%" fill="#fff"/>{placed}<text y="{top}" font-size="11">{note}</text></svg>\n'
     )
