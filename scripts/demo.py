@@ -62,8 +62,10 @@ def launch(load: Callable, args: argparse.Namespace, root: Path, runs: dict) -> 
     place = {"server_name": args.host, "server_port": args.port}
     try:
         demo.launch(prevent_thread_lock=True, quiet=True, **place, **looks, **closed, **limits)
-    except OSError as error:
-        raise UserError(f"--host {args.host}, --port {args.port or 7860}: {error}; use another") from None
+    except OSError:
+        raise UserError(
+            f"--host {args.host}, --port {args.port or 7860}: not free, or none of this machine's"
+        ) from None
     return demo
 
 

@@ -103,9 +103,9 @@ class Run:
         try:
             self._restore()
         except StoppedError:
-            self._say("Stopped.")
-        except UserError as error:  # without this machine's folders and the command line's dashes
-            self._say(re.sub(r"--(?=[a-z])", "", str(error).replace(f"{self.folder / 'in'}{os.sep}", "")))
+            self._end("Stopped.")
+        except UserError as error:
+            self._say(self._readable(str(error)))
         except Exception as error:  # noqa: BLE001 - a defect: the others' pages go on
             logging.getLogger(__name__).exception("restoring for the page")
             self._say(f"{type(error).__name__}: {error}")
@@ -146,12 +146,7 @@ class Run:
             batch.run(restorer, planned, settings, batch.Report(tell=tell, on_tile=on_tile))
         finally:
             _turn.release()
-        done = [outcome.job.target for outcome in self.outcomes if outcome.status == "done"]
-        if len(done) > 1:
-            with zipfile.ZipFile(self.folder / ZIP, "w") as file:
-                for path in done:
-                    file.write(path, path.name)
-        self._say(f"Done: {len(done)} of {len(planned)} restored in {time.monotonic() - begin:.0f} s.")
+        self._end(f"Done in {time.monotonic() - begin:.0f} s.")
 
     def _planned(self) -> list[jobs.Job]:
         """A job per upload. What is no image by name is refused here: a .txt would be read as a list of files."""
@@ -176,7 +171,20 @@ class Run:
         for path in (outcome.job.source, outcome.job.target) if outcome.status == "done" else ():
             if (copy := shown(self.folder, path)) != path:
                 codec.write(copy, codec.Photo(codec.read(path).pixels, None, formats.Form()))
-        self.outcomes.append(outcome)
+        self.outcomes.append(replace(outcome, error=self._readable(outcome.error)))
+
+    def _readable(self, message: str) -> str:
+        """A message of the project without this machine's folders and the command line's dashes."""
+        return re.sub(r"--(?=[a-z])", "", message.replace(f"{self.folder / 'in'}{os.sep}", ""))
+
+    def _end(self, words: str) -> None:
+        """What is restored can be had in one piece, also after a stop."""
+        done = [outcome.job.target for outcome in self.outcomes if outcome.status == "done"]
+        if len(done) > 1:
+            with zipfile.ZipFile(self.folder / ZIP, "w") as file:
+                for path in done:
+                    file.write(path, path.name)
+        self._say(f"{words} {len(done)} of {len(self.files)} restored.")
 
     def _say(self, words: str, detail: str = "", share: float | None = None) -> None:
         if share is not None and self.stop.is_set():

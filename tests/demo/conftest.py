@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from consissr.images import codec, formats
@@ -13,7 +14,7 @@ from consissr.inference.batch import Settings
 class Enlarger:
     """Bicubic, in three tiles; `begun` is called before each with its number."""
 
-    precision = "fp32"
+    device, precision = torch.device("cpu"), "fp32"
 
     def __init__(self, begun=lambda tile: None):
         self.begun, self.calls = begun, []

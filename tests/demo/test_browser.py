@@ -79,7 +79,7 @@ def test_photographs_go_in_and_come_out(served, browser, upload, tmp_path):
     wait.until(lambda _: all_("input[type=file]"))[0].send_keys(chosen)
     wait.until(lambda _: all(name in browser.page_source for name in ("a.png", "scan", "broken")))
     press("Restore")
-    said("Done: 2 of 3 restored")
+    said("2 of 3 restored")
     assert asked == [("nano-ccsr", 0, 0)]
     assert [element.text for element in all_(".failed")] == ["broken.jpg: not an image that can be read"]
 

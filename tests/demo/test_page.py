@@ -25,7 +25,9 @@ def test_a_run_tells_where_it_is_and_leaves_nothing_behind(root, upload, load, e
     run = page.Run(root, uploads, 2, load(model, seed=5))
     told = list(run)
     assert [call.seed for call in model.calls] == [5] * 3
-    assert [t.words for t in told if t.share is None] == [told[-1].words] and "3 of 5 restored" in told[-1].words
+    assert [t.words for t in told if t.share is None] == [told[-1].words] and told[-1].words.endswith(
+        "3 of 5 restored."
+    )
     assert {"a.png: tile 2 of 3", "a (2).png: tile 3 of 3"} <= {t.detail.split(" (about")[0] for t in told}
     shares = [t.share for t in told[:-1]]
     assert shares == sorted(shares) and shares[0] == 0
@@ -56,16 +58,16 @@ def test_results_are_shown_beside_their_originals(root, upload, load):
     run.close()
 
 
-def test_a_stopped_run_ends_within_a_picture(root, upload, load, enlarger):
+def test_a_stopped_run_ends_within_a_picture_and_keeps_what_is_done(root, upload, load, enlarger):
     for how in ("stop", "leave"):
-        seen, go_on = Event(), Event()
+        seen, go_on, tiles = Event(), Event(), iter(range(12))
 
-        def begun(tile, seen=seen, go_on=go_on):
-            if tile == 2:
+        def begun(tile, tiles=tiles, seen=seen, go_on=go_on):
+            if next(tiles) == 10:  # in the fourth picture; the third may still be on its way to its file
                 seen.set()
                 assert go_on.wait(60)
 
-        run = page.Run(root, [upload("a.png"), upload("b.png")], 2, load(enlarger(begun)))
+        run = page.Run(root, [upload(f"{name}.png") for name in "abcd"], 2, load(enlarger(begun)))
         told = iter(run)
         assert next(told).words == "Loading the model ..." and seen.wait(60)
         if how == "stop":
@@ -75,7 +77,12 @@ def test_a_stopped_run_ends_within_a_picture(root, upload, load, enlarger):
         go_on.set()
         if how == "stop":
             *_, last = told
-            assert last.words == "Stopped." and last.outcomes == ()
+            names = [outcome.job.source.name for outcome in last.outcomes]
+            assert (
+                last.words == f"Stopped. {len(names)} of 4 restored."
+                and names == ["a.png", "b.png", "c.png"][: len(names)]
+            )
+            assert (run.folder / page.ZIP).exists() == (len(names) > 1)
         run.close()
         assert not run.thread.is_alive() and list(root.iterdir()) == []
 
@@ -103,7 +110,7 @@ def test_mistakes_become_words(root, upload, load):
         assert said in text and last.share is None and str(root) not in text, text
         run.close()
     *_, last = page.Run(root, [upload("a.png")], 2, load())
-    assert last.words.startswith("Done: 1 of 1"), "a run that failed lets the next one begin"
+    assert last.words.endswith("1 of 1 restored."), "a run that failed lets the next one begin"
 
 
 def test_models_are_listed_with_what_they_download(monkeypatch, tmp_path):
