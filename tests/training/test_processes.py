@@ -53,6 +53,7 @@ def test_two_processes_train_like_one(runs: Path, photos: Path, tmp_path: Path, 
             assert torch.equal(value, resumed[part][name]), (part, name)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_two(runs: Path, photos: Path, tmp_path: Path, root: Path) -> None:
     """The command that users type, and its result beside one process's."""
     one, two = (beside(runs, tmp_path / name, "nuts") for name in ("one", "two"))
