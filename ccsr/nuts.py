@@ -75,7 +75,8 @@ class Nuts(Restoration):
         if not 0 < self.t_max < T:
             raise UserError(f"nuts.t_max_step is {self.t_max}: use a timestep from 1 to {T - 1}, or 0")
         self.t_first, self.t_end = self.diff_range()
-        if self.form("off") != "off" and self.t_end <= self.t_max + 1:
+        self.augmentation = self.form("off")
+        if self.augmentation != "off" and self.t_end <= self.t_max + 1:
             log.warning("latent augmentation is rare at t < %d: nuts.l_diff_t=all draws every timestep", self.t_end)
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -89,7 +90,7 @@ class Nuts(Restoration):
         def denoise(z_t: Tensor, t: Tensor) -> Tensor:
             return self.denoiser(z_t, t, condition)
 
-        hybrid = "l_diff" in c.losses and self.form("off") != "off"
+        hybrid = "l_diff" in c.losses and self.augmentation != "off"
         wanted = [name for name in c.losses if name != "l_diff"] if hybrid else c.losses
         z_start = z_lq if c.start == "lq" else z_hq
         losses = nuts_losses(denoise, z_hq, z_start, t, noises, self.schedule, self.t_max, wanted, self.error)
@@ -101,7 +102,7 @@ class Nuts(Restoration):
         """l_diff under ConsisSR's augmentation (Algorithm 1, lines 7 to 10, ConsisSR): a hybrid of ours."""
         z_hq, z_lq, c = batch.cache["z_hq"], batch.cache["z_lq"], self.config.tala
         r = batch.rand()[:1] if c.shared_draw else batch.rand()
-        from_lq = (r < probability(t, self.form("off"), c.gamma, len(self.schedule))).view(-1, 1, 1, 1)
+        from_lq = (r < probability(t, self.augmentation, c.gamma, len(self.schedule))).view(-1, 1, 1, 1)
         z_t = self.schedule.add_noise(torch.where(from_lq, z_lq, z_hq), eps, t)
         return self.error(denoise(z_t, t), self.schedule.eps_from_x0(z_t, z_hq, t))
 

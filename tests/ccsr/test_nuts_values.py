@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Encoder
 from torch import Tensor
 
+from ccsr.nuts import Nuts
 from consissr.errors import UserError
 from consissr.models.denoiser import Condition, Denoiser
 from consissr.nano.config import run_config
@@ -39,6 +41,7 @@ def nuts_losses(
     noises: list[Tensor],
     t_max: int,
     ordinary: tuple[Tensor, Tensor] | None = None,
+    error: Callable[[Tensor, Tensor], Tensor] = plain.mse,
 ) -> dict[str, Tensor]:
     """Eq. 2 and 3: |eps - eps_hat|^2 at t, |x0_from_T - z_hq|^2, |x0_from_tmax - z_hq|^2; gradients through both."""
     z_hq, start, noises = z_hq.double(), start.double(), [noise.double() for noise in noises]
@@ -47,8 +50,8 @@ def nuts_losses(
     x0_T = plain.clean(z_T, denoise(z_T, LAST), LAST)
     z_tmax = plain.noised(x0_T, noises[2], t_max)
     x0_tmax = plain.clean(z_tmax, denoise(z_tmax, t_max), t_max)
-    losses = {"l_diff": plain.mse(denoise(z_t, t), eps)}
-    return losses | {"l_T": plain.mse(x0_T, z_hq), "l_tmax": plain.mse(x0_tmax, z_hq)}
+    losses = {"l_diff": error(denoise(z_t, t), eps)}
+    return losses | {"l_T": error(x0_T, z_hq), "l_tmax": error(x0_tmax, z_hq)}
 
 
 def predictor(denoiser: Denoiser, condition: Condition) -> Callable[[Tensor, int | Tensor], Tensor]:
@@ -114,6 +117,51 @@ def test_augmentation_acts_on_l_diff_alone(base: Path, word: str) -> None:
         plain.close(found[name], loss)
     plain.same_gradients(phase.parameters, sum(losses.values()))
     assert batch.highs == [1000]
+
+
+def test_nanos_errors_count_by_channel(base: Path) -> None:
+    stage, denoiser, phase = built(base, "stage=nano_nuts")
+    stage.weights = torch.tensor([0.4, 1.6, 0.5, 1.5])
+    t = torch.tensor([137, 288])
+    batch = plain.recorded(2, integer=[t])
+    found = plain.learnt(stage, phase, batch)
+    z_hq, z_lq = plain.latent(base, batch.hq), plain.latent(base, batch.lq)
+    denoise = predictor(denoiser, Condition(plain.text(base, 2), z_lq))
+
+    def error(value: Tensor, wanted: Tensor) -> Tensor:
+        return sum(w * plain.mse(value[:, i], wanted[:, i]) for i, w in enumerate(stage.weights)) / 4
+
+    for name, loss in nuts_losses(denoise, z_hq, z_lq, t, batch.normals, 666, error=error).items():
+        plain.close(found[name], loss)
+
+
+def test_soft_tokens_follow_the_empty_prompt(base: Path) -> None:
+    """From an encoder of one's own, which sees the LQ image."""
+    first, *_ = built(base)
+    soft = SimpleNamespace(encode=lambda x: x.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 2, 8))
+    stage = Nuts(first.config, first.model, soft)
+    batch = plain.recorded(2)
+    with plain.watched(unet=stage.denoiser.unet) as given:
+        plain.learnt(stage, stage.phases[0], batch)
+    for call in given["unet"]:
+        plain.close(call["encoder_hidden_states"], torch.cat([plain.text(base, 2), soft.encode(batch.lq)], 1))
+
+
+def test_a_hybrid_of_few_noisy_steps_warns(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """p(t) is near 0 where l_diff is trained, unless it is trained everywhere; without augmentation nothing is said."""
+    rare = "latent augmentation is rare at t < {}: nuts.l_diff_t=all draws every timestep"
+    for words, end in (
+        ("", 666),
+        ("nuts.l_diff_t=interval", 667),
+        ("nuts.l_diff_t=all", None),
+        ("nuts.t_max_step=998", 998),
+    ):
+        caplog.clear()
+        built(base, "tala.probability=power", *words.split())
+        assert [r.getMessage() for r in caplog.records if r.name == "ccsr.nuts"] == ([rare.format(end)] if end else [])
+    caplog.clear()
+    built(base)
+    assert "augmentation" not in caplog.text
 
 
 def test_what_each_network_is_given(base: Path) -> None:
