@@ -43,6 +43,16 @@ def test_adain_by_hand():
     assert torch.equal(alone, color.adain(content, style)[:, :1]), "a single channel is an image, too"
 
 
+def test_moments_of_strips_are_those_of_the_whole():
+    """Large images are coloured strip by strip; here no two strips are alike in height, mean or spread."""
+    x = torch.rand(2, 3, 12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, :, 3:4] = 5 * x[:, :, 3:4] - 2
+    x[:, :, 4:] += 1
+    mean, variance = color.moments(x.split([3, 1, 8], dim=2))
+    assert torch.allclose(mean[..., 0, 0], x.mean((2, 3)), rtol=1e-12)
+    assert torch.allclose(variance[..., 0, 0], x.var((2, 3), correction=1), rtol=1e-12)
+
+
 def test_wavelet_blurs_with_a_triangle():
     """[1 2 1] / 4 dilated 1, 2, 4, 8, 16, one after the other, is the triangle (32 - |n|) / 1024 along each axis."""
     point = torch.zeros(1, 1, 127, 127, dtype=torch.float64)
