@@ -32,6 +32,8 @@ def test_epochs_are_different_permutations(folder):
     epochs = [[dataset[n]["name"] for n in range(8 * e, 8 * e + 8)] for e in range(3)]
     assert all(sorted(names) == sorted(epochs[0]) and len(set(names)) == 8 for names in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+    orders = [[photos_of(folder, seed=seed)[n]["name"] for n in range(8)] for seed in (0, 1, 2)]
+    assert epochs[0] == orders[0] != orders[1] != orders[2], "and so are the seeds'"
     crops = [dataset[n]["hq"] for n in range(16) if dataset[n]["name"] == "a/0.png"]
     assert not torch.equal(*crops)
 
