@@ -98,7 +98,7 @@ def scale_between(lr: Path, hr: Path) -> int:
     """How many times as wide as LR's the HR images are. UserError where they do not pair."""
     pairs = folders.pair({"HR": hr}, hr, lr)
     first = pairs.images[0]
-    return round(pairs.sizes[first][0] / folders.image_sizes({first: pairs.lr[first]})[first][0])
+    return round(pairs.sizes[first][0] / folders.Listing(lr).sizes[first][0])
 
 
 def write_baselines(lr: Path, output: Path, scale: int = 4) -> dict[str, Path]:

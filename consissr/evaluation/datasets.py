@@ -4,11 +4,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from consissr.config.loading import nearest
 from consissr.errors import UserError
-from consissr.evaluation.folders import list_images
+from consissr.evaluation.folders import Listing
 
 STABLESR = "https://huggingface.co/datasets/Iceclear/StableSR-TestSets"
 OSEDIFF = "https://github.com/cswry/OSEDiff, folder preset/datasets (LR, HR and OSEDiff's results)"
@@ -50,30 +48,23 @@ def check_test_set(name: str, hr: Path | None, lr: Path | None) -> list[str]:
     if hr is None and lr is None:
         raise UserError(f"--check-dataset {name} checks folders: give --hr, --lr or both")
     test_set = TEST_SETS[name]
-    problems, files = [], {}
+    problems, listings = [], {}
     for label, folder, side in (("HR", hr, test_set.hr_side), ("LR", lr, test_set.lr_side)):
         if folder is not None:
-            files[label] = list_images(folder)
-            problems += [f"{label} {folder}: {problem}" for problem in _problems(files[label], test_set, side)]
-    if len(files) == 2 and (odd := sorted(files["HR"].keys() ^ files["LR"].keys())):
+            listings[label] = Listing(folder)
+            problems += [f"{label} {folder}: {problem}" for problem in _problems(listings[label], test_set, side)]
+    if len(listings) == 2 and (odd := sorted(listings["HR"].files.keys() ^ listings["LR"].files.keys())):
         problems.append(f"{len(odd)} images are in only one of the folders, for instance {odd[0]}")
     return problems
 
 
-def _problems(files: dict[str, Path], test_set: TestSet, side: int) -> list[str]:
-    problems = []
+def _problems(listing: Listing, test_set: TestSet, side: int) -> list[str]:
+    problems, files = [], listing.files
     if len(files) != test_set.count:
         problems.append(f"{len(files)} images, the papers used {test_set.count}")
     if odd := [name for name in files if not re.fullmatch(test_set.pattern or ".*", name)]:
         problems.append(f"{len(odd)} unexpected names, for instance {odd[0]}")
-    wrong = []
-    for path in files.values():
-        try:
-            with Image.open(path) as image:
-                if image.size != (side, side):
-                    wrong.append(f"{path.name} is {image.width}x{image.height}")
-        except OSError as error:
-            wrong.append(f"{path.name} cannot be read ({type(error).__name__})")
-    if wrong:
+    sizes = {files[name].name: size for name, size in listing.sizes.items() if size != (side, side)}
+    if wrong := [f"{name} is {width}x{height}" for name, (width, height) in sizes.items()] + listing.unreadable:
         problems.append(f"{len(wrong)} images are not {side}x{side}, for instance {wrong[0]}")
     return problems

@@ -93,15 +93,6 @@ def parse_methods(arguments: list[str]) -> dict[str, Path]:
     return methods
 
 
-def image_sizes(files: dict[str, Path]) -> dict[str, tuple[int, int]]:
-    """Width and height of image files by name, from their headers; UserError for those that cannot be read."""
-    problems: list[str] = []
-    sizes, _ = _headers(files, problems)
-    if problems:
-        raise UserError("\n".join(problems))
-    return sizes
-
-
 def pair(folders: dict[str, Path], hr: Path | None, lr: Path | None, unranked: Collection[str] = ()) -> Pairs:
     """Check every folder against HR (or against the first result folder) and return the pairs.
 
@@ -112,30 +103,66 @@ def pair(folders: dict[str, Path], hr: Path | None, lr: Path | None, unranked: C
     """
     if unknown := [name for name in unranked if name not in folders]:
         raise UserError(f"no result folder is called '{unknown[0]}', which is not to be ranked: {', '.join(folders)}")
-    runs = {name: [list_images(run) for run in list_runs(folder)] for name, folder in folders.items()}
-    hr_files = list_images(hr) if hr else None
-    lr_files = list_images(lr) if lr else None
-    first = next(iter(folders))
-    label, reference = (f"HR {hr}", hr_files) if hr_files else (f"{folders[first]}", runs[first][0])
-    problems, notes = [], {}
-    sizes, formats = _headers(reference, problems)
-    _one_format(label, formats, problems)
-    for name, folder in folders.items():
-        for index, files in enumerate(runs[name]):
-            where = f"{folder}" if len(runs[name]) == 1 else f"{folder}/sample{index}"
-            problems += _name_problems(where, files, label, reference)
-            own_sizes, own_formats = (sizes, formats) if files is reference else _headers(files, problems)
-            _one_format(where, own_formats, problems)
-            problems += _size_problems(where, own_sizes, label, sizes)
-            if "JPEG" in own_formats.values():
-                notes[name] = "results are JPEG files: every value includes the loss of that format"
-    if lr_files is not None:
-        problems += _name_problems(f"LR {lr}", lr_files, label, reference)
-        _headers(lr_files, problems)
+    runs = {name: [Listing(run) for run in list_runs(folder)] for name, folder in folders.items()}
+    reference = Listing(hr, f"HR {hr}") if hr else next(iter(runs.values()))[0]
+    inputs = Listing(lr, f"LR {lr}") if lr else None
+    results = [listing for own in runs.values() for listing in own]
+    problems = [*reference.problems(), *(p for result in results for p in result.problems(reference))]
+    problems += inputs.problems(reference, results=False) if inputs else []
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
-    methods = [Method(name, runs[name], notes.get(name, ""), name not in unranked) for name in folders]
-    return Pairs(methods, sorted(reference), hr_files, lr_files, sizes)
+    methods = []
+    for name, own in runs.items():
+        jpeg = any("JPEG" in listing.formats.values() for listing in own)
+        note = "results are JPEG files: every value includes the loss of that format" if jpeg else ""
+        methods.append(Method(name, [listing.files for listing in own], note, name not in unranked))
+    files = reference.files if hr else None
+    return Pairs(methods, sorted(reference.files), files, inputs.files if inputs else None, reference.sizes)
+
+
+class Listing:
+    """The image files of a folder by name, their sizes (width and height, after EXIF rotation) and formats."""
+
+    def __init__(self, folder: Path, label: str = "") -> None:
+        self.label = label or str(folder)
+        self.files = list_images(folder)
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.formats: dict[str, str] = {}
+        self.unreadable: list[str] = []
+        for name, path in self.files.items():
+            try:
+                with Image.open(path) as image:
+                    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+                    self.sizes[name], self.formats[name] = image.size[::-1] if turned else image.size, image.format
+            except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+                self.unreadable.append(f"{path} cannot be read as an image ({type(error).__name__})")
+
+    def problems(self, reference: "Listing | None" = None, results: bool = True) -> list[str]:
+        """What is wrong with these files, and what does not pair with `reference`: a line each.
+
+        results: whether they must be of one format and of the reference's sizes.
+        """
+        problems, counts = list(self.unreadable), Counter(self.formats.values()).most_common()
+        if results and len(counts) > 1:
+            odd = [name for name, kind in self.formats.items() if kind != counts[0][0]]
+            kinds = "/".join(kind for kind, _ in counts[1:])
+            problems.append(f"{self.label}: {some(odd)} is {kinds} among {counts[0][0]} files; save all of them as PNG")
+        if reference is None or reference is self:
+            return problems
+        theirs, wanted = reference.label, reference.files
+        if missing := sorted(wanted.keys() - self.files.keys()):
+            problems.append(
+                f"{self.label} lacks {len(missing)} of the {len(wanted)} images of {theirs}: {some(missing)}"
+            )
+        if surplus := sorted(self.files.keys() - wanted.keys()):
+            many = len(surplus)
+            problems.append(f"{self.label} has {many} images without a partner in {theirs}: {some(surplus)}")
+        common = sorted(self.sizes.keys() & reference.sizes.keys()) if results else []
+        if wrong := [name for name in common if self.sizes[name] != reference.sizes[name]]:
+            own, size = ("x".join(map(str, listing.sizes[wrong[0]])) for listing in (self, reference))
+            told = f"{some(wrong)} has size {own}, but {size} in {theirs}; compare images of equal size"
+            problems.append(f"{self.label}: {told}")
+        return problems
 
 
 def read_image(path: Path) -> "torch.Tensor":
@@ -146,46 +173,6 @@ def read_image(path: Path) -> "torch.Tensor":
     if photo.form.bits == 8:
         return codec.to_uint8(photo.pixels)[None].float() / 255
     return (photo.pixels[None] + 1) / 2
-
-
-def _headers(files: dict[str, Path], problems: list[str]) -> tuple[dict[str, tuple], dict[str, str]]:
-    """Sizes (after EXIF rotation) and formats by name, from the file headers; unreadable files join `problems`."""
-    sizes, formats = {}, {}
-    for name, path in files.items():
-        try:
-            with Image.open(path) as image:
-                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-                sizes[name], formats[name] = image.size[::-1] if turned else image.size, image.format
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            problems.append(f"{path} cannot be read as an image ({type(error).__name__})")
-    return sizes, formats
-
-
-def _one_format(where: str, formats: dict[str, str], problems: list[str]) -> None:
-    counts = Counter(formats.values()).most_common()
-    if len(counts) < 2:
-        return
-    common, odd = counts[0][0], [name for name, kind in formats.items() if kind != counts[0][0]]
-    kinds = "/".join(kind for kind, _ in counts[1:])
-    problems.append(f"{where}: {some(odd)} is {kinds} among {common} files; save all of them as PNG")
-
-
-def _name_problems(where: str, files: dict, label: str, reference: dict) -> list[str]:
-    missing, surplus = sorted(reference.keys() - files.keys()), sorted(files.keys() - reference.keys())
-    problems = []
-    if missing:
-        problems.append(f"{where} lacks {len(missing)} of the {len(reference)} images of {label}: {some(missing)}")
-    if surplus:
-        problems.append(f"{where} has {len(surplus)} images without a partner in {label}: {some(surplus)}")
-    return problems
-
-
-def _size_problems(where: str, sizes: dict, label: str, reference: dict) -> list[str]:
-    wrong = [name for name in sorted(sizes.keys() & reference.keys()) if sizes[name] != reference[name]]
-    if not wrong:
-        return []
-    size, wanted = ("x".join(map(str, table[wrong[0]])) for table in (sizes, reference))
-    return [f"{where}: {some(wrong)} has size {size}, but {wanted} in {label}; compare images of equal size"]
 
 
 def some(names: list[str]) -> str:

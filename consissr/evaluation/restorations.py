@@ -32,7 +32,7 @@ def testset_folder(output: Path, photos: str, write: Callable[[Path], object]) -
 def companions(lr: Path) -> list[list[str]]:
     """Names of the images below `lr` in groups of equal size, of two or three: each has another to take from."""
     by_size: dict[tuple[int, int], list[str]] = {}
-    for name, size in folders.image_sizes(folders.list_images(lr)).items():
+    for name, size in folders.Listing(lr).sizes.items():
         by_size.setdefault(size, []).append(name)
     if lone := [names[0] for names in by_size.values() if len(names) == 1]:
         raise UserError(
