@@ -10,7 +10,6 @@ from pathlib import Path
 from consissr.evaluation.evaluate import Evaluation
 from consissr.evaluation.markdown import escaped, one_line, table_lines
 from consissr.evaluation.plots import summary_svg
-from consissr.evaluation.protocols import describe
 from consissr.evaluation.report import html_report
 from consissr.evaluation.summary import TableCells, difference_cells, differences, notes, per_image, table_cells
 
@@ -89,7 +88,7 @@ def summary(evaluation: Evaluation) -> dict:
         },
         "unavailable": evaluation.unavailable,
         "versions": evaluation.versions,
-        "measures": describe(evaluation.measures),
+        "measures": {measure.name: asdict(measure) for measure in evaluation.measures},
     }
 
 

@@ -1,6 +1,6 @@
 """What each metric is, and the named conventions under which papers compute them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from consissr.config.loading import nearest
 from consissr.errors import UserError
@@ -138,8 +138,3 @@ def get_measures(names: list[str]) -> list[Measure]:
         if name not in MEASURES:
             raise UserError(f"unknown metric '{name}'{nearest(name, list(MEASURES))}")
     return [MEASURES[name] for name in dict.fromkeys(names)]
-
-
-def describe(measures: list[Measure]) -> dict[str, dict]:
-    """The measures as plain data, for a summary file."""
-    return {measure.name: asdict(measure) for measure in measures}
