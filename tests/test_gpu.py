@@ -7,10 +7,16 @@ import torch
 
 from consissr.data.degradation import degrade, preset
 from consissr.images import codec
+from consissr.models.fast import set_kernels
 from consissr.restorer import Restorer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and CUDA_VISIBLE_DEVICES=0")
 LEVEL = 1 / 127.5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def float32_is_float32():
+    set_kernels(one_size=False)
 
 
 @pytest.mark.parametrize("model", ["nano-ccsr", "nano-consissr"])

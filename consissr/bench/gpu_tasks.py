@@ -51,28 +51,28 @@ def tasks(size: str, device: str, methods: Callable[[str, int], Method], stages:
 
     ccsr = [question(name) for name in ("ccsr-1", "ccsr-2")]
     guided = question("consissr")
-    found = [Task("machine", took(15), machine, {"device": device})]
-    found += [Task(f"agreement of {m}", took(20), agreement, {"model": m, "device": device}) for m in BUNDLED]
+    listed = [Task("machine", took(15), machine, {"device": device})]
+    listed += [Task(f"agreement of {m}", took(20), agreement, {"model": m, "device": device}) for m in BUNDLED]
     for asked in (*ccsr, question("consissr", 4)):
-        found.append(Task(f"bf16 beside fp32, {asked.method.name}", took(20), precisions, {"question": asked}))
-    found.append(Task("tests", took(90), tests, {"device": device}))
+        listed.append(Task(f"bf16 beside fp32, {asked.method.name}", took(20), precisions, {"question": asked}))
+    listed.append(Task("tests", took(90), tests, {"device": device}))
     for asked in (*ccsr, guided):
-        found.append(Task(f"one image, {asked.method.name}", took(30), one_image, {"question": asked}))
+        listed.append(Task(f"one image, {asked.method.name}", took(30), one_image, {"question": asked}))
     big = replace(ccsr[0], pixels=4 * pixels)
-    found.append(Task("in tiles, ccsr-1", took(20), in_tiles, {"question": big, "tile": pixels}))
+    listed.append(Task("in tiles, ccsr-1", took(20), in_tiles, {"question": big, "tile": pixels}))
     folders = {"question": ccsr[0], "count": count}
-    found.append(Task("folder, ccsr-1", took(40), folder, folders | {"batches": [1, 8]}))
+    listed.append(Task("folder, ccsr-1", took(40), folder, folders | {"batches": [1, 8]}))
     compiled = [replace(asked, compile=True) for asked in (*ccsr, guided)]
-    found.append(Task("one image, compiled, ccsr-1", 10 * took(15), one_image, {"question": compiled[0]}))
-    found.append(Task("folder, compiled, ccsr-1", 10 * took(15), folder, folders | {"question": compiled[0]}))
+    listed.append(Task("one image, compiled, ccsr-1", 10 * took(15), one_image, {"question": compiled[0]}))
+    listed.append(Task("folder, compiled, ccsr-1", 10 * took(15), folder, folders | {"question": compiled[0]}))
     for name, (config, builder) in stages.items():
         words = gpu_training.TINY if tiny else []
         given = {"config": config, "builder": builder, "words": words, "device": device}
-        found.append(Task(f"training, {name}", took(60), gpu_training.stage, given))
+        listed.append(Task(f"training, {name}", took(60), gpu_training.stage, given))
     for asked in compiled[1:]:
         name = f"one image, compiled, {asked.method.name}"
-        found.append(Task(name, 10 * took(15), one_image, {"question": asked}))
-    return found
+        listed.append(Task(name, 10 * took(15), one_image, {"question": asked}))
+    return listed
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -106,6 +106,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def agreement(model: str, device: str) -> dict[str, Any]:
     """A bundled model's result on the device beside the CPU's, in 8-bit levels, pixels included."""
+    set_kernels(one_size=False)
     lq = pictures(Question(model, None, pixels=256))
     exact = Restorer.load(model, "cpu", "fp32")(lq)
     found = {}
@@ -118,6 +119,7 @@ def agreement(model: str, device: str) -> dict[str, Any]:
 
 def precisions(question: Question) -> dict[str, Any]:
     """The same weights and the same noise in fp32 and in the question's precision."""
+    set_kernels(one_size=False)
     device = torch.device(question.device)
     networks, config = build(question.size, question.method, device, torch.float32, keep_text=False)
     lq, plan, results = pictures(question), question.method.plan, []
@@ -163,13 +165,19 @@ def one_image(question: Question) -> dict[str, Any]:
     return found | {"all": measured}
 
 
-def folder(question: Question, count: int, batches: list[int] | None = None) -> dict[str, Any]:
-    """Images per second of a folder of `count` files, read and written, as `scripts/infer.py` does it."""
+def restorer_of(question: Question) -> Restorer:
+    """Our path, as the question has it."""
     set_kernels(one_size=True)
     networks, config = build(question.size, question.method, torch.device(question.device), question.dtype, False)
-    restorer, found = networks.restorer(config), {}
+    restorer = networks.restorer(config)
     if question.compile:
         restorer.compile(one_size=True)
+    return restorer
+
+
+def folder(question: Question, count: int, batches: list[int] | None = None) -> dict[str, Any]:
+    """Images per second of a folder of `count` files, read and written, as `scripts/infer.py` does it."""
+    restorer, found = restorer_of(question), {}
     with tempfile.TemporaryDirectory() as scratch:
         (inputs := Path(scratch) / "in").mkdir()
         for i, image in enumerate(pictures(replace(question, batch=count))):
@@ -190,8 +198,7 @@ def folder(question: Question, count: int, batches: list[int] | None = None) -> 
 
 def in_tiles(question: Question, tile: int) -> dict[str, Any]:
     """A large image in tiles beside an image of one tile: seconds and memory."""
-    networks, config = build(question.size, question.method, torch.device(question.device), question.dtype, False)
-    restorer, plan, found = networks.restorer(config), question.method.plan, {}
+    restorer, plan, found = restorer_of(question), question.method.plan, {}
     loaded = sum(p.numel() * p.itemsize for network in restorer.networks() for p in network.parameters())
     for side in (tile, question.pixels):
         lq = pictures(replace(question, pixels=side))

@@ -99,12 +99,12 @@ def rows(size: str, method: Method, stages: dict[str, tuple[str, Any]]) -> list[
     size: 'sd21', or 'tiny' for the bundled models' (the same blocks, fewer of them).
     """
     words = ["micro_batch=2", "batch=2", "init=", *(TINY if size == "tiny" else [])]
-    found = [row("one image, decoded and rounded", restored(run_config(stages["nuts"][0], words), method))]
+    table = [row("one image, decoded and rounded", restored(run_config(stages["nuts"][0], words), method))]
     for name in ("tala", "nuts"):
         config, builder = stages[name]
-        found.append(row(f"a {name} micro-batch of 2, forward", trained(run_config(config, words), builder)))
-    found.append(row("degrading an image", degraded(DRAWN), DRAWN))
-    return found
+        table.append(row(f"a {name} micro-batch of 2, forward", trained(run_config(config, words), builder)))
+    table.append(row("degrading an image", degraded(DRAWN), DRAWN))
+    return table
 
 
 def row(what: str, counted: Launches, times: int = 1) -> dict[str, Any]:
