@@ -79,15 +79,20 @@ class Feed:
         """The low-quality images (B, 3, S, S) in [-1, 1] of `hq`: the samples' own, or made here."""
         own = [i for i, s in enumerate(samples) if "lq" in s]
         rest = [i for i in range(len(samples)) if i not in own]
+        seeds = [samples[i]["seed"] for i in rest]
+        if not own:
+            return self.made(hq, seeds)
         lq = torch.empty_like(hq)
-        if own:
-            lq[own] = self.moved([samples[i]["lq"] for i in own])
-        if rest and self.config.data.draws == "per_batch":
-            seed = samples[rest[0]]["seed"] % 2**32
-            lq[rest] = degrade_as_released(hq[rest], self.degradation, ReleasedDraws(seed))[1]
-        elif rest:
-            lq[rest] = degrade(hq[rest], self.degradation, seeds=[samples[i]["seed"] for i in rest])[1]
+        lq[own] = self.moved([samples[i]["lq"] for i in own])
+        if rest:
+            lq[rest] = self.made(hq[rest], seeds)
         return lq
+
+    def made(self, hq: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+        """Low-quality images (B, 3, S, S) made from `hq`."""
+        if self.config.data.draws == "per_batch":
+            return degrade_as_released(hq, self.degradation, ReleasedDraws(seeds[0] % 2**32))[1]
+        return degrade(hq, self.degradation, seeds)[1]
 
     def numbers(self, step: int, micro: int) -> range:
         """Sample numbers of this process in micro-batch `micro` of a step."""

@@ -187,7 +187,8 @@ class Signs:
     def give(self, about: Any, signs: list[Tensor | float]) -> None:
         """Numbers of a step, 0 where nothing is wrong; `about` comes back with their sums."""
         device = self.processes.device
-        row = torch.stack([torch.as_tensor(sign, dtype=torch.float32, device=device) for sign in signs])
+        # A number is filled in there: to copy it would wait for the device.
+        row = torch.stack([s.float() if isinstance(s, Tensor) else torch.full((), s, device=device) for s in signs])
         if self.processes.world > 1:
             dist.all_reduce(row)
         if device.type != "cuda" or not torch.cuda.is_available():
