@@ -134,13 +134,14 @@ class Restorer:
         if len(set(keys)) != len(lqs):
             raise UserError(f"{len(lqs)} images have {len(set(keys))} different keys: give each image its own")
 
+        strength = config.fidelity if config.color_strength is None else config.color_strength
         results: dict[int, Tensor] = {}
         for batch in equal_sizes([lq.shape for lq in lqs], batch_size):
             prepared = [self.prepared(lqs[i], scale, config, longest) for i in batch]
             names = [keys[i] for i in batch]
             y = self.restore_tensor(prepared, names, seed, repeat, config, steps, on_step=on_step, on_tile=on_tile)
             for i, image, decoded in zip(batch, prepared, y.split(1), strict=True):
-                results[i] = finish(image, decoded, config.geometry, config.color_fix)
+                results[i] = finish(image, decoded, config.geometry, config.color_fix, strength)
         return packed(inputs, photos, [results[i] for i in range(len(lqs))])
 
     def prepared(self, lq: Tensor, scale: float, config: SamplerConfig, longest: int | None) -> Prepared:
@@ -196,10 +197,12 @@ class Restorer:
         """What the networks are told about prepared images (B,3,H,W): (positive, negative; None without guidance)."""
         image = None if self.image_prompt is None else self.image_prompt.encode(x)
         soft = None if self.soft_prompt is None else self.soft_prompt.encode(x)
-        positive = Condition(self.prompt(config.positive, x), hints[1], image).with_soft(soft)
-        if config.guidance == 1:
-            return positive, None
-        return positive, Condition(self.prompt(config.negative, x), hints[0], image).with_soft(soft)
+
+        def told(prompt: str, hint: Tensor) -> Condition:
+            return Condition(self.prompt(prompt, x), hint, image, strength=config.fidelity).with_soft(soft)
+
+        positive = told(config.positive, hints[1])
+        return positive, None if config.guidance == 1 else told(config.negative, hints[0])
 
     def guide(
         self,

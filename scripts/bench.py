@@ -37,6 +37,17 @@ def tiles(args: argparse.Namespace) -> tuple[Any, Iterable]:
     return rows, [report.plain(rows, f"{args.model}, {args.scale:g} times larger")]
 
 
+def fidelity(args: argparse.Namespace) -> tuple[Any, Iterable]:
+    """PSNR against NIQE along the fidelity dial, and a strip of pictures"""
+    from dataclasses import asdict
+
+    from consissr.bench.fidelity import curve
+
+    points = curve(args.model, args.lr, args.hr, args.values, args.images, args.strip)
+    found = [asdict(point) for point in points]
+    return found, [report.plain(found, f"{args.model}: PSNR (dB) and NIQE by --fidelity")]
+
+
 def start_up(args: argparse.Namespace) -> tuple[Any, Iterable]:
     """Importing the package, --help, loading a model"""
     from consissr.bench import startup
@@ -90,7 +101,7 @@ def gpu(args: argparse.Namespace) -> tuple[Any, Iterable]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    measurements = (inference, gpu, tiles, start_up, training, sizes, degradation)
+    measurements = (inference, gpu, tiles, fidelity, start_up, training, sizes, degradation)
     commands = {function.__name__.replace("_", "-"): function for function in measurements}
     args = parser(__doc__, commands).parse_args(arguments)
     try:

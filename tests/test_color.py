@@ -53,6 +53,18 @@ def test_moments_of_strips_are_those_of_the_whole():
     assert torch.allclose(variance[..., 0, 0], x.var((2, 3), correction=1), rtol=1e-12)
 
 
+def test_part_of_the_colours():
+    """A quarter of the way to the style's mean and standard deviation; a quarter of wavelet's change."""
+    x = torch.tensor([0.0, 2.0], dtype=torch.float64).reshape(1, 1, 1, 2)  # mean 1, deviation sqrt 2
+    mean, variance = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (5.0, 32.0))
+    step = 0.75 + 0.25 * 4  # the style's deviation is 4 times its own
+    assert color.adain_(x, mean, variance, 0.25).flatten().tolist() == pytest.approx([2 - step, 2 + step], rel=1e-5)
+    content, style = torch.rand(2, 1, 1, 9, 9, dtype=torch.float64)
+    wanted = content + 0.25 * (color.wavelet(content, style) - content)
+    found = color.wavelet_(content.clone(), lambda top, bottom: style[:, :, top:bottom], 0.25)
+    assert torch.allclose(found, wanted, rtol=1e-12)
+
+
 def test_wavelet_blurs_with_a_triangle():
     """[1 2 1] / 4 dilated 1, 2, 4, 8, 16, one after the other, is the triangle (32 - |n|) / 1024 along each axis."""
     point = torch.zeros(1, 1, 127, 127, dtype=torch.float64)

@@ -62,6 +62,26 @@ def test_noise_depends_on_seed_key_and_repeat_only(restorer):
         assert not torch.allclose(restorer(x[1:2], 2, **({"keys": ["b"]} | changes)), alone, atol=1e-3)
 
 
+def test_fidelity(restorer):
+    """1, the default, changes nothing; 0 is the UNet without its ControlNet; colours follow unless told otherwise."""
+    x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    usual = restorer(x, 2)
+    assert torch.equal(restorer(x, 2, fidelity=1.0, color_strength=1.0), usual)
+    free = restorer(x, 2, fidelity=0.0)
+    assert torch.equal(free, restorer(x, 2, fidelity=0.0, color_strength=0.0))
+    assert torch.equal(free, restorer(x, 2, fidelity=0.0, color_fix="none"))
+    between = [(restorer(x, 2, fidelity=f, color_fix="none") - free).abs().mean() for f in (0.25, 0.5, 0.75)]
+    assert 0 < between[0] < between[1] < between[2]
+    controlnet, restorer.denoiser.controlnet = restorer.denoiser.controlnet, None
+    try:
+        assert torch.equal(restorer(x, 2, color_fix="none"), free)
+    finally:
+        restorer.denoiser.controlnet = controlnet
+    for value in (1.5, -0.1, float("nan")):
+        with pytest.raises(UserError, match="use 0 to 1"):
+            restorer(x, 2, fidelity=value)
+
+
 def test_plans_are_followed(restorer):
     x, seen = torch.zeros(1, 3, 8, 8), []
 

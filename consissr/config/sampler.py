@@ -49,6 +49,11 @@ class SamplerConfig:
     their exact size. 512 for SD2.1's sizes (both releases; CCSR's author advises it); 0: never under 'pad'."""
     color_fix: str = "adain"
     """Colour transfer from the LQ image: 'adain', 'wavelet' or 'none'."""
+    fidelity: float = 1.0
+    """How closely results keep to their inputs: strength of the ControlNet's residuals, and of the colour transfer
+    where `color_strength` says nothing. 1: as trained; 0: the prior alone, which makes up what it shows."""
+    color_strength: float | None = None
+    """Strength of the colour transfer: 1 whole, 0 none; null: as `fidelity`."""
     tile: int = -1
     """Side of a diffusion tile in output pixels; 0 turns tiles off, -1 chooses from image size and memory."""
     tile_overlap: int = -1
@@ -74,6 +79,9 @@ class SamplerConfig:
         check_word(self.vae_tiling, ("auto", "exact", "windowed", "sampled", "as_released"), "sampler.vae_tiling")
         if self.short_side < 0:
             raise UserError(f"sampler.short_side is {self.short_side}: use pixels, or 0 for off")
+        for name in ("fidelity", "color_strength"):
+            if not 0 <= (1.0 if getattr(self, name) is None else getattr(self, name)) <= 1:
+                raise UserError(f"sampler.{name} is {getattr(self, name)}: use 0 to 1")
         for name in ("tile", "tile_overlap", "vae_tile"):
             if getattr(self, name) < -1:
                 raise UserError(f"sampler.{name} is {getattr(self, name)}: use pixels, 0 for off or -1 for automatic")

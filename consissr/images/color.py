@@ -26,12 +26,17 @@ def adain(content: Tensor, style: Tensor) -> Tensor:
     return adain_(content.clone(), *moments([style]))
 
 
-def adain_(content: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """The same in place on (B,C,H,W), with the style's `moments`, each (B,C,1,1)."""
+def adain_(content: Tensor, mean: Tensor, variance: Tensor, strength: float = 1.0) -> Tensor:
+    """The same in place on (B,C,H,W), with the style's `moments`, each (B,C,1,1).
+
+    strength: 0 to 1, how far mean and standard deviation move towards the style's.
+    """
     own_mean, own_variance = moments(
         content[:, :, top:bottom] for top, bottom in strips(content.shape[2], content.device)
     )
     std, own_std = ((x + _EPSILON).sqrt() for x in (variance, own_variance))
+    if strength != 1:
+        mean, std = torch.lerp(own_mean, mean, strength), torch.lerp(own_std, std, strength)
     own_mean, own_std, std, mean = (x.to(content) for x in (own_mean, own_std, std, mean))
     return content.sub_(own_mean).div_(own_std).mul_(std).add_(mean)
 
@@ -52,15 +57,16 @@ def wavelet(content: Tensor, style: Tensor) -> Tensor:
     return content - _low_frequencies(content) + _low_frequencies(style)
 
 
-def wavelet_(content: Tensor, style: Callable[[int, int], Tensor]) -> Tensor:
-    """The same in place, strip by strip; style(top, bottom) gives rows of it."""
+def wavelet_(content: Tensor, style: Callable[[int, int], Tensor], strength: float = 1.0) -> Tensor:
+    """The same in place, strip by strip; style(top, bottom) gives rows of it. strength: 0 to 1, of the change."""
     height, above = content.shape[2], content[:, :, :0]
     for top, bottom in strips(height, content.device):
         first, last = max(top - _REACH, 0), min(bottom + _REACH, height)
         old = torch.cat([above, content[:, :, top:last]], dim=2)  # what stood in rows first..last-1
         above = old[:, :, max(bottom - _REACH, 0) - first : bottom - first].clone()
         inner = slice(top - first, bottom - first)
-        content[:, :, top:bottom] = wavelet(old, style(first, last).to(content))[:, :, inner]
+        new = wavelet(old, style(first, last).to(content))
+        content[:, :, top:bottom] = (new if strength == 1 else torch.lerp(old, new, strength))[:, :, inner]
     return content
 
 

@@ -110,21 +110,22 @@ def prepare(
     return Prepared.of(x, size, (raised.height, raised.width))
 
 
-def finish(prepared: Prepared, y: Tensor, rule: str, color_fix: str) -> Tensor:
+def finish(prepared: Prepared, y: Tensor, rule: str, color_fix: str, strength: float = 1.0) -> Tensor:
     """The restored image (1,3,*prepared.size) in [-1, 1] from the decoder's output y (1,3,H,W), not clamped.
 
-    y's memory is used.
+    strength: of the colour transfer, 0 to 1. y's memory is used.
     """
+    color_fix = color_fix if strength else "none"
     y = y.div_(2).add_(0.5)
     if rule == "pad":
         height, width = prepared.upscaled
-        y = transfer(y[..., :height, :width], lambda *rows: prepared.rows(*rows)[..., :width], color_fix)
+        y = transfer(y[..., :height, :width], lambda *rows: prepared.rows(*rows)[..., :width], color_fix, strength)
         return resize(y.mul_(2).sub_(1).clamp_(-1, 1), prepared.size)
     if rule == "ccsr":
         y = y.clamp_(0, 1).mul_(255).round_().div_(255)
-        y = truncated(transfer(y, prepared.rows, color_fix)) if color_fix != "none" else y * 2 - 1
+        y = truncated(transfer(y, prepared.rows, color_fix, strength)) if color_fix != "none" else y * 2 - 1
         return to_tensor(to_pil(y).resize(prepared.size[::-1], Image.Resampling.BICUBIC))
-    y = crop(truncated(transfer(y, prepared.rows, color_fix)), prepared.upscaled)
+    y = crop(truncated(transfer(y, prepared.rows, color_fix, strength)), prepared.upscaled)
     return to_tensor(to_pil(y).resize(prepared.size[::-1], Image.Resampling.LANCZOS))
 
 
@@ -134,13 +135,16 @@ def at_least(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     return size if short >= short_side else tuple(round(side * short_side / short) for side in size)
 
 
-def transfer(content: Tensor, style: Rows, color_fix: str) -> Tensor:
-    """Colours of `style` in [-1, 1] for `content` (1,3,H,W) in [0, 1], in place, by 'adain', 'wavelet' or 'none'."""
+def transfer(content: Tensor, style: Rows, color_fix: str, strength: float = 1.0) -> Tensor:
+    """Colours of `style` in [-1, 1] for `content` (1,3,H,W) in [0, 1], in place, by 'adain', 'wavelet' or 'none'.
+
+    strength: 1 takes them whole, 0 not at all.
+    """
     if color_fix == "adain":
         mean, variance = color.moments(style(*strip) for strip in strips(content.shape[2], content.device))
-        color.adain_(content, mean / 2 + 0.5, variance / 4)
+        color.adain_(content, mean / 2 + 0.5, variance / 4, strength)
     if color_fix == "wavelet":
-        color.wavelet_(content, lambda *rows: style(*rows) / 2 + 0.5)
+        color.wavelet_(content, lambda *rows: style(*rows) / 2 + 0.5, strength)
     return content
 
 

@@ -11,7 +11,10 @@ from typing import Any
 from consissr.config.loading import find_config, load_config
 from consissr.config.sampler import SamplerConfig
 
-SAMPLER_FLAGS = ("guidance", "positive", "negative", "start", "color_fix", "tile", "tile_overlap", "vae_tile")
+SAMPLER_FLAGS = (
+    "guidance", "positive", "negative", "start", "color_fix", "fidelity", "color_strength", "tile", "tile_overlap",
+    "vae_tile",
+)  # fmt: skip
 PLAN_FLAGS = ("plan", "steps", "t_max", "t_min")
 PLAN_FIELDS = {*PLAN_FLAGS, "grid"}
 """Settings that make a plan, in place of the one that a model's `timesteps` write out."""
@@ -77,6 +80,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the noise; each image has its own (%(default)s)")
     add("--frames", action="store_true", help="the inputs are frames of a film: the same noise for all, less flicker")
     add("--color-fix", "--color_fix_type", choices=("adain", "wavelet", "none"), help="colours from the input")
+    add("--fidelity", type=float, metavar="F", help="0 to 1: how closely results keep to their inputs (1: as trained)")
+    add("--color-strength", type=float, metavar="F", help="0 to 1, of the colour transfer (default: as --fidelity)")
     add("--save-steps", action="store_true", help="also write the picture that each sampling step expects")
     sampler = p.add_argument_group("sampling (default: as the model says)")
     add = sampler.add_argument

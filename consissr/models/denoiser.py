@@ -43,6 +43,8 @@ class Condition:
     """Image tokens (B, N, D), where the model has an image branch."""
     cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """What `Denoiser.prepare` computed of these for all steps, (B, ...); each name begins with its source's."""
+    strength: float = 1.0
+    """What the ControlNet's residuals are multiplied by."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
@@ -61,7 +63,8 @@ class Condition:
             raise ValueError("only one of two conditions has image tokens: they cannot be joined")
         shared = self.cache.keys() & other.cache.keys()
         cache = {name: torch.cat([self.cache[name], other.cache[name]]) for name in shared}
-        return Condition(**{name: torch.cat([mine[name], theirs[name]]) for name in mine}, cache=cache)
+        joined = {name: torch.cat([mine[name], theirs[name]]) for name in mine}
+        return Condition(**joined, strength=self.strength, cache=cache)
 
     def changed(self, **tensors: Tensor) -> Condition:
         """With other `tensors` (text, hint, image); what was computed of the old ones is dropped."""
@@ -123,6 +126,7 @@ class Denoiser(nn.Module):
         if self.controlnet is not None:
             hint = HintFeatures(condition.cache["hint"]) if "hint" in condition.cache else condition.hint
             read = self.blocks_read("controlnet", condition, size)
+            read["conditioning_scale"] = condition.strength
             down, middle = self.controlnet(z, t, condition.text, hint, return_dict=False, **read)
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         residuals |= self.blocks_read("unet", condition, size)
