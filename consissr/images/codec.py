@@ -9,8 +9,8 @@ back. Pixel values stay in their own colour space (no conversion to sRGB). Palet
 RGB and grey, because a restored image has more colours than a palette. CMYK is restored as RGB (through its profile,
 where it has one) and written back as CMYK to JPEG and TIFF, as RGB to other formats; CIE LAB becomes sRGB. What PNG
 files say of their colours beside a profile stays in PNG files, dots per inch in PNG, JPEG and TIFF; WebP without loss
-stays so. Of several frames the first is read. Not kept: XMP, comments, EXIF in 16-bit colour TIFF, colours under full
-transparency; 16-bit PPM is read as 8 bits.
+stays so. XMP is kept, but where it speaks of a gain map or further pictures. Of several frames the first is read. Not
+kept: comments, EXIF in 16-bit colour TIFF, colours under full transparency; 16-bit PPM is read as 8 bits.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
 from consissr.errors import UserError
-from consissr.images import formats, png16
+from consissr.images import formats, metadata, png16
 from consissr.images.device import fetched, sent, works_on_pixels
 from consissr.images.formats import Form
 from consissr.images.resize import resize, strips
 from consissr.images.transparency import fill_hidden
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
-_EXIF_LIMIT_JPEG = 65533  # bytes of one JPEG segment
+_LONGEST_IN_JPEG = 65500  # bytes of EXIF or XMP: one segment
 
 
 @dataclass
@@ -85,11 +85,12 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> Photo:
             deep_colour = form.bits == 16 and not image.mode.startswith("I")
             image.load()  # checks the whole file, and lets PNG find metadata that stands behind the pixels
             samples = _deep_samples(path) if deep_colour else _samples(image, form)
-            form = replace(form, exif=formats.kept_exif(image), chunks=formats.png_chunks(path))
-            form = replace(form, lossless=formats.is_lossless_webp(path))
+            said = {"exif": metadata.kept_exif(image), "xmp": metadata.kept_xmp(image)}
+            stored = {"chunks": metadata.png_chunks(path), "lossless": metadata.is_lossless_webp(path)}
+            form = replace(form, **said, **stored)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        samples = _upright(samples, formats.orientation(image))
+        samples = _upright(samples, metadata.orientation(image))
     return _photo(samples, form, device)
 
 
@@ -160,7 +161,7 @@ def from_pil(image: Image.Image) -> Photo:
     if not image.mode.startswith("I"):
         form = replace(form, bits=8)  # a loaded PIL image holds 16 bits only in grey
     image.load()
-    return _photo(_upright(_samples(image, form), formats.orientation(image)), form)
+    return _photo(_upright(_samples(image, form), metadata.orientation(image)), form)
 
 
 def to_pil(photo: Photo) -> Image.Image:
@@ -309,27 +310,47 @@ def _convert_cmyk(image: Image.Image, profile: bytes | None, to: str) -> Image.I
 
 def _encode(file: io.BufferedWriter, samples: Samples, target: formats.Format, quality: int) -> None:
     form = samples.form
+    chunks = form.chunks + ((metadata.xmp_chunk(form.xmp),) if form.xmp else ())
     if form.bits == 16 and (not form.grey or form.alpha):
         if target.name == "TIFF":
             _write_deep_tiff(file, samples.values, form)
         else:
-            png16.write(file, samples.values, form.profile, form.exif, form.chunks)
+            png16.write(file, samples.values, form.profile, form.exif, chunks)
         return
-    if form.chunks and target.name == "PNG":
-        file = png16.WithChunks(file, form.chunks)
+    if chunks and target.name == "PNG":
+        file = png16.WithChunks(file, chunks)
     options = {
         "JPEG": {"quality": quality, "subsampling": 0},
         "WEBP": {"lossless": True} if form.lossless else {"quality": quality},
+        "AVIF": {"quality": quality, "subsampling": "4:4:4"},
+        "JXL": {"quality": quality, "use_container": True},
         "PNG": {"compress_level": 4},
-        "TIFF": {} if form.exif else {"compression": "tiff_deflate"},  # Pillow's libtiff cannot nest EXIF blocks
+        "TIFF": {"compression": "tiff_deflate"},
     }.get(target.name, {})
     if form.profile:
         options["icc_profile"] = form.profile
     if form.dpi and target.name in ("JPEG", "PNG", "TIFF"):
         options["dpi"] = form.dpi
-    if form.exif and target.exif and not (target.name == "JPEG" and len(form.exif) > _EXIF_LIMIT_JPEG):
+    longest = _LONGEST_IN_JPEG if target.name == "JPEG" else 2**31
+    if form.exif and target.exif and len(form.exif) <= longest:
         options["exif"] = form.exif
+    if form.xmp and target.name in ("JPEG", "WEBP", "AVIF", "JXL") and len(form.xmp) <= longest:
+        options["xmp"] = form.xmp
+    if target.name == "TIFF" and (form.exif or form.xmp):
+        del options["compression"]  # Pillow's libtiff cannot nest EXIF blocks
+        options["exif"] = _tiff_tags(form)
+    formats.use_plugin(f".{target.name.lower()}")
     _pil(samples).save(file, format=target.name, **options)
+
+
+def _tiff_tags(form: Form) -> Image.Exif:
+    """EXIF and XMP as tags of a TIFF file."""
+    tags = Image.Exif()
+    if form.exif:
+        tags.load(form.exif)
+    if form.xmp:
+        tags[ExifTags.Base.XMLPacket] = form.xmp
+    return tags
 
 
 def _write_deep_tiff(file: io.BufferedWriter, samples: np.ndarray, form: Form) -> None:
@@ -343,5 +364,6 @@ def _write_deep_tiff(file: io.BufferedWriter, samples: np.ndarray, form: Form) -
         extrasamples=["unassalpha"] if form.alpha else None,
         compression="zlib",
         iccprofile=form.profile,
+        extratags=[(ExifTags.Base.XMLPacket.value, 1, len(form.xmp), form.xmp, True)] if form.xmp else (),
         metadata=None,
     )

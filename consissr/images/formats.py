@@ -7,17 +7,16 @@ import importlib.util
 import os
 import re
 import stat
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
 
-from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from consissr.errors import UserError
+from consissr.images.metadata import DAMAGE, dpi, has_gain_map, orientation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,7 @@ class Form:
     dpi: tuple[float, float] | None = None
     lossless: bool = False  # a WebP file that is
     exif: bytes | None = None  # descriptive tags only; the orientation is applied to the pixels and left out
+    xmp: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,13 @@ class Format:
     deep: bool = False  # 16 bits per sample
     cmyk: bool = False
     exif: bool = True
+    profile: bool = True
     longest: int = 2**31 - 1  # pixels of the longest side
 
     def holds(self, form: Form, side: int = 1) -> bool:
-        """True when transparency and depth of `form` are kept, and `side` pixels are not too long."""
-        return (self.alpha or not form.alpha) and (self.deep or form.bits == 8) and side <= self.longest
+        """True when transparency, depth and profile of `form` are kept, and `side` pixels are not too long."""
+        kept = (self.alpha or not form.alpha) and (self.deep or form.bits == 8) and (self.profile or not form.profile)
+        return kept and side <= self.longest
 
 
 _JPEG = Format(name="JPEG", cmyk=True, longest=65500)
@@ -60,37 +62,34 @@ WRITABLE = {
     ".webp": Format(name="WEBP", alpha=True, longest=16383),
     ".tif": _TIFF,
     ".tiff": _TIFF,
-    ".bmp": Format(name="BMP", exif=False),
+    ".bmp": Format(name="BMP", exif=False, profile=False),
 }
 READABLE = frozenset(WRITABLE) | {
-    ".apng", ".avif", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm",
+    ".apng", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm",
     ".pgm", ".pnm", ".ppm", ".tga",
 }  # fmt: skip
-PLUGINS = {".heic": "pillow_heif", ".heif": "pillow_heif", ".jxl": "pillow_jxl"}
-"""Pictures that Pillow reads where such a module is installed."""
-READABLE |= {ending for ending, module in PLUGINS.items() if importlib.util.find_spec(module)}
+PLUGINS = {
+    ".avif": ("PIL._avif", "Pillow"),
+    ".heic": ("pillow_heif", "pillow-heif"),
+    ".heif": ("pillow_heif", "pillow-heif"),
+    ".jxl": ("pillow_jxl", "pillow-jxl-plugin"),
+}
+"""Pictures that Pillow reads where such a module is installed, and the package that brings it."""
+HERE = frozenset(ending for ending, (module, _) in PLUGINS.items() if importlib.util.find_spec(module))
+"""Those of them that are."""
+READABLE |= HERE
+WRITABLE |= {
+    ending: target
+    for ending, target in {
+        ".avif": Format(name="AVIF", alpha=True, longest=65536),
+        ".jxl": Format(name="JXL", alpha=True, profile=False),
+    }.items()
+    if ending in HERE
+}
 UNREADABLE = frozenset({".arw", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".nef", ".orf", ".psd", ".raf", ".rw2", ".svg"})
 """Pictures that are not read: a folder's are counted, so that nobody takes them for restored."""
 
-DAMAGE = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, ArithmeticError, AssertionError,
-    AttributeError, struct.error, zlib.error,
-)  # fmt: skip
-"""What Pillow raises, in practice, on damaged files."""
-
-_KEPT_TAGS = (
-    ExifTags.Base.ImageDescription,
-    ExifTags.Base.Make,
-    ExifTags.Base.Model,
-    ExifTags.Base.Software,
-    ExifTags.Base.DateTime,
-    ExifTags.Base.Artist,
-    ExifTags.Base.HostComputer,
-    ExifTags.Base.Copyright,
-)
-COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI")
 _BITS_PER_SAMPLE = 258  # a TIFF tag
-_PIXEL_TAGS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
 
 
 def suffix_for(wanted: str, form: Form, side: int = 1) -> str:
@@ -120,8 +119,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         kind = os.stat(path).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
             raise UserError(f"{path}: not a file")  # opening a pipe would wait for ever
-        if Path(path).suffix.lower() in PLUGINS:
-            read_plugins()
+        use_plugin(Path(path).suffix.lower())
         with Image.open(path) as image:
             if image.format != "MPO":
                 yield image
@@ -134,8 +132,8 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError:
         reason = "not an image that can be read" if Path(path).stat().st_size else "the file is empty"
-        if module := PLUGINS.get(Path(path).suffix.lower()):
-            reason += f"; install {module.replace('_', '-')}"
+        if (ending := Path(path).suffix.lower()) in PLUGINS.keys() - HERE:
+            reason += f"; {how_to_get(ending)}"
         raise UserError(f"{path}: {reason}") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
@@ -170,57 +168,21 @@ def form_of(image: Image.Image) -> Form:
         bits=16 if deep else 8,
         cmyk=mode == "CMYK",
         profile=None if mode == "LAB" else image.info.get("icc_profile") or None,
-        dpi=_dpi(image),
+        dpi=dpi(image),
     )
 
 
-def _dpi(image: Image.Image) -> tuple[float, float] | None:
-    """Dots per inch, where a file says them; nothing where it says what files say that know none."""
-    try:
-        across, down = (float(value) for value in image.info["dpi"])
-    except (LookupError, TypeError, ValueError, ArithmeticError):
-        return None
-    return (across, down) if 0 < across < 1e5 and 0 < down < 1e5 else None
-
-
-def png_chunks(path: str | Path) -> tuple[tuple[bytes, bytes], ...]:
-    """What a PNG file says of its colours beside an ICC profile, as (type, data); () for other files."""
-    found = []
-    with open(path, "rb") as file:
-        if file.read(8) != b"\x89PNG\r\n\x1a\n":
-            return ()
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if kind in (b"IDAT", b"IEND"):
-                break
-            if kind in COLOUR_CHUNKS and length <= 64:
-                found.append((kind, file.read(length)))
-                file.seek(4, os.SEEK_CUR)
-            else:
-                file.seek(length + 4, os.SEEK_CUR)
-    return tuple(found)
-
-
-def is_lossless_webp(path: str | Path) -> bool:
-    """Whether a WebP file's (first) picture is stored without loss."""
-    with open(path, "rb") as file:
-        if file.read(12)[8:] != b"WEBP":
-            return False
-        while len(head := file.read(8)) == 8:
-            kind, length = struct.unpack("<4sI", head)
-            if kind in (b"VP8L", b"VP8 "):
-                return kind == b"VP8L"
-            inside = 16 if kind == b"ANMF" else length + length % 2  # a frame holds chunks behind its own header
-            file.seek(inside, os.SEEK_CUR)
-    return False
-
-
-def read_plugins() -> None:
-    """Let Pillow read what installed plug-ins know, once."""
-    for name in set(PLUGINS.values()):
+def use_plugin(ending: str) -> None:
+    """Let Pillow know files that end so, where it takes an installed plug-in."""
+    if ending in HERE:
         with suppress(ImportError):
-            module = importlib.import_module(name)  # pillow_jxl registers itself
+            module = importlib.import_module(PLUGINS[ending][0])  # pillow_jxl registers itself
             getattr(module, "register_heif_opener", lambda: None)()
+
+
+def how_to_get(*endings: str) -> str:
+    """What to install for pictures that need a plug-in."""
+    return f"pip install -U {' '.join(sorted({PLUGINS[ending][1] for ending in endings}))}"
 
 
 def more_than_one_picture(image: Image.Image) -> str:
@@ -229,16 +191,9 @@ def more_than_one_picture(image: Image.Image) -> str:
         frames = getattr(image, "n_frames", 1)
     except DAMAGE:
         return ""
+    if has_gain_map(image):
+        return "its gain map or depth map is left out: the result is the picture that common viewers show"
     return f"only the first of {frames} pictures in the file was restored" if frames > 1 else ""
-
-
-def orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1..8. Pillow itself turns TIFF files when they load; they say 1 from then on."""
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except DAMAGE:  # a damaged EXIF block does not make the picture unreadable
-        return 1
-    return value if value in range(1, 9) else 1
 
 
 def probe(path: str | Path) -> tuple[int, int, Form, str]:
@@ -265,21 +220,3 @@ def _raw_modes(image: Image.Image) -> list[str]:
         arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         modes += [word for word in arguments[:1] if isinstance(word, str)]
     return modes
-
-
-def kept_exif(image: Image.Image) -> bytes | None:
-    """The descriptive EXIF tags of a loaded image (who, when, with what, where); nothing that speaks of pixels."""
-    try:
-        old = image.getexif()
-        new = Image.Exif()
-        for tag in _KEPT_TAGS:
-            if tag in old:
-                new[tag] = old[tag]
-        for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-            tags = {tag: value for tag, value in old.get_ifd(ifd).items() if tag not in _PIXEL_TAGS}
-            tags.pop(ExifTags.Base.ExifInteroperabilityOffset, None)
-            if tags:
-                new[ifd] = tags
-        return new.tobytes() if len(new) else None
-    except DAMAGE:
-        return None

@@ -24,6 +24,7 @@ from consissr.errors import UserError
 from consissr.images import codec
 from consissr.images.codec import Photo, Samples
 from consissr.images.inputs import equal_sizes, stacked
+from consissr.images.metadata import with_settings
 from consissr.inference.jobs import Job, check_place
 from consissr.models.memory import is_out_of_memory, peak_memory_mb
 
@@ -54,6 +55,8 @@ class Settings:
     seed: int = 0
     batch_size: int = 1
     quality: int = 95
+    metadata: str = "keep"  # of inputs: keep, strip, or keep and add `made_with` ("settings")
+    made_with: dict[str, Any] = field(default_factory=dict)  # what results say of how they were restored
     save_steps: bool = False
     frames: bool = False  # of a film: every image has the same noise
     plan: Sequence[Any] | None = None  # timesteps other than the model's own
@@ -190,7 +193,20 @@ def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settin
         on_tile=lambda *now: report.on_tile(jobs[0], *now),
     )
     # As samples, a fourth of the size: a large result may wait for its predecessor to be written.
-    return [codec.samples_for(job.target, photo.restored(pixels)) for pixels, (job, photo) in zip(y, read, strict=True)]
+    photos = [
+        replace(photo, form=_said(photo.form, job, settings)).restored(y[i]) for i, (job, photo) in enumerate(read)
+    ]
+    return [codec.samples_for(job.target, photo) for job, photo in zip(jobs, photos, strict=True)]
+
+
+def _said(form: codec.Form, job: Job, settings: Settings) -> codec.Form:
+    """A form with the metadata that its result is to have."""
+    if settings.metadata == "strip":
+        return replace(form, exif=None, xmp=None)
+    if settings.metadata == "settings":
+        made_with = settings.made_with | {"seed": settings.seed, "key": job.key, "repeat": job.repeat}
+        return replace(form, exif=with_settings(form.exif, made_with, __version__))
+    return form
 
 
 def _step_writer(restorer: Restores, job: Job, photo: Photo, settings: Settings) -> Callable:

@@ -15,6 +15,8 @@ SAMPLER_FLAGS = (
     "guidance", "positive", "negative", "start", "color_fix", "fidelity", "color_strength", "tile", "tile_overlap",
     "vae_tile",
 )  # fmt: skip
+MADE_WITH = ("model", "base", "scale", "longest_side", "precision", *SAMPLER_FLAGS, "plan", "steps", "t_max", "t_min")
+"""What --metadata settings writes down, where it was given."""
 PLAN_FLAGS = ("plan", "steps", "t_max", "t_min")
 PLAN_FIELDS = {*PLAN_FLAGS, "grid"}
 """Settings that make a plan, in place of the one that a model's `timesteps` write out."""
@@ -49,10 +51,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     add(
         "--ext",
         default="auto",
-        choices=("auto", "png", "jpg", "webp", "tif"),
+        choices=("auto", "png", "jpg", "webp", "tif", "avif", "jxl"),
         help="format of results (%(default)s: the input's; png where that format cannot hold them)",
     )
-    add("--quality", type=int, default=95, help="of JPEG and WebP results (%(default)s)")
+    add("--quality", type=int, default=95, help="of JPEG, WebP, AVIF and JPEG XL results (%(default)s)")
+    add(
+        "--metadata",
+        default="keep",
+        choices=("keep", "strip", "settings"),
+        help="EXIF and XMP: keep, strip, or keep and add how the picture was restored (%(default)s); profiles stay",
+    )
     add(
         "--repeat",
         "--sample_times",

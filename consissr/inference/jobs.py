@@ -63,6 +63,8 @@ class Naming:
             raise UserError(f"--longest-side {self.longest} is out of range: use at least 1")
         if self.repeat < 1:
             raise UserError(f"--repeat {self.repeat} is out of range: use at least 1")
+        if self.ext != "auto" and f".{self.ext}" not in formats.WRITABLE:
+            raise UserError(f"--ext {self.ext} cannot be written here: {formats.how_to_get(f'.{self.ext}')}")
         if self.suffix and ({"/", os.sep, "\0"} & set(self.suffix)):
             raise UserError(f"--suffix {self.suffix!r} has a path separator or NUL: use plain characters such as _x4")
         check_place(self.output, "--output")
@@ -144,8 +146,8 @@ def overlooked(inputs: Sequence[str], recursive: bool) -> str:
             if not recursive:
                 folders.clear()
     words = [f"{count} {ending}" for ending, count in sorted(counts.items())]
-    missing = sorted({formats.PLUGINS[kind].replace("_", "-") for kind in counts if kind in formats.PLUGINS})
-    help_ = f" (pip install {' '.join(missing)})" if missing else ""
+    missing = [kind for kind in counts if kind in formats.PLUGINS]
+    help_ = f" ({formats.how_to_get(*missing)})" if missing else ""
     return f"not read: {', '.join(words)}{help_}" if words else ""
 
 
@@ -303,7 +305,9 @@ def _to_file(job: Job, output: Path) -> Job:
         return job
     form, side = formats.probe(job.source)[2], max(job.out_height, job.out_width)
     if not formats.WRITABLE[output.suffix.lower()].holds(form, side):
-        return replace(job, error=f"{output.suffix} cannot hold its transparency, 16 bits or {side} px; use .png")
+        return replace(
+            job, error=f"{output.suffix} cannot hold its transparency, 16 bits, profile or {side} px; use .png"
+        )
     return replace(job, target=output)
 
 

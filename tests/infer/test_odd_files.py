@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageCms
 
 from consissr.errors import UserError
-from consissr.images import codec, formats, png16
+from consissr.images import codec, formats, metadata, png16
 
 
 def photograph(rng, *shape):
@@ -94,7 +94,7 @@ def test_pictures_that_are_not_read_are_counted(infer, folder, tmp_path, monkeyp
     Image.new("RGB", (4, 4)).save(folder / "old.jpe", format="JPEG")
     status, _, err = infer("-i", folder, "-o", tmp_path / "out")
     assert status == 0 and files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp", "old.png"}
-    assert err == "not read: 1 .dng, 2 .heic (pip install pillow-heif)\n"
+    assert err == "not read: 1 .dng, 2 .heic (pip install -U pillow-heif)\n"
 
 
 def test_further_pictures_of_a_file_are_told(infer, tmp_path):
@@ -181,7 +181,7 @@ def test_what_png_files_say_of_their_colours_is_kept(tmp_path, rng, deep):
     (tmp_path / "a.png").write_bytes(whole[:33] + b"".join(chunk(*one) for one in said) + whole[33:])
     photo = codec.read(tmp_path / "a.png")
     codec.write(tmp_path / "b.png", photo)
-    assert formats.png_chunks(tmp_path / "b.png") == said
+    assert metadata.png_chunks(tmp_path / "b.png") == said
     assert torch.equal(codec.read(tmp_path / "b.png").pixels, photo.pixels)
     codec.write(tmp_path / "b.tif", photo)  # a format that has no such words
     assert codec.read(tmp_path / "b.tif").form.chunks == ()
@@ -200,7 +200,7 @@ def test_webp_without_loss_stays_so(tmp_path, rng, lossless):
     Image.fromarray(photograph(rng, 16, 16, 3)).save(tmp_path / "a.webp", lossless=lossless)
     photo = codec.read(tmp_path / "a.webp")
     codec.write(tmp_path / "b.webp", photo)
-    assert formats.is_lossless_webp(tmp_path / "b.webp") == lossless
+    assert metadata.is_lossless_webp(tmp_path / "b.webp") == lossless
     assert torch.equal(codec.read(tmp_path / "b.webp").pixels, photo.pixels) == lossless
 
 

@@ -1,0 +1,84 @@
+"""EXIF, XMP and settings in results, and formats that not every machine knows."""
+
+import json
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import ExifTags, Image
+
+from consissr.images import codec, formats
+
+XMP = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF tiff:Orientation=\"6\" xmp:Rating='4'/></x:xmpmeta>"
+UPRIGHT = XMP.replace(b'"6"', b'"1"')
+HDR = b"<x:xmpmeta xmlns:hdrgm='http://ns.adobe.com/hdr-gain-map/1.0/' hdrgm:Version='1.0'/>"
+TAGS, COMMENT = ExifTags.IFD.Exif, ExifTags.Base.UserComment
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    """A JPEG with an artist and a rating."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = "A. Photographer"
+    Image.new("RGB", (8, 6), "teal").save(tmp_path / "a.jpg", exif=exif, xmp=XMP)
+    return tmp_path / "a.jpg"
+
+
+def xmp_of(path):
+    with Image.open(path) as image:
+        image.load()
+        return image.info.get("xmp")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".avif"])
+def test_xmp_is_kept_and_stands_upright(photograph, tmp_path, suffix):
+    if suffix not in formats.WRITABLE:
+        pytest.skip("this Pillow knows no AVIF")
+    codec.write(tmp_path / f"b{suffix}", codec.read(photograph))
+    codec.write(tmp_path / f"c{suffix}", codec.read(tmp_path / f"b{suffix}"))
+    assert xmp_of(tmp_path / f"c{suffix}") == UPRIGHT
+    with Image.open(tmp_path / f"c{suffix}") as image:
+        assert image.getexif()[ExifTags.Base.Artist] == "A. Photographer"
+
+
+def test_xmp_of_16_bit_files(tmp_path):
+    tifffile.imwrite(
+        tmp_path / "a.tif", np.zeros((4, 5, 3), np.uint16), photometric="rgb", extratags=[(700, 1, len(XMP), XMP)]
+    )
+    for suffix in (".tif", ".png"):
+        codec.write(tmp_path / f"b{suffix}", codec.read(tmp_path / "a.tif"))
+        assert codec.read(tmp_path / f"b{suffix}").form.bits == 16
+        xmp = xmp_of(tmp_path / f"b{suffix}")
+        assert b"Rating='4'" in xmp and b'"6"' not in xmp  # Pillow itself drops the orientation of TIFF files
+
+
+def test_words_on_a_gain_map_go_with_it(infer, photograph, tmp_path):
+    """They would send readers to a picture that is not in the result."""
+    Image.open(photograph).save(photograph, xmp=HDR)
+    status, _, err = infer("-i", photograph, "-o", tmp_path / "out")
+    assert status == 0 and "a.jpg: its gain map or depth map is left out" in err
+    assert xmp_of(tmp_path / "out" / "a.jpg") is None
+
+
+def test_metadata_as_asked(infer, photograph, tmp_path):
+    for asked in ("keep", "strip", "settings"):
+        assert infer("-i", photograph, "-o", tmp_path / asked, "-s", 2, "--seed", 7, "--metadata", asked)[0] == 0
+    found = {asked: Image.open(tmp_path / asked / "a.jpg") for asked in ("keep", "strip", "settings")}
+    assert found["keep"].getexif()[ExifTags.Base.Artist] and COMMENT not in found["keep"].getexif().get_ifd(TAGS)
+    assert not found["strip"].getexif() and xmp_of(tmp_path / "strip" / "a.jpg") is None
+    assert found["settings"].getexif()[ExifTags.Base.Artist] == "A. Photographer"
+    made = json.loads(found["settings"].getexif().get_ifd(TAGS)[COMMENT].removeprefix(b"ASCII\0\0\0"))
+    assert {name: made[name] for name in ("model", "scale", "seed", "key")} == {
+        "model": "nano-ccsr", "scale": 2, "seed": 7, "key": "a.jpg",
+    }  # fmt: skip
+
+
+def test_formats_that_are_missing_here(infer, photograph, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "WRITABLE", {".png": formats.WRITABLE[".png"]})
+    status, _, err = infer("-i", photograph, "-o", tmp_path / "out", "--ext", "jxl")
+    assert status == 2 and err == "error: --ext jxl cannot be written here: pip install -U pillow-jxl-plugin\n"
+
+
+def test_a_profile_is_not_lost_in_a_format_without_one(tmp_path):
+    form = codec.Form(profile=b"colours")
+    assert formats.suffix_for(".bmp", form) == ".png" and formats.suffix_for(".bmp", codec.Form()) == ".bmp"
