@@ -89,6 +89,11 @@ def rng() -> np.random.Generator:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights, and its base beside it: everything the real ones have, in small."""
+    return make_tiny_model(tmp_path_factory.mktemp("models"))
+
+
+def make_tiny_model(folder: Path) -> Path:
+    """Writes it below `folder`."""
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
@@ -101,7 +106,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from consissr.weights.model import Model
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models")
     unet = UNet2DConditionModel(
         in_channels=4,
         out_channels=4,
