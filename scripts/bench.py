@@ -18,8 +18,6 @@ def inference(args: argparse.Namespace) -> tuple[Any, Iterable]:
     from ccsr.methods import method
     from consissr.bench.inference import Question, compare, memory
 
-    if (args.size == "sd21") != args.random_weights:
-        raise UserError("--size sd21 and --random-weights belong together: give both, or name a model")
     wanted = {name: vars(args)[name] for name in ("size", "pixels", "batch", "runs", "device", "precision", "compile")}
     question = Question(method=method(args.method, args.steps), **wanted)
     found = compare(question, tuple(args.paths), lambda line: print(line, file=sys.stderr))
@@ -39,21 +37,17 @@ def tiles(args: argparse.Namespace) -> tuple[Any, Iterable]:
 
 def fidelity(args: argparse.Namespace) -> tuple[Any, Iterable]:
     """PSNR against NIQE along the fidelity dial, and a strip of pictures"""
-    from dataclasses import asdict
-
     from consissr.bench.fidelity import curve
 
-    points = curve(args.model, args.lr, args.hr, args.values, args.images, args.strip)
-    found = [asdict(point) for point in points]
-    return found, [report.plain(found, f"{args.model}: PSNR (dB) and NIQE by --fidelity")]
+    rows = [asdict(point) for point in curve(args.model, args.lr, args.hr, args.values, args.images, args.strip)]
+    return rows, [report.plain(rows, f"{args.model}: PSNR (dB) and NIQE by --fidelity")]
 
 
 def start_up(args: argparse.Namespace) -> tuple[Any, Iterable]:
     """Importing the package, --help, loading a model"""
     from consissr.bench import startup
 
-    found = startup.measure(args.model, args.runs)
-    return found, [report.plain(found, "seconds")]
+    return (found := startup.measure(args.model, args.runs)), [report.plain(found, "seconds")]
 
 
 def training(args: argparse.Namespace) -> tuple[Any, Iterable]:
@@ -69,8 +63,9 @@ def sizes(args: argparse.Namespace) -> tuple[Any, Iterable]:
     """Parameters and multiply-accumulates at SD2.1's size"""
     from consissr.bench.sizes import rows
 
-    found = rows()
-    return found, [report.plain(found, "512x512 pixels, MACs of convolutions and linear layers, and with attention")]
+    return (found := rows()), [
+        report.plain(found, "512x512 pixels, MACs of convolutions and linear layers, and with attention")
+    ]
 
 
 def degradation(args: argparse.Namespace) -> tuple[Any, Iterable]:
@@ -78,10 +73,8 @@ def degradation(args: argparse.Namespace) -> tuple[Any, Iterable]:
     from consissr.bench.data import compare
     from consissr.data.settings import preset
 
-    theirs, ours = compare(preset(args.preset), args.images, args.input)
-    rows = [vars(speed) | {"images_per_second": speed.rate} for speed in (theirs, ours)]
-    table = report.plain(rows, f"degradation '{args.preset}', 400x400: CPU ms per image, images/s and core")
-    return rows, [table, f"ours is {ours.rate / theirs.rate:.2f} times as fast"]
+    rows = [vars(s) | {"images_per_second": s.rate} for s in compare(preset(args.preset), args.images, args.input)]
+    return rows, report.degradation(rows, args.preset)
 
 
 def gpu(args: argparse.Namespace) -> tuple[Any, Iterable]:

@@ -20,7 +20,7 @@ from rich.console import Console
 import consissr
 from consissr.errors import UserError
 from consissr.inference import jobs
-from consissr.inference.flags import MADE_WITH, PLAN_FLAGS, given, parser, sampler_settings
+from consissr.inference.flags import MADE_WITH, PLAN_FLAGS, SETTINGS, given, parser, sampler_settings
 
 
 def restore(args: argparse.Namespace) -> int:
@@ -43,8 +43,7 @@ def restore(args: argparse.Namespace) -> int:
     # 2. the model
     from consissr.inference import batch, progress
 
-    flags = given(args, ("seed", "batch_size", "quality", "save_steps", "frames", "metadata"))
-    settings = batch.Settings(**sizes, **flags, made_with=given(args, MADE_WITH))
+    settings = batch.Settings(**sizes, **given(args, SETTINGS), made_with=given(args, MADE_WITH))
     log, restorer = batch.open_log(args.json, vars(args)) if args.json else None, None
     if sizes := {(job.out_height, job.out_width) for job in missing if not job.error}:
         restorer = load(args, local_rank, one_size=len(sizes) == 1)

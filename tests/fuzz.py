@@ -44,8 +44,9 @@ YAMLS = (
     b"t_max: .nan\n", b"guidance: {}\n", b"unknown: 1\n", b"plan: 7\n", b"steps: '${oc.env:HOME}'\n", b"&a [*a]\n",
     b"a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n",
     b"timesteps: [[1, 2]]\n", b"timesteps: [[999, -1, x0, 4]]\n", b"timesteps: [['a', 'b', 'c']]\n", b"\x89PNG\r\n",
-    b"!!python/object/apply:os.system ['true']\n", b"tile: 99999999999999999999\n", b"fidelity: 2\n", b"steps: 2\nsteps: 3\n",
-    b"stage: nuts\n", b"stage: [nuts]\n", b"stage: nuts\nbatch: -1\n", b"stage: tala\noptimizer: 3\n", b"null\n", b"x" * 10**5,
+    b"!!python/object/apply:os.system ['true']\n", b"tile: 99999999999999999999\n", b"fidelity: 2\n",
+    b"steps: 2\nsteps: 3\n", b"stage: nuts\n", b"stage: [nuts]\n", b"stage: nuts\nbatch: -1\n",
+    b"stage: tala\noptimizer: 3\n", b"null\n", b"x" * 10**5,
 )  # fmt: skip
 VALUES = (None, 0, -1, 10**9, 1e308, float("nan"), "x", "", [], {}, [0], [10**9] * 3, True, [[]], {"a": 1}, "\0", 3.5)
 
@@ -55,6 +56,7 @@ class FaultError(Exception):
 
 
 def script(name: str) -> ModuleType:
+    """One of scripts/."""
     spec = importlib.util.spec_from_file_location(f"fuzzed_{name}", ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -66,6 +68,7 @@ class Restores:
 
     def __init__(self, restorer) -> None:
         self.restorer, self.sampler, self.precision = restorer, restorer.sampler, restorer.precision
+        self.device = restorer.device
 
     def __call__(self, x, *, scale, longest, **settings):
         from consissr.images.formats import output_size
@@ -128,13 +131,16 @@ def pictures(folder: Path) -> Iterator[Path]:
     colour, exif = Image.fromarray(values[..., :3]), Image.Exif()
     exif[274], exif[315] = 6, "A. Photographer"
     ways = {
-        "rgb.png": (colour, {"exif": exif}), "rgba.png": (Image.fromarray(values), {}), "grey.png": (colour.convert("L"), {}),
-        "palette.png": (colour.quantize(60), {}), "rgb.jpg": (colour, {"exif": exif, "xmp": b"<x:xmpmeta/>"}),
+        "rgb.png": (colour, {"exif": exif}), "rgba.png": (Image.fromarray(values), {}),
+        "grey.png": (colour.convert("L"), {}), "palette.png": (colour.quantize(60), {}),
+        "rgb.jpg": (colour, {"exif": exif, "xmp": b"<x:xmpmeta/>"}),
         "progressive.jpg": (colour, {"progressive": True}), "cmyk.jpg": (colour.convert("CMYK"), {}),
-        "lossy.webp": (colour, {"exif": exif}), "lossless.webp": (colour, {"lossless": True}), "a.gif": (colour.quantize(60), {}),
-        "raw.tif": (colour, {"exif": exif}), "lzw.tif": (colour, {"compression": "tiff_lzw"}), "a.bmp": (colour, {}),
-        "deflate.tif": (Image.fromarray(values), {"compression": "tiff_deflate"}), "jpeg.tif": (colour, {"compression": "jpeg"}),
-        "a.ppm": (colour, {}), "a.tga": (colour, {"compression": "tga_rle"}), "a.jp2": (colour, {}), "a.avif": (colour, {}),
+        "lossy.webp": (colour, {"exif": exif}), "lossless.webp": (colour, {"lossless": True}),
+        "a.gif": (colour.quantize(60), {}), "raw.tif": (colour, {"exif": exif}),
+        "lzw.tif": (colour, {"compression": "tiff_lzw"}), "a.bmp": (colour, {}),
+        "deflate.tif": (Image.fromarray(values), {"compression": "tiff_deflate"}),
+        "jpeg.tif": (colour, {"compression": "jpeg"}), "a.ppm": (colour, {}),
+        "a.tga": (colour, {"compression": "tga_rle"}), "a.jp2": (colour, {}), "a.avif": (colour, {}),
         "bits.tif": (colour.convert("1"), {"compression": "group4"}), "lab.tif": (colour.convert("LAB"), {}),
     }  # fmt: skip
     for name, (image, options) in ways.items():
@@ -211,30 +217,32 @@ def odd_call(bench: Bench, place: Path, rng: np.random.Generator) -> int:
     (place / "out").mkdir()
     (place / "out" / "kept.png").write_bytes((bench.folder / "pictures" / "rgb.png").read_bytes())
     (place / "odd.yaml").write_bytes(one(YAMLS))
-    paths = (*WORDS, str(place / "in"), str(place / "odd.yaml"), "/dev/null", "/dev/full", "/proc/self/mem", str(place / "out" / "kept.png"), str(place / "no" / "x.png"))  # fmt: skip
+    names = ("in", "odd.yaml", "out/kept.png", "no/x.png", "/dev/null", "/dev/full", "/proc/self/mem")
+    paths = (*WORDS, *(str(place / name) for name in names))
     if rng.random() < 0.2:
         arguments = ["--config", one((str(place / "odd.yaml"), *paths)), "--dry-run", f"output_dir={place / 'run'}"]
         before = state(place / "in", place / "out")
         if rng.random() < 0.5:
             arguments[1] = str(ROOT / "configs" / one(("ccsr/nuts.yaml", "consissr/tala.yaml", "nano/deft.yaml")))
-            key = one(
-                ("batch", "steps", "stage", "optimizer.lr", "data.paths", "model.base", "seed", "a.b", "", "nuts")
-            )
+            key = one(("batch", "steps", "stage", "optimizer.lr", "data.paths", "model.base", "seed", "a.b", ""))
             arguments.append(f"{key}={one((*NUMBERS, *WORDS))}")
         main = bench.train.main
     else:
         flags = {
-            "-s": NUMBERS, "--longest-side": NUMBERS, "--seed": NUMBERS, "--quality": NUMBERS, "--repeat": ("0", "-1", "x", "2"),
-            "--batch-size": NUMBERS[:10], "--steps": ("0", "-1", "nan", "1", "x"), "--t-max": NUMBERS, "--t-min": NUMBERS,
-            "--guidance": NUMBERS, "--tile": (*NUMBERS[:10], "1", "17"), "--tile-overlap": (*NUMBERS[:10], "512"),
-            "--vae-tile": (*NUMBERS[:10], "1", "17"), "--fidelity": NUMBERS, "--color-strength": NUMBERS, "--suffix": WORDS,
-            "--ext": ("gif", "jxl", "avif", "", "png"), "-m": paths, "--base": paths, "--config": (str(place / "odd.yaml"), *paths),
-            "--json": paths, "-o": paths, "-i": paths, "--positive": WORDS, "--negative": WORDS, "--device": (*WORDS, "cuda", "mps", "cuda:9"),
-            "--precision": ("fp8", "bf16", "fp16"), "--plan": ("ddpm", "x"), "--metadata": ("settings", "all"), "--color-fix": ("wavelet", "x"),
-            "--recursive": (), "--overwrite": (), "--skip-existing": (), "--frames": (), "--save-steps": (), "--dry-run": (), "-q": (),
+            "-s": NUMBERS, "--longest-side": NUMBERS, "--seed": NUMBERS, "--quality": NUMBERS,
+            "--repeat": ("0", "-1", "x", "2"), "--batch-size": NUMBERS[:10], "--steps": ("0", "-1", "nan", "1", "x"),
+            "--t-max": NUMBERS, "--t-min": NUMBERS, "--guidance": NUMBERS, "--tile": (*NUMBERS[:10], "1", "17"),
+            "--tile-overlap": (*NUMBERS[:10], "512"), "--vae-tile": (*NUMBERS[:10], "1", "17"), "--fidelity": NUMBERS,
+            "--color-strength": NUMBERS, "--suffix": WORDS, "--ext": ("gif", "jxl", "avif", "", "png"), "-m": paths,
+            "--base": paths, "--config": (str(place / "odd.yaml"), *paths), "--json": paths, "-o": paths, "-i": paths,
+            "--positive": WORDS, "--negative": WORDS, "--device": (*WORDS, "cuda", "mps", "cuda:9"),
+            "--precision": ("fp8", "bf16", "fp16"), "--plan": ("ddpm", "x"), "--metadata": ("settings", "all"),
+            "--color-fix": ("wavelet", "x"), "--recursive": (), "--overwrite": (), "--skip-existing": (),
+            "--frames": (), "--save-steps": (), "--dry-run": (), "-q": (),
         }  # fmt: skip
         usual = {"-i": str(place / "in"), "-o": str(place / "out"), "-m": str(bench.model), "-s": "1.5"}
-        chosen = {name: one(flags[name]) if flags[name] else None for name in (one(list(flags)) for _ in range(3))}
+        names = [one(list(flags)) for _ in range(rng.integers(1, 4))]
+        chosen = {name: one(flags[name]) if flags[name] else None for name in names}
         arguments = [word for pair in (usual | chosen).items() for word in pair if word is not None]
         before, main, bench.infer.load = state(place / "in", place / "out"), bench.infer.main, bench.load
     here = os.getcwd()
@@ -273,13 +281,8 @@ def hostile_folder(bench: Bench, place: Path, rng: np.random.Generator) -> int:
 
         weights = load_file(file)
         name = sorted(weights)[rng.integers(len(weights))]
-        odd = (
-            weights[name][:0],
-            weights[name].to(torch.int8),
-            weights[name] * float("nan"),
-            weights[name].flatten()[:3].clone(),
-            None,
-        )
+        whole = weights[name]
+        odd = (whole[:0], whole.to(torch.int8), whole * float("nan"), whole.flatten()[:3].clone(), None)
         one = odd[rng.integers(len(odd))]
         rest = {key: value for key, value in weights.items() if key != name}
         save_file(rest if one is None else rest | {name: one.contiguous()}, file)

@@ -61,10 +61,12 @@ def parser(description: str, commands: Mapping[str, Callable]) -> argparse.Argum
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError for numbers below 1 and for a --json that is no file."""
+    """UserError for numbers out of range, and a place where --json cannot be written."""
     for name in ("runs", "steps", "pixels", "batch", "images"):
         if vars(args).get(name, 1) < 1:
             raise UserError(f"--{name} {vars(args)[name]} is out of range: use at least 1")
+    if "random_weights" in vars(args) and (args.size == "sd21") != args.random_weights:
+        raise UserError("--size sd21 and --random-weights belong together: give both, or name a model")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise UserError(f"--json {args.json} is no file in a folder that exists: name another")
 

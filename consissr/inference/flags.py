@@ -15,6 +15,8 @@ SAMPLER_FLAGS = (
     "guidance", "positive", "negative", "start", "color_fix", "fidelity", "color_strength", "tile", "tile_overlap",
     "vae_tile",
 )  # fmt: skip
+SETTINGS = ("seed", "batch_size", "quality", "save_steps", "frames", "metadata")
+"""Of batch.Settings."""
 MADE_WITH = ("model", "base", "scale", "longest_side", "precision", *SAMPLER_FLAGS, "plan", "steps", "t_max", "t_min")
 """What --metadata settings writes down, where it was given."""
 PLAN_FLAGS = ("plan", "steps", "t_max", "t_min")
