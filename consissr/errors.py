@@ -10,6 +10,9 @@ class UserError(Exception):
 
 def exit_status(work: Callable[[], int], interrupted: str = "the same command goes on where it was") -> int:
     """What `work` returns; 2 for a mistake and 130 for an interrupt, each told in one line."""
+    for stream in (sys.stdout, sys.stderr):  # file names may hold what a terminal's encoding has no bytes for
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work()
     except (UserError, OSError) as error:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from rich.console import Console
 
 import consissr
-from consissr.errors import UserError
+from consissr.errors import UserError, exit_status
 from consissr.inference import jobs
 from consissr.inference.flags import MADE_WITH, PLAN_FLAGS, SETTINGS, given, parser, sampler_settings
 
@@ -96,14 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings are about code, not about images
     args = parser(__doc__).parse_args(arguments)
-    try:
-        return restore(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what is written is whole, and --skip-existing continues", file=sys.stderr)
-        return 130
+    return exit_status(lambda: restore(args), "what is written is whole, and --skip-existing continues")
 
 
 if __name__ == "__main__":

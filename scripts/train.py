@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             folder = Loop(config, builder, options.resume).run()
         if os.environ.get("RANK", "0") == "0":
             logging.info("done: %s", folder)
-    except UserError as error:
+    except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") != "0" and "torch" not in sys.modules:
             time.sleep(5)  # the first process tells of the same mistake, and the launcher then ends this one
         several = os.environ.get("WORLD_SIZE", "1") != "1"  # another process's bar may stand in the line

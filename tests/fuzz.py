@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -31,14 +32,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from conftest import make_tiny_model  # noqa: E402
 from PIL import Image  # noqa: E402
 
-SECONDS = 60
-"""That a case may take."""
+from consissr.images import png16  # noqa: E402
+from consissr.images.formats import output_size  # noqa: E402
+from consissr.images.resize import resize  # noqa: E402
+from consissr.restorer import Restorer  # noqa: E402
+
+SECONDS, MEMORY = 60, 6 * 2**30
+"""What a case may take, and bytes of this process."""
 LARGEST = 2**19
 """Pixels of a result up to which the tiny model computes it; larger ones are enlarged only."""
 NUMBERS = ("nan", "inf", "-1", "0", "1e308", "", " ", "\0", "٣", "0x10", "1e3", "99999999999999999999", "-0.0", "1,5")
-WORDS = ("", " ", "\0", "a b/c d", "..", "~", "http://x/y", "\ud800", "x" * 300, "a\nb", "--", "${oc.env:HOME}", "*[")
+WORDS = ("", " ", "\0", "a b/c d", "..", "~", "http://x/y", "\udcff", "x" * 300, "a\nb", "--", "${oc.env:HOME}", "*[")
 YAMLS = (
     b"", b"\t", b"a: b: c", b"- 1\n- 2\n", b"\xff\xfe\x00a", b"steps: [1", b"steps: 0\n", b"steps: 1e999\n",
     b"t_max: .nan\n", b"guidance: {}\n", b"unknown: 1\n", b"plan: 7\n", b"steps: '${oc.env:HOME}'\n", b"&a [*a]\n",
@@ -71,9 +78,6 @@ class Restores:
         self.device = restorer.device
 
     def __call__(self, x, *, scale, longest, **settings):
-        from consissr.images.formats import output_size
-        from consissr.images.resize import resize
-
         size = output_size(*x.shape[2:], scale, longest)
         if size[0] * size[1] > LARGEST:
             return resize(x, size)
@@ -84,11 +88,8 @@ class Bench:
     """A folder to run cases in, with the tiny model and some pictures."""
 
     def __init__(self, folder: Path) -> None:
-        import conftest
-
-        from consissr.restorer import Restorer
-
-        self.folder, self.model = folder, conftest.make_tiny_model(folder / "models")
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        self.folder, self.model = folder, make_tiny_model(folder / "models")
         self.infer, self.train = script("infer"), script("train")
         self.load = self.infer.load
         self.restorer = Restores(Restorer.load(str(self.model), device="cpu"))
@@ -96,7 +97,7 @@ class Bench:
 
     def call(self, main: Callable, arguments: list[str]) -> tuple[int, str]:
         """Exit status and what was said; FaultError for an exception, or words of one."""
-        said = io.StringIO()
+        said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)  # as strict as a terminal
         logging.root.handlers.clear()  # the next one writes to `said`
         faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.__stderr__)
         try:
@@ -115,15 +116,13 @@ class Bench:
             raise FaultError(f"{type(error).__name__} at {place}: {str(error)[:200]!r}") from error
         finally:
             faulthandler.cancel_dump_traceback_later()
-        if "Traceback (most recent" in said.getvalue():
-            raise FaultError(f"a traceback was printed: {said.getvalue()[-300:]!r}")
-        return status, said.getvalue()
+        if "Traceback (most recent" in said.buffer.getvalue().decode():
+            raise FaultError(f"a traceback was printed: {said.buffer.getvalue().decode()[-300:]!r}")
+        return status, said.buffer.getvalue().decode()
 
 
 def pictures(folder: Path) -> Iterator[Path]:
     """Small pictures of every format, depth and mode that Pillow writes, some with metadata."""
-    from consissr.images import png16
-
     folder.mkdir()
     rng = np.random.default_rng(0)
     waves = np.sin(np.arange(24)[:, None, None] / 5 + np.arange(4) + np.arange(32)[:, None] / 7)

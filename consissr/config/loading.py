@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,9 @@ from typing import Any, TypeVar
 from consissr.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
+
+LONGEST = 2**20
+"""Bytes of a configuration file."""
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -42,14 +46,24 @@ def read_word(key: str, path: str | Path | None, overrides: list[str] | None = N
 
     word = ""
     try:
-        content = safe_load(find_config(path).read_text()) if path is not None else {}
+        content = safe_load(config_text(path)) if path is not None else {}
         word = str(content.get(key, "")) if isinstance(content, dict) else ""
-    except (OSError, YAMLError, UnicodeDecodeError):
+    except (UserError, OSError, YAMLError, ValueError, RecursionError):
         pass
     for override in overrides or []:
         name, _, value = override.partition("=")
         word = value if name == key else word
     return word
+
+
+def config_text(path: str | Path) -> str:
+    """A configuration file's text. Raises UserError for what is no file or too long for one; OSError, UnicodeError."""
+    path = find_config(path)
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist: give the path of a YAML file")
+    if path.stat().st_size > LONGEST:
+        raise UserError(f"config file {path} has more than {LONGEST} bytes: give the path of a YAML file")
+    return path.read_text(encoding="utf-8")
 
 
 def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: list[str] | None = None) -> ConfigT:
@@ -64,10 +78,7 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: l
     layers = []
     try:
         if path is not None:
-            path = find_config(path)
-            if not path.is_file():
-                raise UserError(f"config file {path} does not exist: give the path of a YAML file")
-            layers.append((str(path), OmegaConf.load(path)))
+            layers.append((str(path), OmegaConf.load(io.StringIO(config_text(path)))))
         for word in overrides or []:
             if "=" not in word:
                 raise UserError(f"override '{word}' is not of the form key=value, such as steps=100")
@@ -78,9 +89,9 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: l
             check_keys(cls, OmegaConf.to_container(layer), source)
             merged = OmegaConf.merge(merged, layer)
         return OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError) as error:
-        where = getattr(error, "full_key", None) or "file"
-        what = str(error).strip().splitlines()[0]
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
+        where = getattr(error, "full_key", None) or (path if len(layers) == 0 else "file")
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "is not a ListConfig" in what:
             what = "a list is needed: write it in brackets, such as [one,two]"
         raise UserError(f"bad configuration: {where}: {what}") from error

@@ -15,29 +15,27 @@ kept: comments, EXIF in 16-bit colour TIFF, colours under full transparency; 16-
 
 from __future__ import annotations
 
-import io
 import os
 import struct
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from consissr.errors import UserError
-from consissr.images import formats, metadata, png16
+from consissr.images import formats, metadata
 from consissr.images.device import fetched, sent, works_on_pixels
+from consissr.images.encoding import Samples, convert_cmyk, encode, pil
 from consissr.images.formats import Form
 from consissr.images.resize import resize, strips
 from consissr.images.transparency import fill_hidden
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
-_LONGEST_IN_JPEG = 65500  # bytes of EXIF or XMP: one segment
 
 
 @dataclass
@@ -56,16 +54,6 @@ class Photo:
         size = (pixels.shape[1], pixels.shape[2])
         alpha = None if self.alpha is None else resize(self.alpha, size, (0.0, 1.0))
         return replace(self, pixels=pixels, alpha=alpha)
-
-
-@dataclass
-class Samples:
-    """An image as it will stand in its file: values (H, W, C) uint8 or uint16, alpha last."""
-
-    values: np.ndarray
-    form: Form
-    arrived: Callable[[], None] = lambda: None
-    """Waits until the values are here, where they come from a GPU."""
 
 
 # --- files ---
@@ -140,7 +128,7 @@ def write_samples(path: str | Path, samples: Samples, quality: int = 95) -> None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            _encode(file, samples, formats.WRITABLE[path.suffix.lower()], quality)
+            encode(file, samples, formats.WRITABLE[path.suffix.lower()], quality)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
@@ -169,19 +157,7 @@ def to_pil(photo: Photo) -> Image.Image:
     form = photo.form
     if form.bits == 16 and (not form.grey or form.alpha):
         form = replace(form, bits=8)
-    return _pil(_quantised(replace(photo, form=form), form))
-
-
-def _pil(samples: Samples) -> Image.Image:
-    """Samples that Pillow can hold, as its image."""
-    samples.arrived()
-    values, form = samples.values, samples.form
-    image = Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
-    if form.cmyk:
-        image = _convert_cmyk(image, form.profile, to="CMYK")
-    if form.profile:
-        image.info["icc_profile"] = form.profile
-    return image
+    return pil(_quantised(replace(photo, form=form), form))
 
 
 # --- samples ---
@@ -216,7 +192,7 @@ def _samples(image: Image.Image, form: Form) -> np.ndarray:
             raise UserError("32-bit integer pixels beyond 0..65535 are not supported; save as 16 bits first")
         return samples.astype(np.uint16)[..., None]
     if form.cmyk:
-        return np.asarray(_convert_cmyk(image, form.profile, to="RGB"))
+        return np.asarray(convert_cmyk(image, form.profile, to="RGB"))
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return np.asarray(ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
@@ -291,79 +267,3 @@ def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
         8: lambda a: np.rot90(a),
     }
     return turns[orientation](samples) if orientation in turns else samples
-
-
-def _convert_cmyk(image: Image.Image, profile: bytes | None, to: str) -> Image.Image:
-    """Between CMYK and sRGB, through the CMYK profile where one is usable, else by Pillow's plain formula."""
-    if profile:
-        try:
-            cmyk, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-            source, target = (cmyk, srgb) if to == "RGB" else (srgb, cmyk)
-            return ImageCms.profileToProfile(image, source, target, outputMode=to)
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a damaged profile, or one for other colours: the plain formula is what viewers use then
-    return image.convert(to)
-
-
-# --- encoding ---
-
-
-def _encode(file: io.BufferedWriter, samples: Samples, target: formats.Format, quality: int) -> None:
-    form = samples.form
-    chunks = form.chunks + ((metadata.xmp_chunk(form.xmp),) if form.xmp else ())
-    if form.bits == 16 and (not form.grey or form.alpha):
-        if target.name == "TIFF":
-            _write_deep_tiff(file, samples.values, form)
-        else:
-            png16.write(file, samples.values, form.profile, form.exif, chunks)
-        return
-    if chunks and target.name == "PNG":
-        file = png16.WithChunks(file, chunks)
-    options = {
-        "JPEG": {"quality": quality, "subsampling": 0},
-        "WEBP": {"lossless": True} if form.lossless else {"quality": quality},
-        "AVIF": {"quality": quality, "subsampling": "4:4:4"},
-        "JXL": {"quality": quality, "use_container": True},
-        "PNG": {"compress_level": 4},
-        "TIFF": {"compression": "tiff_deflate"},
-    }.get(target.name, {})
-    if form.profile:
-        options["icc_profile"] = form.profile
-    if form.dpi and target.name in ("JPEG", "PNG", "TIFF"):
-        options["dpi"] = form.dpi
-    longest = _LONGEST_IN_JPEG if target.name == "JPEG" else 2**31
-    if form.exif and target.exif and len(form.exif) <= longest:
-        options["exif"] = form.exif
-    if form.xmp and target.name in ("JPEG", "WEBP", "AVIF", "JXL") and len(form.xmp) <= longest:
-        options["xmp"] = form.xmp
-    if target.name == "TIFF" and (form.exif or form.xmp):
-        del options["compression"]  # Pillow's libtiff cannot nest EXIF blocks
-        options["exif"] = _tiff_tags(form)
-    formats.use_plugin(f".{target.name.lower()}")
-    _pil(samples).save(file, format=target.name, **options)
-
-
-def _tiff_tags(form: Form) -> Image.Exif:
-    """EXIF and XMP as tags of a TIFF file."""
-    tags = Image.Exif()
-    if form.exif:
-        tags.load(form.exif)
-    if form.xmp:
-        tags[ExifTags.Base.XMLPacket] = form.xmp
-    return tags
-
-
-def _write_deep_tiff(file: io.BufferedWriter, samples: np.ndarray, form: Form) -> None:
-    import tifffile
-
-    tifffile.imwrite(
-        file,
-        samples,
-        photometric="minisblack" if form.grey else "rgb",
-        planarconfig="contig",
-        extrasamples=["unassalpha"] if form.alpha else None,
-        compression="zlib",
-        iccprofile=form.profile,
-        extratags=[(ExifTags.Base.XMLPacket.value, 1, len(form.xmp), form.xmp, True)] if form.xmp else (),
-        metadata=None,
-    )

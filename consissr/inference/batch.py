@@ -312,6 +312,10 @@ def open_log(path: Path, settings: dict[str, Any]) -> TextIO:
     check_place(path, "--json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.stat().st_size:
+            with path.open("rb") as earlier:
+                if earlier.read(1) != b"{":
+                    raise UserError(f"--json {path}: exists and is no log of earlier runs; name another file")
         log = path.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written ({error.strerror}); name another file") from None
