@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ccsr.adversary
 import consissr.data.draws
 import consissr.data.jpeg
 import consissr.data.noise
+import consissr.images.moments
 import consissr.models.tiles
 import consissr.nano.clip
 import consissr.nano.prior
@@ -31,6 +33,7 @@ from consissr.data.degradation import degrade, preset
 from consissr.diffusion.plans import ddpm_plan
 from consissr.diffusion.sampler import seeded_draw
 from consissr.diffusion.schedule import Schedule
+from consissr.models.denoiser import Denoiser
 from consissr.models.residual import ResidualDenoiser
 from consissr.nano.config import run_config
 from consissr.restorer import Restorer
@@ -40,6 +43,7 @@ from consissr.training.feed import Feed
 from consissr.training.optimisers import build_optimizer
 from consissr.training.precision import Frozen
 from consissr.training.stage import Batch
+from consissr.weights.precision import choose_precision
 from scripts.train import stage_builder
 from tests.training.tiny import SMALL
 
@@ -76,6 +80,39 @@ RESTORING = [
     ("fp16", [], nuts_plan(6, 2 / 3, 0.5), RELEASED | {"vae_tile": 16, "vae_tiling": "as_released"}),
     ("bf16", FEATURES, ddpm_plan(2, 1000), {"guidance": 2.0, "start": "noise", "tile": 32, "vae_tile": 32}),
 ]
+
+
+class AsOnApple(TorchDispatchMode):
+    """What a Mac's GPU refuses is refused here: float64, on a device that has no values either."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: Any = None) -> Any:
+        out = function(*arguments, **(keywords or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta" and tensor.dtype == torch.float64:
+                raise TypeError(f"Cannot convert a MPS Tensor to float64 dtype ({function})")
+        return out
+
+
+def test_restoring_on_a_mac(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, which `auto` chooses there, in every kind of tiles."""
+    assert choose_precision("auto", "mps") == "fp32"
+    monkeypatch.setattr(consissr.images.moments, "WITHOUT_FLOAT64", ("meta",))
+    model = dry_run.untrained_model(configuration("nuts", tiny_model, *FEATURES))
+    denoiser = Denoiser(model.unet, model.controlnet, model.alpha_bar, "v_prediction")
+    prompts = {"": torch.zeros(model.prompts[""].shape)}
+    with AsOnApple():
+        schedule = Schedule(model.alpha_bar)
+        restorer = Restorer(model.latents, denoiser, schedule, prompts, model.image_prompt, device="meta")
+        for tiling in ("exact", "windowed", "sampled"):
+            settings = {"guidance": 2.0, "tile": 32, "vae_tile": 16, "vae_tiling": tiling}
+            sampler = changed(restorer.sampler, {"positive": "", "negative": "", **settings})
+            tiles = restorer.tiles(sampler, (SIDE, SIDE), 1)
+            x, draw = torch.zeros(1, 3, SIDE, SIDE), seeded_draw(0, [0])
+            z = restorer.restore_latent(x, draw, sampler, nuts_plan(6, 2 / 3, 0.5), tiles)
+            y = restorer.tiled_latents(tiles).decode(z)
+            assert z.device.type == y.device.type == "meta" and y.shape == x.shape
+        with pytest.raises(TypeError, match="float64"):
+            torch.zeros(1, device="meta").double()
 
 
 @pytest.mark.parametrize(("precision", "features", "plan", "settings"), RESTORING)

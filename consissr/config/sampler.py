@@ -58,7 +58,7 @@ class SamplerConfig:
     """Side of a diffusion tile in output pixels; 0 turns tiles off, -1 chooses from image size and memory."""
     tile_overlap: int = -1
     """How far diffusion tiles overlap, in output pixels (CCSR: half the tile); -1: a quarter of the tile; of automatic
-    tiles of a model that takes any size an eighth."""
+    tiles of a model that takes any size about a tenth."""
     tile_weights: str = "symmetric"
     """Gaussian weights of a tile: 'symmetric' (ours) or 'as_released' (CCSR v2, centred half a pixel low)."""
     vae_tile: int = -1

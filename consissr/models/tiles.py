@@ -18,6 +18,8 @@ from consissr.models.vae.sampled import PATCH, PATCHES
 TILE = 512
 """Pixels: the least side of automatic diffusion tiles of a model that takes any size. Smaller ones spend more on
 overlaps, larger ones on attention (`scripts/bench.py tiles`)."""
+OVERLAP = 3 / 32
+"""How far automatic diffusion tiles overlap, by their side: more costs time and changes hardly anything."""
 UNTILED_AREA = 2
 """Latents up to this many times a diffusion tile's area are denoised in one piece, memory permitting."""
 VAE_TILE, VAE_UNTILED = 1024, 2**22
@@ -119,7 +121,7 @@ def choose_tiles(
     The UNet works in windows where a model knows one size only and the latent is larger, where the latent has more than
     UNTILED_AREA times a window's area, or where a quarter of the memory would not do. A window has the side that the
     model was trained at; for models that take any size it has at least TILE pixels, and windows share the latent evenly
-    with an eighth as overlap. What the configuration of the UNet does not say makes no difference to the cost. Learned
+    with OVERLAP. What the configuration of the UNet does not say makes no difference to the cost. Learned
     positions of a side below TILE pixels are interpolated, as nano's are.
 
     The autoencoder works in tiles where a quarter of the memory would not do, and on the CPU above VAE_UNTILED pixels:
@@ -152,7 +154,8 @@ def _diffusion(
         if not must or max(latent_size) <= side:
             return (0, 0), (0, 0)
         if free:
-            overlap = side // 8 if overlap is None else overlap
+            if overlap is None:
+                overlap = max(int(OVERLAP * side / needs.multiple), 1) * needs.multiple
             _check_overlap(config, overlap, side, factor)
             down, across = (evenly(length, side, overlap, needs.multiple) for length in latent_size)
             return (down[0], across[0]), (down[1], across[1])

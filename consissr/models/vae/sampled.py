@@ -17,7 +17,7 @@ from consissr.models.vae.operations import Box, Op, Tile, advance
 
 PATCH = 48
 """Side of a patch of the sample, in latent pixels: convolutions without padding use up to 25 of it."""
-PATCHES, LEAST_SHARE, LARGEST_SHARE = 64, 1 / 32, 1 / 4
+PATCHES, LEAST_SHARE, LARGEST_SHARE = 64, 1 / 32, 1 / 2
 """So many patches make a sample, but no less and no more than these shares of the map's area."""
 
 
