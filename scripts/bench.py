@@ -1,7 +1,6 @@
 """Measure speed and memory: `python scripts/bench.py inference` (more sub-commands: --help)."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -103,11 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    from rich.console import Console
-
-    Console().print(*shown, sep="\n")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1, default=str))
+    report.show(shown, found, args.json)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def sampling_plan(args: argparse.Namespace, restorer: "consissr.Restorer") -> "l
 def main(arguments: list[str] | None = None) -> int:
     """Parse, restore; one line and exit status 2 for a mistake in the call."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings are about code, not about images
+    # Its warnings are about code, not about images; and what Apple's GPUs cannot compute the CPU may.
+    os.environ.update({"DIFFUSERS_VERBOSITY": "error", "PYTORCH_ENABLE_MPS_FALLBACK": "1"} | os.environ)
     args = parser(__doc__).parse_args(arguments)
     return exit_status(lambda: restore(args), "what is written is whole, and --skip-existing continues")
 

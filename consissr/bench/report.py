@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 PARTS = ("prepare", "prompt", "encode", "step", "decode", "colour", "write")
@@ -69,3 +72,10 @@ def degradation(rows: list[dict[str, Any]], preset: str) -> list[Table | str]:
     theirs, ours = (row["images_per_second"] for row in rows)
     table = plain(rows, f"degradation '{preset}', 400x400: CPU ms per image, images/s and core")
     return [table, f"ours is {ours / theirs:.2f} times as fast"]
+
+
+def show(shown: Iterable[Table | str], found: Any, file: Path | None) -> None:
+    """What was measured, on the terminal, and all of it in `file`."""
+    Console().print(*shown, sep="\n")
+    if file:
+        file.write_text(json.dumps(found, indent=1, default=str))

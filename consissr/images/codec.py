@@ -74,7 +74,8 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> Photo:
             image.load()  # checks the whole file, and lets PNG find metadata that stands behind the pixels
             samples = _deep_samples(path) if deep_colour else _samples(image, form)
             said = {"exif": metadata.kept_exif(image), "xmp": metadata.kept_xmp(image)}
-            stored = {"chunks": metadata.png_chunks(path), "lossless": metadata.is_lossless_webp(path)}
+            file = formats.reachable(path)
+            stored = {"chunks": metadata.png_chunks(file), "lossless": metadata.is_lossless_webp(file)}
             form = replace(form, **said, **stored)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
@@ -122,7 +123,7 @@ def write_samples(path: str | Path, samples: Samples, quality: int = 95) -> None
     Raises:
         UserError: a full disk, a name that the file system refuses, metadata that cannot be written.
     """
-    path = Path(path)
+    path = Path(formats.reachable(path))
     samples.arrived()
     temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")  # short, whatever the name
     try:
@@ -208,7 +209,7 @@ def _deep_samples(path: str | Path) -> np.ndarray:
     """
     planes = []
     for swapped in (False, True):
-        with Image.open(path) as image:
+        with Image.open(formats.reachable(path)) as image:
             if image.tile[0].args == "LA;16B":  # two samples of two bytes, which unpack as four of one
                 image.tile = [tile._replace(args="RGBA") for tile in image.tile]
                 four = np.asarray(image).astype(np.uint16)

@@ -3,10 +3,13 @@
 `probe` reads a file's header; `Form` says how an image was stored, so that its result can be stored likewise.
 """
 
+import ctypes
 import importlib.util
+import ntpath
 import os
 import re
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -108,6 +111,16 @@ def output_size(height: int, width: int, scale: float, longest: int | None = Non
     return max(1, floor(scale * height + 0.5)), max(1, floor(scale * width + 0.5))
 
 
+def reachable(path: str | Path, windows: bool = os.name == "nt") -> str:
+    """A path for the system's calls: on Windows those of more than 260 characters need a mark."""
+    if not windows or len(absolute := ntpath.abspath(path)) < 240:
+        return str(path)
+    mark = "\\\\?\\"
+    if absolute.startswith(mark):
+        return absolute
+    return f"{mark}UNC{absolute[1:]}" if absolute.startswith("\\\\") else mark + absolute
+
+
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
     """An image file, opened with Pillow; all that a bad file makes Pillow raise becomes one clear line.
@@ -116,18 +129,18 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         UserError: the path is missing or unreadable, is no image, is damaged, or is too large to be trusted.
     """
     try:
-        kind = os.stat(path).st_mode
+        kind = os.stat(reachable(path)).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
             raise UserError(f"{path}: not a file")  # opening a pipe would wait for ever
         use_plugin(Path(path).suffix.lower())
-        with Image.open(path) as image:
+        with Image.open(reachable(path)) as image:
             if image.format != "MPO":
                 yield image
                 return
             frames = image.n_frames
         # Several JPEG files in one, as phones write them for depth or HDR: the first is the picture. Pillow's reader of
         # such files trusts their table, which is often wrong.
-        with JpegImagePlugin.JpegImageFile(path) as image:
+        with JpegImagePlugin.JpegImageFile(reachable(path)) as image:
             image.n_frames = frames
             yield image
     except UnidentifiedImageError:
@@ -143,6 +156,16 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
     except DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: damaged image ({reason})") from None
+
+
+def quiet() -> None:
+    """For scripts: neither Pillow nor libtiff writes lines of its own, which name no file, to standard error."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused with a reason
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata
+    with suppress(OSError, AttributeError):  # where the library's names are not to be had
+        libtiff = ctypes.CDLL(Image.core.__file__)  # with what it is linked to
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            getattr(libtiff, name)(None)
 
 
 def form_of(image: Image.Image) -> Form:

@@ -7,14 +7,12 @@ distributed run makes the same plan and takes its share of it.
 import glob
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-from PIL import Image
 
 from consissr.errors import UserError
 from consissr.images import formats
@@ -93,8 +91,7 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_re
             known = " ".join(formats.WRITABLE)
             raise UserError(f"--output {naming.output} is neither a folder nor an image file that is written ({known})")
 
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused with a reason
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; no line names its file
+    formats.quiet()
     found = {}  # absolute path -> job; a file named twice is restored once
     for text in inputs:
         for job in _find(text, recursive, naming.output):

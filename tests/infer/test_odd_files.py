@@ -258,3 +258,24 @@ def test_without_the_modules_that_windows_lacks(monkeypatch):
     assert memory.peak_memory_mb() >= 0
     monkeypatch.setattr(sys, "platform", "win32")
     memory.set_heap()
+
+
+def test_libtiff_writes_no_lines_of_its_own(tmp_path, rng, capfd):
+    """They name no file; what is wrong stands in the file's own line."""
+    Image.fromarray(photograph(rng, 64, 64)).save(tmp_path / "a.tif", compression="tiff_deflate")
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    data[60:400] = bytes([7]) * 340
+    (tmp_path / "a.tif").write_bytes(data)
+    formats.quiet()
+    with pytest.raises(UserError, match="a.tif: damaged image"):
+        codec.read(tmp_path / "a.tif")
+    assert capfd.readouterr().err == ""
+
+
+def test_long_paths_on_windows():
+    long = "n" * 250
+    assert formats.reachable("C:\\photos\\a.png", windows=True) == "C:\\photos\\a.png"
+    assert formats.reachable(f"C:\\photos\\{long}.png", windows=True) == f"\\\\?\\C:\\photos\\{long}.png"
+    assert formats.reachable(f"\\\\server\\share\\{long}", windows=True) == f"\\\\?\\UNC\\server\\share\\{long}"
+    assert formats.reachable(formats.reachable(f"C:\\{long}", windows=True), windows=True) == f"\\\\?\\C:\\{long}"
+    assert formats.reachable(f"/{long}", windows=False) == f"/{long}"
