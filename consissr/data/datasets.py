@@ -86,9 +86,9 @@ class PhotoDataset:
     def pair(self, index: int) -> tuple[Photo, Photo | None]:
         """Image number `index` of all, and its low-quality partner, if it has one."""
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        place = int(index - self._starts[group])
+        number = int(index - self._starts[group])
         partners = self.partners[group]
-        return self.groups[group][place], partners[place] if partners else None
+        return self.groups[group][number], partners[number] if partners else None
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         """Sample number `n` >= 0: hq [3,S,S] in [-1,1], name, and seed (for its degradation).

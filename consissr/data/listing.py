@@ -93,49 +93,49 @@ def sources(entry: str) -> list[Source]:
         note_shards([match for match in matches if match.endswith(".tar")])
         return [source for match in matches for source in sources(match)]
     if os.path.isdir(entry):
-        found = from_folder(entry)
+        listed = from_folder(entry)
     elif entry.endswith(".tar"):
-        found = [from_shard(entry)]
-        if not len(found[0]):
+        listed = [from_shard(entry)]
+        if not len(listed[0]):
             raise UserError(f"shard {entry} holds no complete image: fetch it again or take it off the list")
     elif entry.lower().endswith(EXTENSIONS):
-        found = [Source.pack(os.path.join(os.path.dirname(entry), ""), [os.path.basename(entry)])]
+        listed = [Source.pack(os.path.join(os.path.dirname(entry), ""), [os.path.basename(entry)])]
     else:
-        found = [from_list(entry)]
-    if not any(map(len, found)):
+        listed = [from_list(entry)]
+    if not any(map(len, listed)):
         raise UserError(f"data path {entry} holds no images ({', '.join(EXTENSIONS)}) and no tar shards with images")
-    return found
+    return listed
 
 
 def from_folder(folder: str) -> list[Source]:
     """Images below `folder`, and in its tar shards, in the order of a sorted walk; hidden files are none."""
     base = os.path.join(folder, "")
-    found: list[str | None] = []
+    entries: list[str | None] = []
     shards: list[str] = []
     for root, folders, names in os.walk(base, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        place = os.path.join(root, "")[len(base) :]
+        below = os.path.join(root, "")[len(base) :]
         for name in sorted(names):
             if name.startswith("."):
                 continue
             if name.lower().endswith(EXTENSIONS):
-                found.append(place + name)
+                entries.append(below + name)
             elif name.endswith(".tar"):
-                shards.append(base + place + name)
-                found.append(None)  # its images come here
+                shards.append(base + below + name)
+                entries.append(None)  # its images come here
     if not shards:
-        return [Source.pack(base, found)]
+        return [Source.pack(base, entries)]
     note_shards(shards)
-    parts, names = [], []
-    for name in [*found, None]:
+    packed, names = [], []
+    for name in [*entries, None]:
         if name is not None:
             names.append(name)
             continue
-        parts.append(Source.pack(base, names))
+        packed.append(Source.pack(base, names))
         names = []
         if shards:
-            parts.append(from_shard(shards.pop(0)))
-    return parts
+            packed.append(from_shard(shards.pop(0)))
+    return packed
 
 
 def from_list(path: str) -> Source:

@@ -33,14 +33,14 @@ def step_of(path: Path) -> int:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if NAME.match(p.name) and (p / "state.json").is_file()]
-    return sorted(found, key=step_of)
+    folders = [p for p in output_dir.glob("checkpoint-*") if NAME.match(p.name) and (p / "state.json").is_file()]
+    return sorted(folders, key=step_of)
 
 
 def last_good(output_dir: Path) -> str:
     """The newest complete checkpoint in words, for messages."""
-    found = list_checkpoints(output_dir)
-    return f"last good checkpoint: {found[-1] if found else 'none'}"
+    complete = list_checkpoints(output_dir)
+    return f"last good checkpoint: {complete[-1] if complete else 'none'}"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -63,8 +63,8 @@ def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], limit: i
         with open(partial / "state.pt", "wb") as file:  # given a path, torch would hide the system's words
             torch.save(state, file)
         (partial / "state.json").write_text(described(step, partial / "state.pt"))
-        for place in (*partial.iterdir(), partial):
-            flush(place)
+        for path in (*partial.iterdir(), partial):
+            flush(path)
         if target.exists():
             os.rename(target, output_dir / f".stale-replaced-{step}")
         os.rename(partial, target)
@@ -75,9 +75,9 @@ def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], limit: i
             f"checkpoint of step {step} could not be written to {output_dir} ({reason(error)}); "
             f"free some space and continue with --resume latest ({last_good(output_dir)})"
         ) from error
-    there = list_checkpoints(output_dir)
-    earlier = [path for path in there if step_of(path) <= step]
-    for old in [*earlier[:-limit], *there[len(earlier) :]]:
+    complete = list_checkpoints(output_dir)
+    earlier = [path for path in complete if step_of(path) <= step]
+    for old in [*earlier[:-limit], *complete[len(earlier) :]]:
         os.rename(old, output_dir / f".stale-{old.name}")
     for left in output_dir.glob(STALE):
         shutil.rmtree(left, ignore_errors=True)
@@ -165,10 +165,10 @@ def damage(path: Path) -> str:
 def find_checkpoint(output_dir: Path, resume: str) -> Path:
     """The checkpoint that `--resume` names: 'latest' or a path. Raises UserError if there is none."""
     if resume == "latest":
-        found = list_checkpoints(output_dir)
-        if not found:
+        complete = list_checkpoints(output_dir)
+        if not complete:
             raise UserError(f"--resume latest: {output_dir} has no complete checkpoint; start anew without --resume")
-        return found[-1]
+        return complete[-1]
     path = Path(resume)
     if not (path / "state.json").is_file() or not NAME.search(path.name):
         raise UserError(f"--resume {resume}: not a complete checkpoint folder; give 'latest' or .../checkpoint-STEP")

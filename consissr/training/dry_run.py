@@ -55,7 +55,7 @@ def describe(config: TrainConfig, builder: Any) -> Iterator[str]:
     yield ""
     yield from memory(config, stage)
     yield ""
-    yield from places(config)
+    yield from inputs(config)
     for error in problems(config):
         yield f"\nthe run itself would stop here: {error}"
 
@@ -211,7 +211,7 @@ def group_of(name: str) -> str:
     return words[0]
 
 
-def places(config: TrainConfig) -> Iterator[str]:
+def inputs(config: TrainConfig) -> Iterator[str]:
     """What the run reads, where it looks, and what it would download."""
     yield "read from:"
     yield from (f"  {what:18s} {name}: {state}" for what, name, state in needs(config))
@@ -234,8 +234,8 @@ def needs(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
             yield "image tower", name, "here" if has_tower(model_folder(name)) else "missing; sized as ViT-H/14 above"
         else:
             folder = base_folder(config.model.base)
-            found = folder is not None and has_tower(folder)
-            yield "image tower", "that of the base", "here" if found else "missing; sized as ViT-H/14 above"
+            present = folder is not None and has_tower(folder)
+            yield "image tower", "that of the base", "here" if present else "missing; sized as ViT-H/14 above"
     if config.init:
         bundled = config.init in BUNDLED
         yield "init", config.init, "bundled" if bundled else hub_or_here(config.init, "config.yaml")
@@ -267,10 +267,10 @@ def here(name: str) -> str:
 def base_state(model: ModelConfig) -> str:
     """Where the base would come from."""
     try:
-        found = find_base(model.base)
+        sources = find_base(model.base)
     except UserError:
         return f"missing; sized as {'the bundled nano' if base_folder(model.base) else 'SD2.1'} above"
-    return "; ".join(f"{place} {hub_or_here(place, 'unet/config.json')}" for place in found)
+    return "; ".join(f"{source} {hub_or_here(source, 'unet/config.json')}" for source in sources)
 
 
 def hub_or_here(name: str, file: str) -> str:

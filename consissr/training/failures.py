@@ -66,10 +66,10 @@ def not_finite(
     All processes call this together; files and values are those of the ones where it is not.
     """
     phase, what = name.split("/")
-    parts = [key for key in totals if key.startswith(f"{phase}/") and not key.endswith(("/lr", "/grad_norm"))]
-    values = {key.split("/")[1]: float(totals[key]) for key in parts} if what == "loss" else float(totals[name])
-    told = processes.gathered((files, values, bool(torch.isfinite(totals[name]))))
-    bad = [one for one in told if not one[2]]
+    losses = [key for key in totals if key.startswith(f"{phase}/") and not key.endswith(("/lr", "/grad_norm"))]
+    values = {key.split("/")[1]: float(totals[key]) for key in losses} if what == "loss" else float(totals[name])
+    reports = processes.gathered((files, values, bool(torch.isfinite(totals[name]))))
+    bad = [one for one in reports if not one[2]]
     return UserError(
         f"step {step}: {'loss' if what == 'loss' else 'gradient'} of '{phase}' is not finite ({bad[0][1]}); files: "
         f"{', '.join(file for one in bad for file in one[0])}; {last_good(Path(config.output_dir))}: "

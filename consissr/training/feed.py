@@ -110,12 +110,12 @@ class Feed:
 
     def prepared(self, step: int) -> Iterator[Batch]:
         """Micro-batches in order, prepared ahead in threads."""
-        places = ((later, micro) for later in range(step, self.config.steps) for micro in range(self.micro_batches))
+        positions = ((later, micro) for later in range(step, self.config.steps) for micro in range(self.micro_batches))
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="feed")
         pending: deque[Future] = deque()
         try:
-            for place in places:
-                pending.append(pool.submit(self.prepare, self.numbers(*place)))
+            for position in positions:
+                pending.append(pool.submit(self.prepare, self.numbers(*position)))
                 if len(pending) >= self.workers + SPARE:
                     yield self.received(pending.popleft())
             while pending:

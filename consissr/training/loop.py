@@ -93,8 +93,8 @@ class Loop:
             ):
                 self.build(build)
                 if resume:
-                    found = sound_checkpoint(self.output_dir, resume) if self.rank == 0 else None
-                    self.load(self.processes.first(found))
+                    checkpoint = sound_checkpoint(self.output_dir, resume) if self.rank == 0 else None
+                    self.load(self.processes.first(checkpoint))
 
     def build(self, build: type[Stage]) -> None:
         """Networks, optimisers, averages. Initial weights depend on the seed alone: they are equal in all processes."""
@@ -138,9 +138,9 @@ class Loop:
                 other.requires_grad(other is player)
             with player.averaging(last):
                 with self.mixed():
-                    parts = player.module(batch, self.step)
-                (parts["loss"] / self.micro_batches).backward()
-            for name, value in parts.items():
+                    losses = player.module(batch, self.step)
+                (losses["loss"] / self.micro_batches).backward()
+            for name, value in losses.items():
                 key = f"{player.name}/{name}"
                 totals[key] = totals.get(key, 0.0) + value.detach() / self.micro_batches
 
@@ -186,8 +186,8 @@ class Loop:
             signal.signal(number, self.on_signal)
         self.report = None
         try:
-            told = step_errors_in_one_line(self.config, lambda: self.step, self.world)
-            with self.processes.one_line(), told, closing(self.writer):
+            lines = step_errors_in_one_line(self.config, lambda: self.step, self.world)
+            with self.processes.one_line(), lines, closing(self.writer):
                 self.report = Report(self.config, self.step, self.describe()) if self.rank == 0 else None
                 self.train()
                 return self.finish()

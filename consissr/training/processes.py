@@ -137,15 +137,15 @@ class Processes:
 
     def silent(self) -> list[str]:
         """The others whose last sign is too old."""
-        now, found = time.monotonic(), []
+        now, lost = time.monotonic(), []
         for other in range(self.world):
             key = f"consissr/alive/{other}"
             sign = self.store.get(key) if self.store.check([key]) else b""
             if self.others.get(other, (None, now))[0] != sign:
                 self.others[other] = (sign, now)
             if other != self.rank and now - self.others[other][1] > self.silence:
-                found.append(f"process {other}")
-        return found
+                lost.append(f"process {other}")
+        return lost
 
     def end(self, message: str) -> None:
         """End this process at once, from a thread: its main one waits for a process that does not answer."""

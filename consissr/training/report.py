@@ -40,11 +40,11 @@ class Report:
         about = {"torch": torch.__version__, "commit": commit(), **about}
         (self.folder / "run.json").write_text(json.dumps(about, indent=1))
         self.lines = self.folder / "log.jsonl"
-        kept = [line for line in read_log(self.lines) if line["step"] <= step]
-        self.validated = any(line["step"] == step and "images" not in line for line in kept)
+        earlier = [line for line in read_log(self.lines) if line["step"] <= step]
+        self.validated = any(line["step"] == step and "images" not in line for line in earlier)
         """Whether the log tells of the validation of that `step`; only training's lines count images."""
         shortened = self.folder / ".log.jsonl"
-        shortened.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        shortened.write_text("".join(json.dumps(line) + "\n" for line in earlier))
         shortened.replace(self.lines)
         self.tracker = tracker(config, self.folder, step)
         self.bar = tqdm(initial=step, total=config.steps, desc=config.stage, mininterval=2)
@@ -54,9 +54,9 @@ class Report:
         self.line(values)
         rate = values["steps_per_second"]
         loss = next((f"loss {value:.4g}" for name, value in values.items() if name.endswith("/loss")), "")
-        told = [loss, self.quality, f"{self.config.batch * rate:.3g} images/s", f"{values['peak_mb'] / 1024:.1f} GiB"]
-        told.append(f"{100 * values['peak_share']:.0f} % of peak")
-        self.bar.set_postfix_str(", ".join(word for word in told if word), refresh=False)
+        words = [loss, self.quality, f"{self.config.batch * rate:.3g} images/s", f"{values['peak_mb'] / 1024:.1f} GiB"]
+        words.append(f"{100 * values['peak_share']:.0f} % of peak")
+        self.bar.set_postfix_str(", ".join(word for word in words if word), refresh=False)
         waiting = values["data_seconds"] * rate
         if waiting > WAITING and not self.told_waiting:
             self.told_waiting = True

@@ -37,7 +37,7 @@ def test_every_recipe_builds_and_is_described(path: Path) -> None:
     trained = [p for phase in stage.phases for p in phase.parameters.values()]
     assert trained and {id(p) for p in trained} <= {id(p) for p in stage.networks.parameters()}
     assert "not a multiple" not in next(dry_run.batches(config))
-    assert any(line.startswith("  photographs") for line in dry_run.places(config))
+    assert any(line.startswith("  photographs") for line in dry_run.inputs(config))
 
 
 def counts(name: str) -> dict[str, int]:
