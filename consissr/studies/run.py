@@ -26,6 +26,7 @@ from consissr.evaluation.progress import duration
 from consissr.evaluation.workers import cores, end_with_parent
 from consissr.studies.spec import Study
 from consissr.weights.base import BUNDLED_BASES
+from consissr.weights.files import BUNDLED
 
 SETS = ("realsr", "photos")
 PHOTOS = {"crop": 256, "preset": "ccsr", "seed": 0}
@@ -51,12 +52,15 @@ class Work:
 
     @cached_property
     def contents(self) -> dict[str, str]:
-        """Hashes of the photographs to train on, of what the test sets are made of, and of the bundled weights."""
+        """Hashes of the photographs to train on, of the sources of the test sets, of the bundled base and towers."""
+        base = BUNDLED_BASES["nano"]
+        parts = [path for path in base.iterdir() if path.is_dir() and path.name not in BUNDLED]
+        parts += base.glob("*/image_encoder")
         return {
             "train": origin.fingerprint(self.photos / "train"),
             "photos": origin.fingerprint(self.photos / "val"),
             "realsr": "-".join(origin.fingerprint(self.realsr / folder) for folder in ("LR", "HR")),
-            "bundled": origin.fingerprint(BUNDLED_BASES["nano"], origin.MODEL_FILES),
+            "bundled": "-".join(origin.fingerprint(part, origin.MODEL_FILES) for part in sorted(parts)),
         }
 
     def test_set(self, name: str) -> Path:
