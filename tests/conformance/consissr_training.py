@@ -144,7 +144,7 @@ def by_released_name(fixture: Fixture) -> Iterator[tuple[str, nn.Parameter]]:
         ),
     }
     for prefix, (rename, module) in parts.items():
-        stored = ldm.take(state, prefix)
+        stored = ldm.split_off(state, prefix)
         theirs: dict[int, str] = {id(tensor): name for name, tensor in stored.items()}
         renamed: dict[str, Tensor] = rename(stored)
         parameters = dict(module.named_parameters())
