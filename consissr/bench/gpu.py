@@ -10,9 +10,12 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,8 +65,10 @@ class Worker:
         return {"status": "failed", "reason": reason}
 
     def stop(self) -> None:
-        """End the process, whatever it does."""
+        """End the process and those that it started, whatever they do."""
         if self.process is not None:
+            with suppress(OSError):  # it has ended, or has not begun
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
             self.process.join()
             self.pipe.close()
@@ -71,7 +76,8 @@ class Worker:
 
 
 def serve(pipe: Any) -> None:
-    """The worker: answers until the pipe closes."""
+    """The worker, in a group of its own with what it starts: answers until the pipe closes."""
+    os.setpgrp()
     while True:
         try:
             run, given = pipe.recv()

@@ -55,7 +55,7 @@ def tasks(size: str, device: str, methods: Callable[[str, int], Method], stages:
     listed += [Task(f"agreement of {m}", took(20), agreement, {"model": m, "device": device}) for m in BUNDLED]
     for asked in (*ccsr, question("consissr", 4)):
         listed.append(Task(f"bf16 beside fp32, {asked.method.name}", took(20), precisions, {"question": asked}))
-    listed.append(Task("tests", took(90), tests, {"device": device}))
+    listed.append(Task("tests", 60, tests, {"device": device}))
     for asked in (*ccsr, guided):
         listed.append(Task(f"one image, {asked.method.name}", took(30), one_image, {"question": asked}))
     big = replace(ccsr[0], pixels=4 * pixels)
