@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from consissr.config.training import TrainConfig
@@ -35,7 +36,7 @@ def step_errors_in_one_line(config: TrainConfig, step: Callable[[], int], world:
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         good = last_good(Path(config.output_dir))
         raise UserError(f"step {step()}: {error}; {good}; mend this and use --resume latest") from error
     except RuntimeError as error:

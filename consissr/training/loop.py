@@ -289,20 +289,11 @@ class Loop:
                 player.free()  # its memory goes to the weights in full precision
             self.frozen.restore()
             with self.average.swapped(), torch.compiler.set_stance("force_eager"):
-                self.export()
+                self.stage.export(self.output_dir)
         self.processes.wait()
         self.processes.close()
         self.accelerator.end_training()
         return self.output_dir
-
-    def export(self) -> None:
-        """Write the stage's result; a disk that is full is an OSError, whichever library met it."""
-        from safetensors import SafetensorError
-
-        try:
-            self.stage.export(self.output_dir)
-        except SafetensorError as error:
-            raise OSError(f"the result could not be written to {self.output_dir} ({error})") from error
 
     # --- state --------------------------------------------------------------------------------------------------
 
