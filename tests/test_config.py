@@ -86,9 +86,14 @@ def test_a_base_named_from_here_is_found_from_elsewhere(tmp_path: Path, monkeypa
     assert load_config(FolderConfig, None, ["model.base=./base"]).model.base == "./base"
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_bad_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         run_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="is no file"):
+        run_config(tmp_path)
+    (tmp_path / "tab.yaml").write_text("stage: nuts\n\tsteps: 3\n")
+    with pytest.raises(UserError, match=r"tab.yaml, line 2: found a tab"):
+        run_config(tmp_path / "tab.yaml")
 
 
 def test_saving_and_loading_keep_everything(tmp_path: Path) -> None:

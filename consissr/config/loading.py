@@ -60,7 +60,8 @@ def config_text(path: str | Path) -> str:
     """A configuration file's text. Raises UserError for what is no file or too long for one; OSError, UnicodeError."""
     path = find_config(path)
     if not path.is_file():
-        raise UserError(f"config file {path} does not exist: give the path of a YAML file")
+        state = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"config file {path} {state}: give the path of a YAML file")
     if path.stat().st_size > LONGEST:
         raise UserError(f"config file {path} has more than {LONGEST} bytes: give the path of a YAML file")
     return path.read_text(encoding="utf-8")
@@ -92,6 +93,8 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: l
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
         where = getattr(error, "full_key", None) or (path if len(layers) == 0 else "file")
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if mark := getattr(error, "problem_mark", None):  # YAML's own
+            where, what = f"{where}, line {mark.line + 1}", error.problem
         if "is not a ListConfig" in what:
             what = "a list is needed: write it in brackets, such as [one,two]"
         raise UserError(f"bad configuration: {where}: {what}") from error

@@ -192,7 +192,7 @@ def check_output(config: TrainConfig, resume: str) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"output_dir {output} cannot be written ({there}): choose another")
     if not resume:
-        if list_checkpoints(output) or logged_step(output) >= config.steps:
+        if list_checkpoints(output) or logged_step(output) >= max(1, config.steps):
             raise UserError(f"{output} holds a run: go on with --resume latest, or choose another output_dir")
         return
     step = step_of(find_checkpoint(output, resume))
