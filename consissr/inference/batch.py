@@ -116,13 +116,12 @@ def run(restorer: Restores, jobs: Iterable[Job], settings: Settings, report: Rep
                 for outcome, samples in _restore_group(restorer, group, futures, settings, report):
                     target, quality = outcome.job.target, settings.quality
                     writing.append((outcome, writers.submit(codec.write_samples, target, samples, quality)))
-                while len(writing) > 2 * WRITERS * batch_size:
+                while writing and (writing[0][1].done() or len(writing) > 2 * WRITERS * batch_size):
                     _finish(*writing.popleft(), report)
+        finally:  # after an interrupt, too, what is restored is written
+            readers.shutdown(cancel_futures=True)
             while writing:
                 _finish(*writing.popleft(), report)
-        finally:  # after an interrupt, what is not being read or written yet is dropped
-            readers.shutdown(cancel_futures=True)
-            writers.shutdown(cancel_futures=True)
 
 
 def _groups(jobs: list[Job], batch_size: int) -> list[list[Job]]:

@@ -135,7 +135,8 @@ class Run:
 
             def tell(outcome: Outcome) -> None:
                 self._add(outcome)
-                now(len(self.outcomes))
+                if not self.stop.is_set():  # a stopped run ends at the next tile, and what is restored comes after
+                    now(len(self.outcomes))
 
             def on_tile(job: jobs.Job, done: int, number: int, share: float) -> None:
                 before = len(planned) - len(good) + good.index(job)
