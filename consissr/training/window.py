@@ -19,7 +19,7 @@ class Window:
     """Sums over steps, on the device until a line or a checkpoint needs them; and where the time went."""
 
     work = 0
-    """Floating point operations of a step in this process; 0: not counted."""
+    """Floating point operations of a step in this process, once they are counted."""
     peak = 1.0
     """Those per second that matrix products reach here (`product_rate`)."""
 
@@ -56,8 +56,7 @@ class Window:
         steps = step - self.first
         seconds = (time.perf_counter() - self.started) / steps
         values = {"steps_per_second": round(1 / seconds, 4), "data_seconds": round(self.waited / steps, 4)}
-        if self.work:
-            values["peak_share"] = round(self.work / seconds / self.peak, 4)
+        values["peak_share"] = round(self.work / seconds / self.peak, 4)
         values |= {name: value / (step - self.since) for name, value in self.sums.items()}
         self.sums, self.since = {}, step
         self.restart(step)
