@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consissr.errors import UserError
+from consissr.errors import UserError, reason_of
 from consissr.training.precision import without_autocast
 from consissr.weights.files import read_weights
 
@@ -286,9 +286,7 @@ def read_dino(name: str | Path, heads: int = 6) -> ViT:
     try:
         return build_vit(state, heads)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{path} does not hold a DINO ViT ({str(error).splitlines()[0]}): give DINO's weights"
-        ) from error
+        raise UserError(f"{path} does not hold a DINO ViT ({reason_of(error)}): give DINO's weights") from error
 
 
 def load_pth(path: Path) -> dict[str, Tensor]:
@@ -296,7 +294,7 @@ def load_pth(path: Path) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}; download it again") from error
+        raise UserError(f"{path} cannot be read: {reason_of(error)}; download it again") from error
 
 
 def find_dino(name: str) -> Path:
@@ -311,7 +309,7 @@ def find_dino(name: str) -> Path:
         try:
             return Path(hf_hub_download(name, "model.safetensors"))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = reason_of(error)
     raise UserError(
         f"DINO weights '{name}' cannot be had ({reason}): download dino_deitsmall16_pretrain.pth and "
         "dinov2_vits14_pretrain.pth (or timm's model.safetensors) where there is a network, copy them here, and name "

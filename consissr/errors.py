@@ -21,3 +21,8 @@ def exit_status(work: Callable[[], int], interrupted: str = "the same command go
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted; {interrupted}\n")
         return 130
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what an exception says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from consissr.errors import UserError
+from consissr.errors import UserError, reason_of
 
 ConfigT = TypeVar("ConfigT")
 
@@ -92,7 +92,7 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: l
         return OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
         where = getattr(error, "full_key", None) or (path if len(layers) == 0 else "file")
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = reason_of(error)
         if mark := getattr(error, "problem_mark", None):  # YAML's own
             where, what = f"{where}, line {mark.line + 1}", error.problem
         if "is not a ListConfig" in what:

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from consissr.errors import UserError
+from consissr.errors import UserError, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def reason(error: BaseException) -> str:
     """The operating system's words where torch hides them behind its own."""
     while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__
-    return str(error).strip().splitlines()[0]
+    return reason_of(error)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from consissr.config.loading import nearest
 from consissr.config.sd21 import SD_BETAS
-from consissr.errors import UserError
+from consissr.errors import UserError, reason_of
 from consissr.models.vae.latents import Latents
 from consissr.weights.cache import by_hand_folder, sha256_of
 from consissr.weights.files import (
@@ -178,7 +178,7 @@ def load_text(folder: Path) -> ClipText:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (*BUILD_ERRORS, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"{folder / 'tokenizer'} cannot be read ({reason}): copy or download the base again") from error
     described, settings = folder / "text_encoder" / "config.json", read_json(folder / "text_encoder" / "config.json")
     encoder = build(described, lambda: CLIPTextModel(CLIPTextConfig.from_dict(settings)))

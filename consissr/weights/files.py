@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from consissr.config.folder import FolderConfig
 from consissr.config.loading import load_config
-from consissr.errors import UserError
+from consissr.errors import UserError, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         reason = f"it asks to run {code[1]}, which weights never need" if code else "it is no checkpoint, or damaged"
         raise UserError(f"{path} was not loaded: {reason}; download it again from its authors") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"weights {path} cannot be read ({reason}): copy or download the model again") from error
     if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
         stored = stored["state_dict"]
@@ -123,7 +123,7 @@ def build(what: Path, make: Callable[[], Built], device: str = "meta") -> Built:
         with torch.device(device):
             return make()
     except BUILD_ERRORS as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"{what} describes no network ({reason}): copy or download the model again") from error
 
 

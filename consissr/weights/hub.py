@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from consissr.errors import UserError
+from consissr.errors import UserError, reason_of
 from consissr.weights.cache import cache_folder, check_free, locked, stamp_of, unchanged
 from consissr.weights.names import published
 
@@ -285,6 +285,6 @@ def asking(what: str) -> Iterator[None]:
     except (errors.EntryNotFoundError, *errors.HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             raise UserError(f"{what} is not on the hub") from error
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no answer'}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         kind = UserError if isinstance(error, errors.HfHubHTTPError) else UnreachableError
         raise kind(f"{what} could not be fetched ({reason})") from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from consissr.config.model import ModelConfig
-from consissr.errors import UserError
+from consissr.errors import UserError, reason_of
 from consissr.models.image_prompt import ImagePrompt, build_tower, new_adapter, prompt_config, tower_config
 from consissr.weights.base import find_base
 from consissr.weights.files import ASSETS, BUNDLED, build, load_strict, read_json, read_weights, write_weights
@@ -81,7 +81,7 @@ def open_clip_tower(name: str) -> VisionTransformer:
     try:
         clip = open_clip.create_model(model, pretrained=weights)
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(
             f"open_clip weights '{weights}' of {model} could not be loaded ({reason}): download them where there is a "
             f"network and give the file, model.image_encoder={OPEN_CLIP}{model}/FILE"

@@ -127,7 +127,9 @@ def test_damaged_and_foreign_files_get_one_line(fixture_a, tmp_path):
     cut.write_bytes(cut.read_bytes()[:-500])
     empty = tmp_path / "empty.ckpt"
     torch.save({"epoch": 3}, empty)
-    for path in (damaged, text, cut, empty, tmp_path / "absent.ckpt"):
+    nothing = tmp_path / "nothing.ckpt"
+    nothing.touch()
+    for path in (damaged, text, cut, empty, nothing, tmp_path / "absent.ckpt"):
         with pytest.raises(UserError) as error:
             read_weights(path)
         assert str(path) in str(error.value)
