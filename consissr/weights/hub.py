@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from consissr.errors import UserError, reason_of
-from consissr.weights.cache import cache_folder, check_free, locked, stamp_of, unchanged
+from consissr.weights.cache import cache_folder, check_free, locked, sha256_of, stamp_of, unchanged
 from consissr.weights.names import published
 
 log = logging.getLogger(__name__)
+
+LARGE = 10 * 2**20
+"""Bytes from which on a download that was cut off is worth going on with: the client's chunk."""
 
 Choose = Callable[[Collection[str], bool], list[str]]
 """(names of a repository's files, whether half precision is preferred) -> those that are needed; UserError where it is
@@ -168,6 +171,7 @@ def download(listing: Listing, files: list[str], reachable: bool) -> list[Path]:
     new = []
     for name in missing:
         with asking(f"{listing.repository}@{listing.commit[:12]}: {name}"):
+            resume(listing, name)
             path = Path(hf_hub_download(listing.repository, name, revision=listing.commit))
         listing.commit = path.parents[name.count("/")].name  # what it came with, should the listing have said another
         said, stamp = listing.files[name], stamp_of(path)
@@ -182,6 +186,37 @@ def download(listing: Listing, files: list[str], reachable: bool) -> list[Path]:
         listing.files[name] = stamp
         new.append(path)
     return new
+
+
+def resume(listing: Listing, name: str) -> None:
+    """Fetch a large file into the hub's cache, going on where a killed process stopped: the client would begin anew.
+
+    Only where the hub says its SHA-256, which is the file's name there. What proves damaged is left to the client.
+    """
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.file_download import http_get, repo_folder_name
+    from huggingface_hub.utils import build_hf_headers
+
+    size, digest = listing.files[name]["size"], listing.files[name]["sha256"]
+    if not digest or (size or 0) < LARGE:
+        return
+    blob = Path(
+        constants.HF_HUB_CACHE, repo_folder_name(repo_id=listing.repository, repo_type="model"), "blobs", digest
+    )
+    part = blob.with_name(f"{digest}.consissr-part")
+    if blob.exists():
+        return
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "ab") as file:
+        if file.tell() > size:
+            file.truncate(0)
+        url = hf_hub_url(listing.repository, name, revision=listing.commit)
+        http_get(
+            url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size, displayed_filename=name
+        )
+    if sha256_of(part) == digest:
+        part.replace(blob)
+    part.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -194,20 +195,31 @@ def test_two_processes_fetch_and_convert_once(machine, v1, restore, root, tmp_pa
 
 
 def test_a_download_that_was_cut_off_is_started_again(machine, v1, restore, tmp_path, monkeypatch):
-    """A process is killed halfway; a connection that drops is taken up where it broke."""
+    """After a killed process it goes on where that stopped; so it does where a connection drops."""
     serve(machine, CAMENDURU, v1["ckpt"])
+    size = v1["ckpt"].stat().st_size
     machine.stuck = "real-world_ccsr.ckpt"
-    code = "from consissr.weights.hub import fetch; fetch('camenduru/CCSR', lambda files, half: list(files))"
+    code = (
+        "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 1000; from consissr.weights import hub"
+    )
+    code += "; hub.LARGE = 1000; hub.fetch('camenduru/CCSR', lambda files, half: list(files))"
     (process,) = processes(machine, tmp_path, "-c", code)
     assert machine.halfway.wait(600)
+    parts: list[Path] = []
+    while not parts or parts[0].stat().st_size < size // 2 - 20_000:  # what was sent has yet to be written
+        assert process.poll() is None
+        parts = list((tmp_path / "hf").rglob("*.consissr-part"))
+        time.sleep(0.05)
     process.kill()
     process.communicate()
-    assert not any(path.name == "real-world_ccsr.ckpt" for path in (tmp_path / "hf").rglob("*"))
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # else it is 10 MB, and lost
+    reached = parts[0].stat().st_size
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr("consissr.weights.hub.LARGE", 1000)
     machine.stuck, machine.cut = "", {"real-world_ccsr.ckpt": 100_000}
     status, pixels, said = restore("ccsr-v1")
     assert status == 0 and pixels is not None, said
-    assert machine.ranges == ["bytes=100000-"]
+    assert machine.ranges == [f"bytes={reached}-", f"bytes={reached + 100_000}-"]
+    assert not list((tmp_path / "hf").rglob("*.consissr-part"))
 
 
 def test_what_is_of_another_kind_is_one_line_and_not_kept(machine, restore, tmp_path):
