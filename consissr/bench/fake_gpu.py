@@ -42,6 +42,7 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
     """A mode for `with`, in which tensors may be on "cuda". What checks its values is built before."""
     constant, noise = torch.tensor, consissr.data.noise
     replaced = [
+        (torch.cuda, "is_available", lambda: False),  # a real one has nothing to do with these tensors
         (nn.Module, "to", moved),
         (consissr.models.tiles, "total_memory", lambda device: 2**34),
         (consissr.data.draws.SeededDraws, "_generator", lambda draws, device: None),
