@@ -46,7 +46,7 @@ def fetched(values: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on `device`; the host does not wait until a GPU has done what it was given before."""
-    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+    """A tensor on `device`; on its way to a GPU the host does not wait for what that was given before."""
+    if x.device.type == "cpu" and torch.device(device).type == "cuda" and torch.cuda.is_available():
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
