@@ -70,8 +70,8 @@ class Restorer:
         self.device, self.dtype = torch.device(device), PRECISIONS[precision]
         for network in self.networks():
             network.eval().requires_grad_(False).to(self.device, self.dtype)
-        self.precision = precision
-        """What `load` was asked for, or chose."""
+        self.precision, self.compiled = precision, False
+        """What `load` was asked for, or chose; whether `compile` was called."""
         self.multiple = latents.factor * 2 ** (len(denoiser.unet.config.block_out_channels) - 1)
         """What the sides of the network's input are multiples of, in pixels."""
 
@@ -290,7 +290,7 @@ class Restorer:
 
     def tiles(self, config: SamplerConfig, size: tuple[int, int], count: int) -> Tiles:
         """Tile sizes for `count` prepared images of `size` (H, W)."""
-        return tiles_for(config, self.denoiser, self.latents, size, count, self.device)
+        return tiles_for(config, self.denoiser, self.latents, size, count, self.device, fixed=self.compiled)
 
     def prompt(self, prompt: str, x: Tensor) -> Tensor:
         """Embeddings (B,L,D) of a prompt, for a batch of images."""
@@ -321,6 +321,7 @@ class Restorer:
         networks = {id(network): network for network in (self.denoiser, self.latents, self.hint_latents)}
         self.denoiser.coefficients(torch.zeros(1, dtype=torch.int64, device=self.device))  # made once, before the code
         compile_all(networks.values(), one_size)
+        self.compiled = True
 
     def networks(self) -> list[nn.Module]:
         """All networks, each once."""

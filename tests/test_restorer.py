@@ -200,10 +200,10 @@ def test_tiles_change_little(restorer):
 
 
 def test_chosen_tiles():
-    def choose(size, memory=2**34, one_size=False, trained=64, vae_bytes=2**18, on_cpu=False, **settings):
+    def choose(size, memory=2**34, one_size=False, trained=64, vae_bytes=2**18, on_cpu=False, fixed=False, **settings):
         from consissr.config.sampler import SamplerConfig
 
-        needs = Needs(trained, one_size, 4, 2**17, vae_bytes)
+        needs = Needs(trained, one_size, 4, 2**17, vae_bytes, fixed)
         return choose_tiles(SamplerConfig(**settings), size, 8, needs, memory, on_cpu)
 
     whole = ((0, 0), (0, 0), 0)
@@ -215,6 +215,9 @@ def test_chosen_tiles():
     for trained in (64, 0, 16):  # what a configuration does not say, or says of small crops, costs nothing
         assert choose((200, 200), trained=trained).diffusion == (72, 72)
         assert choose((200, 60), trained=trained).diffusion == (72, 60)
+    for size in ((200, 200), (130, 90), (96, 300)):  # one shape for all, where shapes are recorded
+        windows = choose(size, fixed=True)
+        assert windows.diffusion == (64, 64) and 48 <= windows.stride[0] == windows.stride[1] < 64
     assert choose((200, 200)).vae > 0
     assert choose((100, 100), memory=2**28).vae >= 16
     assert choose((200, 200), tile=0, vae_tile=0) == Tiles(*whole)

@@ -82,8 +82,9 @@ def tiles_for(
     size: tuple[int, int],
     images: int,
     device: torch.device,
+    fixed: bool = False,
 ) -> Tiles:
-    """Tiles for `images` prepared images of `size` (H, W) in pixels."""
+    """Tiles for `images` prepared images of `size` (H, W) in pixels. fixed: see Needs."""
     unet, factor = denoiser.unet, latents.factor
     per_value = next(unet.parameters()).dtype.itemsize * images
     needs = Needs(
@@ -92,6 +93,7 @@ def tiles_for(
         multiple=2 ** (len(unet.config.block_out_channels) - 1),
         unet_bytes=100 * unet.config.block_out_channels[0] * per_value,
         vae_bytes=8 * latents.vae.config.block_out_channels[0] * (factor // latents.patch) ** 2 * per_value,
+        fixed=fixed,
     )
     on_cpu = device.type == "cpu"
     return choose_tiles(config, (size[0] // factor, size[1] // factor), factor, needs, total_memory(device), on_cpu)
@@ -111,6 +113,8 @@ class Needs:
     """Working memory of the UNet per latent pixel, estimated."""
     vae_bytes: int
     """The same of the autoencoder."""
+    fixed: bool = False
+    """Whether automatic windows have one shape for all images, which is recorded once (compiled networks on a GPU)."""
 
 
 def choose_tiles(
@@ -157,6 +161,8 @@ def _diffusion(
             if overlap is None:
                 overlap = max(int(OVERLAP * side / needs.multiple), 1) * needs.multiple
             _check_overlap(config, overlap, side, factor)
+            if needs.fixed:
+                return (side, side), (side - overlap, side - overlap)
             down, across = (evenly(length, side, overlap, needs.multiple) for length in latent_size)
             return (down[0], across[0]), (down[1], across[1])
     overlap = side // 4 if overlap is None else overlap
