@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from threading import Event
@@ -26,7 +27,7 @@ ASSETS = files("consissr") / "assets"
 
 
 def loader(args: argparse.Namespace) -> Callable:
-    """load(model, seed, steps): the model, one at a time in memory, and the settings of a run."""
+    """load(model, seed, steps, fidelity): the model, one at a time in memory, and the settings of a run."""
     import consissr
     from ccsr.timesteps import plan_of
     from consissr.inference import batch
@@ -35,11 +36,13 @@ def loader(args: argparse.Namespace) -> Callable:
     set_heap()
     device, loaded = batch.choose_device(args.device), {}
 
-    def load(model: str, seed: int, steps: int) -> tuple:
+    def load(model: str, seed: int, steps: int, fidelity: float) -> tuple:
         if model not in loaded:
             loaded.clear()
             loaded[model] = consissr.Restorer.load(model, device, args.precision)
-        return loaded[model], batch.Settings(seed=seed, plan=plan_of(loaded[model].sampler, steps) if steps else None)
+        restorer = loaded[model]
+        restorer.sampler = replace(restorer.sampler, fidelity=fidelity)
+        return restorer, batch.Settings(seed=seed, plan=plan_of(restorer.sampler, steps) if steps else None)
 
     return load
 
@@ -58,10 +61,9 @@ def launch(load: Callable, args: argparse.Namespace, root: Path, runs: dict) -> 
     script, css = ((ASSETS / name).read_text("utf-8") for name in ("compare.js", "page.css"))
     looks = {"head": f"<script>{script}</script>", "css": css, "theme": theme, "footer_links": []}
     closed = {"share": False, "run_history": False, "enable_monitoring": False, "mcp_server": False, "ssr_mode": False}
-    limits = {"max_file_size": args.max_upload * 2**20, "state_session_capacity": 100}
-    place = {"server_name": args.host, "server_port": args.port}
+    limits = {"max_file_size": args.max_upload * 2**20, "server_name": args.host, "server_port": args.port}
     try:
-        demo.launch(prevent_thread_lock=True, quiet=True, **place, **looks, **closed, **limits)
+        demo.launch(prevent_thread_lock=True, quiet=True, **limits, **looks, **closed)
     except OSError:
         raise UserError(
             f"--host {args.host}, --port {args.port or 7860}: not free, or none of this machine's"

@@ -244,18 +244,20 @@ def results(told: Told, folder: Path) -> str:
 def page(load: Callable, root: Path, runs: dict, extra: str | None = None) -> Any:
     """The page as gradio's Blocks.
 
-    load: (model, seed, steps) -> what a Run loads; root: where uploads lie and results go; runs: the last one of each
-    session, kept here; extra: a model to offer beside those with names.
+    load: (model, seed, steps, fidelity) -> what a Run loads; root: where uploads lie and results go; runs: the last one
+    of each session, kept here; extra: a model to offer beside those with names.
     """
     import gradio as gr
 
     def arrive(request: gr.Request):
         runs[request.session_hash] = None
 
-    def restore(photographs, model, scale, seed, steps, request: gr.Request):
+    def restore(photographs, scale, model, seed, steps, fidelity, request: gr.Request):
         if last := runs.get(request.session_hash):
             last.close()
-        run = runs[request.session_hash] = Run(root, photographs or [], scale, lambda: load(model, seed, steps))
+        run = runs[request.session_hash] = Run(
+            root, photographs or [], scale, lambda: load(model, seed, steps, fidelity)
+        )
         for told in run:
             yield status(told), results(told, run.folder)
 
@@ -286,6 +288,7 @@ def page(load: Callable, root: Path, runs: dict, extra: str | None = None) -> An
                 model = gr.Dropdown(choices, value=choices[0][1], label="Model")
                 scale = gr.Slider(1, 8, 4, step=0.5, label="Scale", info="times larger")
                 with gr.Accordion("More settings", open=False):
+                    fidelity = gr.Slider(0, 1, 1, step=0.05, label="Fidelity", info="less: more is made up")
                     seed = gr.Number(0, label="Seed", info="of the noise: another one, another result", precision=0)
                     steps = gr.Number(
                         0, label="Steps", info="0: as the model says", precision=0, minimum=0, maximum=1000
@@ -294,7 +297,8 @@ def page(load: Callable, root: Path, runs: dict, extra: str | None = None) -> An
                     start, stop = gr.Button("Restore", variant="primary", scale=3), gr.Button("Stop", min_width=80)
             with gr.Column(scale=2, min_width=320):
                 shown = [gr.HTML("Results appear here."), gr.HTML()]
-        start.click(restore, [given, model, scale, seed, steps], shown, show_progress="hidden", concurrency_limit=8)
+        settings = [given, scale, model, seed, steps, fidelity]
+        start.click(restore, settings, shown, show_progress="hidden", concurrency_limit=8)
         stop.click(halt, queue=False)
         examples.select(example, None, given, show_progress="hidden", queue=False)
         demo.load(arrive, queue=False)
