@@ -81,8 +81,6 @@ class Base:
     """Arguments of `diffusion.schedule.alpha_bar`: timesteps T, first and last beta."""
     prediction_type: str
     """What the UNet puts out: 'epsilon' or 'v_prediction'."""
-    source: str
-    """The folder, file or hub id that was read."""
 
 
 def find_base(name: str) -> list[str]:
@@ -168,7 +166,7 @@ def load_folder(folder: Path, dtype: torch.dtype, prompts: Sequence[str]) -> Bas
         latents = load_latents(folder / "vae", dtype=dtype)
     else:
         latents = Latents(read_network(folder / "vae", AutoencoderKL.from_config, dtype))
-    return Base(unet, latents, known, *schedule, str(folder))
+    return Base(unet, latents, known, *schedule)
 
 
 def load_text(folder: Path) -> ClipText:
@@ -207,7 +205,7 @@ def load_file(path: Path, dtype: torch.dtype, prompts: Sequence[str]) -> Base:
     if prompts and tower is None:
         raise UserError(f"{path} has no text encoder to embed prompts with: use a file or folder that has one")
     known = {} if tower is None else embeddings(tower, prompts)
-    return Base(unet, latents, known, SD_BETAS, "epsilon", str(path))
+    return Base(unet, latents, known, SD_BETAS, "epsilon")
 
 
 def schedule_of(path: Path) -> tuple[tuple[int, float, float], str]:

@@ -226,7 +226,7 @@ def listing() -> list[dict[str, str]]:
     return [
         {
             "name": entry.name,
-            "method": entry.method,
+            "what": entry.what,
             "download": f"{entry.gigabytes['full']:g} GB, or {entry.gigabytes['half']:g} GB in half precision"
             if entry.gigabytes["half"] < entry.gigabytes["full"]
             else f"{entry.gigabytes['full']:g} GB",

@@ -39,7 +39,6 @@ class Published:
 
     name: str
     what: str
-    method: str
     licence: str
     steps: str
     gigabytes: dict[str, float]

@@ -95,7 +95,7 @@ def test_a_pinned_digest_is_checked(state, tmp_path):
     path = tmp_path / "sd21.safetensors"
     save_file(state, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert load_base(str(path), sha256=digest.upper()).source == str(path)
+    assert load_base(str(path), sha256=digest.upper()).prediction_type == "epsilon"
     with pytest.raises(UserError, match="it is another file"):
         load_base(str(path), sha256="0" * 64)
 
