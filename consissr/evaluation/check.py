@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from consissr.errors import UserError
-from consissr.evaluation import folders
+from consissr.evaluation import folders, origin
 from consissr.evaluation.markdown import escaped, table_lines
 from consissr.evaluation.metrics import gaussian_blur, luma
 from consissr.evaluation.progress import track
@@ -102,21 +102,17 @@ def scale_between(lr: Path, hr: Path) -> int:
 
 
 def write_baselines(lr: Path, output: Path, scale: int = 4) -> dict[str, Path]:
-    """Write both baselines of the LR folder as PNG; return their folders by name.
-
-    What is there may be of other images of the same names: it is written anew, and PNG files of other names go.
-    """
+    """Both baselines of the LR folder as PNG: their folders by name. What is there of the same images is kept."""
     written, files = {}, folders.list_images(lr)
+    images = origin.fingerprint(lr, folders.EXTENSIONS)
     for name in (BICUBIC, GRAINY):
-        written[name] = output / name.replace("+", "-plus-")
+        written[name] = origin.place(output, name.replace("+", "-plus-"), images=images, scale=scale)
         for seed, (stem, path) in enumerate(track(name, files.items(), len(files))):
+            if (target := written[name] / f"{stem}.png").is_file():
+                continue
             image = folders.read_image(path)
             result = bicubic_baseline(image, scale) if name == BICUBIC else bicubic_plus_grain(image, scale, seed=seed)
-            picture = codec.Photo(result[0] * 2 - 1, None, codec.read(path).form)
-            codec.write(written[name] / f"{stem}.png", picture)
-        for path in written[name].rglob("*.png"):
-            if path.relative_to(written[name]).with_suffix("").as_posix() not in files:
-                path.unlink()
+            codec.write(target, codec.Photo(result[0] * 2 - 1, None, codec.read(path).form))
     return written
 
 

@@ -65,16 +65,19 @@ def test_rows(sets: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_baselines_are_of_the_given_images(sets: dict[str, Path], tmp_path: Path) -> None:
-    """Under one folder: other images of the same names, another scale, fewer names."""
+    """Under one folder: other images of the same names, another scale, fewer names; what is there is kept."""
     lr, out = sets["lr"], tmp_path / "out"
-    check.write_baselines(lr, out)
+    first = check.write_baselines(lr, out)["bicubic"]
+    times = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    assert check.write_baselines(lr, out)["bicubic"] == first
+    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == times
     (lr / "a.png").write_bytes((lr / "b.png").read_bytes())
     (lr / "c.png").unlink()
     folder = check.write_baselines(lr, out)["bicubic"]
     assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
     assert sorted(path.name for path in folder.iterdir()) == ["a.png", "b.png"]
-    check.write_baselines(lr, out, scale=2)
-    assert read_image(folder / "a.png").shape == (1, 3, 48, 96)
+    smaller = check.write_baselines(lr, out, scale=2)["bicubic"]
+    assert read_image(smaller / "a.png").shape == (1, 3, 48, 96)
 
 
 def test_folders_that_do_not_fit_are_named(sets: dict[str, Path], tmp_path: Path) -> None:
