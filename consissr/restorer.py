@@ -147,7 +147,7 @@ class Restorer:
     def prepared(self, lq: Tensor, scale: float, config: SamplerConfig, longest: int | None) -> Prepared:
         """The networks' input for one image (1,3,H,W)."""
         lq = lq.to(pixel_device(self.device, output_size(*lq.shape[2:], scale, longest)))
-        return prepare(lq, scale, config.geometry, self.multiple, longest, config.short_side)
+        return prepare(lq, scale, config.geometry, self.multiple, longest, config.short_side, config.margin)
 
     @torch.no_grad()
     def restore_latent(

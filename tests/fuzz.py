@@ -71,15 +71,16 @@ def script(name: str) -> ModuleType:
 
 
 class Restores:
-    """The tiny model, for pictures that are small."""
+    """The tiny model for small pictures of every tenth case, else enlargement: the files are what is odd."""
 
     def __init__(self, restorer) -> None:
         self.restorer, self.sampler, self.precision = restorer, restorer.sampler, restorer.precision
-        self.device = restorer.device
+        self.device, self.calls = restorer.device, 0
 
     def __call__(self, x, *, scale, longest, **settings):
         size = output_size(*x.shape[2:], scale, longest)
-        if size[0] * size[1] > LARGEST:
+        self.calls += 1
+        if self.calls % 30 > 2 or size[0] * size[1] > LARGEST:
             return resize(x, size)
         return self.restorer(x, scale=scale, longest=longest, **settings)
 

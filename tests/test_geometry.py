@@ -121,6 +121,18 @@ def test_endings_resize_with_pillow(rule, kind):
     assert torch.equal(result, to_tensor(wanted))
 
 
+def test_a_margin_of_the_reflected_image():
+    """The networks see it on all sides, results do not; colours come from the image alone."""
+    x = image(10, 13)
+    found = prepare(x, 2, "pad", 8, margin=3)
+    assert found.shape == (32, 32) and found.upscaled == (20, 26)
+    wide = np.pad(resize(x, (20, 26))[0].numpy(), [(0, 0), (3, 9), (3, 3)], "reflect")
+    assert (found.x[0].numpy() == wide).all()
+    y = found.x * 0.5
+    plain = finish(prepare(x, 2, "pad", 1), y[:, :, 3:23, 3:29].clone(), "pad", "adain")
+    assert torch.allclose(finish(found, y, "pad", "adain"), plain, atol=1e-6)
+
+
 def test_large_images_take_their_colours_strip_by_strip():
     """As the whole does, up to rounding: 600 rows are three strips, whose blurs look beyond their borders."""
     x, y = image(600, 20), image(600, 21)[..., :20] * 0.8 + 0.1

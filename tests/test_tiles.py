@@ -25,8 +25,15 @@ def results(restorer, root, request):
     photo = codec.from_pil(Image.open(root / "consissr" / "assets" / "samples" / "cat.jpg").convert("RGB"))
     x = photo.pixels[None, :, :64, :64]
     plan = nuts_plan(6, 2 / 3, 2 / 3 if request.param == 1 else 1 / 2)
-    whole = {"tile": 0, "vae_tile": 0, "plan": plan}
-    tiled = {"tile": TILE, "tile_overlap": TILE // 8, "vae_tile": TILE, "vae_tiling": "exact", "plan": plan}
+    whole = {"tile": 0, "vae_tile": 0, "plan": plan, "margin": 0}
+    tiled = {
+        "tile": TILE,
+        "tile_overlap": TILE // 8,
+        "vae_tile": TILE,
+        "vae_tiling": "exact",
+        "plan": plan,
+        "margin": 0,
+    }
     return restorer(x, 4, **whole), restorer(x, 4, **tiled), restorer(x, 4, seed=1, **whole), request.param
 
 
@@ -47,6 +54,17 @@ def test_no_seams(results):
     for axis, others in ((3, (0, 1, 2)), (2, (0, 1, 3))):
         ratio = tiled.diff(dim=axis).abs().mean(others) / whole.diff(dim=axis).abs().mean(others)
         assert ratio[at].mean() < 1.05 * ratio[~at].mean()
+
+
+def test_no_frame_on_dark_pictures(restorer):
+    """What the networks make of the zeros beyond their input is cut off with the margin."""
+    lq = torch.linspace(-1, -0.94, 48).expand(1, 3, 48, 48).contiguous()
+    frames = []
+    for margin in (0, restorer.sampler.margin):
+        off = 127.5 * (restorer(lq, 4, margin=margin) - codec.resize(lq, (192, 192))).mean((0, 1))
+        edges = torch.cat([off[:2, 16:-16], off[-2:, 16:-16], off[16:-16, :2].T, off[16:-16, -2:].T])
+        frames.append((edges - off[16:-16, 16:-16].mean()).abs().mean())
+    assert frames[1] < 0.6 * frames[0], frames
 
 
 def test_norms_from_a_sample_change_little(restorer, root):

@@ -80,7 +80,7 @@ class Paths:
             set_heap(HEAP_KEEPS if path == "ours" else GLIBC_KEEPS)
         with clock.part("total"):
             with clock.part("prepare"):
-                rule = (self.config.geometry, self.multiple, None, self.config.short_side)
+                rule = (self.config.geometry, self.multiple, None, self.config.short_side, self.config.margin)
                 if path == "ours":
                     jobs = [self.made[path].prepared(one, 4, self.config, None) for one in lq.split(1)]
                 else:

@@ -47,6 +47,9 @@ class SamplerConfig:
     short_side: int = 0
     """Least short side of what the networks see, in pixels: smaller results are made that large and brought back to
     their exact size. 512 for SD2.1's sizes (both releases; CCSR's author advises it); 0: never under 'pad'."""
+    margin: int = 0
+    """Pixels of the reflected image that the networks see around it (`pad` only): what they make of the zeros beyond
+    their input's border, a frame of some pixels, is then cut off. 0 for SD2.1's sizes, where it costs too much."""
     color_fix: str = "adain"
     """Colour transfer from the LQ image: 'adain', 'wavelet' or 'none'."""
     fidelity: float = 1.0
@@ -77,8 +80,9 @@ class SamplerConfig:
         check_word(self.color_fix, ("adain", "wavelet", "none"), "sampler.color_fix")
         check_word(self.tile_weights, ("symmetric", "as_released"), "sampler.tile_weights")
         check_word(self.vae_tiling, ("auto", "exact", "windowed", "sampled", "as_released"), "sampler.vae_tiling")
-        if self.short_side < 0:
-            raise UserError(f"sampler.short_side is {self.short_side}: use pixels, or 0 for off")
+        for name in ("short_side", "margin"):
+            if getattr(self, name) < 0:
+                raise UserError(f"sampler.{name} is {getattr(self, name)}: use pixels, or 0 for off")
         for name in ("fidelity", "color_strength"):
             if not 0 <= (1.0 if getattr(self, name) is None else getattr(self, name)) <= 1:
                 raise UserError(f"sampler.{name} is {getattr(self, name)}: use 0 to 1")

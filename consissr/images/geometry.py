@@ -1,7 +1,7 @@
 """From a low-quality image to the network's input, and from its output to the restored image: sizes, padding, colours.
 
-`pad`       ours: bicubic to the result's size, reflection up to the networks' multiple, cropped back. A result whose
-            short side is below `short_side` is made that large for the networks, then brought to its size.
+`pad`       ours: bicubic to the result's size, reflected around it up to the networks' multiple, cropped back. A result
+            whose short side is below `short_side` is made that large for the networks, then brought to its size.
 `ccsr`      CCSR v2's test script: short side raised to 512, sides floored to multiples of 8 (slightly distorted),
             colours transferred in 8 bits, bicubic to the final size.
 `ccsr_v1`   CCSR v1's: as ConsisSR's, but instead of padding a Lanczos resize down to multiples of 64.
@@ -50,6 +50,8 @@ class Prepared:
     """Height and width of the part of the input that is not padding."""
     device: torch.device
     """Where its pixels are."""
+    margin: int = 0
+    """Rows and columns of padding before that part."""
 
     @property
     def x(self) -> Tensor:
@@ -69,12 +71,13 @@ def prepare(
     multiple: int,
     longest: int | None = None,
     short_side: int = 0,
+    margin: int = 0,
 ) -> Prepared:
     """The network's input for one image (1,3,H,W) under a size rule.
 
     `multiple`: what the networks' input must be a multiple of (pad only). `longest`, where given, sets the result's
     longest side instead of `scale`. `short_side`: what the short side is raised to; 0: `pad` leaves it, the released
-    rules raise it to RELEASED_SHORT_SIDE.
+    rules raise it to RELEASED_SHORT_SIDE. `margin`: pixels that the networks see around the image (pad only).
     """
     height, width = image.shape[2:]
     size = output_size(height, width, scale, longest)
@@ -82,8 +85,8 @@ def prepare(
         scale = longest / max(height, width)
     if rule == "pad":
         raised = at_least(size, short_side)
-        padded = tuple(-(-side // multiple) * multiple for side in raised)
-        down, across = map(reflected, raised, padded)
+        padded = tuple(-(-(side + 2 * margin) // multiple) * multiple for side in raised)
+        down, across = (reflected(*sides, margin) for sides in zip(raised, padded, strict=True))
 
         def rows(top: int, bottom: int) -> Tensor:
             if padded == raised:
@@ -93,7 +96,7 @@ def prepare(
             part = resized_rows(image, raised, first, last)
             return part[:, :, to_device(which - first, part.device)][..., to_device(across, part.device)]
 
-        return Prepared(rows, padded, size, raised, image.device)
+        return Prepared(rows, padded, size, raised, image.device, margin)
     short_side = short_side or RELEASED_SHORT_SIDE
     if rule == "ccsr":
         x = to_tensor(ccsr_input(to_pil(image), scale, short_side))
@@ -118,8 +121,13 @@ def finish(prepared: Prepared, y: Tensor, rule: str, color_fix: str, strength: f
     color_fix = color_fix if strength else "none"
     y = y.div_(2).add_(0.5)
     if rule == "pad":
-        height, width = prepared.upscaled
-        y = transfer(y[..., :height, :width], lambda *rows: prepared.rows(*rows)[..., :width], color_fix, strength)
+        (height, width), margin = prepared.upscaled, prepared.margin
+        across = slice(margin, margin + width)
+
+        def style(top: int, bottom: int) -> Tensor:
+            return prepared.rows(margin + top, margin + bottom)[..., across]
+
+        y = transfer(y[:, :, margin : margin + height, across], style, color_fix, strength)
         return resize(y.mul_(2).sub_(1).clamp_(-1, 1), prepared.size)
     if rule == "ccsr":
         y = y.clamp_(0, 1).mul_(255).round_().div_(255)

@@ -96,11 +96,14 @@ def pad_to_multiple(x: Tensor, multiple: int, minimum: int = 1) -> Tensor:
     return x
 
 
-def reflected(size: int, padded: int) -> Tensor:
-    """Which of `size` rows stand in `padded` ones when those beyond the end are reflected, again and again."""
+def reflected(size: int, padded: int, before: int = 0) -> Tensor:
+    """Which of `size` rows stand in `padded` ones, where those beyond the ends are reflected, again and again.
+
+    before: how many stand before the first.
+    """
     if size == 1:
         return torch.zeros(padded, dtype=torch.int64)
-    position = torch.arange(padded) % (2 * (size - 1))
+    position = (torch.arange(padded) - before) % (2 * (size - 1))
     return torch.minimum(position, 2 * (size - 1) - position)
 
 
