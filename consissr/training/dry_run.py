@@ -32,7 +32,7 @@ from consissr.models.vae.latents import empty_latents
 from consissr.training.checks import launched, problems
 from consissr.training.estimate import memory
 from consissr.training.restoration import base_for
-from consissr.training.stage import Stage
+from consissr.training.stage import Stage, trained_ids
 from consissr.weights.base import BUNDLED_BASES, find_base
 from consissr.weights.files import BUNDLED, read_config
 from consissr.weights.find import find_model
@@ -192,7 +192,7 @@ def parameters(stage: Stage) -> Iterator[str]:
             groups[part] += parameter.numel()
     yield f"{'trained':44s}{sum(groups.values()):>16,}"
     yield from (f"  {name:42s}{count:>16,}" for name, count in groups.items())
-    trained = {id(p) for phase in stage.phases for p in phase.parameters.values()}
+    trained = trained_ids(stage)
     frozen: Counter[str] = Counter()
     for name, parameter in stage.networks.named_parameters():
         if id(parameter) not in trained:

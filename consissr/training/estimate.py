@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from consissr.config.training import TrainConfig
-from consissr.training.stage import Batch, Stage
+from consissr.training.precision import frozen_matrices
+from consissr.training.stage import Batch, Stage, trained_ids
 
 GIB = 2**30
 
@@ -19,7 +20,7 @@ GIB = 2**30
 def memory(config: TrainConfig, stage: Stage) -> Iterator[str]:
     """Bytes by kind, for a GPU under bf16 autocast, or in float32 if the config says so."""
     low = config.precision != "fp32"
-    trained = {id(p): p for phase in stage.phases for p in phase.parameters.values()}
+    trained = trained_ids(stage)
     halved = halved_parameters(config, stage)
     frozen = {id(p): p for p in stage.networks.parameters() if id(p) not in trained}
     moments = sum(
@@ -29,7 +30,7 @@ def memory(config: TrainConfig, stage: Stage) -> Iterator[str]:
     )
     if config.engine == "zero1" and config.processes:
         moments //= config.processes
-    count = sum(p.numel() for p in trained.values())
+    count = sum(p.numel() for phase in stage.phases for p in phase.parameters.values())
     sizes = {
         "frozen weights" + (" (matrices in bf16)" if halved else ""): sum(
             p.numel() * (2 if key in halved else 4) for key, p in frozen.items()
@@ -59,9 +60,7 @@ def halved_parameters(config: TrainConfig, stage: Stage) -> set[int]:
     """Frozen parameters that a GPU stores in bfloat16 (`precision.Frozen`), by their ids."""
     if config.precision == "fp32" or config.frozen_precision == "fp32":
         return set()
-    layers = [m for m in stage.networks.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    trained = {id(p) for phase in stage.phases for p in phase.parameters.values()}
-    return {id(p) for layer in layers for p in layer.parameters(recurse=False)} - trained
+    return {id(p) for p in frozen_matrices(stage.networks, trained_ids(stage))}
 
 
 class Attention(torch.autograd.Function):

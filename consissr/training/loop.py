@@ -33,7 +33,7 @@ from consissr.training.optimisers import learning_rate, load_optimizer
 from consissr.training.precision import Frozen, use_autocast
 from consissr.training.processes import Processes, Signs
 from consissr.training.report import Report
-from consissr.training.stage import Batch, Stage, seed_of
+from consissr.training.stage import Batch, Stage, seed_of, trained_ids
 from consissr.training.validation import Validation
 from consissr.training.window import Window, counted, product_rate
 
@@ -101,9 +101,8 @@ class Loop:
         config = self.config
         torch.manual_seed(seed_of(config.seed, "init"))
         self.stage = build(config)
-        trained = {id(p) for phase in self.stage.phases for p in phase.parameters.values()}
         low = config.frozen_precision == "bf16" or (config.frozen_precision == "auto" and self.device.type == "cuda")
-        self.frozen = Frozen(self.stage.networks, trained, low and self.autocast, keep=self.rank == 0)
+        self.frozen = Frozen(self.stage.networks, trained_ids(self.stage), low and self.autocast, keep=self.rank == 0)
         self.stage.networks.to(self.device, memory_format=torch.channels_last)
         if config.compile:
             from torch._functorch import config as functorch

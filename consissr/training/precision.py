@@ -28,21 +28,25 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
+def frozen_matrices(networks: nn.Module, trained: set[int]) -> list[nn.Parameter]:
+    """Parameters of linear layers and convolutions that are not `trained` (ids), which autocast rounds at every use."""
+    layers = [m for m in networks.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return [p for layer in layers for p in layer.parameters(recurse=False) if id(p) not in trained]
+
+
 class Frozen:
     """Networks' parameters that are not trained: without gradients and, if `low`, matrices stored in bfloat16.
 
-    Autocast rounds exactly these, the weights of linear layers and convolutions, at every use; rounded once they give
-    the same results bit for bit and take half the memory. `restore` brings the originals, kept on the CPU if `keep`,
-    back for the export.
+    Rounded once, they give the same results bit for bit and take half the memory. `restore` brings the originals, kept
+    on the CPU if `keep`, back for the export.
     """
 
     def __init__(self, networks: nn.Module, trained: set[int], low: bool, keep: bool) -> None:
         self.originals: list[tuple[nn.Parameter, Tensor]] = []
         for parameter in networks.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        layers = [m for m in networks.modules() if isinstance(m, nn.Linear | nn.Conv2d)] if low else []
-        for parameter in (p for layer in layers for p in layer.parameters(recurse=False)):
-            if id(parameter) not in trained and parameter.dtype == torch.float32:
+        for parameter in frozen_matrices(networks, trained) if low else []:
+            if parameter.dtype == torch.float32:
                 if keep:
                     self.originals.append((parameter, parameter.data))
                 parameter.data = parameter.data.to(torch.bfloat16)

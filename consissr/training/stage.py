@@ -102,3 +102,8 @@ class Stage(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write the result in the form that the next stage and scripts/infer.py read."""
+
+
+def trained_ids(stage: Stage) -> set[int]:
+    """The ids of the parameters that any phase trains."""
+    return {id(p) for phase in stage.phases for p in phase.parameters.values()}
