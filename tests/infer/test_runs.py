@@ -201,3 +201,23 @@ def test_nothing_heavy_before_the_plan(root):
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "error: no-such-folder: no such file or folder\n"
+
+
+def test_an_interrupt_within_a_picture_keeps_the_others(infer, model, folder, tmp_path, files):
+    """Between two tiles of the second."""
+    restore = model.__class__.__call__
+
+    class Interrupted(model.__class__):
+        def __call__(self, images, **settings):
+            if settings["keys"] == ["b.jpg"]:
+                settings["on_tile"](1, 8, 0.1)
+                raise KeyboardInterrupt
+            return restore(self, images, **settings)
+
+    model.__class__ = Interrupted
+    status, _, err = infer("-i", folder, "-o", tmp_path / "out")
+    assert status == 130 and "--skip-existing continues" in err
+    assert files(tmp_path / "out") <= {"a.png"}, "what is there is whole, and nothing else is"
+    model.__class__ = Interrupted.__base__
+    assert infer("-i", folder, "-o", tmp_path / "out", "--skip-existing")[0] == 0
+    assert files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp"}
