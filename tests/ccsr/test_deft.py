@@ -11,7 +11,7 @@ import torch
 
 from ccsr import deft
 from ccsr.deft import Deft
-from ccsr.discriminator import ViT
+from ccsr.discriminator import ViT, condition_of
 from ccsr.nano import NanoDeft
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
@@ -129,7 +129,10 @@ def test_the_released_losses(tiny_model: Path, tmp_path: Path, dinos: list[str])
         wanted = decoder["pixel"] + weight * decoder["adversarial"]
         assert decoder["loss"].item() == pytest.approx(wanted.item(), rel=1e-6)
         assert judge["loss"] > 0
-    image = stage.latents.decode(prepared(stage)).clamp(-1, 1)
+    batch = prepared(stage)
+    told = condition_of(stage.adversary.summary, batch.lq)
+    assert torch.equal(batch.cache["summary"], told), "the discriminator is told of the low-quality image"
+    image = stage.latents.decode(batch.cache["x0_T"]).clamp(-1, 1)
     assert decoder["pixel"].item() == pytest.approx((image - make_batch().hq).square().mean().item(), rel=1e-5)
     assert len(spectral) == 5 * 6  # a pair of vectors for each of three convolutions in each of five heads
     assert all(not torch.equal(value, spectral[name]) for name, value in stage.buffers.items() if value.numel() > 1)
@@ -137,12 +140,12 @@ def test_the_released_losses(tiny_model: Path, tmp_path: Path, dinos: list[str])
     assert {id(p) for p in stage.networks.parameters() if p.grad is not None} == trained
 
 
-def prepared(stage: Deft) -> torch.Tensor:
-    """x0_from_T of the batch."""
+def prepared(stage: Deft) -> Batch:
+    """The batch as the losses are given it."""
     batch = make_batch()
     with torch.no_grad():
         stage.prepare(batch)
-    return batch.cache["x0_T"]
+    return batch
 
 
 @pytest.mark.parametrize("discriminator", ["patchgan", "dino"])
