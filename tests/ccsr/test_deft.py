@@ -160,6 +160,9 @@ def test_features_of_equal_images_are_equal(
         view = stage.adversary.view(batch)
         for image, equal in ((batch.hq, True), (batch.lq, False)):
             _, features = stage.adversary(image, batch, view)
+            if discriminator == "dino":
+                seen = stage.adversary.discriminator(image, batch.cache["summary"], *view)[1]
+                assert torch.equal(features[0], seen[0]), "shifted, cut out and windowed as drawn"
             assert (stage.perceptual(image, batch, view, features) < 1e-6) == equal
 
 

@@ -37,12 +37,15 @@ def test_prepared_prompts_give_the_plain_forms_results(make_unet, fill):
         replace_blocks(unet, config)
         controlnet = build_controlnet(unet, config)
         fill(controlnet)
+        generator = torch.Generator().manual_seed(7)
         for network in (unet, controlnet):
             for name in added_parameters(network):
-                network.get_parameter(name).data.copy_(0.3 * draw(*network.get_parameter(name).shape))
+                network.get_parameter(name).data.normal_(std=0.3, generator=generator)
         denoiser = Denoiser(unet, controlnet, ALPHA_BAR)
         plain, prepared = denoiser(z, t, given), denoiser.prepare(given)
         assert torch.allclose(denoiser(z, t, prepared), plain, atol=2e-5), config
+        kept = {value.shape[1] for name, value in prepared.cache.items() if name.startswith("image")}
+        assert kept <= {1 if config.image_tokens == "pooled" else 2}, "a single token adds one vector"
         unread = replace(prepared, text=torch.zeros_like(given.text), hint=torch.zeros_like(given.hint))
         if config.image_prompt in ("hpa", "ip_adapter"):
             unread.image = torch.zeros_like(image)

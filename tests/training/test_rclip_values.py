@@ -10,16 +10,33 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
+from consissr.models.image_prompt import build_tower
 from consissr.nano.config import run_config
-from consissr.weights.image_encoder import load_tower
+from consissr.weights.image_encoder import load_tower, save_tower
 from scripts.train import stage_builder
 from tests.training import plain
+from tests.training.conftest import VISION
 
 
 def features(tower: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
     """open_clip's pooled feature, and its patch tokens through the same norm and projection."""
     tokens = tower.ln_post(tower.transformer(tower._embeds(plain.seen_by_clip(x)))) @ tower.proj
     return tokens[:, 0], tokens[:, 1:]
+
+
+def test_a_student_may_go_on_from_another_tower(base: Path, tmp_path: Path) -> None:
+    """Its teacher stays the model's own; what it learnt is stored as an image tower."""
+    torch.manual_seed(2)
+    save_tower(tmp_path, build_tower(12, VISION))
+    config = run_config(None, ["stage=rclip", f"model.base={base}", f"init={tmp_path}"])
+    stage = stage_builder(config.stage)(config)
+    for tower, folder in ((stage.student, tmp_path), (stage.teacher, base)):
+        wanted = load_tower(folder)[0].state_dict()
+        assert all(torch.equal(value, wanted[name]) for name, value in tower.state_dict().items())
+    with torch.no_grad():
+        stage.student.proj.add_(1)
+    stage.export(tmp_path / "out")
+    plain.close(load_tower(tmp_path / "out")[0].proj, stage.student.proj, 1e-3)  # float16
 
 
 @pytest.mark.parametrize(("tokens", "weight"), [("pooled", 0.0), ("patches", 0.25)])
