@@ -25,7 +25,13 @@ CARDS = (24, 40, 80)
 """GB of common cards; a tenth is left to the driver and to fragments."""
 STEPS, LINE = 9, 3
 """Steps of a timing, and of each of its lines; the first line warms up."""
-TINY = ["model.base=nano", "data.crop=96", "sampler.short_side=0", "deft.discriminator_width=8"]
+TINY = [
+    "model.base=nano",
+    "model.image_encoder=base",
+    "data.crop=96",
+    "sampler.short_side=0",
+    "deft.discriminator_width=8",
+]
 """Changes for a rehearsal."""
 
 
