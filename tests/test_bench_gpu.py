@@ -80,6 +80,19 @@ def test_the_largest_micro_batch_is_where_the_line_through_two_peaks_ends():
     assert largest((1, 3), [10, 30], 5.0) == 0
 
 
+def test_a_stage_in_training(monkeypatch):
+    """Speed, work and memory of the smallest one; the others differ in their configurations."""
+    from ccsr.methods import stages
+    from consissr.bench import gpu_training
+
+    monkeypatch.setattr(gpu_training, "STEPS", 2)
+    monkeypatch.setattr(gpu_training, "LINE", 1)
+    config, builder = stages(Path("configs"))["rclip"]
+    found = gpu_training.stage(config, builder, [*gpu_training.TINY, "micro_batch=1"], "cpu")
+    assert found["images/s, 1 images"] > 0 and found["G multiply-accumulates per image"] > 0
+    assert found["peak of 3, MB"] > 0 and found["micro-batch in 24 GB"] > found["micro-batch in 40 GB"] // 2
+
+
 @pytest.mark.slow
 def test_rehearsal(script, tmp_path):
     """Everything at the bundled models' sizes on the CPU, as README says."""

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 
-from consissr.bench.clock import ceiling
 from consissr.bench.data import write_photos
 from consissr.bench.footprint import peak, start_peak
 from consissr.bench.models import drawn
-from consissr.bench.work import counted
 from consissr.models.fast import set_kernels
 from consissr.models.memory import is_out_of_memory
 from consissr.nano.config import run_config
@@ -47,18 +45,19 @@ class Timed(Loop):
         """Nothing."""
 
     def tell(self) -> None:
-        """Seconds per step, and those of them that waited for data."""
+        """Seconds per step, those of them that waited for data, the share of what matrix products reach."""
         self.window.share(self.processes)
-        self.lines.append(self.window.close(self.step)[1:])
+        told = self.window.close(self.step)
+        self.lines.append((1 / told["steps_per_second"], told["data_seconds"], told["peak_share"]))
 
     def timed(self, images: int) -> dict[str, float]:
         """STEPS steps of so many images each."""
         self.config.micro_batch = self.config.batch = images
         self.feed = Feed(self.config, self.device, 0, 1, self.stage.needs_lq)
-        self.micro_batches, self.step, self.lines = 1, 0, []
+        self.micro_batches, self.step, self.lines, self.window.work = 1, 0, [], 0
         self.train()
-        seconds, waited = (sum(column) / len(column) for column in zip(*self.lines[1:], strict=True))
-        return {"images/s": images / seconds, "share of waiting for data": waited / seconds}
+        seconds, waited, share = (sum(column) / len(column) for column in zip(*self.lines[1:], strict=True))
+        return {"images/s": images / seconds, "waiting for data": waited / seconds, "share of the ceiling": share}
 
     def step_bytes(self, images: int) -> int:
         """Most bytes in use during a step of so many images."""
@@ -68,11 +67,6 @@ class Timed(Loop):
         self.accumulate(batch, totals)
         self.update(totals)
         return peak(self.device.type)
-
-    def work(self, images: int) -> int:
-        """Multiply-accumulates of a step of so many images, forward and backward."""
-        batch = self.feed.make_batch([self.feed.dataset[n] for n in range(images)])
-        return counted(lambda: self.accumulate(batch, {}), gradients=True)
 
 
 def stage(config: str, builder: Any, words: list[str], device: str) -> dict[str, Any]:
@@ -95,10 +89,7 @@ def measured(loop: Timed) -> dict[str, Any]:
     """Timing, work, memory."""
     own = loop.config.micro_batch
     found = {f"{name}, {own} images": value for name, value in loop.timed(own).items()}
-    macs = loop.work(own) / own
-    limit = ceiling(loop.device, torch.bfloat16 if loop.autocast else torch.float32).wall
-    found["G multiply-accumulates per image"] = macs / 1e9
-    found["share of the ceiling"] = macs * found[f"images/s, {own} images"] / limit
+    found["G multiply-accumulates per image"] = loop.window.work / 2 / own / 1e9
     found |= memory(loop, "")
     networks = [m for m in loop.stage.networks.modules() if hasattr(m, "enable_gradient_checkpointing")]
     denoisers = [m for m in networks if not hasattr(m, "encoder")]  # the autoencoder runs without gradients

@@ -14,9 +14,9 @@ from consissr.bench.models import Method, Networks
 from consissr.models.denoiser import Condition
 
 
-def counted(run: Callable[[], Any], gradients: bool = False) -> int:
-    """Multiply-accumulates of all convolutions, matrix products and attention in `run`, under gradients or not."""
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(gradients):
+def counted(run: Callable[[], Any]) -> int:
+    """Multiply-accumulates of all convolutions, matrix products and attention in `run`."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     return sum(counter.get_flop_counts()["Global"].values()) // 2
 
