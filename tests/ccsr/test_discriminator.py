@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ccsr.adversary import DinoAdversary
 from ccsr.discriminator import (
     Augmentation,
     ProjectedDiscriminator,
@@ -14,6 +15,7 @@ from ccsr.discriminator import (
     draw_windows,
     read_dino,
 )
+from consissr.config.deft import DeftConfig
 from consissr.errors import UserError
 
 
@@ -168,3 +170,13 @@ def test_missing_or_foreign_weights_are_named(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="does not hold"):
         read_dino(tmp_path / "a.pth")
+
+
+def test_untrained_adversaries_have_the_released_sizes():
+    """Dry runs: DINOv2's ViT-S/14 for 518 pixels, which tells, and DINO's ViT-S/16 for 224, which judges."""
+    with torch.device("meta"):
+        adversary = DinoAdversary(DeftConfig(), untrained=True)
+    for vit, side, patch, scaled in ((adversary.summary, 518, 14, True), (adversary.discriminator.vit, 224, 16, False)):
+        assert (vit.side, vit.heads, vit.blocks[0].heads, len(vit.blocks)) == (side, 6, 6, 12)
+        assert vit.cls_token.shape[-1] == 384 and vit.patch_embed["proj"].kernel_size == (patch, patch)
+        assert any("ls1.gamma" in name for name, _ in vit.named_parameters()) == scaled
