@@ -22,7 +22,7 @@ from typing import Any
 
 RESERVE = 3.0
 """Seconds at the end in which nothing is measured."""
-PATIENCE, LEAST = 3.0, 100.0
+PATIENCE, LEAST = 2.0, 100.0
 """A task may take so many times its estimate, but at least so many seconds, before it counts as hanging."""
 
 

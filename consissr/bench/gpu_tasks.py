@@ -63,12 +63,15 @@ def tasks(size: str, device: str, methods: Callable[[str, int], Method], stages:
     folders = {"question": ccsr[0], "count": count}
     listed.append(Task("folder, ccsr-1", took(40), folder, folders | {"batches": [1, 8]}))
     compiled = [replace(asked, compile=True) for asked in (*ccsr, guided)]
-    listed.append(Task("one image, compiled, ccsr-1", 10 * took(15), one_image, {"question": compiled[0]}))
-    listed.append(Task("folder, compiled, ccsr-1", 10 * took(15), folder, folders | {"question": compiled[0]}))
+    trainings = []
     for name, (config, builder) in stages.items():
         words = gpu_training.TINY if tiny else []
         given = {"config": config, "builder": builder, "words": words, "device": device}
-        listed.append(Task(f"training, {name}", took(60), gpu_training.stage, given))
+        trainings.append(Task(f"training, {name}", took(60), gpu_training.stage, given))
+    listed += trainings[:2]
+    listed.append(Task("one image, compiled, ccsr-1", 10 * took(15), one_image, {"question": compiled[0]}))
+    listed.append(Task("folder, compiled, ccsr-1", 10 * took(15), folder, folders | {"question": compiled[0]}))
+    listed += trainings[2:]
     for asked in compiled[1:]:
         name = f"one image, compiled, {asked.method.name}"
         listed.append(Task(name, 10 * took(15), one_image, {"question": asked}))
