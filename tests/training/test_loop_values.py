@@ -63,11 +63,12 @@ class Toy:
         self.seen.append(batch.cache["colours"])
 
     def first(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        batch.cache["made"] = self.maker(batch.cache["colours"]).detach()  # for the second phase, as in DeFT
         loss = maker_loss(self.maker, self.judge, batch.cache["colours"], step)
         return {"loss": loss, "double": 2 * loss}
 
     def second(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        return {"loss": judge_loss(self.maker, self.judge, batch.cache["colours"])}
+        return {"loss": (self.judge(batch.cache["made"]) - self.judge(batch.cache["colours"])).exp().mean()}
 
     def restore(self, batch: Batch) -> Tensor:
         self.shown.append(self.maker.weight.clone())
