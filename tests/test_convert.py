@@ -140,7 +140,7 @@ def test_a_base_is_found_from_any_directory(convert, shared, tmp_path, monkeypat
     assert convert(fixture, "--base", fixture.name)[0] == 0
     folder = (tmp_path / "out").rename(tmp_path / "one")
     monkeypatch.chdir(tmp_path)
-    assert read_config(folder).model.base == str(fixture)
+    assert read_config(folder).model.base == str(fixture.resolve())
     models = tmp_path / "preset" / "models"
     for part, source in (("controlnet", "controlnet"), ("vae", "vae"), (BESIDE, "")):
         (models / part).parent.mkdir(parents=True, exist_ok=True)

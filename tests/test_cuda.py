@@ -104,7 +104,7 @@ def test_restoring_on_a_mac(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -
         schedule = Schedule(model.alpha_bar)
         restorer = Restorer(model.latents, denoiser, schedule, prompts, model.image_prompt, device="meta")
         for tiling in ("exact", "windowed", "sampled"):
-            settings = {"guidance": 2.0, "tile": 32, "vae_tile": 16, "vae_tiling": tiling}
+            settings = {"guidance": 2.0, "tile": 48, "vae_tile": 32, "vae_tiling": tiling}
             sampler = changed(restorer.sampler, {"positive": "", "negative": "", **settings})
             tiles = restorer.tiles(sampler, (SIDE, SIDE), 1)
             x, draw = torch.zeros(1, 3, SIDE, SIDE), seeded_draw(0, [0])
