@@ -14,7 +14,7 @@ from consissr.inference.jobs import Job
 from consissr.models.memory import peak_memory_mb
 
 SILENCE = 30
-"""Seconds after which a large image under way gets a line of its own where no bar can be shown."""
+"""Seconds between two lines that tell how far the work is, where no bar can be shown."""
 
 
 class Terminal:
@@ -53,15 +53,21 @@ class Terminal:
         if outcome.status != "skipped":
             self.ended += 1
             self.progress.update(self.task, completed=self.ended, description=f"restoring {self.ended}/{self.total}")
+            left = (time.perf_counter() - self.begin) / self.ended * (self.total - self.ended)
+            self.now_and_then(f"restored {self.ended} of {self.total}, {left:.0f} s left")
 
     def on_tile(self, job: Job, done: int, number: int, share: float) -> None:
         """Show how far a large image is: tiles done, and the time left by the share of the work done."""
         words = f"{job.source.name}: tile {done} of {number}"
         self.progress.update(self.task, completed=min(self.ended + share, self.total), description=words)
+        self.now_and_then(f"{words}, {share:.0%} done")
+
+    def now_and_then(self, words: str) -> None:
+        """A line for output that is redirected to a file, where the bar does not show."""
         now = time.perf_counter()
         if not self.quiet and not self.console.is_terminal and now - self.spoke > SILENCE:
             self.spoke = now
-            self.console.print(f"{words}, {share:.0%} done", markup=False)
+            self.console.print(words, markup=False)
 
     def summary(self, counts: dict[str, int], precision: str = "") -> str:
         """One line: what was done, how fast, in which precision, in how much memory.

@@ -249,6 +249,22 @@ def test_seconds_per_image_leave_the_first_out():
     assert "0.80 s per image in the model (bf16)" in terminal.summary({"done": 3}, "bf16")
 
 
+def test_redirected_runs_tell_how_far_they_are(monkeypatch):
+    """Where no bar shows: a line of how many are done, and not one per image."""
+    from rich.console import Console
+
+    from consissr.inference import progress
+    from consissr.inference.batch import Outcome
+    from consissr.inference.jobs import Job
+
+    out, times = io.StringIO(), iter([0.0, 10.0, 10.0, 40.0, 40.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
+    terminal = progress.Terminal(Console(file=out), 4)
+    for _ in range(2):
+        terminal.tell(Outcome(Job(source=None, key="a"), "done", seconds=1.0))
+    assert out.getvalue() == "restored 2 of 4, 40 s left\n"
+
+
 def test_without_the_modules_that_windows_lacks(monkeypatch):
     import sys
 
