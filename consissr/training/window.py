@@ -79,7 +79,7 @@ def product_rate(device: torch.device, low: bool) -> float:
     side = 8192 if device.type == "cuda" else 512
     factor = torch.ones(side, side, dtype=torch.bfloat16 if low else torch.float32, device=device)
     seconds = []
-    for _ in range(4):  # the first one warms up
+    for _ in range(12):  # the first one warms up, others may share the processor
         began = time.perf_counter()
         (factor @ factor)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - began)
