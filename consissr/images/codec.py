@@ -108,7 +108,13 @@ def samples_for(path: str | Path, photo: Photo) -> Samples:
     side = max(photo.pixels.shape[-2:])
     if side > target.longest:
         raise UserError(f"{path}: {side} px is more than {target.name}'s {target.longest}; use .png or .tif")
-    extremes = [extreme for x in (photo.pixels, photo.alpha) if x is not None for extreme in x.aminmax()]
+    extremes = [
+        extreme
+        for x in (photo.pixels, photo.alpha)
+        if x is not None
+        for top, bottom in strips(x.shape[-2], x.device)  # of a cropped image all at once would need a copy
+        for extreme in x[..., top:bottom, :].aminmax()
+    ]
     here = [extreme.to(photo.pixels.device) for extreme in extremes]
     if not torch.stack(here).isfinite().all():  # NaN is an extreme, too; no copy is made, and a GPU is asked once
         raise UserError(f"{path}: not written, the result has NaN or infinite pixels; try --precision fp32")
