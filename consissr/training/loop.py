@@ -84,8 +84,8 @@ class Loop:
                 self.feed = Feed(config, self.device, self.rank, self.world, build.needs_lq)
             self.micro_batches = self.feed.micro_batches
             self.validation = None
-            if config.data.validation and self.rank == 0:
-                self.validation = Validation(config, self.feed.make_batch)
+            if config.data.validation:
+                self.validation = Validation(config, self.feed.make_batch, self.processes)
 
             # 2. Networks
             with out_of_memory_in_one_line(
@@ -269,21 +269,20 @@ class Loop:
         """After the checkpoint of the same step, which a validation that fails then costs nothing."""
         every = self.config.validate_every
         if self.config.data.validation and every and self.step % every == 0 and 0 < self.step < self.config.steps:
-            if self.validation:
-                self.validate()
-            self.processes.wait()
+            self.validate()
 
     def validate(self) -> None:
         """Images and PSNR/SSIM on the fixed set, with the averaged weights if there are any."""
         with self.average.swapped(), self.mixed(), torch.compiler.set_stance("force_eager"):
             metrics = self.validation.run(self.stage, self.step)
-        self.report.validation(metrics, self.step, self.validation.picture(self.step))
+        if self.report:
+            self.report.validation(metrics, self.step, self.validation.picture(self.step))
 
     def finish(self) -> Path:
         """Validate once more and export the result: the averaged weights, if there are any."""
+        if self.validation:
+            self.validate()
         if self.rank == 0:
-            if self.validation:
-                self.validate()
             for player in self.players:
                 player.free()  # its memory goes to the weights in full precision
             self.frozen.restore()

@@ -1,8 +1,8 @@
 """The processes of a run as a whole: how long they wait for each other, and who says so when one fails or falls silent.
 
-Collectives of a step end after `timeout` minutes. What only the first process does (validation, saving, export) the
-others wait for in a group of its own, which has a day. Each process leaves a sign of life in the launcher's store every
-few seconds; one that was stopped, or whose machine is gone, leaves none, and is then named.
+Collectives of a step end after `timeout` minutes. What may take longer (validation, and what only the first process
+does: saving, export) is waited for in a group of its own, which has a day. Each process leaves a sign of life in the
+launcher's store every few seconds; one that was stopped, or whose machine is gone, leaves none, and is then named.
 """
 
 from __future__ import annotations

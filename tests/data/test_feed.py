@@ -13,6 +13,7 @@ from consissr.config.training import TrainConfig
 from consissr.data.degradation import degrade
 from consissr.training import feed as feed_module
 from consissr.training.feed import Feed, threads
+from consissr.training.processes import Processes
 from consissr.training.stage import Batch
 from consissr.training.validation import Validation
 
@@ -50,7 +51,8 @@ def test_validation_on_own_pairs(config: TrainConfig, tmp_path: Path) -> None:
     config.data.validation, config.data.validation_lq = str(tmp_path / "hq"), str(tmp_path / "lq")
     config.output_dir, config.data.validation_count = str(tmp_path / "run"), 4
     feed = Feed(config, torch.device("cpu"), rank=0, world=1, needs_lq=True)
-    validation = Validation(config, feed.make_batch)
+    alone = Processes(0, 1, torch.device("cpu"), timeout=1)
+    validation = Validation(config, feed.make_batch, alone)
 
     class Stage:
         def prepare(self, batch: Batch) -> None:

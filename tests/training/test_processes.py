@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from consissr.training.checkpoints import load_checkpoint
 from consissr.training.report import read_log
@@ -20,18 +22,19 @@ MORE = ("micro_batch=1", "ema=0.9", "optimizer.warmup=2", "optimizer.decay=cosin
 
 
 def assert_same_figures(one: Path, two: Path, stage: str) -> None:
-    """Weights, averaged weights, losses, learning rates and counts of two runs within 1e-5."""
+    """Weights, averaged weights, losses, learning rates, counts and validation of two runs within 1e-5."""
     states = [load_checkpoint(folder / stage / "checkpoint-2") for folder in (one, two)]
     for part in ("weights", "ema"):
         size = torch.cat([value.flatten() for value in states[0][part].values()]).norm()
         changes = [states[0][part][name] - states[1][part][name] for name in states[0][part]]
         assert torch.cat([change.flatten() for change in changes]).norm() <= 1e-5 * size, part
     logs = [read_log(folder / stage / "log.jsonl") for folder in (one, two)]
-    assert len(logs[0]) == len(logs[1]) == 2
+    assert len(logs[0]) == len(logs[1]) >= 2
     for first, second in zip(*logs, strict=True):
         exact = {k for k in first if k.endswith("/lr") or k in ("step", "images", "skipped")}
         assert {k: first[k] for k in exact} == {k: second[k] for k in exact}
-        for key in (k for k in first if k.endswith("/loss")):
+        assert first.keys() == second.keys()
+        for key in (k for k in first if k.endswith("/loss") or k.startswith("validation/")):
             assert first[key] == pytest.approx(second[key], rel=1e-5), key
 
 
@@ -39,11 +42,16 @@ def assert_same_figures(one: Path, two: Path, stage: str) -> None:
 def test_two_processes_train_like_one(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
     one, two = (beside(runs, tmp_path / name, stage) for name in ("one", "two"))
     out = tmp_path / "out.txt"
-    alone = start(words(stage, photos, one, *MORE, "processes=1"), out)
-    together = words(stage, photos, two, *MORE, "processes=2")
+    more = (*MORE, f"data.validation={photos}", "data.validation_count=3")  # of three images, one process has two
+    alone = start(words(stage, photos, one, *more, "processes=1"), out)
+    together = words(stage, photos, two, *more, "processes=2")
     assert finish(alone, *start_several(together, out, 2)) == [0, 0, 0], out.read_text()[-3000:]
     assert json.loads((two / stage / "run.json").read_text())["processes"] == 2
     assert_same_figures(one, two, stage)
+    pictures = [folder / stage / "validation" / "step-2.png" for folder in (one, two)]
+    if stage not in ("clip", "prior", "rclip"):  # which make no image
+        first, second = (np.asarray(Image.open(picture)).astype(int) for picture in pictures)
+        assert first.size and np.abs(first - second).max() <= 1
     through = load_checkpoint(two / stage / "checkpoint-2")
     shutil.rmtree(two / stage / "checkpoint-2")
     assert finish(*start_several(["--resume", "latest", *together], out, 2)) == [0, 0], out.read_text()[-3000:]
