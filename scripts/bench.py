@@ -42,29 +42,20 @@ def fidelity(args: argparse.Namespace) -> tuple[Any, Iterable]:
     return rows, [report.plain(rows, f"{args.model}: PSNR (dB) and NIQE by --fidelity")]
 
 
-def start_up(args: argparse.Namespace) -> tuple[Any, Iterable]:
-    """Importing the package, --help, loading a model"""
-    from consissr.bench import startup
-
-    return (found := startup.measure(args.model, args.runs)), [report.plain(found, "seconds")]
-
-
 def training(args: argparse.Namespace) -> tuple[Any, Iterable]:
-    """Images per second and memory of a few steps of training stages, or of their data path alone (--data)"""
-    from consissr.bench import feeding, training
+    """Images per second of training's data path alone"""
+    from consissr.bench.feeding import measure
 
-    feed = (args.data, args.set, args.workers, args.images)
-    found = feeding.measure(*feed) if args.data else training.measure(args.config, args.set, args.switch)
-    return found, [report.plain(found, "images per second")]
+    rows = measure(args.data, args.set, args.workers, args.images)
+    return rows, [report.plain(rows, "images per second")]
 
 
 def sizes(args: argparse.Namespace) -> tuple[Any, Iterable]:
     """Parameters and multiply-accumulates at SD2.1's size"""
     from consissr.bench.sizes import rows
 
-    return (found := rows()), [
-        report.plain(found, "512x512 pixels, MACs of convolutions and linear layers, and with attention")
-    ]
+    title = "512x512 pixels, MACs of convolutions and linear layers, and with attention"
+    return (found := rows()), [report.plain(found, title)]
 
 
 def degradation(args: argparse.Namespace) -> tuple[Any, Iterable]:
@@ -93,7 +84,7 @@ def gpu(args: argparse.Namespace) -> tuple[Any, Iterable]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    measurements = (inference, gpu, tiles, fidelity, start_up, training, sizes, degradation)
+    measurements = (inference, gpu, tiles, fidelity, training, sizes, degradation)
     commands = {function.__name__.replace("_", "-"): function for function in measurements}
     args = parser(__doc__, commands).parse_args(arguments)
     try:

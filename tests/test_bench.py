@@ -1,8 +1,7 @@
 """What the benchmark compares is the same mathematics: our fast path and the plain reference agree within rounding."""
 
 import json
-from dataclasses import asdict
-from types import SimpleNamespace
+import os
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from ccsr.methods import method
 from consissr.bench.clock import Clock
 from consissr.bench.inference import Question, compare
 from consissr.bench.models import Networks, from_folder
+from consissr.bench.process import apart
 from consissr.bench.reference import Reference
 from consissr.bench.work import macs_of
 from consissr.config.model import ModelConfig
@@ -177,7 +177,6 @@ def test_full_size_is_asked_for_in_full(script, capsys):
     ("words", "message"),
     [
         (["inference", "--runs", "0"], "--runs 0"),
-        (["start-up", "--runs", "-1"], "--runs -1"),
         (["degradation", "--images", "0"], "--images 0"),
         (["sizes", "--json", "{folder}/none/x.json"], "x.json is no file"),
         (["sizes", "--json", "{folder}"], "is no file"),
@@ -195,14 +194,16 @@ def test_sizes_of_pictures_and_their_ratios(script, capsys, monkeypatch):
 
     assert tiles.sides(48.77, 2) == (4032, 3024)
 
-    def run(call, **how):
-        size = json.loads(call[-1])["megapixels"]
-        row = tiles.Row(size, 1, 1, 3 * size**2, 3 * size, 1.0, 900.0, 0, "bf16")
-        return SimpleNamespace(returncode=0, stdout=json.dumps(asdict(row)), stderr="")
+    def measured(what, run, megapixels, **given):
+        return tiles.Row(megapixels, 1, 1, 3 * megapixels**2, 3 * megapixels, 1.0, 300.0, 900.0, 0, "bf16")
 
-    monkeypatch.setattr(tiles.subprocess, "run", run)
+    monkeypatch.setattr(tiles, "apart", measured)
     script("bench").main(["tiles", "--megapixels", "0.25", "0.5"])
     assert "2.000" in capsys.readouterr().out
-    monkeypatch.setattr(tiles.subprocess, "run", lambda *_, **how: SimpleNamespace(returncode=1, stderr="a\nno room"))
-    with pytest.raises(UserError, match="0.5 megapixels with m failed: no room"):
-        tiles.table("m", [0.5], {})
+
+
+def test_a_measurement_that_fails_apart_is_one_line():
+    with pytest.raises(UserError, match="^reading a failed: FileNotFoundError: .*a'$"):
+        apart("reading a", os.listdir, path="a")
+    with pytest.raises(UserError, match="^b failed: its process ended with status 9$"):
+        apart("b", os._exit, status=9)

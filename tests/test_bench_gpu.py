@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from consissr.bench.gpu import Task, Worker, lines, measure
+from consissr.bench.gpu import Task, lines, measure
+from consissr.bench.process import Worker
 
 
 class Clocked:
@@ -16,8 +17,8 @@ class Clocked:
     def __init__(self):
         self.now, self.limits = 0.0, []
 
-    def ask(self, task, limit):
-        took = task.given["took"]
+    def ask(self, run, given, limit):
+        took = given["took"]
         self.limits.append(limit)
         self.now += min(took, limit)
         if took > limit:
@@ -42,14 +43,14 @@ def test_what_does_not_fit_is_named_and_a_smaller_task_still_runs(tmp_path):
 def test_a_kill_loses_nothing_that_was_measured(tmp_path):
     worker, file = Clocked(), tmp_path / "gpu.json"
 
-    def killed(task, limit):
-        if task.name == "second":
+    def killed(run, given, limit):
+        if given["name"] == "second":
             raise KeyboardInterrupt
-        return Clocked.ask(worker, task, limit)
+        return Clocked.ask(worker, run, given, limit)
 
     worker.ask = killed
     with pytest.raises(KeyboardInterrupt):
-        measure([Task(name, 1, str, {"took": 1}) for name in ("first", "second")], 1, file, str, worker)
+        measure([Task(name, 1, str, {"took": 1, "name": name}) for name in ("first", "second")], 1, file, str, worker)
     tasks = json.loads(file.read_text())["tasks"]
     assert [task["status"] for task in tasks] == ["done", "not begun"] and worker.limits[-1] == "stopped"
 
@@ -57,12 +58,12 @@ def test_a_kill_loses_nothing_that_was_measured(tmp_path):
 def test_a_worker_that_dies_or_hangs_is_replaced():
     worker = Worker()
     try:
-        assert worker.ask(Task("", 0, os.path.basename, {"p": "a/b"}), 60) == {"status": "done", "found": "b"}
-        died = worker.ask(Task("", 0, os._exit, {"status": 3}), 60)
+        assert worker.ask(os.path.basename, {"p": "a/b"}, 60) == {"status": "done", "found": "b"}
+        died = worker.ask(os._exit, {"status": 3}, 60)
         assert died == {"status": "failed", "reason": "its process ended with status 3"}
-        wrong = worker.ask(Task("", 0, os.path.basename, {"p": 5}), 60)
+        wrong = worker.ask(os.path.basename, {"p": 5}, 60)
         assert wrong["status"] == "failed" and wrong["reason"].startswith("TypeError: expected str")
-        assert "took longer" in worker.ask(Task("", 0, signal.pause), 0.1)["reason"]
+        assert "took longer" in worker.ask(signal.pause, {}, 0.1)["reason"]
         assert worker.process is None
     finally:
         worker.stop()

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from consissr.bench.compat import prepare_basicsr
 from consissr.data.kernels import FAMILIES
 from consissr.data.settings import DegradationConfig
+from consissr.errors import UserError
+
+
+def prepare_basicsr() -> None:
+    """Let basicsr 1.4.2 import, which names a module that torchvision dropped in 0.17; call it before the first import.
+
+    Raises UserError where basicsr is not installed.
+    """
+    if find_spec("basicsr") is None:
+        raise UserError(
+            "the comparison needs basicsr, which builds on Python 3.11 and 3.12: pip install basicsr==1.4.2"
+        )
+    name = "torchvision.transforms.functional_tensor"
+    if name in sys.modules:
+        return
+    from torchvision.transforms import functional
+
+    module = types.ModuleType(name, "Stand-in for a removed module; holds the one function that basicsr takes from it.")
+    module.rgb_to_grayscale = functional.rgb_to_grayscale
+    sys.modules[name] = module
 
 
 def dataset(folder: str | Path, meta_info: str | Path, config: DegradationConfig) -> Any:

@@ -7,18 +7,14 @@ fit into the time that is left is named. Nothing heavy is imported here.
 
 from __future__ import annotations
 
-import gc
 import json
-import multiprocessing
-import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from consissr.bench.process import Worker
 
 RESERVE = 3.0
 """Seconds at the end in which nothing is measured."""
@@ -39,65 +35,6 @@ class Task:
     """The function's arguments."""
 
 
-class Worker:
-    """A process that runs tasks, one after the other; started with the first."""
-
-    def __init__(self) -> None:
-        self.process: multiprocessing.process.BaseProcess | None = None
-
-    def ask(self, task: Task, limit: float) -> dict[str, Any]:
-        """What the task gives: `status` "done" and `found`, or "failed" and `reason`; waits `limit` seconds."""
-        if self.process is None:
-            context = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
-            self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=serve, args=(theirs,), daemon=True)
-            self.process.start()
-            theirs.close()
-        try:
-            self.pipe.send((task.run, task.given))
-            if self.pipe.poll(limit):
-                return self.pipe.recv()
-            reason = f"took longer than {limit:.0f} s"
-        except (EOFError, OSError):
-            self.process.join(5)
-            reason = f"its process ended with status {self.process.exitcode}"
-        self.stop()
-        return {"status": "failed", "reason": reason}
-
-    def stop(self) -> None:
-        """End the process and those that it started, whatever they do."""
-        if self.process is not None:
-            with suppress(OSError):  # it has ended, or has not begun
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.kill()
-            self.process.join()
-            self.pipe.close()
-            self.process = None
-
-
-def serve(pipe: Any) -> None:
-    """The worker, in a group of its own with what it starts: answers until the pipe closes."""
-    os.setpgrp()
-    while True:
-        try:
-            run, given = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(answer(run, given))
-        gc.collect()
-        if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
-            sys.modules["torch"].cuda.empty_cache()
-
-
-def answer(run: Callable[..., dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
-    """A task's outcome; a failure as one line."""
-    try:
-        return {"status": "done", "found": run(**given)}
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever went wrong, the other tasks are worth measuring
-        reason = " ".join(str(error).split())
-        return {"status": "failed", "reason": f"{type(error).__name__}: {reason[:500]}"}
-
-
 def measure(
     tasks: list[Task],
     minutes: float,
@@ -115,7 +52,7 @@ def measure(
             if task.seconds > left:
                 entry["reason"] = f"takes about {task.seconds:.0f} s, {max(left, 0):.0f} were left"
             else:
-                entry |= worker.ask(task, min(left, max(PATIENCE * task.seconds, LEAST)))
+                entry |= worker.ask(task.run, task.given, min(left, max(PATIENCE * task.seconds, LEAST)))
                 entry["seconds"] = round(clock() - began, 1)
             tell("\n".join(lines(entry)))
             if file:

@@ -21,10 +21,10 @@ import torch
 
 from consissr.bench import gpu_training
 from consissr.bench.clock import Clock, ceiling
-from consissr.bench.footprint import MB, peak, start_peak
 from consissr.bench.gpu import Task
 from consissr.bench.inference import Question, compare, pictures
 from consissr.bench.models import SD21, Method, build
+from consissr.bench.process import MB, peak, start_peak
 from consissr.images import codec
 from consissr.inference import batch, jobs
 from consissr.models.fast import set_kernels

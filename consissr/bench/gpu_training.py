@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from consissr.bench.data import write_photos
-from consissr.bench.footprint import peak, start_peak
 from consissr.bench.models import drawn
+from consissr.bench.process import peak, start_peak
 from consissr.models.fast import set_kernels
 from consissr.models.memory import is_out_of_memory
 from consissr.nano.config import run_config

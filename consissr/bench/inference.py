@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,9 +14,8 @@ import torch
 from torch import Tensor
 
 from consissr.bench.clock import Clock, ceiling, spread
-from consissr.bench.footprint import MB, start_peak
-from consissr.bench.footprint import peak as peak_bytes
 from consissr.bench.models import Method, build
+from consissr.bench.process import MB, apart, peak, start_peak
 from consissr.bench.reference import Reference
 from consissr.bench.report import PARTS, PATHS
 from consissr.bench.work import macs_of
@@ -114,7 +110,7 @@ class Paths:
             clocks.append(Clock(self.device, only="total"))
             self.run(path, clocks[-1])
         seconds = spread([clock.parts["total"].wall / self.question.batch for clock in clocks[1:]])
-        return {"undivided": seconds, "working_mb": (peak_bytes(self.question.device) - before) / MB}
+        return {"undivided": seconds, "working_mb": (peak(self.question.device) - before) / MB}
 
     def ours(self, x: Tensor, plan: list[Step], clock: Clock) -> Tensor:
         """Restorer's result, with the time of its parts."""
@@ -196,18 +192,10 @@ def ratio(found: dict[str, Any], part: str, kind: str) -> float | None:
 
 def memory(question: Question, paths: tuple[str, ...] = PATHS) -> dict[str, float]:
     """Peak MB of each path above what a process has in use after imports, each in a process of its own."""
-    found = {}
-    for path in paths:
-        text = json.dumps(asdict(question) | {"path": path})
-        call = [sys.executable, "-m", "consissr.bench.inference", text]
-        done = subprocess.run(call, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"measuring the memory of '{path}' failed: {done.stderr[-800:]}")
-        found[path] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return {path: apart(f"measuring the memory of '{path}'", peak_of, question=question, path=path) for path in paths}
 
 
-def peak(question: Question, path: str) -> float:
+def peak_of(question: Question, path: str) -> float:
     """MB used at most by building a path and restoring one batch, above what imports take."""
     import diffusers.models.controlnets.controlnet  # noqa: F401
     import transformers.models.clip.modeling_clip  # noqa: F401
@@ -215,17 +203,4 @@ def peak(question: Question, path: str) -> float:
     before = start_peak(question.device)
     with tempfile.TemporaryDirectory() as scratch:
         Paths(question, (path,), Path(scratch)).run(path, Clock(torch.device(question.device)))
-    return (peak_bytes(question.device) - before) / MB
-
-
-def main(text: str) -> None:
-    """The child process of `memory`."""
-    given = json.loads(text)
-    path = given.pop("path")
-    given["method"]["plan"] = [Step(*step) for step in given["method"]["plan"]]
-    question = Question(**(given | {"method": Method(**given["method"])}))
-    sys.stdout.write(f"{peak(question, path)}\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return (peak(question.device) - before) / MB

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consissr.bench.footprint import peak
-from consissr.errors import UserError
+from consissr.bench.process import MB, apart, peak, start_peak
 
 
 @dataclass
@@ -27,8 +23,10 @@ class Row:
     """CPU seconds per megapixel."""
     ratio: float
     """Of these to the smallest result's."""
+    loaded_mb: float
+    """Of the whole process before, with the program and the model."""
     peak_mb: float
-    """Of the whole process, the program and the model included."""
+    """Of the whole process at most."""
     tiles: int
     """How many the image was restored in; 0 for one piece."""
     precision: str
@@ -44,20 +42,15 @@ def table(model: str, sizes: list[float], load: dict[str, Any], scale: float = 2
     """One row per size in megapixels. load: more arguments of Restorer.load. UserError if a process failed."""
     rows: list[Row] = []
     for megapixels in sizes:
-        task = {"model": model, "megapixels": megapixels, "scale": scale, "load": load}
-        call = [sys.executable, "-m", "consissr.bench.tiles", json.dumps(task)]
-        done = subprocess.run(call, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["killed"]
-            raise UserError(f"{megapixels:g} megapixels with {model} failed: {lines[-1]}")
-        row = Row(**json.loads(done.stdout.splitlines()[-1]))
+        given = {"model": model, "megapixels": megapixels, "scale": scale, "load": load}
+        row = apart(f"{megapixels:g} megapixels with {model}", measure, **given)
         row.ratio = row.per_megapixel / (rows[0] if rows else row).per_megapixel
         rows.append(row)
     return rows
 
 
 def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -> Row:
-    """The measurement itself, in this process."""
+    """The measurement itself, in this process. A small image goes first: what is set up once doesn't count."""
     import torch
 
     from consissr.images import codec
@@ -72,6 +65,7 @@ def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -
     lq = codec.resize(coarse, (height, width)).add_(0.03 * torch.randn(1, 1, height, width, generator=generator))
     lq.clamp_(-1, 1)
     restorer(lq[..., :64, :64].contiguous(), scale)
+    loaded = start_peak(restorer.device.type) / MB
     tiles, begin = [0], time.process_time()
     y = restorer(lq, scale, on_tile=lambda done, number, share: tiles.append(number))
     size = (y.shape[3], y.shape[2])
@@ -81,12 +75,5 @@ def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -
         del y  # as scripts/infer.py does
         codec.write_samples(path, samples)
     seconds, area = time.process_time() - begin, size[0] * size[1] / 1e6
-    memory = peak(restorer.device.type) / 2**20
-    return Row(round(area, 2), *size, seconds, seconds / area, 1.0, memory, tiles[-1], restorer.precision)
-
-
-if __name__ == "__main__":
-    try:
-        sys.stdout.write(json.dumps(asdict(measure(**json.loads(sys.argv[1])))) + "\n")
-    except UserError as error:
-        sys.exit(str(error))
+    memory = peak(restorer.device.type) / MB
+    return Row(round(area, 2), *size, seconds, seconds / area, 1.0, loaded, memory, tiles[-1], restorer.precision)

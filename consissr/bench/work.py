@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from consissr.bench.models import Method, Networks
+from consissr.evaluation.complexity import macs
 from consissr.models.denoiser import Condition
-
-
-def counted(run: Callable[[], Any]) -> int:
-    """Multiply-accumulates of all convolutions, matrix products and attention in `run`."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run()
-    return sum(counter.get_flop_counts()["Global"].values()) // 2
 
 
 def without_weights(network: nn.Module) -> nn.Module:
@@ -45,6 +38,7 @@ def macs_of(networks: Networks, config: Any, method: Method, pixels: int) -> dic
     condition, t = Condition(text, z, tokens), torch.zeros(1, dtype=torch.int64, device="meta")
     prepared = denoiser.prepare(condition)
     plain = without_weights(networks.denoiser)
+    counted = partial(macs, attention=True)
     once = {"encode": counted(lambda: latents.moments(x)), "decode": counted(lambda: latents.decode(z))}
     row = {
         "reference": counted(lambda: plain(z, t, condition)),

@@ -52,30 +52,36 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def macs(run: Callable[[], Any]) -> int:
-    """Multiply-accumulates of convolutions and linear layers in `run`."""
+def macs(run: Callable[[], Any], attention: bool = False) -> int:
+    """Multiply-accumulates of convolutions and linear layers in `run`; `attention`: its matrix products, too."""
     aten = torch.ops.aten
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     flops = counter.get_flop_counts()["Global"]
-    return sum(flops.get(operation, 0) for operation in (aten.convolution, aten.mm, aten.addmm)) // 2
+    operations = flops if attention else (aten.convolution, aten.mm, aten.addmm)
+    return sum(flops.get(operation, 0) for operation in operations) // 2
 
 
-def work(networks: dict[str, nn.Module]) -> dict[str, int]:
-    """MACs of one pass for a 512x512 result: 'denoiser' (UNet and ControlNet), 'encoder' and 'decoder' of the VAE."""
+def work(networks: dict[str, nn.Module], attention: bool = False, prepared: bool = False) -> dict[str, int]:
+    """MACs of one pass for a 512x512 result: 'denoiser' (UNet and ControlNet), 'encoder' and 'decoder' of the VAE.
+
+    attention: count its matrix products. prepared: what depends on the prompts alone was computed before.
+    """
     from consissr.models.denoiser import Condition, Denoiser
 
     denoiser = Denoiser(networks["unet"], networks["controlnet"], torch.ones(1000, dtype=torch.float64))
     image_tokens = torch.empty(1, 1, 1024, device="meta") if "image adapter" in networks else None
     z = torch.empty(1, 4, LATENT, LATENT, device="meta")
     condition = Condition(torch.empty(1, TOKENS, 1024, device="meta"), z, image_tokens)
+    condition = denoiser.prepare(condition) if prepared else condition
     t = torch.zeros(1, dtype=torch.int64, device="meta")
     vae, pixels = networks["vae"], torch.empty(1, 3, SIDE, SIDE, device="meta")
-    return {
-        "denoiser": macs(lambda: denoiser(z, t, condition)),
-        "encoder": macs(lambda: vae.encode(pixels)),
-        "decoder": macs(lambda: vae.decode(z)),
+    passes = {
+        "denoiser": lambda: denoiser(z, t, condition),
+        "encoder": lambda: vae.encode(pixels),
+        "decoder": lambda: vae.decode(z),
     }
+    return {name: macs(run, attention) for name, run in passes.items()}
 
 
 def measured_rows(table: Table, seconds: Callable[[str], float] | None = None) -> dict[str, dict[str, Cell]]:

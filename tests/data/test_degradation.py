@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from consissr.bench.basicsr_path import dataset, feed_data
-from consissr.bench.compat import prepare_basicsr
+from consissr.bench.basicsr_path import dataset, feed_data, prepare_basicsr
 from consissr.data.degradation import add_noise, blur, degrade, draw_kernel, draw_kernels, preset, run_stages
 from consissr.data.draws import ReleasedDraws, SeededDraws
 from consissr.data.jpeg import jpeg
