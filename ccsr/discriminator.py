@@ -27,6 +27,8 @@ SHIFT, CUTOUT = 0.125, 0.2
 """Largest shift and side of the cutout, as fractions of the image's side."""
 CROP = 0.5
 """Probability that the ViT is shown a window of its own size instead of the whole image, made smaller."""
+MAPS = 64
+"""Channels in which a head compares features and condition."""
 Window = tuple[int, int] | None
 """Top and left of such a window; None: the whole image."""
 
@@ -144,11 +146,11 @@ class ConditionMap(nn.Module):
 class Head(nn.Module):
     """Logits (B, N) for one token map (B, D, N) under a condition (B, c_dim)."""
 
-    def __init__(self, width: int, c_dim: int, maps: int = 64) -> None:
+    def __init__(self, width: int, c_dim: int) -> None:
         super().__init__()
         self.main = nn.Sequential(block(width, 1), Residual(block(width, 9)))
-        self.cls = SpectralConv1d(width, maps, 1)
-        self.cmapper = ConditionMap(c_dim, maps)
+        self.cls = SpectralConv1d(width, MAPS, 1)
+        self.cmapper = ConditionMap(c_dim, MAPS)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Projection of the features of x (B, D, N) on the condition c (B, c_dim): (B, N)."""

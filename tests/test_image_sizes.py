@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from consissr.images import codec, formats
-from consissr.images.resize import crop, pad_to_multiple, resize, resized_rows
+from consissr.images.resize import resize, resized_rows
 
 
 @pytest.mark.parametrize("size", [(97, 31), (40, 200), (13, 9), (1, 1)])
@@ -42,25 +42,6 @@ def test_resize_conformance(shared):
     x = torch.from_numpy(arrays["src"]).permute(2, 0, 1) / 127.5 - 1
     result = codec.to_uint8(codec.resize(x, (175, 128))).permute(1, 2, 0).numpy()
     assert np.abs(result.astype(int) - arrays["auto_resize_128"]).max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "multiple"), [(1, 1, 8), (5, 8, 8), (1, 9, 64), (37, 53, 64), (64, 64, 64)]
-)
-def test_pad_and_crop(height, width, multiple):
-    x = torch.rand(2, 3, height, width)
-    padded = pad_to_multiple(x, multiple)
-    assert padded.shape[-2] % multiple == 0 and padded.shape[-1] % multiple == 0
-    assert padded.shape[-2] - height < multiple and padded.shape[-1] - width < multiple
-    assert torch.equal(crop(padded, (height, width)), x)
-    expected = np.pad(
-        x.numpy(), [(0, 0), (0, 0), (0, padded.shape[-2] - height), (0, padded.shape[-1] - width)], "reflect"
-    )
-    assert (padded.numpy() == expected).all()
-
-
-def test_pad_to_a_minimum():
-    assert pad_to_multiple(torch.rand(3, 20, 90), 8, minimum=64).shape == (3, 64, 96)
 
 
 def test_output_size():

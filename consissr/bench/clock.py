@@ -67,9 +67,9 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def ceiling(device: torch.device, dtype: torch.dtype, side: int = 1536) -> Time:
+def ceiling(device: torch.device, dtype: torch.dtype) -> Time:
     """Multiply-accumulates per second (and per CPU second) of a matrix product: the best of three."""
-    side = side if device.type == "cpu" else 8192
+    side = 1536 if device.type == "cpu" else 8192
     a = torch.randn(side, side, device=device).to(dtype)
     rates = []
     for _ in range(4):

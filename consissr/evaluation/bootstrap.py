@@ -21,25 +21,25 @@ class Estimate:
     high: float
 
 
-def interval(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Estimate:
-    """Mean of `values` (images,) and the percentile bootstrap interval of it: `draws` resamples of the images."""
-    return hierarchical(np.asarray(values)[None], seed, draws)
+def interval(values: np.ndarray) -> Estimate:
+    """Mean of `values` (images,) and the percentile bootstrap interval of it, by resamples of the images."""
+    return hierarchical(np.asarray(values)[None])
 
 
-def hierarchical(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Estimate:
+def hierarchical(values: np.ndarray) -> Estimate:
     """Mean of `values` (training seeds, images) and its percentile bootstrap interval.
 
-    Each of `draws` resamples draws seeds and images with replacement, independently: all seeds restore the same images.
+    Each of DRAWS resamples draws seeds and images with replacement, independently: all seeds restore the same images.
     """
     values = np.asarray(values, dtype=np.float64)
     seeds, images = values.shape
-    random = np.random.default_rng(seed)
-    chosen = random.integers(0, images, (draws, images))
-    means = np.empty((draws, seeds))
+    random = np.random.default_rng(0)
+    chosen = random.integers(0, images, (DRAWS, images))
+    means = np.empty((DRAWS, seeds))
     for row in range(seeds):
         means[:, row] = values[row][chosen].mean(axis=1)
     if seeds > 1:
-        means = np.take_along_axis(means, random.integers(0, seeds, (draws, seeds)), axis=1)
+        means = np.take_along_axis(means, random.integers(0, seeds, (DRAWS, seeds)), axis=1)
     low, high = np.quantile(means.mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(values.mean()), float(low), float(high))
 
@@ -64,10 +64,10 @@ class Difference:
         return float(factor * np.std(self.seeds, ddof=1) / math.sqrt(len(self.seeds)))
 
 
-def paired(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Difference:
+def paired(a: np.ndarray, b: np.ndarray) -> Difference:
     """a - b, both (training seeds, images): the k-th seed's with the k-th seed's, image by image."""
     differences = np.atleast_2d(a) - np.atleast_2d(b)
-    return Difference(hierarchical(differences, seed, draws), tuple(differences.mean(axis=1).tolist()))
+    return Difference(hierarchical(differences), tuple(differences.mean(axis=1).tolist()))
 
 
 def verdict(difference: Difference, expected: str) -> str:

@@ -82,8 +82,8 @@ def bicubic_baseline(lr: torch.Tensor, scale: int = 4) -> torch.Tensor:
     return codec.to_uint8(codec.resize(lr * 2 - 1, size)).float() / 255
 
 
-def bicubic_plus_grain(lr: torch.Tensor, scale: int = 4, sigma: float = GRAIN, seed: int = 0) -> torch.Tensor:
-    """Bicubic upscaling plus grey grain of `sigma` 8-bit levels: what NIQE alone cannot tell from detail.
+def bicubic_plus_grain(lr: torch.Tensor, scale: int = 4, seed: int = 0) -> torch.Tensor:
+    """Bicubic upscaling plus grey grain of GRAIN 8-bit levels: what NIQE alone cannot tell from detail.
 
     The grain is Gaussian noise blurred by 0.7 pixels, as film's is; white noise would raise NIQE instead.
     """
@@ -91,7 +91,7 @@ def bicubic_plus_grain(lr: torch.Tensor, scale: int = 4, sigma: float = GRAIN, s
     shape = (upscaled.shape[0], 1, upscaled.shape[-2] + 8, upscaled.shape[-1] + 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     grain = gaussian_blur(noise, 9, GRAIN_BLUR)
-    return ((upscaled + grain / grain.std() * sigma / 255).clamp(0, 1) * 255).round() / 255
+    return ((upscaled + grain / grain.std() * GRAIN / 255).clamp(0, 1) * 255).round() / 255
 
 
 def scale_between(lr: Path, hr: Path) -> int:

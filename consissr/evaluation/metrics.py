@@ -37,18 +37,18 @@ def crop_border(image: torch.Tensor, pixels: int) -> torch.Tensor:
     return image[..., pixels:-pixels, pixels:-pixels]
 
 
-def psnr(sr: torch.Tensor, hr: torch.Tensor, crop: int = 0, space: str = "y") -> torch.Tensor:
+def psnr(sr: torch.Tensor, hr: torch.Tensor, space: str = "y") -> torch.Tensor:
     """Peak signal-to-noise ratio in dB over Y (`space` "y") or over the three channels ("rgb")."""
-    sr, hr = (crop_border(_checked(image), crop).double() for image in _pair(sr, hr))
+    sr, hr = (_checked(image).double() for image in _pair(sr, hr))
     if space == "y":
         sr, hr = luma(sr), luma(hr)
     mse = (sr - hr).square().flatten(1).mean(dim=1)
     return 10.0 * torch.log10(1.0 / (mse + PSNR_EPS))
 
 
-def ssim(sr: torch.Tensor, hr: torch.Tensor, crop: int = 0) -> torch.Tensor:
+def ssim(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
     """Structural similarity (Wang et al. 2004) over the rounded Y."""
-    sr, hr = (crop_border(_checked(image), crop).float() for image in _pair(sr, hr))
+    sr, hr = (_checked(image).float() for image in _pair(sr, hr))
     if min(sr.shape[-2:]) < SSIM_WINDOW:
         raise UserError(f"SSIM needs images of at least {SSIM_WINDOW} pixels, these have {tuple(sr.shape[-2:])}")
     x, y = ((luma(image) * 255.0).round().double() for image in (sr, hr))

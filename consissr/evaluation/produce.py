@@ -115,14 +115,14 @@ def timer(table: Table, run: list[str], script: Path) -> Callable[[str], float] 
     return seconds if run else None
 
 
-def seconds_per_image(model: str, flags: list[str], script: Path, repeats: int = 4) -> float:
-    """Seconds of the fastest of `repeats` restorations of a 128x128 image to 512x512 on this machine, by infer.py."""
+def seconds_per_image(model: str, flags: list[str], script: Path) -> float:
+    """Seconds of the fastest of four restorations of a 128x128 image to 512x512 on this machine, by infer.py."""
     with tempfile.TemporaryDirectory() as scratch:
         noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
         image, log = Path(scratch) / "lq.png", Path(scratch) / "log.jsonl"
         Image.fromarray(noise).save(image)
         call = [script, "-i", image, "-o", f"{scratch}/results", "-m", model, "-s", 4, *flags]
-        run_script([*call, "--repeat", repeats, "--json", log, "--quiet"], f"{model} could not be timed")
+        run_script([*call, "--repeat", 4, "--json", log, "--quiet"], f"{model} could not be timed")
         entries = [json.loads(line) for line in log.read_text().splitlines()]
         return min(entry["seconds"] for entry in entries if entry.get("status") == "done")
 

@@ -83,19 +83,6 @@ def _bicubic(
     return resized if limits is None else resized.clamp_(*limits)
 
 
-def pad_to_multiple(x: Tensor, multiple: int, minimum: int = 1) -> Tensor:
-    """Pad (..., H, W) at the bottom and right to multiples of `multiple`, at least `minimum`, by reflection.
-
-    Works for any size: an axis shorter than its padding is reflected again and again, an axis of 1 is repeated.
-    """
-    for axis in (-2, -1):
-        size = x.shape[axis]
-        padded = -(-max(size, minimum) // multiple) * multiple
-        if padded != size:
-            x = x.index_select(axis, reflected(size, padded).to(x.device))
-    return x
-
-
 def reflected(size: int, padded: int, before: int = 0) -> Tensor:
     """Which of `size` rows stand in `padded` ones, where those beyond the ends are reflected, again and again.
 
@@ -108,5 +95,5 @@ def reflected(size: int, padded: int, before: int = 0) -> Tensor:
 
 
 def crop(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """The top left (H, W) of (..., H', W'): undoes `pad_to_multiple`."""
+    """The top left (H, W) of (..., H', W')."""
     return x[..., : size[0], : size[1]]

@@ -27,6 +27,8 @@ PROTOCOL = "ccsr"
 SCALE = 4
 NIQE_SIDE = 512
 """Pixels below which NIQE, made of blocks of 96 pixels, is left out."""
+CROPS = 3
+"""Images whose crops are drawn."""
 RULES = (
     f"Differences are paired by training seed and image. Intervals (95 %, {DRAWS} resamples) draw training seeds and "
     "images anew; a difference is resolved when it lies beyond 0 there, and beyond the least one that the spread of "
@@ -233,11 +235,11 @@ def costs(work: Work) -> str:
     return f"{len(seconds)} models trained in {duration(sum(seconds))} ({where}); protocol {PROTOCOL}"
 
 
-def draw_crops(work: Work, scores: Scores, path: Path, shown: int = 3) -> None:
+def draw_crops(work: Work, scores: Scores, path: Path) -> None:
     """A line per image: input, every row's first result of its first seed, reference."""
     folders = {row: list_runs(work.results(row, seeds[0], scores.name))[0]
                for row, seeds in scores.seeds.items() if seeds}  # fmt: skip
-    names = [scores.images[i] for i in np.unique(((np.arange(shown) + 0.5) * len(scores.images) / shown).astype(int))]
+    names = [scores.images[i] for i in np.unique(((np.arange(CROPS) + 0.5) * len(scores.images) / CROPS).astype(int))]
     data = work.test_set(scores.name)
     inputs = figures.Inputs(folders, data / "HR", data / "LR", names, None)
     figures.picture_grid(figures.crop_rows(inputs)).savefig(path, dpi=130, bbox_inches="tight")
