@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,61 +34,24 @@ Window = tuple[int, int] | None
 """Top and left of such a window; None: the whole image."""
 
 
-class ViT(nn.Module):
-    """A vision transformer with timm's names: DINO v1 and, with layer scales, DINOv2."""
+class ViT(VisionTransformer):
+    """timm's vision transformer as DINO v1 has it and, with layer scales, DINOv2."""
 
     def __init__(self, side: int, patch: int, width: int, depth: int, heads: int, layer_scale: bool = False) -> None:
-        super().__init__()
-        self.side, self.heads = side, heads
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (side // patch) ** 2, width))
-        self.blocks = nn.ModuleList(ViTBlock(width, heads, layer_scale) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        scale = 1.0 if layer_scale else None
+        super().__init__(side, patch, num_classes=0, embed_dim=width, depth=depth, num_heads=heads, init_values=scale)
+        self.side = side
 
     def tokens(self, x: Tensor) -> list[Tensor]:
         """Embedded tokens, then every block's output, each (B, 1 + N, D); x (B,3,side,side), normalised."""
-        patches = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
-        tokens = [torch.cat([self.cls_token.expand(len(x), -1, -1), patches], 1) + self.pos_embed]
+        tokens = [self._pos_embed(self.patch_embed(x))]
         for block in self.blocks:
             tokens.append(block(tokens[-1]))
         return tokens
 
     def summary(self, x: Tensor) -> Tensor:
         """The class token after the final norm, (B, D)."""
-        return self.norm(self.tokens(x)[-1])[:, 0]
-
-
-class ViTBlock(nn.Module):
-    """Pre-norm attention and MLP."""
-
-    def __init__(self, width: int, heads: int, layer_scale: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
-        self.ls1, self.ls2 = (LayerScale(width) if layer_scale else nn.Identity() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        batch, count, width = x.shape
-        qkv = self.attn["qkv"](self.norm1(x)).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(batch, count, width)
-        x = x + self.ls1(self.attn["proj"](mixed))
-        return x + self.ls2(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
-
-
-class LayerScale(nn.Module):
-    """A learned factor per channel (DINOv2)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, width) -> the same shape."""
-        return x * self.gamma
+        return self(x)
 
 
 class SpectralConv1d(nn.Module):

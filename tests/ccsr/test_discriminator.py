@@ -99,18 +99,18 @@ def test_a_vit_is_its_formula():
     vit, x = ViT(side=16, patch=8, width=8, depth=2, heads=2, layer_scale=True), torch.rand(2, 3, 16, 16)
     for parameter in vit.parameters():
         parameter.normal_(std=0.4)
-    proj = vit.patch_embed["proj"]
+    proj = vit.patch_embed.proj
     patches = [F.linear(x[:, :, r : r + 8, c : c + 8].flatten(1), proj.weight.flatten(1), proj.bias)
                for r in (0, 8) for c in (0, 8)]  # fmt: skip
     y = torch.stack([vit.cls_token[0].expand(2, -1), *patches], 1) + vit.pos_embed
     wanted = [y]
     for block in vit.blocks:
         even = F.layer_norm(y, (8,), block.norm1.weight, block.norm1.bias, 1e-6)
-        q, k, v = (part.view(2, 5, 2, 4) for part in block.attn["qkv"](even).chunk(3, -1))
+        q, k, v = (part.view(2, 5, 2, 4) for part in block.attn.qkv(even).chunk(3, -1))
         shares = torch.einsum("bihd,bjhd->bhij", q, k).div(2).softmax(-1)
-        y = y + block.attn["proj"](torch.einsum("bhij,bjhd->bihd", shares, v).flatten(2)) * block.ls1.gamma
+        y = y + block.attn.proj(torch.einsum("bhij,bjhd->bihd", shares, v).flatten(2)) * block.ls1.gamma
         even = F.layer_norm(y, (8,), block.norm2.weight, block.norm2.bias, 1e-6)
-        y = y + block.mlp["fc2"](F.gelu(block.mlp["fc1"](even))) * block.ls2.gamma
+        y = y + block.mlp.fc2(F.gelu(block.mlp.fc1(even))) * block.ls2.gamma
         wanted.append(y)
     for got, want in zip(vit.tokens(x), wanted, strict=True):
         assert torch.allclose(got, want, atol=1e-4)
@@ -177,6 +177,6 @@ def test_untrained_adversaries_have_the_released_sizes():
     with torch.device("meta"):
         adversary = DinoAdversary(DeftConfig(), untrained=True)
     for vit, side, patch, scaled in ((adversary.summary, 518, 14, True), (adversary.discriminator.vit, 224, 16, False)):
-        assert (vit.side, vit.heads, vit.blocks[0].heads, len(vit.blocks)) == (side, 6, 6, 12)
-        assert vit.cls_token.shape[-1] == 384 and vit.patch_embed["proj"].kernel_size == (patch, patch)
+        assert (vit.side, vit.blocks[0].attn.num_heads, len(vit.blocks)) == (side, 6, 12)
+        assert vit.cls_token.shape[-1] == 384 and vit.patch_embed.proj.kernel_size == (patch, patch)
         assert any("ls1.gamma" in name for name, _ in vit.named_parameters()) == scaled
