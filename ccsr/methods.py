@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ccsr.timesteps import nuts_plan
-from consissr.bench.models import Method
+from consissr.bench.models import SamplingMethod
 from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import ddpm_plan
 from consissr.weights.released import AS_RELEASED
@@ -26,13 +26,13 @@ GUIDED = guidance(AS_RELEASED_V2)
 CONSISSR = guidance(AS_RELEASED) | {"plan": "ddpm", "first_prompt": "guided"}
 
 
-def method(name: str, steps: int) -> Method:
+def method(name: str, steps: int) -> SamplingMethod:
     """'ccsr-1', 'ccsr-2', 'ccsr-2-guided' (evaluations), or 'consissr' with `steps` evaluations instead of its 50."""
     if name == "consissr":
-        return Method(name, "consissr", ddpm_plan(steps), CONSISSR, sequential=True)
+        return SamplingMethod(name, "consissr", ddpm_plan(steps), CONSISSR, sequential=True)
     two = nuts_plan(6, 2 / 3, 0.5)
     known = {"ccsr-1": (nuts_plan(1), CCSR), "ccsr-2": (two, CCSR), "ccsr-2-guided": (two, GUIDED)}
-    return Method(name, "ccsr", *known[name])
+    return SamplingMethod(name, "ccsr", *known[name])
 
 
 def stages(configs: Path) -> dict[str, tuple[str, Any]]:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from consissr.errors import UserError, exit_status
-from consissr.studies.run import Work, run_jobs, stages
+from consissr.studies.run import Work, run_commands, stages
 from consissr.studies.spec import available, load_study
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -55,8 +55,8 @@ def study(args: argparse.Namespace) -> int:
     for name, one in chosen.items():
         work, rows = Work(study=one, **how), [row for row in one.rows if not args.only or row in args.only]
         if not args.report_only:
-            for jobs in stages(work, rows, restoring=not args.train_only):
-                problems += [f"failed: {job}: {text}" for job, text in run_jobs(jobs, args.jobs).items()]
+            for commands in stages(work, rows, restoring=not args.train_only):
+                problems += [f"failed: {name}: {text}" for name, text in run_commands(commands, args.jobs).items()]
         if not args.train_only:
             from consissr.studies.report import report
 

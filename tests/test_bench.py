@@ -118,10 +118,10 @@ def test_consissr_paths_agree(ccsr_parts, tokens):
 
 
 def test_work_counts_what_is_saved(ccsr_parts):
-    from consissr.bench.models import Method
+    from consissr.bench.models import SamplingMethod
 
     config = SamplerConfig(**PROMPTED, **RELEASED)
-    work = macs_of(ccsr_parts, config, Method("", "ccsr", nuts_plan(6, 2 / 3, 0.5)), 64)
+    work = macs_of(ccsr_parts, config, SamplingMethod("", "ccsr", nuts_plan(6, 2 / 3, 0.5)), 64)
     assert work["reference"]["encode"] == 2 * work["ours"]["encode"]
     assert work["ours"]["decode"] == work["reference"]["decode"]
     assert 0 < work["ours"]["step"] < work["reference"]["step"]

@@ -23,7 +23,7 @@ from consissr.bench import gpu_training
 from consissr.bench.clock import Clock, ceiling
 from consissr.bench.gpu import Task
 from consissr.bench.inference import Question, compare, pictures
-from consissr.bench.models import SD21, Method, build
+from consissr.bench.models import SD21, SamplingMethod, build
 from consissr.bench.process import MB, peak, start_peak
 from consissr.images import codec
 from consissr.inference import batch, jobs
@@ -35,7 +35,7 @@ LEVELS = 127.5
 """8-bit levels per unit of [-1, 1]."""
 
 
-def tasks(size: str, device: str, methods: Callable[[str, int], Method], stages: dict[str, Any]) -> list[Task]:
+def tasks(size: str, device: str, methods: Callable[[str, int], SamplingMethod], stages: dict[str, Any]) -> list[Task]:
     """All tasks in their order. methods: (name, steps) -> how it samples; stages: (config file, class) by name."""
     tiny = size == "tiny"
     pixels, steps, count = (64, 2, 8) if tiny else (512, 50, 64)

@@ -38,7 +38,7 @@ class Timed(Loop):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.report, self.lines = None, []
+        self.log, self.lines = None, []
         self.frozen.originals.clear()  # nothing is exported; in a run they are on the CPU
 
     def save(self, wait: bool) -> None:

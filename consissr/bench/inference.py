@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from consissr.bench.clock import Clock, ceiling, spread
-from consissr.bench.models import Method, build
+from consissr.bench.models import SamplingMethod, build
 from consissr.bench.process import MB, apart, peak, start_peak
 from consissr.bench.reference import Reference
 from consissr.bench.report import PARTS, PATHS
@@ -34,7 +34,7 @@ class Question:
 
     size: str
     """'sd21' (random weights), or a bundled model or model folder."""
-    method: Method
+    method: SamplingMethod
     pixels: int = 512
     """Side of the result; the input's is a quarter."""
     batch: int = 1

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from consissr.bench.fake_gpu import fake_gpu, mixed
 from consissr.bench.gpu_training import TINY
-from consissr.bench.models import Method
+from consissr.bench.models import SamplingMethod
 from consissr.config.sampler import SamplerConfig
 from consissr.config.training import TrainConfig
 from consissr.data.degradation import degrade, preset
@@ -93,7 +93,7 @@ class FusedAttention(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def rows(size: str, method: Method, stages: dict[str, tuple[str, Any]]) -> list[dict[str, Any]]:
+def rows(size: str, method: SamplingMethod, stages: dict[str, tuple[str, Any]]) -> list[dict[str, Any]]:
     """Launches and waits of one image by `method`, of a training step per stage, and of degrading an image.
 
     size: 'sd21', or 'tiny' for the bundled models' (the same blocks, fewer of them).
@@ -114,7 +114,7 @@ def row(what: str, counted: Launches, times: int = 1) -> dict[str, Any]:
     return {"what": what, "launches": sum(counted.launches.values()) / times, "waits": waits, "most often": names}
 
 
-def restored(config: TrainConfig, method: Method) -> Launches:
+def restored(config: TrainConfig, method: SamplingMethod) -> Launches:
     """From the low-quality image on the device to whole numbers on their way back.
 
     Without the question whether the result is a number, which has no answer here and waits once for each batch.

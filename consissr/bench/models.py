@@ -28,7 +28,7 @@ SD21 = "sd21"
 
 
 @dataclass
-class Method:
+class SamplingMethod:
     """A way of sampling: which networks (a key of `complexity.MODELS`), settings, timesteps."""
 
     name: str
@@ -152,7 +152,7 @@ def from_folder(
 
 
 def build(
-    size: str, method: Method, device: torch.device, dtype: torch.dtype, keep_text: bool = True
+    size: str, method: SamplingMethod, device: torch.device, dtype: torch.dtype, keep_text: bool = True
 ) -> tuple[Networks, SamplerConfig]:
     """The networks, and the settings of a method: at full size those given, else the model's own changed by them.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from consissr.bench.models import Method, Networks
+from consissr.bench.models import Networks, SamplingMethod
 from consissr.evaluation.complexity import macs
 from consissr.models.denoiser import Condition
 
@@ -23,7 +23,7 @@ def without_weights(network: nn.Module) -> nn.Module:
     return deepcopy(network, known)
 
 
-def macs_of(networks: Networks, config: Any, method: Method, pixels: int) -> dict[str, dict[str, int]]:
+def macs_of(networks: Networks, config: Any, method: SamplingMethod, pixels: int) -> dict[str, dict[str, int]]:
     """{path: {"encode", "step", "decode", "total"}} per image, for results of `pixels` x `pixels`.
 
     Under guidance a step has two rows; where CCSR's first step is unguided, "step" is the mean. The work of a 3x3

@@ -12,7 +12,7 @@ import numpy as np
 from consissr.config.data import DataConfig
 from consissr.data.listing import Photos, list_photos
 from consissr.data.pairs import check_names, pairs
-from consissr.data.photo import Photo
+from consissr.data.photo import PhotoFile
 from consissr.errors import UserError
 from consissr.images.resize import resize
 from consissr.images.rgb8 import center_crop, decode, resized_window, to_tensor
@@ -44,8 +44,8 @@ class PhotoDataset:
     def __init__(self, config: DataConfig, seed: int):
         check(config)
         self.config, self.seed, self.crop, self.scale = config, seed, config.crop, config.scale
-        groups: list[Photos | list[Photo]] = [list_photos(path) for path in config.paths]
-        self.partners: list[list[Photo]] = [[] for _ in groups]
+        groups: list[Photos | list[PhotoFile]] = [list_photos(path) for path in config.paths]
+        self.partners: list[list[PhotoFile]] = [[] for _ in groups]
         """For each entry of `paths` the partners of its images, in their order; [] where there are none."""
         for i, folder in enumerate(config.lq_paths):
             if folder:
@@ -83,7 +83,7 @@ class PhotoDataset:
         group = min(int(np.searchsorted(self._edges, rng.random(), side="right")), len(self._edges) - 1)
         return int(rng.integers(self._starts[group], self._starts[group + 1]))
 
-    def pair(self, index: int) -> tuple[Photo, Photo | None]:
+    def pair(self, index: int) -> tuple[PhotoFile, PhotoFile | None]:
         """Image number `index` of all, and its low-quality partner, if it has one."""
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         number = int(index - self._starts[group])
@@ -106,7 +106,7 @@ class PhotoDataset:
         label, reason = next(reversed(self.skipped.items()))
         raise UserError(f"{MAX_RETRIES} images in a row gave no sample, the last: {label}: {reason}; check data.paths")
 
-    def _sample(self, photo: Photo, partner: Photo | None, n: int) -> dict[str, Any]:
+    def _sample(self, photo: PhotoFile, partner: PhotoFile | None, n: int) -> dict[str, Any]:
         rng = generator(self.seed, 2, n)
         images = [self._image(p) for p in (photo, partner) if p is not None]
         if self.config.crop_rule == "center":
@@ -149,7 +149,7 @@ class PhotoDataset:
             for image, s in zip(images, (step, 1)[: len(images)], strict=True)
         ]
 
-    def _image(self, photo: Photo) -> np.ndarray:
+    def _image(self, photo: PhotoFile) -> np.ndarray:
         """Decoded uint8 RGB [H,W,3], from memory where it is kept."""
         cached = self._cache.get(photo.label)
         if cached is not None:
@@ -171,7 +171,7 @@ class PhotoDataset:
                 self._cache_left -= image.nbytes
         return image
 
-    def _decoded(self, photo: Photo) -> np.ndarray:
+    def _decoded(self, photo: PhotoFile) -> np.ndarray:
         """Pixels; bytes that cannot be decoded are read once more, as a hiccup may have cut them short."""
         least = self.crop if self.config.crop_rule == "center" else 0
         data = photo.read()

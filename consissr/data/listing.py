@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from consissr.data.patterns import matching
-from consissr.data.photo import EXTENSIONS, Photo
+from consissr.data.photo import EXTENSIONS, PhotoFile
 from consissr.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ MANY_SHARDS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class PackedFiles:
     """The images of one folder, list or shard in order, packed."""
 
     root: str
@@ -42,7 +42,7 @@ class Source:
     """(n, 2) int64: first byte and size of a shard's members; None for ordinary files."""
 
     @classmethod
-    def pack(cls, root: str, names: Iterable[str], places: np.ndarray | None = None) -> Source:
+    def pack(cls, root: str, names: Iterable[str], places: np.ndarray | None = None) -> PackedFiles:
         """The names in order."""
         encoded = [os.fsencode(name) for name in names]
         return cls(root, b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64), places)
@@ -50,24 +50,24 @@ class Source:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, i: int) -> Photo:
+    def __getitem__(self, i: int) -> PhotoFile:
         name = os.fsdecode(self.text[self.ends[i - 1] if i else 0 : self.ends[i]])
         if self.places is None:
-            return Photo(name.replace(os.sep, "/"), os.path.join(self.root, name))
-        return Photo(name, self.root, int(self.places[i, 0]), int(self.places[i, 1]))
+            return PhotoFile(name.replace(os.sep, "/"), os.path.join(self.root, name))
+        return PhotoFile(name, self.root, int(self.places[i, 0]), int(self.places[i, 1]))
 
 
-class Photos(Sequence[Photo]):
+class Photos(Sequence[PhotoFile]):
     """Several sources as one list."""
 
-    def __init__(self, sources: Iterable[Source]) -> None:
+    def __init__(self, sources: Iterable[PackedFiles]) -> None:
         self.sources = [source for source in sources if len(source)]
         self._starts = np.cumsum([0, *map(len, self.sources)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, i: int) -> Photo:
+    def __getitem__(self, i: int) -> PhotoFile:
         if not 0 <= i < len(self):
             raise IndexError(i)
         which = int(np.searchsorted(self._starts, i, side="right")) - 1
@@ -84,7 +84,7 @@ def list_photos(entry: str | Path) -> Photos:
     return Photos(sources(os.path.expanduser(str(entry))))
 
 
-def sources(entry: str) -> list[Source]:
+def sources(entry: str) -> list[PackedFiles]:
     """What `entry` names, as `list_photos` describes it."""
     if not os.path.exists(entry):
         matches = matching(entry)
@@ -99,7 +99,7 @@ def sources(entry: str) -> list[Source]:
         if not len(listed[0]):
             raise UserError(f"shard {entry} holds no complete image: fetch it again or take it off the list")
     elif entry.lower().endswith(EXTENSIONS):
-        listed = [Source.pack(os.path.join(os.path.dirname(entry), ""), [os.path.basename(entry)])]
+        listed = [PackedFiles.pack(os.path.join(os.path.dirname(entry), ""), [os.path.basename(entry)])]
     else:
         listed = [from_list(entry)]
     if not any(map(len, listed)):
@@ -107,7 +107,7 @@ def sources(entry: str) -> list[Source]:
     return listed
 
 
-def from_folder(folder: str) -> list[Source]:
+def from_folder(folder: str) -> list[PackedFiles]:
     """Images below `folder`, and in its tar shards, in the order of a sorted walk; hidden files are none."""
     base = os.path.join(folder, "")
     entries: list[str | None] = []
@@ -124,21 +124,21 @@ def from_folder(folder: str) -> list[Source]:
                 shards.append(base + below + name)
                 entries.append(None)  # its images come here
     if not shards:
-        return [Source.pack(base, entries)]
+        return [PackedFiles.pack(base, entries)]
     note_shards(shards)
     packed, names = [], []
     for name in [*entries, None]:
         if name is not None:
             names.append(name)
             continue
-        packed.append(Source.pack(base, names))
+        packed.append(PackedFiles.pack(base, names))
         names = []
         if shards:
             packed.append(from_shard(shards.pop(0)))
     return packed
 
 
-def from_list(path: str) -> Source:
+def from_list(path: str) -> PackedFiles:
     """Images of a text list; UserError if none of the first is there."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
@@ -149,18 +149,18 @@ def from_list(path: str) -> Source:
     head = [os.path.join(base, name) for name in names[:20]]
     if head and not any(map(os.path.isfile, head)):
         raise UserError(f"list {path}: none of its first {len(head)} files exists (looked for {head[0]} first)")
-    return Source.pack(base, names)
+    return PackedFiles.pack(base, names)
 
 
 # --- tar shards -------------------------------------------------------------------------------------------------------
 
 
-def from_shard(path: str) -> Source:
+def from_shard(path: str) -> PackedFiles:
     """Images of a tar file, from the cache or by its headers. A truncated shard gives what is whole, with a warning."""
     noted = note_of(path)
     try:
         with np.load(noted) as arrays:
-            return Source(path, arrays["text"].tobytes(), arrays["ends"], arrays["places"])
+            return PackedFiles(path, arrays["text"].tobytes(), arrays["ends"], arrays["places"])
     except (OSError, ValueError, KeyError, EOFError):
         pass
     source, damage = read_shard(path)
@@ -171,7 +171,7 @@ def from_shard(path: str) -> Source:
     return source
 
 
-def read_shard(path: str) -> tuple[Source, str]:
+def read_shard(path: str) -> tuple[PackedFiles, str]:
     """The complete images of a tar file, and what is wrong with it ('': nothing)."""
     names, places, damage, total = [], [], "", os.path.getsize(path)
     try:
@@ -186,7 +186,7 @@ def read_shard(path: str) -> tuple[Source, str]:
                 places.append((member.offset_data, member.size))
     except tarfile.TarError as error:
         damage = str(error)
-    return Source.pack(path, names, np.array(places, dtype=np.int64).reshape(-1, 2)), damage
+    return PackedFiles.pack(path, names, np.array(places, dtype=np.int64).reshape(-1, 2)), damage
 
 
 def note_of(path: str) -> Path:
@@ -197,7 +197,7 @@ def note_of(path: str) -> Path:
     return Path(cache) / "consissr" / "shards" / f"{key.hexdigest()}.npz"
 
 
-def write_note(noted: Path, source: Source) -> None:
+def write_note(noted: Path, source: PackedFiles) -> None:
     """Remember a shard; a cache that cannot be written is none."""
     try:
         noted.parent.mkdir(parents=True, exist_ok=True)

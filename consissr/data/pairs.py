@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from consissr.data.listing import Photos, list_photos
-from consissr.data.photo import Photo
+from consissr.data.photo import PhotoFile
 from consissr.errors import UserError
 
 KNOWN = (
@@ -25,7 +25,7 @@ def check_names(names: Sequence[str]) -> None:
         raise UserError(f"data.pair_names is {list(names)}: give an HQ and an LQ name, such as [NAME_HR,NAME_LR4]")
 
 
-def common(photo: Photo, pattern: str) -> str | None:
+def common(photo: PhotoFile, pattern: str) -> str | None:
     """What NAME stands for in a photo's file name without extension, with its folder; None where it does not match."""
     folder, name = os.path.split(os.path.splitext(photo.name)[0])
     before, after = pattern.split("NAME")
@@ -34,14 +34,16 @@ def common(photo: Photo, pattern: str) -> str | None:
     return os.path.join(folder, name[len(before) : len(name) - len(after)])
 
 
-def pairs(photos: Photos, folder: str, names: Sequence[str] = ("NAME", "NAME")) -> tuple[list[Photo], list[Photo]]:
+def pairs(
+    photos: Photos, folder: str, names: Sequence[str] = ("NAME", "NAME")
+) -> tuple[list[PhotoFile], list[PhotoFile]]:
     """The photographs that are HQ images by their name, and the LQ partner of each, below `folder`.
 
     names: the HQ and the LQ file name without extension; NAME stands for what both share, as do their sub-folders. Both
     may lie in one folder. Raises UserError for images without a partner, or with more than one.
     """
     check_names(names)
-    partners: dict[str, list[Photo]] = {}
+    partners: dict[str, list[PhotoFile]] = {}
     for photo in list_photos(folder):
         if (key := common(photo, names[1])) is not None:
             partners.setdefault(key, []).append(photo)

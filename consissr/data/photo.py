@@ -15,7 +15,7 @@ WAITS = (0.5, 2.0, 8.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Photo:
+class PhotoFile:
     """One image file, or one member of a tar shard."""
 
     name: str  # path below the folder, list or shard it was found in, with forward slashes

@@ -105,37 +105,37 @@ def is_restored(folder: Path, images: set[str], repeats: int) -> bool:
     return len(runs) == repeats and all(images <= {path.stem for path in run.glob("*.png")} for run in runs)
 
 
-# --- jobs ---
+# --- commands ---
 
 
 @dataclass(frozen=True)
-class Job:
+class Command:
     """A command that makes `folder`, whose output goes to a log beside it."""
 
     name: str
     folder: Path
-    command: list[str] = field(compare=False)
+    words: list[str] = field(compare=False)
 
     @property
     def log(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
-def stages(work: Work, rows: list[str], restoring: bool = True) -> Iterator[list[Job]]:
-    """Lists of jobs to run one list after the other; a training that was stopped goes on from its checkpoint."""
+def stages(work: Work, rows: list[str], restoring: bool = True) -> Iterator[list[Command]]:
+    """Lists of commands, to run one list after the other; a training that was stopped goes on from its checkpoint."""
     for trainings in work.study.trainings(rows):
-        jobs = [training(work, variant, seed) for variant, seed in trainings]
-        yield [job for job in jobs if job]
+        commands = [training(work, variant, seed) for variant, seed in trainings]
+        yield [command for command in commands if command]
     if not restoring:
         return
     for name in SETS:
         write_test_set(work, name)
     chosen = [(row, seed) for row in rows for seed in work.study.seeds_of(work.study.rows[row].variant)]
-    jobs = [restoration(work, row, seed, name) for row, seed in chosen for name in SETS]
-    yield list({job.folder: job for job in jobs if job}.values())
+    commands = [restoration(work, row, seed, name) for row, seed in chosen for name in SETS]
+    yield list({command.folder: command for command in commands if command}.values())
 
 
-def training(work: Work, variant: str, seed: int) -> Job | None:
+def training(work: Work, variant: str, seed: int) -> Command | None:
     """None where the model is there, or what it starts from is not."""
     one, folder, start = work.study.variants[variant], work.model(variant, seed), work.start(variant, seed)
     if is_trained(folder) or (start and not is_trained(start)):
@@ -143,11 +143,11 @@ def training(work: Work, variant: str, seed: int) -> Job | None:
     lines = [*work.study.lines, *one.lines, *work.lines, f"seed={seed}", f"init={start or ''}"]
     lines += [f"output_dir={folder}", f"data.paths=[{work.photos / 'train'}]"]
     resume = ["--resume", "latest"] if any(folder.glob("checkpoint-*/state.json")) else []
-    command = [sys.executable, str(work.scripts / "train.py"), "--config", str(work.parents / one.parent)]
-    return Job(f"train {variant}, seed {seed}", folder, [*command, *resume, *lines])
+    call = [sys.executable, str(work.scripts / "train.py"), "--config", str(work.parents / one.parent)]
+    return Command(f"train {variant}, seed {seed}", folder, [*call, *resume, *lines])
 
 
-def restoration(work: Work, row: str, seed: int, name: str) -> Job | None:
+def restoration(work: Work, row: str, seed: int, name: str) -> Command | None:
     """None where the results are there, or the model is not."""
     model, lr = work.model(work.study.rows[row].variant, seed), work.test_set(name) / "LR"
     folder, repeats = work.results(row, seed, name), work.study.repeats
@@ -155,7 +155,7 @@ def restoration(work: Work, row: str, seed: int, name: str) -> Job | None:
         return None
     words = [work.scripts / "infer.py", "-i", lr, "-o", folder, "-m", model, "--repeat", repeats, "--ext", "png"]
     words += ["--skip-existing", "--quiet", *work.study.rows[row].flags]
-    return Job(f"restore {row}, seed {seed}, {name}", folder, [sys.executable, *map(str, words)])
+    return Command(f"restore {row}, seed {seed}, {name}", folder, [sys.executable, *map(str, words)])
 
 
 def write_test_set(work: Work, name: str) -> None:
@@ -180,42 +180,42 @@ def write_test_set(work: Work, name: str) -> None:
     scratch.rename(folder)
 
 
-def run_jobs(jobs: list[Job], count: int) -> dict[str, str]:
-    """Run jobs, `count` at a time, telling each one's end; returns the last line of the log of those that failed.
+def run_commands(commands: list[Command], count: int) -> dict[str, str]:
+    """Run commands, `count` at a time, telling each one's end; returns the last line of the log of those that failed.
 
     An interrupt ends the children (SIGTERM: a training saves its step); so does the end of this process, on Linux.
     """
-    waiting, failed = list(reversed(jobs)), {}
-    running: list[tuple[Job, subprocess.Popen, float]] = []
+    waiting, failed = list(reversed(commands)), {}
+    running: list[tuple[Command, subprocess.Popen, float]] = []
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // count))}
     try:
         while waiting or running:
             while waiting and len(running) < count:
-                job = waiting.pop()
-                with job.log.open("w") as log:
-                    process = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                command = waiting.pop()
+                with command.log.open("w") as log:
+                    process = subprocess.Popen(command.words, stdout=log, stderr=subprocess.STDOUT, env=environment,
                                                start_new_session=True, preexec_fn=end_with_parent)  # fmt: skip
-                running.append((job, process, time.monotonic()))
-            for job, process, began in [entry for entry in running if entry[1].poll() is not None]:
-                running.remove((job, process, began))
-                seconds = note_time(job, began, done=process.returncode == 0)
+                running.append((command, process, time.monotonic()))
+            for command, process, began in [entry for entry in running if entry[1].poll() is not None]:
+                running.remove((command, process, began))
+                seconds = note_time(command, began, done=process.returncode == 0)
                 if process.returncode != 0:
-                    text = job.log.read_text(errors="replace").replace("\r", "\n").split("\n")
-                    failed[job.name] = next((line for line in reversed(text) if line.strip()), "no output")
-                ended = "failed" if job.name in failed else "done"
-                sys.stderr.write(f"{ended}: {job.name} ({duration(seconds)}); {len(waiting) + len(running)} left\n")
+                    text = command.log.read_text(errors="replace").replace("\r", "\n").split("\n")
+                    failed[command.name] = next((line for line in reversed(text) if line.strip()), "no output")
+                ended = "failed" if command.name in failed else "done"
+                sys.stderr.write(f"{ended}: {command.name} ({duration(seconds)}); {len(waiting) + len(running)} left\n")
             time.sleep(0.1)
     finally:
         for _, process, _ in running:
             process.terminate()
-        for job, process, began in running:
+        for command, process, began in running:
             process.wait()
-            note_time(job, began, done=False)
+            note_time(command, began, done=False)
     return failed
 
 
-def note_time(job: Job, began: float, done: bool) -> float:
+def note_time(command: Command, began: float, done: bool) -> float:
     """Record the seconds since `began`, added to those of interrupted runs; 'seconds' is there once it is done."""
-    spent = round(origin.record(job.folder).get("spent", 0) + time.monotonic() - began, 1)
-    origin.note(job.folder, spent=spent, **({"seconds": spent} if done else {}))
+    spent = round(origin.record(command.folder).get("spent", 0) + time.monotonic() - began, 1)
+    origin.note(command.folder, spent=spent, **({"seconds": spent} if done else {}))
     return spent

@@ -32,10 +32,10 @@ from consissr.training.feed import Feed
 from consissr.training.optimisers import learning_rate, load_optimizer
 from consissr.training.precision import Frozen, use_autocast
 from consissr.training.processes import Processes, Signs
-from consissr.training.report import Report
+from consissr.training.run_log import RunLog
 from consissr.training.stage import Batch, Stage, seed_of, trained_ids
 from consissr.training.validation import Validation
-from consissr.training.window import Window, counted, product_rate
+from consissr.training.window import LogWindow, counted, product_rate
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What asks a run to stop: a scheduler, and Ctrl-C."""
@@ -75,7 +75,7 @@ class Loop:
         self.step = 0
         self.not_finite = 0
         """Steps that were skipped because their loss or gradient was not finite."""
-        self.window = Window()
+        self.window = LogWindow()
         self.writer = Writer(self.output_dir, config.checkpoint_limit)
 
         with self.processes.one_line():
@@ -183,24 +183,24 @@ class Loop:
         heard = [number for number in SIGNALS if previous[number] is not signal.SIG_IGN]  # as jobs in background do
         for number in heard:
             signal.signal(number, self.on_signal)
-        self.report = None
+        self.log = None
         try:
             lines = step_errors_in_one_line(self.config, lambda: self.step, self.world)
             with self.processes.one_line(), lines, closing(self.writer):
-                self.report = Report(self.config, self.step, self.describe()) if self.rank == 0 else None
+                self.log = RunLog(self.config, self.step, self.describe()) if self.rank == 0 else None
                 self.train()
                 return self.finish()
         finally:
             for number in heard:
                 signal.signal(number, previous[number])
             self.processes.close()
-            if self.report:
-                self.report.close()
+            if self.log:
+                self.log.close()
 
     def train(self) -> None:
         """Steps, lines, validations and checkpoints up to `config.steps`."""
         c = self.config
-        if self.processes.first(bool(self.report and not self.report.validated)):
+        if self.processes.first(bool(self.log and not self.log.validated)):
             self.validate_if_due()  # the last run stopped between checkpoint and validation
         self.window.restart(self.step)
         with closing(self.batches()) as batches:
@@ -219,8 +219,8 @@ class Loop:
                 self.update(totals)
                 self.step += 1
                 self.window.add(totals)
-                if self.report:
-                    self.report.bar.update()
+                if self.log:
+                    self.log.bar.update()
                     self.writer.check()
                 if self.step % c.log_every == 0 or self.step == c.steps:
                     self.tell()
@@ -240,8 +240,8 @@ class Loop:
         values |= {"peak_mb": max(peaks), "skipped": sum(skipped)}
         if self.config.skip_not_finite:
             values["not_finite"] = self.not_finite
-        if self.report:
-            self.report.means(values)
+        if self.log:
+            self.log.means(values)
 
     def describe(self) -> dict[str, Any]:
         """What the run is, for run.json."""
@@ -275,8 +275,8 @@ class Loop:
         """Images and PSNR/SSIM on the fixed set, with the averaged weights if there are any."""
         with self.average.swapped(), self.mixed(), torch.compiler.set_stance("force_eager"):
             metrics = self.validation.run(self.stage, self.step)
-        if self.report:
-            self.report.validation(metrics, self.step, self.validation.picture(self.step))
+        if self.log:
+            self.log.validation(metrics, self.step, self.validation.picture(self.step))
 
     def finish(self) -> Path:
         """Validate once more and export the result: the averaged weights, if there are any."""

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from consissr.training.processes import Processes
 
 
-class Window:
+class LogWindow:
     """Sums over steps, on the device until a line or a checkpoint needs them; and where the time went."""
 
     work = 0

@@ -17,7 +17,7 @@ from consissr.models.text import OpenClipText
 from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
 from consissr.weights.files import read_weights
-from consissr.weights.ldm import Report, State
+from consissr.weights.ldm import KeyReport, State
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -38,12 +38,12 @@ SCHEDULE_TOLERANCE = 3e-3
 
 def read_base(
     path: Path, dtype: torch.dtype = torch.float32
-) -> tuple[UNet2DConditionModel, Latents, OpenClipText | None, Report]:
+) -> tuple[UNet2DConditionModel, Latents, OpenClipText | None, KeyReport]:
     """A Stable Diffusion 2 base in one file: UNet, autoencoder and text tower, as `dtype` on the CPU.
 
     Nothing stored in the file runs, nothing is downloaded. UserError for a file of another kind or with unknown keys.
     """
-    state, report = read_weights(path), Report(dtype)
+    state, report = read_weights(path), KeyReport(dtype)
     if "model.diffusion_model.input_blocks.0.0.weight" not in state:
         raise UserError(f"{path} is no Stable Diffusion base: it lacks model.diffusion_model.input_blocks.0.0.weight")
     drop_training(state, report)
@@ -56,7 +56,7 @@ def read_base(
     return unet, latents, text, report
 
 
-def drop_training(state: State, report: Report) -> None:
+def drop_training(state: State, report: KeyReport) -> None:
     """Removes what only training needs: tables of the noise schedule, losses, averages. None of it has to be there.
 
     UserError where the tables are not Stable Diffusion's.
@@ -74,7 +74,7 @@ def drop_training(state: State, report: Report) -> None:
 
 
 def read_unet(
-    state: State, report: Report, heads: Sequence[int] | None = None
+    state: State, report: KeyReport, heads: Sequence[int] | None = None
 ) -> tuple[UNet2DConditionModel, ModelConfig]:
     """The UNet with ConsisSR's additions where the weights have them, and what those are; `heads`: per level."""
     from diffusers import UNet2DConditionModel
@@ -117,7 +117,7 @@ def additions(state: State, levels: list[ldm.Level]) -> ModelConfig:
     )
 
 
-def read_latents(state: State, report: Report) -> Latents:
+def read_latents(state: State, report: KeyReport) -> Latents:
     """The autoencoder."""
     from diffusers import AutoencoderKL
 
@@ -127,7 +127,7 @@ def read_latents(state: State, report: Report) -> Latents:
     return Latents(vae.eval())
 
 
-def read_text(state: State, report: Report) -> OpenClipText | None:
+def read_text(state: State, report: KeyReport) -> OpenClipText | None:
     """The text tower, where the file has one, in float32: it runs on the CPU."""
     if not state:
         return None

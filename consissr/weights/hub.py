@@ -34,7 +34,7 @@ class UnreachableError(UserError):
 
 
 @dataclass
-class Listing:
+class Manifest:
     """What a repository holds at one commit."""
 
     repository: str
@@ -86,51 +86,51 @@ def fetch(hub_id: str, choose: Choose, half: bool = False, reachable: bool = Tru
         if (ready := present(hub_id, choose, half)) is not None:  # by now another process has fetched it
             return ready
         try:
-            listing = recorded(hub_id) or ask(hub_id, reachable)
-            files = choose(listing.files, half)
-            new = download(listing, files, reachable)
+            manifest = recorded(hub_id) or ask(hub_id, reachable)
+            files = choose(manifest.files, half)
+            new = download(manifest, files, reachable)
         except UnreachableError:
             if (other := without_network(hub_id, choose, half)) is None:
                 raise
             return other
-        record(hub_id, listing)
-    return Fetched(snapshot(listing, files), listing.commit, new)
+        record(hub_id, manifest)
+    return Fetched(snapshot(manifest, files), manifest.commit, new)
 
 
 def present(hub_id: str, choose: Choose, half: bool) -> Fetched | None:
     """What was fetched before, if all of it is here and whole."""
-    listing = recorded(hub_id)
-    if not (files := files_here(listing, choose, half)):
+    manifest = recorded(hub_id)
+    if not (files := files_here(manifest, choose, half)):
         return None
-    record(hub_id, listing)
-    return Fetched(snapshot(listing, files), listing.commit)
+    record(hub_id, manifest)
+    return Fetched(snapshot(manifest, files), manifest.commit)
 
 
-def files_here(listing: Listing | None, choose: Choose, half: bool) -> list[str]:
+def files_here(manifest: Manifest | None, choose: Choose, half: bool) -> list[str]:
     """The files that `choose` asks for, in full or where it will do in half precision; empty unless all are whole."""
     for kind in (False, True) if half else (False,):
-        files = [] if listing is None else choose(listing.files, kind)
-        if files and not [name for name in files if not is_here(listing, name)]:
+        files = [] if manifest is None else choose(manifest.files, kind)
+        if files and not [name for name in files if not is_here(manifest, name)]:
             return files
     return []
 
 
 def without_network(hub_id: str, choose: Choose, half: bool = True) -> Fetched | None:
     """What is here of a repository in any precision, if only because other programs have left it in the hub's cache."""
-    for listing in (recorded(hub_id), cached(hub_id)):
+    for manifest in (recorded(hub_id), cached(hub_id)):
         try:
-            files = files_here(listing, choose, half=True)
+            files = files_here(manifest, choose, half=True)
             if not files:
                 continue
-            if not half and files != choose(listing.files, False):
+            if not half and files != choose(manifest.files, False):
                 log.warning("%s: without a network its weights in half precision, which are here, have to do", hub_id)
-            return Fetched(snapshot(listing, files), listing.commit)
+            return Fetched(snapshot(manifest, files), manifest.commit)
         except UserError:  # what another program needed is no whole model
             continue
     return None
 
 
-def ask(hub_id: str, reachable: bool = True) -> Listing:
+def ask(hub_id: str, reachable: bool = True) -> Manifest:
     """What the hub says a repository holds; UserError where that is not what names.yaml knows of it."""
     from huggingface_hub import HfApi, constants
 
@@ -150,7 +150,7 @@ def ask(hub_id: str, reachable: bool = True) -> Listing:
             if files[name]["sha256"] not in (None, digest):
                 raise UserError(f"{hub_id} has another {name} than the one that is known: its SHA-256 is not {digest}")
             files[name]["sha256"] = digest
-    return Listing(repository, info.sha or revision, files)
+    return Manifest(repository, info.sha or revision, files)
 
 
 def known_digests(hub_id: str) -> dict[str, str]:
@@ -159,22 +159,22 @@ def known_digests(hub_id: str) -> dict[str, str]:
     return {name: digest for source in sources for name, digest in source.sha256.items()}
 
 
-def download(listing: Listing, files: list[str], reachable: bool) -> list[Path]:
+def download(manifest: Manifest, files: list[str], reachable: bool) -> list[Path]:
     """What is missing of `files`, into the hub's cache: where it stands. What comes damaged does not stay."""
     from huggingface_hub import constants, hf_hub_download
 
     if not reachable:
-        raise UnreachableError(f"{listing.repository}: no copy of all its files")
-    missing = [name for name in files if not is_here(listing, name)]
-    need = sum(listing.files[name]["size"] or 0 for name in missing)
-    check_free(Path(constants.HF_HUB_CACHE), need, listing.repository, "HF_HOME")
+        raise UnreachableError(f"{manifest.repository}: no copy of all its files")
+    missing = [name for name in files if not is_here(manifest, name)]
+    need = sum(manifest.files[name]["size"] or 0 for name in missing)
+    check_free(Path(constants.HF_HUB_CACHE), need, manifest.repository, "HF_HOME")
     new = []
     for name in missing:
-        with asking(f"{listing.repository}@{listing.commit[:12]}: {name}"):
-            resume(listing, name)
-            path = Path(hf_hub_download(listing.repository, name, revision=listing.commit))
-        listing.commit = path.parents[name.count("/")].name  # what it came with, should the listing have said another
-        said, stamp = listing.files[name], stamp_of(path)
+        with asking(f"{manifest.repository}@{manifest.commit[:12]}: {name}"):
+            resume(manifest, name)
+            path = Path(hf_hub_download(manifest.repository, name, revision=manifest.commit))
+        manifest.commit = path.parents[name.count("/")].name  # what it came with, should the manifest have said another
+        said, stamp = manifest.files[name], stamp_of(path)
         damage = ""
         if said["size"] not in (None, stamp["size"]):
             damage = f"it has {stamp['size']} bytes instead of {said['size']}"
@@ -182,13 +182,13 @@ def download(listing: Listing, files: list[str], reachable: bool) -> list[Path]:
             damage = f"its SHA-256 is not {said['sha256']}"
         if damage:
             remove(path)
-            raise UserError(f"{name} of {listing.repository} came damaged ({damage}) and was not kept: try again")
-        listing.files[name] = stamp
+            raise UserError(f"{name} of {manifest.repository} came damaged ({damage}) and was not kept: try again")
+        manifest.files[name] = stamp
         new.append(path)
     return new
 
 
-def resume(listing: Listing, name: str) -> None:
+def resume(manifest: Manifest, name: str) -> None:
     """Fetch a large file into the hub's cache, going on where a killed process stopped: the client would begin anew.
 
     Only where the hub says its SHA-256, which is the file's name there. What proves damaged is left to the client.
@@ -197,11 +197,11 @@ def resume(listing: Listing, name: str) -> None:
     from huggingface_hub.file_download import http_get, repo_folder_name
     from huggingface_hub.utils import build_hf_headers
 
-    size, digest = listing.files[name]["size"], listing.files[name]["sha256"]
+    size, digest = manifest.files[name]["size"], manifest.files[name]["sha256"]
     if not digest or (size or 0) < LARGE:
         return
     blob = Path(
-        constants.HF_HUB_CACHE, repo_folder_name(repo_id=listing.repository, repo_type="model"), "blobs", digest
+        constants.HF_HUB_CACHE, repo_folder_name(repo_id=manifest.repository, repo_type="model"), "blobs", digest
     )
     part = blob.with_name(f"{digest}.consissr-part")
     if blob.exists():
@@ -210,7 +210,7 @@ def resume(listing: Listing, name: str) -> None:
     with open(part, "ab") as file:
         if file.tell() > size:
             file.truncate(0)
-        url = hf_hub_url(listing.repository, name, revision=listing.commit)
+        url = hf_hub_url(manifest.repository, name, revision=manifest.commit)
         http_get(
             url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size, displayed_filename=name
         )
@@ -226,40 +226,40 @@ def remove(path: Path) -> None:
     blob.unlink(missing_ok=True)
 
 
-def path_here(listing: Listing, name: str) -> Path | None:
+def path_here(manifest: Manifest, name: str) -> Path | None:
     """A file's place in the hub's cache, if it is there."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(listing.repository, name, revision=listing.commit)
+    path = try_to_load_from_cache(manifest.repository, name, revision=manifest.commit)
     return Path(path) if isinstance(path, str) and os.path.isfile(path) else None
 
 
-def is_here(listing: Listing, name: str) -> bool:
+def is_here(manifest: Manifest, name: str) -> bool:
     """Whether a file is whole in the hub's cache; a damaged one is removed."""
-    path = path_here(listing, name)
+    path = path_here(manifest, name)
     if path is None:
         return False
-    if unchanged(path, listing.files[name]):
+    if unchanged(path, manifest.files[name]):
         return True
-    log.warning("%s of %s is damaged in the cache: it is fetched again", name, listing.repository)
+    log.warning("%s of %s is damaged in the cache: it is fetched again", name, manifest.repository)
     remove(path)
     return False
 
 
-def snapshot(listing: Listing, files: list[str]) -> Path:
+def snapshot(manifest: Manifest, files: list[str]) -> Path:
     """The folder that holds `files`."""
-    return path_here(listing, files[0]).parents[files[0].count("/")]
+    return path_here(manifest, files[0]).parents[files[0].count("/")]
 
 
 def record_file(hub_id: str) -> Path:
-    """Where the listing of a repository is written down."""
+    """Where the manifest of a repository is written down."""
     return cache_folder() / "hub" / f"{hub_id.replace('/', '--')}.json"
 
 
-def record(hub_id: str, listing: Listing) -> None:
-    """Write a listing down, under the hub id that was asked for and under the commit's, where that can be done."""
-    text = json.dumps(vars(listing))
-    for name in {hub_id, f"{listing.repository}@{listing.commit}"}:
+def record(hub_id: str, manifest: Manifest) -> None:
+    """Write a manifest down, under the hub id that was asked for and under the commit's, where that can be done."""
+    text = json.dumps(vars(manifest))
+    for name in {hub_id, f"{manifest.repository}@{manifest.commit}"}:
         path = record_file(name)
         if path.is_file() and path.read_text("utf-8") == text:
             continue
@@ -281,15 +281,15 @@ def forget(hub_id: str, fetched: Fetched) -> None:
         record_file(name).unlink(missing_ok=True)
 
 
-def recorded(hub_id: str) -> Listing | None:
-    """The listing that was written down; None where there is none, or it is damaged."""
+def recorded(hub_id: str) -> Manifest | None:
+    """The manifest that was written down; None where there is none, or it is damaged."""
     try:
-        return Listing(**json.loads(record_file(hub_id).read_text("utf-8")))
+        return Manifest(**json.loads(record_file(hub_id).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def cached(hub_id: str) -> Listing | None:
+def cached(hub_id: str) -> Manifest | None:
     """What other programs have left of a repository in the hub's cache."""
     from huggingface_hub import snapshot_download
 
@@ -300,7 +300,7 @@ def cached(hub_id: str) -> Listing | None:
     except UserError:
         return None
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return Listing(repository, folder.name, {name: {"size": None, "sha256": None} for name in files})
+    return Manifest(repository, folder.name, {name: {"size": None, "sha256": None} for name in files})
 
 
 @contextmanager

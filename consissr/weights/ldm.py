@@ -27,7 +27,7 @@ VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "p
 
 
 @dataclass
-class Report:
+class KeyReport:
     """What became of every key of a checkpoint."""
 
     dtype: torch.dtype | None = None

@@ -21,7 +21,7 @@ from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
 from consissr.weights.files import read_weights
 from consissr.weights.from_ldm import drop_training, read_latents, read_unet
-from consissr.weights.ldm import Report, State
+from consissr.weights.ldm import KeyReport, State
 from consissr.weights.model import Model
 from consissr.weights.names import published
 
@@ -47,7 +47,7 @@ class Released(Model):
     """'ConsisSR', 'ConsisSR's first stage (RCLIP)', 'CCSR v1' or 'CCSR v2'."""
     text: OpenClipText | None = None
     """The text encoder that came in the file."""
-    report: Report = field(default_factory=Report)
+    report: KeyReport = field(default_factory=KeyReport)
     """What became of every key."""
 
 
@@ -68,7 +68,7 @@ def read(
     state = dict(source) if isinstance(source, dict) else read_weights(source)
     if not is_released(state):
         raise UserError("the checkpoint is not a ConsisSR release: it has no cond_stage_model.ft_layers_4 keys")
-    report = Report(dtype)
+    report = KeyReport(dtype)
     teacher = ldm.split_off(state, "cond_stage_model.model.v_fix.")
     report.ignored["teacher of the RCLIP stage"] = list(teacher)
     drop_training(state, report)
@@ -94,7 +94,7 @@ def read(
     )
 
 
-def read_controlnet(state: State, unet: UNet2DConditionModel, model: ModelConfig, report: Report) -> ControlNetModel:
+def read_controlnet(state: State, unet: UNet2DConditionModel, model: ModelConfig, report: KeyReport) -> ControlNetModel:
     """The ControlNet of the same sizes as `unet`."""
     from diffusers import ControlNetModel
 
@@ -117,7 +117,7 @@ def controlnet_names(state: State) -> State:
     return ldm.rename(state, pairs, ldm.RESNET)
 
 
-def read_hint_encoder(state: State, latents: Latents, report: Report) -> Latents | None:
+def read_hint_encoder(state: State, latents: Latents, report: KeyReport) -> Latents | None:
     """The encoder of the hint, where the file's copy of the autoencoder's differs from it."""
     from diffusers import AutoencoderKL
 
@@ -137,7 +137,7 @@ def read_hint_encoder(state: State, latents: Latents, report: Report) -> Latents
     return Latents(vae.eval())
 
 
-def read_clip(state: State, config: dict[str, Any] | None, report: Report) -> CLIP:
+def read_clip(state: State, config: dict[str, Any] | None, report: KeyReport) -> CLIP:
     """open_clip's CLIP with both towers (the image tower is the fine-tuned RCLIP)."""
     from open_clip import CLIP
 
@@ -173,7 +173,7 @@ def clip_config(state: State) -> dict[str, Any]:
     }
 
 
-def read_adapter(state: State, report: Report) -> Adapter:
+def read_adapter(state: State, report: KeyReport) -> Adapter:
     """The layers between the image tower and the image branch, under our names."""
     features = ldm.require(state, "0.weight").shape[0]
     width = ldm.require(state, "6.weight").shape[0]

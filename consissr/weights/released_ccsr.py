@@ -22,7 +22,7 @@ from consissr.weights import ldm
 from consissr.weights.base import schedule_of
 from consissr.weights.files import read_json, read_network, read_weights
 from consissr.weights.from_ldm import drop_training, read_latents, read_text, read_unet
-from consissr.weights.ldm import Report, State
+from consissr.weights.ldm import KeyReport, State
 from consissr.weights.names import published
 from consissr.weights.released import Released, read_controlnet, read_hint_encoder
 
@@ -127,7 +127,7 @@ def read_v1(
     state = dict(source) if isinstance(source, dict) else read_weights(source)
     if not is_v1(state):
         raise UserError("the checkpoint is not CCSR v1's: its ControlNet does not take latent and hint together")
-    report = Report(dtype)
+    report = KeyReport(dtype)
     drop_training(state, report)
     unet, _ = read_unet(ldm.split_off(state, "model.diffusion_model."), report, heads)
     control = split_first(ldm.split_off(state, "control_model."))

@@ -115,7 +115,7 @@ def test_a_read_that_fails_once_changes_nothing(folder, monkeypatch):
     """A network's hiccup: the read is tried again, and the file again when it is next drawn."""
     wanted = [photos_of(folder, cache_mb=0)[n] for n in range(16)]
     monkeypatch.setattr(photo_module, "WAITS", (0, 0))
-    usual, calls, failing = photo_module.Photo._read, Counter(), {"a/1.png": 2, "b/c/5.png": 3}
+    usual, calls, failing = photo_module.PhotoFile._read, Counter(), {"a/1.png": 2, "b/c/5.png": 3}
 
     def hiccup(self):
         calls[self.name] += 1
@@ -123,7 +123,7 @@ def test_a_read_that_fails_once_changes_nothing(folder, monkeypatch):
             raise OSError(5, "Input/output error")
         return usual(self)
 
-    monkeypatch.setattr(photo_module.Photo, "_read", hiccup)
+    monkeypatch.setattr(photo_module.PhotoFile, "_read", hiccup)
     dataset = photos_of(folder, cache_mb=0)
     got = [dataset[n] for n in range(16)]
     differ = [n for n in range(16) if not same(got[n], wanted[n])]

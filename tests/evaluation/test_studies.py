@@ -91,7 +91,7 @@ def do(work: run.Work) -> list[str]:
     """Do all that is left; the names of the jobs that ran."""
     ran = []
     for jobs in run.stages(work, list(work.study.rows)):
-        assert run.run_jobs(jobs, 2) == {}
+        assert run.run_commands(jobs, 2) == {}
         ran += [job.name for job in jobs]
     return ran
 
@@ -133,7 +133,7 @@ def test_a_failed_training_is_named_and_holds_up_its_own_alone(
                       "sys.exit('out of luck')\n")  # fmt: skip
     failed, ran = {}, []
     for jobs in run.stages(small, list(small.study.rows)):
-        failed |= run.run_jobs(jobs, 1)
+        failed |= run.run_commands(jobs, 1)
         ran += [job.name for job in jobs]
     assert failed == {"train b, seed 1": "out of luck", "train b, seed 2": "out of luck"}
     assert [name for name in ran if "restore b" in name] == [] and "restore a, seed 1, realsr" in ran
@@ -212,7 +212,7 @@ def test_children_end_with_a_killed_parent(tmp_path: Path) -> None:
         "import sys, pathlib\n"
         "from consissr.studies import run\n"
         "command = [sys.executable, '-c', sys.argv[3], sys.argv[2]]\n"
-        "run.run_jobs([run.Job('x', pathlib.Path(sys.argv[1]) / 'x', command)], 1)\n"
+        "run.run_commands([run.Command('x', pathlib.Path(sys.argv[1]) / 'x', command)], 1)\n"
     )
     told = tmp_path / "pid"
     call = [sys.executable, "-c", code, str(tmp_path), str(told), child]

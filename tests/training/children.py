@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 
 import consissr.training.loop  # noqa: F401
 from consissr.training.checkpoints import list_checkpoints, save_checkpoint
-from consissr.training.report import Report
+from consissr.training.run_log import RunLog
 from scripts.train import STAGES, main, stage_builder
 
 for stage in STAGES:
@@ -30,14 +30,14 @@ for stage in STAGES:
 
 def hold_after(step: int) -> None:
     """Let this process train up to the log's line of `step` and no further, for who kills it may be late."""
-    tell = Report.means
+    tell = RunLog.means
 
-    def tell_and_hold(self: Report, values: dict[str, float]) -> None:
+    def tell_and_hold(self: RunLog, values: dict[str, float]) -> None:
         tell(self, values)
         if values["step"] >= step:
             time.sleep(600)
 
-    Report.means = tell_and_hold
+    RunLog.means = tell_and_hold
 
 
 def train(arguments: list[str], log: Path, environment: dict[str, str], last: int | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from consissr.training.report import read_log
+from consissr.training.run_log import read_log
 from scripts.train import main
 from tests.training.tiny import beside, words
 

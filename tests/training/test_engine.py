@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint
-from consissr.training.report import read_log
+from consissr.training.run_log import read_log
 from tests.training.children import finish, forkserver, start, start_several, world
 from tests.training.test_processes import MORE, assert_same_figures
 from tests.training.tiny import beside, words

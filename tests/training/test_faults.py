@@ -21,7 +21,7 @@ from consissr.errors import UserError
 from consissr.nano.config import run_config
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.loop import Loop
-from consissr.training.report import Report, read_log
+from consissr.training.run_log import RunLog, read_log
 from consissr.training.validation import Validation
 from scripts.train import main, stage_builder
 from tests.training.children import finish, start, start_saving
@@ -70,16 +70,16 @@ def test_full_disk_stops_the_log(
     """Everything else that a run writes is told of in a line, too."""
     arguments = words("autoencoder", photos, small_disk, "steps=40", "checkpoint_every=2", f"tracker={tracker}")
     with pytest.MonkeyPatch.context() as patch:
-        usual = Report.line
+        usual = RunLog.line
 
-        def fill(report: Report, values: dict) -> None:
-            for path in (small_disk / "filler", report.lines) if values["step"] == 3 else ():
+        def fill(log: RunLog, values: dict) -> None:
+            for path in (small_disk / "filler", log.lines) if values["step"] == 3 else ():
                 with pytest.raises(OSError), open(path, "ab", buffering=0) as file:
                     while True:
                         file.write(b"\n" * 64)
-            usual(report, values)
+            usual(log, values)
 
-        patch.setattr(Report, "line", fill)
+        patch.setattr(RunLog, "line", fill)
         assert main(arguments) == 2
     message = one_line(caplog)
     assert "No space left on device" in message and "checkpoint-2" in message
@@ -127,13 +127,13 @@ def test_deleted_folder(
 ) -> None:
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
-    usual = Report.line
+    usual = RunLog.line
 
-    def delete(report: Report, values: dict) -> None:
-        usual(report, values)
+    def delete(log: RunLog, values: dict) -> None:
+        usual(log, values)
         shutil.rmtree(folder, ignore_errors=True)
 
-    monkeypatch.setattr(Report, "line", delete)
+    monkeypatch.setattr(RunLog, "line", delete)
     assert main(words("autoencoder", folder, tmp_path, "steps=30", "data.cache_mb=0")) == 2
     assert "No such file" in one_line(caplog) and "check data.paths" in caplog.text
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint
-from consissr.training.report import read_log
+from consissr.training.run_log import read_log
 from tests.training.children import finish, start
 from tests.training.tiny import beside, slow_but, words
 

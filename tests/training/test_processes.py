@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from consissr.training.checkpoints import load_checkpoint
-from consissr.training.report import read_log
+from consissr.training.run_log import read_log
 from tests.training.children import finish, start, start_several
 from tests.training.tiny import beside, slow_but, words
 

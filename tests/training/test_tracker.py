@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from consissr.training.report import read_log
+from consissr.training.run_log import read_log
 from scripts.train import main
 from tests.training.tiny import words
 

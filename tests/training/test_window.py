@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from consissr.training.window import Window, counted
+from consissr.training.window import LogWindow, counted
 
 
 def test_counting_changes_no_bit() -> None:
@@ -37,7 +37,7 @@ def test_counting_changes_no_bit() -> None:
 def test_speed_leaves_out_what_was_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    window = Window()
+    window = LogWindow()
     window.work, window.peak = 100, 200.0
     now = 4.0
     with window.paused():

@@ -23,7 +23,7 @@ WAITING = 0.1
 """Share of a step spent waiting for data from which it is told."""
 
 
-class Report:
+class RunLog:
     """Files and displays of one run, made by its first process. `bar` counts optimiser steps and shows the ETA.
 
     A run that goes on from `step` drops what the log says of later steps: they will be done, and told, again.
