@@ -42,11 +42,11 @@ def stages(configs: Path) -> dict[str, tuple[str, Any]]:
     from consissr.training.rclip import Rclip
     from consissr.training.tala import Tala
 
-    found = {
+    named = {
         "nuts": ("ccsr/nuts.yaml", Nuts),
         "tala": ("consissr/tala.yaml", Tala),
         "deft": ("ccsr/deft.yaml", Deft),
         "rclip": ("consissr/rclip.yaml", Rclip),
         "hybrid": ("hybrid/nuts_hpa_tala.yaml", Nuts),
     }
-    return {name: (str(configs / file), builder) for name, (file, builder) in found.items()}
+    return {name: (str(configs / file), builder) for name, (file, builder) in named.items()}

@@ -51,13 +51,13 @@ class VggDistance(nn.Module):
 
     def maps(self, image: Tensor) -> list[Tensor]:
         """Five maps (B, C, h, w) of images (B, 3, H, W) in [-1, 1], at full size, half, and so on to a sixteenth."""
-        x, found = ((image + 1) / 2 - self.mean) / self.std, []
+        x, maps = ((image + 1) / 2 - self.mean) / self.std, []
         for name, convolution in self.features.items():
             x = F.relu(convolution(x), inplace=True)
             if name in self.ends:
-                found.append(x)
+                maps.append(x)
                 x = F.max_pool2d(x, 2)
-        return found
+        return maps
 
     def forward(self, image: Tensor, wanted: Tensor, normalize: bool = False) -> Tensor:
         """Distances (B, 1) of images to photographs, (B, 3, H, W) in [-1, 1], from 0 to 20.

@@ -19,10 +19,10 @@ def inference(args: argparse.Namespace) -> tuple[Any, Iterable]:
 
     wanted = {name: vars(args)[name] for name in ("size", "pixels", "batch", "runs", "device", "precision", "compile")}
     question = Question(method=method(args.method, args.steps), **wanted)
-    found = compare(question, tuple(args.paths), lambda line: print(line, file=sys.stderr))
+    measured = compare(question, tuple(args.paths), lambda line: print(line, file=sys.stderr))
     if args.memory:
-        found["memory_mb"] = memory(question, tuple(args.paths))
-    return found, report.inference(found)
+        measured["memory_mb"] = memory(question, tuple(args.paths))
+    return measured, report.inference(measured)
 
 
 def tiles(args: argparse.Namespace) -> tuple[Any, Iterable]:
@@ -55,7 +55,7 @@ def sizes(args: argparse.Namespace) -> tuple[Any, Iterable]:
     from consissr.bench.sizes import rows
 
     title = "512x512 pixels, MACs of convolutions and linear layers, and with attention"
-    return (found := rows()), [report.plain(found, title)]
+    return (measured := rows()), [report.plain(measured, title)]
 
 
 def degradation(args: argparse.Namespace) -> tuple[Any, Iterable]:
@@ -77,8 +77,10 @@ def gpu(args: argparse.Namespace) -> tuple[Any, Iterable]:
     if args.counts:
         from consissr.bench.launches import rows
 
-        found = rows(args.size, method("ccsr-1", 1), trained)
-        return found, [report.plain(found, "operations that a GPU is given, and times that the host waits for it")]
+        measured = rows(args.size, method("ccsr-1", 1), trained)
+        return measured, [
+            report.plain(measured, "operations that a GPU is given, and times that the host waits for it")
+        ]
     listed = tasks(args.size, args.device, method, trained)
     return measure(listed, args.minutes, args.json, lambda line: print(line, flush=True)), []
 
@@ -89,11 +91,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser(__doc__, commands).parse_args(arguments)
     try:
         check(args)
-        found, shown = args.run(args)
+        measured, shown = args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    report.show(shown, found, args.json)
+    report.show(shown, measured, args.json)
 
 
 if __name__ == "__main__":

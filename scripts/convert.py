@@ -61,9 +61,9 @@ def convert(args: argparse.Namespace) -> None:
     from consissr.weights.conversion import convert
     from consissr.weights.files import read_config
 
-    found = convert(args.source, args.target, args.base, args.clip, args.half)
-    print(f"{args.source} is {found.kind}")
-    print("\n".join(found.report.lines()))
+    model = convert(args.source, args.target, args.base, args.clip, args.half)
+    print(f"{args.source} is {model.kind}")
+    print("\n".join(model.report.lines()))
     print(f"written to {args.target}; base model: {read_config(args.target).model.base}")
 
 

@@ -60,5 +60,5 @@ def curve(
         rows.append(torch.cat([x[..., top : top + PATCH, left : left + PATCH] for x in (*pictures, original)], 3))
     if strip:
         codec.write(strip, codec.Photo(torch.cat(rows[:6], 2)[0], None, codec.Form()))
-    means = {value: torch.tensor(found).mean(0).tolist() for value, found in scores.items()}
+    means = {value: torch.tensor(pairs).mean(0).tolist() for value, pairs in scores.items()}
     return [Point(value, *mean, len(paths)) for value, mean in means.items()]

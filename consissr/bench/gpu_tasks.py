@@ -112,12 +112,12 @@ def agreement(model: str, device: str) -> dict[str, Any]:
     set_kernels(one_size=False)
     lq = pictures(Question(model, None, pixels=256))
     exact = Restorer.load(model, "cpu", "fp32")(lq)
-    found = {}
+    figures = {}
     for precision in ("fp32", "bf16"):
         off = LEVELS * (Restorer.load(model, device, precision)(lq) - exact).abs()
-        found[f"{precision}, levels off at most"] = off.max().item()
-        found[f"{precision}, levels off in the mean"] = off.mean().item()
-    return found
+        figures[f"{precision}, levels off at most"] = off.max().item()
+        figures[f"{precision}, levels off in the mean"] = off.mean().item()
+    return figures
 
 
 def precisions(question: Question) -> dict[str, Any]:
@@ -156,16 +156,16 @@ def one_image(question: Question) -> dict[str, Any]:
     paths = ("ours",) if question.compile else ("reference", "ours")  # the reference was measured uncompiled
     measured = compare(question, paths)
     seconds = {path: measured[path].get("undivided", measured[path]["total"]["wall"])["median"] for path in paths}
-    found = {"seconds": seconds["ours"]}
+    figures = {"seconds": seconds["ours"]}
     if "reference" in paths:
-        found["times as fast as the reference"] = seconds["reference"] / seconds["ours"]
-        found["relative difference"] = measured["relative_difference"]
+        figures["times as fast as the reference"] = seconds["reference"] / seconds["ours"]
+        figures["relative difference"] = measured["relative_difference"]
     for name in ("prepare", "encode", "step", "decode", "colour", "write"):
         if name in measured["ours"]:
-            found[f"{name}, seconds"] = measured["ours"][name]["wall"]["median"]
-    found["share of the ceiling"] = measured["ours"]["total"]["ceiling_wall"]
-    found |= {f"{p}, working memory, MB": measured[p]["working_mb"] for p in paths if "working_mb" in measured[p]}
-    return found | {"all": measured}
+            figures[f"{name}, seconds"] = measured["ours"][name]["wall"]["median"]
+    figures["share of the ceiling"] = measured["ours"]["total"]["ceiling_wall"]
+    figures |= {f"{p}, working memory, MB": measured[p]["working_mb"] for p in paths if "working_mb" in measured[p]}
+    return figures | {"all": measured}
 
 
 def restorer_of(question: Question) -> Restorer:
@@ -180,7 +180,7 @@ def restorer_of(question: Question) -> Restorer:
 
 def folder(question: Question, count: int, batches: list[int] | None = None) -> dict[str, Any]:
     """Images per second of a folder of `count` files, read and written, as `scripts/infer.py` does it."""
-    restorer, found = restorer_of(question), {}
+    restorer, figures = restorer_of(question), {}
     with tempfile.TemporaryDirectory() as scratch:
         (inputs := Path(scratch) / "in").mkdir()
         for i, image in enumerate(pictures(replace(question, batch=count))):
@@ -195,13 +195,13 @@ def folder(question: Question, count: int, batches: list[int] | None = None) -> 
                     batch.run(restorer, listed, settings, report)
             if report.counts["done"] != count:
                 raise RuntimeError(f"only {report.counts['done']} of {count} images were restored")
-            found[f"images/s, {size} at once"] = count / clock.parts["folder"].wall
-    return found
+            figures[f"images/s, {size} at once"] = count / clock.parts["folder"].wall
+    return figures
 
 
 def in_tiles(question: Question, tile: int) -> dict[str, Any]:
     """A large image in tiles beside an image of one tile: seconds and memory."""
-    restorer, plan, found = restorer_of(question), question.method.plan, {}
+    restorer, plan, figures = restorer_of(question), question.method.plan, {}
     loaded = sum(p.numel() * p.itemsize for network in restorer.networks() for p in network.parameters())
     for side in (tile, question.pixels):
         lq = pictures(replace(question, pixels=side))
@@ -209,7 +209,7 @@ def in_tiles(question: Question, tile: int) -> dict[str, Any]:
             before, clock = start_peak(question.device), Clock(restorer.device)
             with clock.part("image"):
                 restorer(lq, plan=plan, tile=tile, vae_tile=tile)
-        found[f"{side} px, seconds"] = clock.parts["image"].wall
-        found[f"{side} px, MB with the weights"] = (peak(question.device) - before + loaded) / MB
-    small, large = (found[f"{side} px, MB with the weights"] for side in (tile, question.pixels))
-    return found | {"memory ratio": large / small}
+        figures[f"{side} px, seconds"] = clock.parts["image"].wall
+        figures[f"{side} px, MB with the weights"] = (peak(question.device) - before + loaded) / MB
+    small, large = (figures[f"{side} px, MB with the weights"] for side in (tile, question.pixels))
+    return figures | {"memory ratio": large / small}

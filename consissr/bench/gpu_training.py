@@ -88,18 +88,18 @@ def stage(config: str, builder: Any, words: list[str], device: str) -> dict[str,
 def measured(loop: Timed) -> dict[str, Any]:
     """Timing, work, memory."""
     own = loop.config.micro_batch
-    found = {f"{name}, {own} images": value for name, value in loop.timed(own).items()}
-    found["G multiply-accumulates per image"] = loop.window.work / 2 / own / 1e9
-    found |= memory(loop, "")
+    figures = {f"{name}, {own} images": value for name, value in loop.timed(own).items()}
+    figures["G multiply-accumulates per image"] = loop.window.work / 2 / own / 1e9
+    figures |= memory(loop, "")
     networks = [m for m in loop.stage.networks.modules() if hasattr(m, "enable_gradient_checkpointing")]
     denoisers = [m for m in networks if not hasattr(m, "encoder")]  # the autoencoder runs without gradients
     if any(p.requires_grad for m in denoisers for p in m.parameters()):
         for network in denoisers:
             network.enable_gradient_checkpointing()
-        found |= memory(loop, ", checkpointing")
+        figures |= memory(loop, ", checkpointing")
         more = {f"{name}, {2 * own} images, checkpointing": v for name, v in loop.timed(2 * own).items()}
-        found |= more
-    return found
+        figures |= more
+    return figures
 
 
 def memory(loop: Timed, what: str) -> dict[str, Any]:

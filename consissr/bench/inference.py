@@ -153,41 +153,41 @@ def compare(question: Question, paths: tuple[str, ...] = PATHS, tell: Callable[[
                 tell(f"{path}: {clock.parts['total'].wall:.2f} s, {clock.parts['total'].cpu:.2f} CPU seconds")
         more = {path: ways.undivided(path) for path in paths} if device.type == "cuda" else {}
     best = {"wall": max(rate.wall for rate in rates), "cpu": max(rate.cpu for rate in rates)}
-    found: dict[str, Any] = {"question": asdict(question), "macs": ways.work, "ceiling_macs_per_second": best}
-    found["threads"] = torch.get_num_threads()
+    measured: dict[str, Any] = {"question": asdict(question), "macs": ways.work, "ceiling_macs_per_second": best}
+    measured["threads"] = torch.get_num_threads()
     for path in paths:
-        found[path] = summary(rounds[path], question, ways.work[path], best) | more.get(path, {})
+        measured[path] = summary(rounds[path], question, ways.work[path], best) | more.get(path, {})
     if len(paths) == 2:
         plain, fast = results["reference"].double(), results["ours"].double()
-        found["relative_difference"] = ((fast - plain).norm() / plain.norm()).item()
-        found["speed_ratio"] = {
-            part: {kind: ratio(found, part, kind) for kind in ("wall", "cpu")} for part in ("total", *PARTS)
+        measured["relative_difference"] = ((fast - plain).norm() / plain.norm()).item()
+        measured["speed_ratio"] = {
+            part: {kind: ratio(measured, part, kind) for kind in ("wall", "cpu")} for part in ("total", *PARTS)
         }
-    return found
+    return measured
 
 
 def summary(clocks: list[Clock], question: Question, work: dict[str, int], best: dict[str, float]) -> dict[str, Any]:
     """Seconds per image of each part (a step: per evaluation), work done, share of the ceiling."""
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for part in ("total", *PARTS):
         if not clocks[0].calls.get(part):
             continue
         share = question.batch if part != "step" else question.batch * len(question.method.plan)
-        found[part] = {
+        measured[part] = {
             kind: spread([getattr(clock.parts[part], kind) / share for clock in clocks]) for kind in ("wall", "cpu")
         }
     for part in ("total", "encode", "step", "decode"):
         for kind in ("wall", "cpu"):
-            seconds = found[part][kind]["median"]
-            found[part][f"ceiling_{kind}"] = work[part] / seconds / best[kind] if seconds else None
-    return found
+            seconds = measured[part][kind]["median"]
+            measured[part][f"ceiling_{kind}"] = work[part] / seconds / best[kind] if seconds else None
+    return measured
 
 
-def ratio(found: dict[str, Any], part: str, kind: str) -> float | None:
+def ratio(measured: dict[str, Any], part: str, kind: str) -> float | None:
     """How many times as fast ours is."""
-    if part not in found["reference"] or part not in found["ours"] or not found["ours"][part][kind]["median"]:
+    if part not in measured["reference"] or part not in measured["ours"] or not measured["ours"][part][kind]["median"]:
         return None
-    return found["reference"][part][kind]["median"] / found["ours"][part][kind]["median"]
+    return measured["reference"][part][kind]["median"] / measured["ours"][part][kind]["median"]
 
 
 def memory(question: Question, paths: tuple[str, ...] = PATHS) -> dict[str, float]:

@@ -141,14 +141,14 @@ def from_folder(
     name: str, settings: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[Networks, SamplerConfig]:
     """The networks of a model folder or bundled model, and its own settings changed by `settings`."""
-    found = load_model(find_model(name), dtype=dtype, **settings)
-    networks = [found.latents, found.denoiser(), found.image_prompt]
+    model = load_model(find_model(name), dtype=dtype, **settings)
+    networks = [model.latents, model.denoiser(), model.image_prompt]
     for network in networks:
         if network is not None:
             network.eval().requires_grad_(False).to(device, dtype)
-    text = from_dict(found.prompts, device)
-    made = Networks(*networks, Schedule(found.alpha_bar), device, dtype, found.config.model, text)
-    return made, found.config.sampler
+    text = from_dict(model.prompts, device)
+    made = Networks(*networks, Schedule(model.alpha_bar), device, dtype, model.config.model, text)
+    return made, model.config.sampler
 
 
 def build(

@@ -21,22 +21,22 @@ def times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def inference(found: dict[str, Any]) -> Iterator[Table | str]:
+def inference(measured: dict[str, Any]) -> Iterator[Table | str]:
     """Seconds per image of each part, ratios, share of the ceiling; work, memory, difference."""
-    question = found["question"]
+    question = measured["question"]
     title = f"{question['size']}, {question['method']['name']}, {question['pixels']} px, {question['device']}"
     title += ", ours compiled" if question["compile"] else ""
     table = Table(title=f"{title}: seconds per image (a step: per evaluation), median [least to most]")
-    paths = [path for path in PATHS if path in found]
+    paths = [path for path in PATHS if path in measured]
     for name in ("part", *paths, *(f"{path}, CPU s" for path in paths), "times as fast", "by CPU s"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for part in ("total", *PARTS):
-        cells = [found[path].get(part) for path in paths]
+        cells = [measured[path].get(part) for path in paths]
         if not any(cells):
             continue
         wall = [c and "{median:.3f} [{min:.3f} to {max:.3f}]".format(**c["wall"]) or "" for c in cells]
         cpu = [c and f"{c['cpu']['median']:.3f}" or "" for c in cells]
-        rates = found.get("speed_ratio", {}).get(part, {})
+        rates = measured.get("speed_ratio", {}).get(part, {})
         table.add_row(part, *wall, *cpu, times(rates.get("wall")), times(rates.get("cpu")))
     yield table
     shares = Table(title="work per image (G multiply-accumulates), and share of the measured matrix-product ceiling")
@@ -45,18 +45,18 @@ def inference(found: dict[str, Any]) -> Iterator[Table | str]:
     for part in ("total", "encode", "step", "decode"):
         row = []
         for path in paths:
-            row.append(f"{found['macs'][path][part] / 1e9:.2f}")
-            row += [f"{100 * (found[path][part][f'ceiling_{kind}'] or 0):.0f} %" for kind in ("wall", "cpu")]
+            row.append(f"{measured['macs'][path][part] / 1e9:.2f}")
+            row += [f"{100 * (measured[path][part][f'ceiling_{kind}'] or 0):.0f} %" for kind in ("wall", "cpu")]
         shares.add_row(part, *row)
     yield shares
-    yield f"ceiling: {found['ceiling_macs_per_second']['wall'] / 1e9:.1f} G multiply-accumulates per second"
-    if "relative_difference" in found:
-        equal = "" if found["relative_difference"] < EQUAL else f": NOT THE SAME RESULT (above {EQUAL:g})"
-        yield f"relative difference of the results: {found['relative_difference']:.1e}{equal}"
-    for path, megabytes in found.get("memory_mb", {}).items():
+    yield f"ceiling: {measured['ceiling_macs_per_second']['wall'] / 1e9:.1f} G multiply-accumulates per second"
+    if "relative_difference" in measured:
+        equal = "" if measured["relative_difference"] < EQUAL else f": NOT THE SAME RESULT (above {EQUAL:g})"
+        yield f"relative difference of the results: {measured['relative_difference']:.1e}{equal}"
+    for path, megabytes in measured.get("memory_mb", {}).items():
         yield f"peak memory above imports, {path}: {megabytes:.0f} MB"
-    if len(found.get("memory_mb", {})) == 2:
-        yield f"ours / reference: {found['memory_mb']['ours'] / found['memory_mb']['reference']:.2f}"
+    if len(measured.get("memory_mb", {})) == 2:
+        yield f"ours / reference: {measured['memory_mb']['ours'] / measured['memory_mb']['reference']:.2f}"
 
 
 def plain(rows: list[dict[str, Any]], title: str) -> Table:
@@ -74,8 +74,8 @@ def degradation(rows: list[dict[str, Any]], preset: str) -> list[Table | str]:
     return [table, f"ours is {ours / theirs:.2f} times as fast"]
 
 
-def show(shown: Iterable[Table | str], found: Any, file: Path | None) -> None:
+def show(shown: Iterable[Table | str], measured: Any, file: Path | None) -> None:
     """What was measured, on the terminal, and all of it in `file`."""
     Console().print(*shown, sep="\n")
     if file:
-        file.write_text(json.dumps(found, indent=1, default=str))
+        file.write_text(json.dumps(measured, indent=1, default=str))

@@ -47,10 +47,10 @@ def macs_of(networks: Networks, config: Any, method: SamplingMethod, pixels: int
     guided = config.guidance != 1
     first_alone = guided and config.first_prompt != "guided" and method.plan[0].kind != "step"
     rows = len(method.plan) * (2 if guided else 1) - first_alone
-    found = {}
+    counts = {}
     for path in row:
         twice = path == "reference" and guided and not method.sequential
         work = {"encode": once["encode"] * (2 if twice else 1), "decode": once["decode"]}
         work["total"] = sum(work.values()) + rows * row[path]
-        found[path] = work | {"step": rows * row[path] // len(method.plan)}
-    return found
+        counts[path] = work | {"step": rows * row[path] // len(method.plan)}
+    return counts

@@ -188,15 +188,15 @@ class Clip:
         tokens = self.tokens(known).to(device)
         logits = torch.cat([self.logits(part.to(device), tokens) for part in torch.cat(images).split(64)])
         place = (logits > logits.gather(1, own[:, None])).sum(1)  # captions that come before the image's own
-        found = {"top1": float((place == 0).float().mean()), "top5": float((place < 5).float().mean())}
-        return found | {"crops": len(captions), "captions": len(known)}
+        scores = {"top1": float((place == 0).float().mean()), "top5": float((place < 5).float().mean())}
+        return scores | {"crops": len(captions), "captions": len(known)}
 
     def export(self, folder: Path) -> None:
         """text_encoder/, tokenizer/ and image_encoder/ as a base holds them, and the retrieval on held-out crops."""
         if self.data.validation:
-            found = self.retrieval()
-            log.info("held-out retrieval: %s", found)
-            (folder / RETRIEVAL).write_text(json.dumps(found, indent=1))
+            scores = self.retrieval()
+            log.info("held-out retrieval: %s", scores)
+            (folder / RETRIEVAL).write_text(json.dumps(scores, indent=1))
         write_tokenizer(folder / "tokenizer", self.config.text_length)
         save_tower(folder, self.tower, self.export_dtype)
         state = {name: value.to(self.export_dtype).contiguous() for name, value in self.text.state_dict().items()}

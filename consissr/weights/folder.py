@@ -72,29 +72,31 @@ def load_model(
         base = base or additions.base
     known = load_prompts(folder)
     wanted = (sampler.positive, sampler.negative) if prompts is None else prompts
-    found = load_base(base or base_of(folder, config), dtype, config.model.base_sha256, wanted if known is None else ())
+    base_model = load_base(
+        base or base_of(folder, config), dtype, config.model.base_sha256, wanted if known is None else ()
+    )
     controlnet = load_controlnet(folder, config.model, dtype, before)
-    check_fit(folder, controlnet, found.unet, known or {})
-    load_unet_additions(folder, found.unet, config.model, before)
+    check_fit(folder, controlnet, base_model.unet, known or {})
+    load_unet_additions(folder, base_model.unet, config.model, before)
     lora = read_weights(folder / LORA) if before.unet_lora else None
     if additions is not None and config.model.unet_lora:
-        add_lora(found.unet, config.model.unet_lora, lora)
+        add_lora(base_model.unet, config.model.unet_lora, lora)
     elif lora is not None:
-        merge_lora(found.unet, lora)
+        merge_lora(base_model.unet, lora)
     decoder = stored_decoder(folder / "vae")
     decoder = "base" if decoder == "tuned" and not tuned_decoder else decoder
     return Model(
         config=config,
-        unet=found.unet,
+        unet=base_model.unet,
         controlnet=controlnet,
-        latents=found.latents if decoder == "base" else load_latents(folder / "vae", found.latents, dtype),
+        latents=base_model.latents if decoder == "base" else load_latents(folder / "vae", base_model.latents, dtype),
         decoder=decoder,
         hint_latents=load_latents(folder / "hint_vae", dtype=dtype) if (folder / "hint_vae").is_dir() else None,
-        image_prompt=image_prompt_of(folder, config.model, before, found.unet.config.cross_attention_dim, dtype),
-        prompts=found.prompts if known is None else known,
+        image_prompt=image_prompt_of(folder, config.model, before, base_model.unet.config.cross_attention_dim, dtype),
+        prompts=base_model.prompts if known is None else known,
         own_prompts=known is not None,
-        betas=found.betas,
-        prediction_type=found.prediction_type,
+        betas=base_model.betas,
+        prediction_type=base_model.prediction_type,
     )
 
 
@@ -190,12 +192,12 @@ def load_prompts(folder: Path) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, "pt") as file:
             listed = json.loads(file.metadata()["prompts"])
-            found = {str(prompt): file.get_tensor(str(i)) for i, prompt in enumerate(listed)}
+            embeddings = {str(prompt): file.get_tensor(str(i)) for i, prompt in enumerate(listed)}
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy or download the model again") from error
-    if not found or any(tensor.ndim != 3 or not tensor.is_floating_point() for tensor in found.values()):
+    if not embeddings or any(tensor.ndim != 3 or not tensor.is_floating_point() for tensor in embeddings.values()):
         raise UserError(f"{path} holds no embeddings (1, L, D) of prompts: copy or download the model again")
-    return found
+    return embeddings
 
 
 def load_controlnet(

@@ -105,21 +105,21 @@ def encoder_pairs(state: State) -> tuple[dict[str, str], list[Level]]:
         "middle_block.1": "mid_block.attentions.0",
         "middle_block.2": "mid_block.resnets.1",
     }
-    found = [Level(0)]
+    levels = [Level(0)]
     for index in range(1, indices(state, "input_blocks")):
-        block, level = f"input_blocks.{index}", len(found) - 1
+        block, level = f"input_blocks.{index}", len(levels) - 1
         if f"{block}.0.op.weight" in state:
             pairs[f"{block}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
-            found.append(Level(0))
+            levels.append(Level(0))
             continue
-        here = found[-1]
+        here = levels[-1]
         pairs[f"{block}.0"] = f"down_blocks.{level}.resnets.{here.layers}"
         if f"{block}.1.norm.weight" in state:
             pairs[f"{block}.1"] = f"down_blocks.{level}.attentions.{here.layers}"
             here.transformer = here.transformer or f"{block}.1"
         here.width = require(state, f"{block}.0.out_layers.3.weight").shape[0]
         here.layers += 1
-    return pairs, found
+    return pairs, levels
 
 
 def decoder_pairs(state: State, levels: list[Level]) -> dict[str, str]:
