@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from consissr.config.loading import check_word
-from consissr.errors import UserError
 
 MODES = ("area", "bilinear", "bicubic")
 
@@ -43,18 +42,6 @@ class StageConfig:
     jpeg: list[float] = _list(60.0, 95.0)
     """JPEG quality, below 100."""
 
-    def __post_init__(self) -> None:
-        for name in ("sigma", "betag", "betap", "resize", "gaussian", "poisson", "jpeg"):
-            low, high = _pair(name, getattr(self, name))
-            if not 0 < low <= high:
-                raise UserError(f"degradation {name} is [{low}, {high}]: it must rise from above 0")
-        for name, count in (("family_weights", 6), ("resize_weights", 3)):
-            weights = getattr(self, name)
-            if len(weights) != count or min(weights) < 0 or sum(weights) <= 0:
-                raise UserError(f"degradation {name} is {weights}: give {count} numbers >= 0, not all 0")
-        if self.jpeg[1] > 100:
-            raise UserError(f"degradation jpeg is {self.jpeg}: qualities end at 100")
-
 
 @dataclass(kw_only=True)
 class DegradationConfig:
@@ -72,20 +59,6 @@ class DegradationConfig:
     """Probability of the circular low-pass filter after the last resize."""
     enlarge: list[str] = _list("area", "bilinear", "bicubic")
     """Filters from which the one that brings the LQ image back to HQ size is picked."""
-
-    def __post_init__(self) -> None:
-        if self.scale < 1:
-            raise UserError(f"degradation scale is {self.scale}: it must be at least 1")
-        if not self.enlarge:
-            raise UserError(f"degradation enlarge is empty: name one of {', '.join(MODES)}")
-        for mode in self.enlarge:
-            check_word(mode, MODES, "degradation.enlarge")
-
-
-def _pair(name: str, values: list[float]) -> tuple[float, float]:
-    if len(values) != 2:
-        raise UserError(f"degradation {name} is {values}: give [low, high]")
-    return values[0], values[1]
 
 
 def ccsr_degradation() -> DegradationConfig:

@@ -62,7 +62,7 @@ class Tala(Restoration):
 
     def error(self, eps_hat: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """Squared error of predicted noise (B, C, h, w) at `t` (B,), a mean over all elements."""
-        return F.mse_loss(eps_hat, target)
+        return F.mse_loss(eps_hat, target)  # (Eq. 2, ConsisSR)
 
     @torch.no_grad()
     def restore(self, batch: Batch) -> Tensor:
