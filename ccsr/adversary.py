@@ -3,8 +3,6 @@
 `view(batch)` draws how both images of a comparison are seen; calling gives (logits, features) of images under a view.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from ccsr.discriminator import Augmentation, ProjectedDiscriminator, ViT, condition_of, draw_windows, read_dino

@@ -3,8 +3,6 @@
 Under guidance the posterior's mode is taken, so that encoding the image once or twice gives the same latent.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The bundled models' variants of CCSR's stages: errors weighed by pixels, and a perceptual loss without weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ adds (ConsisSR's image branch, position embedding, transposed attention), and th
 from.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """PatchGAN: a small convolutional discriminator with one logit per image patch ("the same as that of VAE", CCSR)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

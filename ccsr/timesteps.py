@@ -6,8 +6,6 @@ with k(f) = round(T f), the evaluations after 999 are grid steps k(t_max), ..., 
 S = k(t_max) - k(t_min) + 1 evaluations in all.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from consissr.config.sampler import SamplerConfig

@@ -7,8 +7,6 @@ file; needs h5py): the 13 convolutions of VGG16, trained on ImageNet and then, f
 vgg16 file serves as it is, converted to safetensors or not: both have the names `features.N.weight` and `.bias`.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

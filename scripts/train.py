@@ -3,8 +3,6 @@
 Writes checkpoints, log.jsonl, validation pictures and the result to the config's output_dir.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -1,7 +1,5 @@
 """basicsr's own Real-ESRGAN data path on the CPU, with our settings: what tests and the benchmark compare with."""
 
-from __future__ import annotations
-
 import sys
 import types
 from importlib.util import find_spec

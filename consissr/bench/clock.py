@@ -1,7 +1,5 @@
 """Seconds, and the machine's ceiling."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """The flags of `scripts/bench.py`. Nothing heavy is imported here."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Images per second and core of our data path beside basicsr's own, from files to LQ/HQ batches, in one process."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ them has no answer; what draws by values is replaced. The mode has no public nam
 imports it from `torch._subclasses`, too.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -3,8 +3,6 @@
 Beside it, torch's DataLoader with the same work per image in as many processes.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import time

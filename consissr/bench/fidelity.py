@@ -1,7 +1,5 @@
 """The fidelity dial's curve: PSNR against NIQE of results from free to faithful, and a strip of them to look at."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

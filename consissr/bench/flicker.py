@@ -4,8 +4,6 @@ Two films are cut from a photograph: one that stands still, and one that pans by
 neighbouring frames are compared where they show the same place, so that nothing but flicker is left.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -5,8 +5,6 @@ A task that fails, hangs or brings its process down is recorded with its reason,
 fit into the time that is left is named. Nothing heavy is imported here.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ Networks have SD2.1's sizes and random weights, made on the device (nothing is d
 models' sizes instead, for a rehearsal on any machine.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

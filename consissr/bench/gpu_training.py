@@ -1,7 +1,5 @@
 """A training stage on a GPU: images per second, share of the ceiling, waiting for data, what fits into which memory."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Our path (Restorer) beside the plain reference: seconds of each part, work, share of the ceiling, memory, results."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack

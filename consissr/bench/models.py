@@ -1,7 +1,5 @@
 """What is measured: a model of this machine, or the networks of SD2.1's size with randomly drawn weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Measurements in processes of their own, and how much memory a process takes. Nothing heavy is imported here."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

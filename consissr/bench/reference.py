@@ -6,8 +6,6 @@ who treats both paths alike; files it writes with Pillow's own settings for PNG 
 default, torch's scaled_dot_product_attention (CCSR v2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

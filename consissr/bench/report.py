@@ -1,7 +1,5 @@
 """Tables of what was measured, for the terminal."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ encoder for the hint, and CLIP whole, with the last text block and the projectio
 2.13 G is no sum of these parts.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """CPU seconds and memory per megapixel of results from small to very large, each in a process of its own."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from dataclasses import dataclass

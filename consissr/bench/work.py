@@ -1,7 +1,5 @@
 """Multiply-accumulates of both paths, counted on the meta device: attention's products included."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from functools import partial
 from typing import Any

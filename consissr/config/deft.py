@@ -1,7 +1,5 @@
 """Stage 'deft'."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """`config.yaml` of a model folder."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from consissr.config.model import ModelConfig

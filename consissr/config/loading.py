@@ -1,7 +1,5 @@
 """Reading configurations: a dataclass from a YAML file and key=value overrides, strictly checked."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import io

@@ -1,7 +1,5 @@
 """What the weights of a model need."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from consissr.config.loading import check_word

@@ -1,7 +1,5 @@
 """Stage 'nuts'."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from consissr.config.loading import check_word

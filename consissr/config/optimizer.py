@@ -1,7 +1,5 @@
 """An optimiser, and its learning rate over the steps."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from consissr.config.loading import check_word

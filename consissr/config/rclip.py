@@ -1,7 +1,5 @@
 """Stage 'rclip'."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """How a model samples."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Stable Diffusion 2.1-base in numbers: its noise schedule, and the sizes of its networks."""
 
-from __future__ import annotations
-
 SD_BETAS = (1000, 0.00085, 0.012)
 """Timesteps T, first and last beta of the "scaled linear" schedule."""
 

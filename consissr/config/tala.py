@@ -1,7 +1,5 @@
 """Stage 'tala'."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from consissr.config.loading import check_word

@@ -1,7 +1,5 @@
 """Configuration of training runs: their data, and what all stages share. Each stage has a file of its own."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 

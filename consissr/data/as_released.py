@@ -1,7 +1,5 @@
 """The degradation as the releases run it: structural draws shared by a batch, and a pool of training pairs."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

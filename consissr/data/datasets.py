@@ -1,7 +1,5 @@
 """Training photographs: sample number n is a pure function of (seed, n), whatever the restarts and processes."""
 
-from __future__ import annotations
-
 import logging
 import math
 import threading

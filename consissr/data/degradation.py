@@ -6,8 +6,6 @@
 so its result does not depend on the batch around it. `as_released` holds the batch-shared form.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Gaussian and Poisson noise of the degradation (basicsr's definitions)."""
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -1,7 +1,5 @@
 """Low-quality partners of photographs, by name."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Patterns of paths: a shell's wildcards and braces. No torch here: the checks before a run use this, too."""
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Iterator

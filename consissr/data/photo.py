@@ -1,7 +1,5 @@
 """One photograph: where it is, and its bytes."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

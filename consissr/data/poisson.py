@@ -1,7 +1,5 @@
 """A fast exact Poisson sampler on the CPU, for rates that belong to 8-bit levels."""
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -1,7 +1,5 @@
 """Settings of the two-stage degradation, and the papers' values under two names."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from consissr.config.loading import check_word

@@ -1,7 +1,5 @@
 """A fixed synthetic test set: crops of photographs, their degraded partners, and a record of how they were made."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Stage 'autoencoder': a small KL autoencoder with space-to-depth ends, trained from scratch for `nano`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

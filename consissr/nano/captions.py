@@ -4,8 +4,6 @@ They stand in for written captions where a small text/image encoder pair is trai
 a pure function of the pixels: "bright muted photo, gray and brown, low contrast, fine texture, horizontal".
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -3,8 +3,6 @@
 Captions are measured (`data.captions`), so the pair knows colours, light, contrast, texture and direction, not objects.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

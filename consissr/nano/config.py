@@ -3,8 +3,6 @@
 `run_config` reads any run's configuration by the schema that belongs to its stage.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from pathlib import Path

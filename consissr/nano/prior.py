@@ -7,8 +7,6 @@ The UNet predicts v (Salimans and Ho 2022), not the noise: at the noisiest times
 live, x0 then is the network's output itself, while noise prediction multiplies every error of a small network by 15.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -6,8 +6,6 @@ Words of random letters in Pillow's own typeface and in those of a folder of Tru
 DejaVu's), lines, circles, tiles and bars, in flat colours with smooth shading; drawn three times as large, then shrunk.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import random

@@ -1,7 +1,5 @@
 """The bundled models' variants of ConsisSR's stages: other errors, and the timesteps of few steps."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A study written down: levels beside bicubic, paired differences over training seeds and images, verdicts, crops."""
 
-from __future__ import annotations
-
 import csv
 import math
 import platform

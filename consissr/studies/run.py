@@ -4,8 +4,6 @@ Everything stands in a folder whose name ends in the hash of what it is made of 
 record beside it: what is there is not made again, and nothing is taken for what was made of something else.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -5,8 +5,6 @@ order, crops, degradations and noise are functions of (seed, place in the sequen
 which a kill or a loss of power cannot interrupt half-way; `state.json` has the checksum of `state.pt`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

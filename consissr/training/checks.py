@@ -1,7 +1,5 @@
 """What can be wrong with a training run before a single weight is loaded. No torch here: mistakes must show at once."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

@@ -5,8 +5,6 @@ read. Sizes are those of the folders that the config names, where they are on th
 for names with "nano" in them).
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

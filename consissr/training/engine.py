@@ -5,8 +5,6 @@ are parts of its buckets, and a bucket is averaged over the processes while the 
 one, in the last micro-batch of a step only.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """How much memory a training run takes, estimated with networks on the meta device: weights, optimiser, activations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

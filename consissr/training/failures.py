@@ -1,7 +1,5 @@
 """What a run says when it cannot go on, in one line that names the remedy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Batches for the loop: which samples a process sees in which step, and their degradation on the compute device."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Iterator

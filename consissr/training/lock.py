@@ -1,7 +1,5 @@
 """One run per output folder. No torch here."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

@@ -6,8 +6,6 @@ process count by rounding only. How a loss becomes a step stands in engine.py; h
 say what went wrong, in processes.py.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """What is computed in bfloat16, and which weights are stored in it."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

@@ -5,8 +5,6 @@ does: saving, export) is waited for in a group of its own, which has a day. Each
 launcher's store every few seconds; one that was stopped, or whose machine is gone, leaves none, and is then named.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

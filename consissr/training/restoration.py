@@ -4,8 +4,6 @@
 and condition, and writes a model folder.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from dataclasses import replace

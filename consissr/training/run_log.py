@@ -1,7 +1,5 @@
 """What a run tells: progress bar, log.jsonl, tracker, and beside them the configuration, commit and versions."""
 
-from __future__ import annotations
-
 import json
 import logging
 import subprocess

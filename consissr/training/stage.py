@@ -1,7 +1,5 @@
 """What a stage is: ordered phases (parameters and loss) over batches whose every random number is a sample's own."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

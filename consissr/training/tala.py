@@ -5,8 +5,6 @@ high-quality latents assumes. TALA therefore starts some training inputs from z_
 timestep, and asks for the noise that leads to z_hq from there.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

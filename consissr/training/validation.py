@@ -1,7 +1,5 @@
 """The fixed validation set: the same crops, degradations and noise every time; PSNR and SSIM on Y, and pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

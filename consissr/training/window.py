@@ -1,7 +1,5 @@
 """What a log line tells: means over the steps since the last one, and how fast they were."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator

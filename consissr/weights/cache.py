@@ -1,7 +1,5 @@
 """This project's own cache: where it is, who may write in it, room on its disk, and files that stay as recorded."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

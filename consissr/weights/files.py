@@ -11,8 +11,6 @@
 The base model is named in config.yaml, never copied. All weights are safetensors, loaded strictly.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import pickle

@@ -1,7 +1,5 @@
 """Models by name: bundled, published (fetched and converted once), a folder, a checkpoint file, or a hub id."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """The one loader and the one writer of model folders (their layout stands in files.py), and models that start anew."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

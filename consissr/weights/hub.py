@@ -4,8 +4,6 @@ What a repository holds is written down at the first download (its commit, every
 calls need no network, and what is missing or damaged is fetched again at that commit.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

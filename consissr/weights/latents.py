@@ -1,7 +1,5 @@
 """Reading and writing the autoencoder of a vae/ folder: whole, or a tuned decoder alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Checkpoints in latent-diffusion naming (LDM): sizes from the weights, names in diffusers' layout."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Published models by name, as names.yaml lists them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path

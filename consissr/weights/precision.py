@@ -1,7 +1,5 @@
 """The number types that networks may run in, and which of them a device computes fast."""
 
-from __future__ import annotations
-
 import torch
 
 from consissr.config.loading import check_word

@@ -1,7 +1,5 @@
 """Model folders to the Hugging Face hub, through its own client."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from consissr.errors import UserError
