@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.vgg import make_layers
 
 from consissr.errors import UserError
 from consissr.weights.files import load_strict, read_weights, write_weights
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Output channels of VGG16's convolutions; between two blocks the map is halved."""
+"""Output channels of VGG16's convolutions; after a block the map is halved."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, of RGB in [0, 1]: what torchvision's weights expect."""
 BGR_MEAN = (104.00699, 116.66877, 122.67892)
@@ -31,15 +32,7 @@ class VggDistance(nn.Module):
     def __init__(self, file: Path | None) -> None:
         """file: weights by torchvision's names, of which `features.*` are read; None leaves them untrained."""
         super().__init__()
-        self.features = nn.ModuleDict()  # by torchvision's numbers
-        self.ends: set[str] = set()
-        number, before = 0, 3
-        for block in BLOCKS:
-            for width in block:
-                self.features[str(number)] = nn.Conv2d(before, width, 3, padding=1)
-                number, before = number + 2, width
-            self.ends.add(str(number - 2))
-            number += 1  # the pooling
+        self.features = make_layers([layer for block in BLOCKS for layer in (*block, "M")])
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         if file is not None:
@@ -50,11 +43,10 @@ class VggDistance(nn.Module):
     def maps(self, image: Tensor) -> list[Tensor]:
         """Five maps (B, C, h, w) of images (B, 3, H, W) in [-1, 1], at full size, half, and so on to a sixteenth."""
         x, maps = ((image + 1) / 2 - self.mean) / self.std, []
-        for name, convolution in self.features.items():
-            x = F.relu(convolution(x), inplace=True)
-            if name in self.ends:
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
                 maps.append(x)
-                x = F.max_pool2d(x, 2)
+            x = layer(x)
         return maps
 
     def forward(self, image: Tensor, wanted: Tensor, normalize: bool = False) -> Tensor:
