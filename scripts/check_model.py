@@ -37,7 +37,7 @@ def check_pairs(args: argparse.Namespace, model: Path, plans: dict) -> str:
 
     lr, hr, out = args.realsr / "LR", args.realsr / "HR", args.output / "realsr"
     folders.pair({"HR": hr}, hr, lr)  # what does not pair is said before anything is restored
-    groups, place = companions(lr), results_folder(out, args.model, model, args.base, lr)
+    groups, folder = companions(lr), results_folder(out, args.model, model, args.base, lr)
     restorer, swapped, blind = (Restorer.load(args.model, base=args.base) for _ in range(3))
     swapped.hint_latents = changed(swapped.hint_latents, lambda z: z.roll(1, 0))  # the next image's condition
     if restorer.image_prompt is not None:
@@ -46,11 +46,11 @@ def check_pairs(args: argparse.Namespace, model: Path, plans: dict) -> str:
     results, wrong, without = {}, {}, ""
     for s, plan in plans.items():
         name = s.replace("=", "").replace(" ", "-")
-        results[f"{args.model} {s}"] = restore(restorer, lr, place / name, plan)
-        wrong[f"{args.model} {s}"] = restore(swapped, lr, place / f"{name}-wrong", plan, groups)
+        results[f"{args.model} {s}"] = restore(restorer, lr, folder / name, plan)
+        wrong[f"{args.model} {s}"] = restore(swapped, lr, folder / f"{name}-wrong", plan, groups)
         if restorer.image_prompt is not None:
-            zeroed = results[f"{s}, image tokens zeroed"] = restore(blind, lr, place / f"{name}-blind", plan)
-            change = mean_change(place / name, zeroed)
+            zeroed = results[f"{s}, image tokens zeroed"] = restore(blind, lr, folder / f"{name}-blind", plan)
+            change = mean_change(folder / name, zeroed)
             without += f"\n{s}: zeroing the image tokens changes results by {change:.3f} of 255 levels on average.\n"
     return f"\n## Real pairs ({args.realsr.name})\n\n{as_text(check(results, hr, lr, out, wrong))}\n{without}"
 
@@ -64,14 +64,14 @@ def check_photos(args: argparse.Namespace, model: Path, plans: dict, base: str) 
     from consissr.weights.base import load_base
 
     out = args.output / "photos"
-    testset = testset_folder(out, args.photos, lambda place: write_testset([args.photos], place, 0, 256, "ccsr", 0))
+    testset = testset_folder(out, args.photos, lambda folder: write_testset([args.photos], folder, 0, 256, "ccsr", 0))
     lr, (name, plan) = testset / "LR", next(iter(plans.items()))
-    place = results_folder(out, args.model, model, args.base, lr)
+    folder = results_folder(out, args.model, model, args.base, lr)
     restorer, plain = (Restorer.load(args.model, base=args.base) for _ in range(2))
     shared, bare = plain.hint_latents is plain.latents, load_base(base).latents.eval().to(plain.device, plain.dtype)
     plain.latents, plain.hint_latents = bare, bare if shared else plain.hint_latents
-    results = {f"{args.model} {name}": restore(restorer, lr, place / "restored", plan)}
-    results[f"{name}, base's decoder"] = restore(plain, lr, place / "base-decoder", plan)
+    results = {f"{args.model} {name}": restore(restorer, lr, folder / "restored", plan)}
+    results[f"{name}, base's decoder"] = restore(plain, lr, folder / "base-decoder", plan)
     table = as_text(check(results, testset / "HR", lr, out))
     return f"\n## Photographs degraded with seed 0, 256-pixel crops\n\n{table}"
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from consissr.errors import UserError
-from consissr.evaluation import folders, origin
+from consissr.evaluation import folders, provenance
 from consissr.evaluation.markdown import escaped, table_lines
 from consissr.evaluation.metrics import gaussian_blur, luma
 from consissr.evaluation.progress import track
@@ -104,9 +104,9 @@ def scale_between(lr: Path, hr: Path) -> int:
 def write_baselines(lr: Path, output: Path, scale: int = 4) -> dict[str, Path]:
     """Both baselines of the LR folder as PNG: their folders by name. What is there of the same images is kept."""
     written, files = {}, folders.list_images(lr)
-    images = origin.fingerprint(lr, folders.EXTENSIONS)
+    images = provenance.fingerprint(lr, folders.EXTENSIONS)
     for name in (BICUBIC, GRAINY):
-        written[name] = origin.place(output, name.replace("+", "-plus-"), images=images, scale=scale)
+        written[name] = provenance.folder_of(output, name.replace("+", "-plus-"), images=images, scale=scale)
         for seed, (stem, path) in enumerate(track(name, files.items(), len(files))):
             if (target := written[name] / f"{stem}.png").is_file():
                 continue

@@ -16,7 +16,7 @@ from PIL import Image
 
 from consissr.config.loading import nearest
 from consissr.errors import UserError
-from consissr.evaluation import origin, stlpips
+from consissr.evaluation import provenance, stlpips
 from consissr.evaluation.folders import EXTENSIONS, pair, parse_methods
 from consissr.evaluation.tables import Table
 from consissr.evaluation.workers import end_with_parent
@@ -89,11 +89,11 @@ def produce(
 
     Raises UserError where infer.py fails.
     """
-    results, images = {}, origin.fingerprint(lr, EXTENSIONS)
+    results, images = {}, provenance.fingerprint(lr, EXTENSIONS)
     for row, model in models.items():
         words = [*(table.ours[row].get("flags", []) if table else []), *flags]
         made_of = {"model": model, "weights": contents(find(model)), "images": images, "flags": words}
-        folder = origin.place(output / "results", re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-"), **made_of)
+        folder = provenance.folder_of(output / "results", re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-"), **made_of)
         call = [script, "-i", lr, "-o", folder, "-m", model, "--skip-existing", "--repeat", repeat, *words]
         run_script(call, f"{row} could not be restored")
         results[row] = folder
@@ -102,7 +102,7 @@ def produce(
 
 def contents(folder: Path) -> str:
     """Hash of the files of a model folder that results depend on; the name of one that is not on this machine."""
-    return origin.fingerprint(folder, origin.MODEL_FILES) if folder.is_dir() else str(folder)
+    return provenance.fingerprint(folder, provenance.MODEL_FILES) if folder.is_dir() else str(folder)
 
 
 def timer(table: Table, run: list[str], script: Path) -> Callable[[str], float] | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from consissr.errors import UserError
-from consissr.evaluation import folders, origin
+from consissr.evaluation import folders, provenance
 from consissr.evaluation.progress import track
 from consissr.images import codec
 
@@ -15,18 +15,20 @@ def results_folder(output: Path, name: str, model: Path, base: str | None, lr: P
 
     name: what the user called the model; model: its folder; base: another place of the base model, where one is given.
     """
-    weights = origin.fingerprint(model, origin.MODEL_FILES)
-    images = origin.fingerprint(lr, folders.EXTENSIONS)
-    return origin.place(output, Path(name).resolve().name, model=name, weights=weights, base=base, images=images)
+    weights = provenance.fingerprint(model, provenance.MODEL_FILES)
+    images = provenance.fingerprint(lr, folders.EXTENSIONS)
+    return provenance.folder_of(
+        output, Path(name).resolve().name, model=name, weights=weights, base=base, images=images
+    )
 
 
 def testset_folder(output: Path, photos: str, write: Callable[[Path], object]) -> Path:
     """The test set of these photographs below `output`, made by `write(folder)` unless it is there, and whole."""
-    place = origin.place(output, "testset", photos=origin.fingerprint(Path(photos)))
-    if not (place / "testset.json").is_file():  # written last
-        shutil.rmtree(place, ignore_errors=True)  # what an interrupted attempt left
-        write(place)
-    return place
+    folder = provenance.folder_of(output, "testset", photos=provenance.fingerprint(Path(photos)))
+    if not (folder / "testset.json").is_file():  # written last
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
+        write(folder)
+    return folder
 
 
 def companions(lr: Path) -> list[list[str]]:

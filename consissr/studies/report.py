@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from consissr.evaluation import figures, origin, tables
+from consissr.evaluation import figures, provenance, tables
 from consissr.evaluation.bootstrap import DRAWS, Difference, hierarchical, paired, verdict
 from consissr.evaluation.check import BICUBIC, flat_block_ratio, write_baselines
 from consissr.evaluation.evaluate import evaluate
@@ -225,7 +225,7 @@ def level(values: np.ndarray) -> str:
 def costs(work: Work) -> str:
     """What the study's models took, and where."""
     trained = [work.model(v, seed) for v in work.study.variants for seed in work.study.seeds_of(v)]
-    seconds = [origin.record(folder)["seconds"] for folder in trained if is_trained(folder)]
+    seconds = [provenance.record(folder)["seconds"] for folder in trained if is_trained(folder)]
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
     machine = names[0].split(": ")[-1] if names else platform.machine()

@@ -1,6 +1,6 @@
 """A study's work in child processes, in stages: trainings, test images, restorations.
 
-Everything stands in a folder whose name ends in the hash of what it is made of (see evaluation/origin.py), with the
+Everything stands in a folder whose name ends in the hash of what it is made of (see evaluation/provenance.py), with the
 record beside it: what is there is not made again, and nothing is taken for what was made of something else.
 """
 
@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from consissr.errors import UserError
-from consissr.evaluation import origin
+from consissr.evaluation import provenance
 from consissr.evaluation.folders import list_images, list_runs, pair
 from consissr.evaluation.progress import duration
 from consissr.evaluation.workers import cores, end_with_parent
@@ -55,16 +55,16 @@ class Work:
         parts = [path for path in base.iterdir() if path.is_dir() and path.name not in BUNDLED]
         parts += base.glob("*/image_encoder")
         return {
-            "train": origin.fingerprint(self.photos / "train"),
-            "photos": origin.fingerprint(self.photos / "val"),
-            "realsr": "-".join(origin.fingerprint(self.realsr / folder) for folder in ("LR", "HR")),
-            "bundled": "-".join(origin.fingerprint(part, origin.MODEL_FILES) for part in sorted(parts)),
+            "train": provenance.fingerprint(self.photos / "train"),
+            "photos": provenance.fingerprint(self.photos / "val"),
+            "realsr": "-".join(provenance.fingerprint(self.realsr / folder) for folder in ("LR", "HR")),
+            "bundled": "-".join(provenance.fingerprint(part, provenance.MODEL_FILES) for part in sorted(parts)),
         }
 
     def test_set(self, name: str) -> Path:
         """LR/ and HR/ of at most `study.images` pairs, evenly chosen."""
         made_of = {"source": self.contents[name], "images": self.study.images, **(PHOTOS if name == "photos" else {})}
-        return origin.place(self.out / "data", name, **made_of)
+        return provenance.folder_of(self.out / "data", name, **made_of)
 
     def model(self, variant: str, seed: int) -> Path:
         """A variant's model of one training seed."""
@@ -72,7 +72,7 @@ class Work:
         made_of = {"parent": yaml.safe_load((self.parents / one.parent).read_text(encoding="utf-8")), "seed": seed}
         made_of |= {"lines": [*self.study.lines, *one.lines, *self.lines], "init": start.name if start else ""}
         made_of |= {"photos": self.contents["train"], "bundled weights": self.contents["bundled"]}
-        return origin.place(self.out / "models", f"{self.study.name}-{variant}-seed{seed}", **made_of)
+        return provenance.folder_of(self.out / "models", f"{self.study.name}-{variant}-seed{seed}", **made_of)
 
     def start(self, variant: str, seed: int) -> Path | None:
         """The model that a training starts from: its `init`'s of the same seed, or that one's only seed."""
@@ -90,11 +90,11 @@ class Work:
         one = self.study.rows[row]
         made_of = {"model": self.model(one.variant, seed).name, "flags": list(one.flags)}
         images, parent = self.test_set(name).name, self.out / "results"
-        return origin.place(parent, f"{self.study.name}-{row}-seed{seed}-{name}", **made_of, images=images)
+        return provenance.folder_of(parent, f"{self.study.name}-{row}-seed{seed}-{name}", **made_of, images=images)
 
 
 def is_trained(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file() and "seconds" in origin.record(folder)
+    return (folder / "config.yaml").is_file() and "seconds" in provenance.record(folder)
 
 
 def is_restored(folder: Path, images: set[str], repeats: int) -> bool:
@@ -214,6 +214,6 @@ def run_commands(commands: list[Command], count: int) -> dict[str, str]:
 
 def note_time(command: Command, began: float, done: bool) -> float:
     """Record the seconds since `began`, added to those of interrupted runs; 'seconds' is there once it is done."""
-    spent = round(origin.record(command.folder).get("spent", 0) + time.monotonic() - began, 1)
-    origin.note(command.folder, spent=spent, **({"seconds": spent} if done else {}))
+    spent = round(provenance.record(command.folder).get("spent", 0) + time.monotonic() - began, 1)
+    provenance.note(command.folder, spent=spent, **({"seconds": spent} if done else {}))
     return spent

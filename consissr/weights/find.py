@@ -84,7 +84,7 @@ def by_hand(entry: Published) -> Path | None:
     folder = by_hand_folder(entry.name)
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
-    lacking = [str(place) for step in entry.by_hand if not any((place := entry.into(step)).glob("*"))]
+    lacking = [str(wanted) for step in entry.by_hand if not any((wanted := entry.into(step)).glob("*"))]
     if lacking:
         raise UserError(
             f"{folder} is not complete: there is nothing in {' and '.join(lacking)}: {entry.by_hand_words()}"
@@ -135,12 +135,12 @@ def files_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def converted(source: Path, place: str, revision: str, label: str, base: str = "auto", half: bool = False) -> Path:
+def converted(source: Path, address: str, revision: str, label: str, base: str = "auto", half: bool = False) -> Path:
     """The model folder of a release in this project's cache, made once by whichever process comes first.
 
-    place, revision: where the release is from, and its state there. half: it was chosen where half precision will do.
+    address, revision: where the release is from, and its state there. half: it was chosen where half precision will do.
     """
-    origin = {"name": label, "source": place, "revision": revision, "converter": CONVERTER, "half": half}
+    origin = {"name": label, "source": address, "revision": revision, "converter": CONVERTER, "half": half}
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
     target = cache_folder() / "models" / f"{label.replace('/', '--')[:80]}-{digest}"
     if intact(target):
@@ -156,7 +156,7 @@ def converted(source: Path, place: str, revision: str, label: str, base: str = "
         convert(source, target, base, name=label, finish=lambda folder: write_origin(folder, origin))
         for other in target.parent.iterdir():  # of another state of the same source, or of another converter
             was = read_origin(other)
-            if other != target and [was.get(key) for key in ("name", "source", "half")] == [label, place, half]:
+            if other != target and [was.get(key) for key in ("name", "source", "half")] == [label, address, half]:
                 shutil.rmtree(other, ignore_errors=True)
     return target
 

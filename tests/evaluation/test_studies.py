@@ -16,7 +16,7 @@ import pytest
 
 from consissr.config.loading import changed_fields
 from consissr.errors import UserError
-from consissr.evaluation import origin
+from consissr.evaluation import provenance
 from consissr.evaluation.bootstrap import UNRESOLVED, Difference, Estimate, verdict
 from consissr.evaluation.tables import load_table
 from consissr.nano.config import run_config
@@ -103,7 +103,7 @@ def test_a_study_from_training_to_verdict(small: run.Work) -> None:
     assert ran[:5] == order and len(ran) == 5 + 2 * 2 * 2
     model = small.model("b", 2)
     assert (model / "config.yaml").read_text() == f"2 {small.model('a', 2).name}"
-    assert origin.record(model)["lines"] == ["steps=1", "x=1"] and origin.record(model)["seconds"] > 0
+    assert provenance.record(model)["lines"] == ["steps=1", "x=1"] and provenance.record(model)["seconds"] > 0
     assert do(small) == [], "nothing is done twice"
 
     assert report.report(small, TABLES) == []
@@ -138,7 +138,7 @@ def test_a_failed_training_is_named_and_holds_up_its_own_alone(
     assert failed == {"train b, seed 1": "out of luck", "train b, seed 2": "out of luck"}
     assert [name for name in ran if "restore b" in name] == [] and "restore a, seed 1, realsr" in ran
     assert "b: not restored on realsr with training seed 1, 2" in report.report(small, TABLES)
-    record = origin.record(small.model("b", 1))
+    record = provenance.record(small.model("b", 1))
     assert record["spent"] > 0 and "seconds" not in record, "its time counts once it is done"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from consissr.errors import UserError
-from consissr.evaluation import origin, produce
+from consissr.evaluation import produce, provenance
 from consissr.evaluation.tables import Cell, available, comparison, load_table
 
 TABLES = Path(__file__).resolve().parents[2] / "configs" / "tables"
@@ -164,7 +164,7 @@ def test_results_of_another_origin_stand_elsewhere(tmp_path: Path, save, make_pi
     save(lr, {"a": make_picture(1, size=(8, 8))})
     others.append(produced())
     assert len({folder, *(other["CCSR-S1"] for other in others)}) == 5
-    assert origin.record(folder)["flags"] == ["--plan", "nuts", "--steps", "1", "--guidance", "1"]
+    assert provenance.record(folder)["flags"] == ["--plan", "nuts", "--steps", "1", "--guidance", "1"]
 
 
 def test_rows_are_timed_with_the_model_named_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

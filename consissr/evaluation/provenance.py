@@ -11,7 +11,7 @@ MODEL_FILES = (".safetensors", ".yaml", ".json")
 """Endings of the files of a model folder that results depend on."""
 
 
-def place(parent: Path, name: str, /, **origin: object) -> Path:
+def folder_of(parent: Path, name: str, /, **origin: object) -> Path:
     """The folder PARENT/NAME-HASH for what is made of `origin` (plain data); PARENT/NAME-HASH.json records that.
 
     The folder itself is not made.
@@ -39,18 +39,18 @@ def note(folder: Path, **facts: object) -> None:
     _write(folder, record(folder) | facts)
 
 
-def fingerprint(place: Path, endings: tuple[str, ...] = ()) -> str:
+def fingerprint(path: Path, endings: tuple[str, ...] = ()) -> str:
     """Hash of the names and contents of a folder's files (or of one file), hidden ones left out: 16 hexadecimal digits.
 
     endings: of the files that count, such as ".safetensors"; none means all.
     """
-    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     digest = hashlib.sha256()
-    for path in files:
-        name = path.relative_to(place).as_posix()
+    for file in files:
+        name = file.relative_to(path).as_posix()
         if name.lower().endswith(endings or "") and not any(part.startswith(".") for part in Path(name).parts):
-            with path.open("rb") as file:
-                digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            with file.open("rb") as stream:
+                digest.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 
 
