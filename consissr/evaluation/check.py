@@ -8,8 +8,7 @@
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,56 +16,19 @@ import torch
 
 from consissr.errors import UserError
 from consissr.evaluation import folders, provenance
+from consissr.evaluation.evaluate import Evaluation, evaluate
 from consissr.evaluation.markdown import escaped, table_lines
-from consissr.evaluation.metrics import gaussian_blur, luma
+from consissr.evaluation.metrics import gaussian_blur
 from consissr.evaluation.progress import track
 from consissr.evaluation.protocols import get_measures, get_protocol
 from consissr.images import codec
 
-BLOCK = 16  # pixels per side
-FLATTEST = 0.1  # share of all blocks
 BICUBIC, GRAINY = "bicubic", "bicubic+grain"  # names of the baselines' rows
-METRICS = ["psnr", "ssim", "niqe", "st-lpips"]
-COLUMNS = {"psnr": "PSNR-Y dB", "ssim": "SSIM-Y", "niqe": "NIQE", "st_lpips": "ST-LPIPS",
-           "flat_ratio": "flat-block ratio", "wrong_drop": "wrong-condition drop dB"}  # fmt: skip
-DIGITS = {"ssim": 4, "st_lpips": 3}  # of other columns 2
+METRICS = ("psnr", "ssim", "niqe", "st-lpips", "flat")
+TITLES = ("PSNR-Y dB", "SSIM-Y", "NIQE", "ST-LPIPS", "flat-block ratio", "wrong-condition drop dB")
+DIGITS = (2, 4, 2, 3, 2, 2)
 GRAIN = 3.0  # standard deviation in 8-bit levels
 GRAIN_BLUR = 0.7  # pixels: at these two, grain brings bicubic's NIQE from 9.0 to 5.9 for 0.2 dB
-
-
-@dataclass(frozen=True)
-class CheckRow:
-    """One line of the check; what is not known is NaN."""
-
-    name: str
-    psnr: float
-    ssim: float
-    niqe: float
-    st_lpips: float
-    flat_ratio: float
-    wrong_drop: float = math.nan
-    """dB."""
-
-
-def block_std(image: torch.Tensor) -> np.ndarray:
-    """Standard deviation (population) of Y in each 16x16 block: (N, 3, H, W) in [0, 1] -> (N x blocks,), levels."""
-    gray = luma(image.double())[:, 0] * 255
-    height, width = (side // BLOCK * BLOCK for side in gray.shape[-2:])
-    blocks = gray[:, :height, :width].unfold(1, BLOCK, BLOCK).unfold(2, BLOCK, BLOCK)
-    return blocks.flatten(3).std(dim=-1, correction=0).flatten().numpy()
-
-
-def flat_block_ratio(sr: Iterable[torch.Tensor], hr: Iterable[torch.Tensor]) -> float:
-    """Roughness of results where the photographs are smooth, 1 for the photographs themselves (see above).
-
-    `sr` and `hr` yield images (N, 3, H, W) in [0, 1] in the same order.
-    """
-    result = np.concatenate([block_std(image) for image in sr])
-    photograph = np.concatenate([block_std(image) for image in hr])
-    if result.shape != photograph.shape:
-        raise UserError(f"{result.size} blocks of results do not match {photograph.size} blocks of HR images")
-    flat = np.argsort(photograph, kind="stable")[: max(1, round(FLATTEST * photograph.size))]
-    return float(result[flat].mean() / photograph[flat].mean())
 
 
 def mean_change(one: Path, other: Path) -> float:
@@ -129,49 +91,39 @@ def check(
     output: Path,
     wrong: dict[str, Path] | None = None,
     jobs: int | None = None,
-) -> list[CheckRow]:
-    """The check's rows: bicubic, bicubic plus grain, then each result folder.
+) -> dict[str, list[float]]:
+    """The values of TITLES by row: bicubic, bicubic plus grain, then each result folder; NaN for what is not known.
 
     `wrong` maps names of `results` to folders restored with another image's condition under the image's own name.
     """
-    from consissr.evaluation.evaluate import evaluate
-
     wrong = wrong or {}
     for name in wrong.keys() - results.keys():
         raise UserError(f"--wrong-condition {name}: no --sr folder of that name; write NAME=DIR")
     check_names(results)
     baselines = write_baselines(lr, output / "baselines", scale_between(lr, hr))
-    pairs = folders.pair(baselines | results, hr, None)
     protocol, cache = get_protocol("ccsr"), output / "scores.jsonl"
-    scores = evaluate(pairs, get_measures(METRICS), protocol, cache, jobs=jobs)
-    drops = {}
-    for name, folder in wrong.items():
-        swapped = evaluate(folders.pair({name: folder}, hr, None), get_measures(["psnr"]), protocol, cache, jobs=jobs)
-        drops[name] = scores.mean(name, "psnr") - swapped.mean(name, "psnr")
-    photographs = [folders.read_image(pairs.hr[image]) for image in pairs.images]
-    return [
-        CheckRow(
-            method.name,
-            *(scores.mean(method.name, metric) for metric in METRICS),
-            flat_block_ratio((folders.read_image(method.runs[0][i]) for i in pairs.images), photographs),
-            drops.get(method.name, math.nan),
-        )
-        for method in track("flat blocks", pairs.methods, len(pairs.methods))
-    ]
+
+    def scores(sets: dict[str, Path], metrics: Sequence[str]) -> Evaluation:
+        return evaluate(folders.pair(sets, hr, None), get_measures(metrics), protocol, cache, jobs=jobs)
+
+    whole = scores(baselines | results, METRICS)
+    rows = {m.name: [whole.mean(m.name, metric) for metric in METRICS] for m in whole.pairs.methods}
+    for name, row in rows.items():
+        drop = row[0] - scores({name: wrong[name]}, ["psnr"]).mean(name, "psnr") if name in wrong else math.nan
+        row.append(drop)
+    return rows
 
 
-def as_text(rows: list[CheckRow]) -> str:
+def as_text(rows: dict[str, list[float]]) -> str:
     """The rows as a Markdown table, with the definitions of the figures below it; unknown columns are left out."""
-    columns = [c for c in COLUMNS if not all(math.isnan(getattr(row, c)) for row in rows)]
+    known = [i for i in range(len(TITLES)) if not all(math.isnan(row[i]) for row in rows.values())]
 
-    def text(row: CheckRow, column: str) -> str:
-        value = getattr(row, column)
-        return "-" if math.isnan(value) else f"{value:.{DIGITS.get(column, 2)}f}"
+    def text(value: float, digits: int) -> str:
+        return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
-    lines = table_lines(
-        ["", *(COLUMNS[c] for c in columns)], [[escaped(row.name), *(text(row, c) for c in columns)] for row in rows]
-    )
+    cells = [[escaped(name), *(text(row[i], DIGITS[i]) for i in known)] for name, row in rows.items()]
     told = f"Grain: {GRAIN:g} levels, blurred by {GRAIN_BLUR:g} pixels. PSNR, SSIM: protocol ccsr."
-    if "st_lpips" not in columns:
+    if METRICS.index("st-lpips") not in known:
         told += " ST-LPIPS needs the weights in the package stlpips-pytorch 0.0.2."
+    lines = table_lines(["", *(TITLES[i] for i in known)], cells)
     return "\n".join([*lines, "", __doc__.split("\n\n", 1)[1].strip(), told])

@@ -102,9 +102,12 @@ def evaluate(
         contents = [hashes[files(image, run)[role]] for role in measure.needs]
         return score_key(measure, protocol, contents, prints[measure.name])
 
-    def set_key(run: dict[str, Path]) -> str:
-        sr, hr = ([table[image] for image in pairs.images] for table in (run, pairs.hr))
-        return score_key(MEASURES["fid"], protocol, [_digest(sr + hr, hashes)], prints["fid"])
+    def set_files(run: dict[str, Path]) -> list[list[Path]]:
+        return [[table[image] for image in pairs.images] for table in (run, pairs.hr)]
+
+    def set_key(measure: Measure, run: dict[str, Path]) -> str:
+        sr, hr = set_files(run)
+        return score_key(measure, protocol, [_digest(sr + hr, hashes)], prints[measure.name])
 
     def spread_key(method: Method, image: str) -> str:
         digest = _digest([run[image] for run in method.runs], hashes)
@@ -117,11 +120,10 @@ def evaluate(
         planned.update(fresh)
         return fresh
 
-    image_measures = [m for m in raw if not m.of_set]
-    for method in pairs.methods if "fid" in prints else ():
+    image_measures, set_measures = ([m for m in raw if m.of_set == whole] for whole in (False, True))
+    for method, m in product(pairs.methods, set_measures):
         for run in method.runs:
-            sr, hr = ([table[image] for image in pairs.images] for table in (run, pairs.hr))
-            tasks += [partial(set_scores, k, sr, hr, scoring) for k in missing(set_key(run))]
+            tasks += [partial(set_scores, k, m.name, *set_files(run), scoring) for k in missing(set_key(m, run))]
     for image, method in product(pairs.images, pairs.methods):
         for run in method.runs:
             wanted = {key(m, image, run): m for m in image_measures}
@@ -140,8 +142,10 @@ def evaluate(
         if LR_CLIP.name in table:
             result.lr_similarity = table.pop(LR_CLIP.name)[0]
             table["delta-clip-i"] = table["clip-i"] / result.lr_similarity - 1  # (Eq. 5, ConsisSR)
-        fid = {"fid": np.array([scores[set_key(run)] for run in method.runs])} if "fid" in prints else {}
-        result.values[method.name], result.set_values[method.name] = table, fid
+        result.values[method.name] = table
+        result.set_values[method.name] = {
+            m.name: np.array([scores[set_key(m, run)] for run in method.runs]) for m in set_measures
+        }
         if len(method.runs) > 1:
             result.local_std[method.name] = np.array([scores[spread_key(method, image)] for image in pairs.images])
     return result
@@ -169,7 +173,7 @@ def _unavailable(measures: list[Measure], weights: Path | None, pairs: Pairs, sm
             reason = learned.missing_text(measure.name, weights)
         if small := pairs.smaller_than(short, long):
             reason = f"needs images of at least {short}x{long} pixels; smaller: {small}"
-        if measure.of_set and len(pairs.images) < FID_LEAST and not small_fid:
+        if measure.name == "fid" and len(pairs.images) < FID_LEAST and not small_fid:
             reason = f"of {len(pairs.images)} images it says nothing: use {FID_LEAST} or more, or --small-fid"
         if reason:
             reasons[measure.name] = reason

@@ -52,6 +52,8 @@ MEASURES = {
         Measure(name="fid", label="FID", higher=False, span="25 to 180, strongly biased by the number of images",
                 of_set=True, source="pyiqa", digits=2, gigabytes=0.9,
                 about="of whole images, resized to 299 pixels in clean-fid's way (pyiqa's mode 'clean')"),
+        Measure(name="flat", label="flat-block ratio", higher=False, span="1 to 3", of_set=True, source="own", digits=2,
+                smallest=(16, 16), about="roughness where photographs are smooth, over their own; 1 is theirs"),
         Measure(name="niqe", label="NIQE", higher=False, span="3 to 10", needs=("sr",), source="own",
                 smallest=(96, 192)),
         Measure(name="clipiqa", label="CLIPIQA", higher=True, span="0.3 to 0.8 of 1", needs=("sr",), source="pyiqa",

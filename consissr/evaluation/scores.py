@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from consissr.errors import UserError
-from consissr.evaluation import learned, metrics, niqe, stability, stlpips
+from consissr.evaluation import flat, learned, metrics, niqe, stability, stlpips
 from consissr.evaluation.folders import read_image
 from consissr.evaluation.progress import track
 from consissr.evaluation.protocols import Measure, Protocol
@@ -123,8 +123,10 @@ def spread_scores(key: str, files: list[Path], protocol: Protocol) -> dict[str, 
     return {key: stability.local_std_of_files(files, protocol.local_std_crop)}
 
 
-def set_scores(key: str, sr: list[Path], hr: list[Path], scoring: Scoring) -> dict[str, float]:
-    """FID between two sets of images."""
+def set_scores(key: str, metric: str, sr: list[Path], hr: list[Path], scoring: Scoring) -> dict[str, float]:
+    """FID or the flat-block ratio of two sets of images."""
+    if metric == "flat":
+        return {key: flat.flat_block_ratio(map(read_image, sr), map(read_image, hr))}
     return {key: learned.frechet_distance(sr, hr, scoring.weights, scoring.device)}
 
 

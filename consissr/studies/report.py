@@ -10,9 +10,9 @@ import numpy as np
 
 from consissr.evaluation import figures, provenance, tables
 from consissr.evaluation.bootstrap import DRAWS, Difference, hierarchical, paired, verdict
-from consissr.evaluation.check import BICUBIC, flat_block_ratio, write_baselines
+from consissr.evaluation.check import BICUBIC, write_baselines
 from consissr.evaluation.evaluate import evaluate
-from consissr.evaluation.folders import Method, Pairs, list_images, list_runs, pair, read_image
+from consissr.evaluation.folders import Method, Pairs, list_images, list_runs, pair
 from consissr.evaluation.markdown import table_lines
 from consissr.evaluation.output import write_text
 from consissr.evaluation.progress import duration
@@ -44,7 +44,7 @@ class Scores:
     values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     seeds: dict[str, list[int]] = field(default_factory=dict)
     flat: dict[str, float] = field(default_factory=dict)
-    """Flat-block ratio (see evaluation/check.py), mean over training seeds, of the first run."""
+    """Flat-block ratio (see evaluation/flat.py), mean over training seeds and runs."""
     without: dict[str, str] = field(default_factory=dict)
     """Metrics that are not there, and why."""
 
@@ -103,9 +103,8 @@ def measure(work: Work, name: str, missing: list[str]) -> Scores | None:
     names = [m for m in METRICS if m in MEASURES and (m != "niqe" or not base.smaller_than(NIQE_SIDE, NIQE_SIDE))]
     pairs = Pairs(list(methods.values()), base.images, base.hr, None, base.sizes)
     cache = work.out / "data" / f"{data.name}.jsonl"
-    done = evaluate(pairs, get_measures(names), get_protocol(PROTOCOL), cache, jobs=work.jobs)
+    done = evaluate(pairs, get_measures([*names, "flat"]), get_protocol(PROTOCOL), cache, jobs=work.jobs)
     scores = Scores(name, base.images, without=dict(done.unavailable))
-    photographs = [read_image(base.hr[image]) for image in base.images]
     for row in dict.fromkeys(row for row, _ in methods):
         seeds = [seed for r, seed in methods if r == row]
         own = [methods[row, seed] for seed in seeds]
@@ -114,8 +113,7 @@ def measure(work: Work, name: str, missing: list[str]) -> Scores | None:
         if row != BICUBIC:  # (Eq. 4 and 5, CCSR), image by image
             values["psnr-gstd"] = np.stack([table["psnr"].std(axis=0) for table in tables])
             values["l-std"] = np.stack([done.local_std[method.name] for method in own])
-        first = [(read_image(method.runs[0][image]) for image in base.images) for method in own]
-        scores.flat[row] = float(np.mean([flat_block_ratio(images, photographs) for images in first]))
+        scores.flat[row] = float(np.mean([done.mean(method.name, "flat") for method in own]))
         scores.values[row], scores.seeds[row] = values, [seed for seed in seeds if seed is not None]
     return scores
 
