@@ -24,14 +24,12 @@ from consissr.errors import UserError
 from consissr.evaluation.learned import lpips_network
 from consissr.models.vae.latents import narrowed
 from consissr.training.restoration import model_of_init
-from consissr.training.stage import Batch, Phase
+from consissr.training.stage import Batch, Phase, Stage
 from consissr.weights.model import Model
 
 
-class Deft:
+class Deft(Stage):
     """Two phases: the decoder, and the discriminator that it is tuned against."""
-
-    needs_lq = True
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from consissr.data.datasets import PhotoDataset
 from consissr.models.vae.latents import Latents, LinearPath
 from consissr.nano.config import NanoConfig
-from consissr.training.stage import EXPORT, Batch, Phase, check_crop, held_out
+from consissr.training.stage import EXPORT, Batch, Phase, Stage, check_crop, held_out
 from consissr.training.validation import VALIDATION_SEED
 from consissr.weights.latents import save_latents
 
@@ -68,7 +68,7 @@ def start_linear(latents: Latents, config: NanoConfig) -> None:
     vae.quant_conv.bias[latents.channels :] = -5.0  # a posterior of standard deviation 0.08
 
 
-class Autoencoder:
+class Autoencoder(Stage):
     """L1 on pixels and on their differences, plus a small Kullback-Leibler term."""
 
     needs_lq = False
@@ -82,14 +82,10 @@ class Autoencoder:
         check_crop(config.data.crop, self.networks.factor)
         if self.config.linear_path and fit:
             start_linear(self.networks, config)
-        self.buffers: dict[str, Tensor] = {}
         self.phases = [
             Phase("autoencoder", dict(self.networks.named_parameters()), self.loss, config.optimizer),
         ]
         self.compile_modules = [self.networks.vae.encoder, self.networks.vae.decoder]
-
-    def prepare(self, batch: Batch) -> None:
-        """Nothing is shared: there is one phase."""
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Reconstruction of `batch.hq` from a posterior sample."""

@@ -20,7 +20,7 @@ from consissr.models.image_prompt import build_tower, clip_input
 from consissr.nano.captions import WORDS, caption
 from consissr.nano.config import ClipConfig, NanoConfig
 from consissr.training.precision import without_autocast
-from consissr.training.stage import EXPORT, Batch, Phase, held_out, seed_of
+from consissr.training.stage import EXPORT, Batch, Phase, Stage, held_out, seed_of
 from consissr.weights.image_encoder import save_tower
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Contrast(nn.Module):
             return scale * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
 
 
-class Clip:
+class Clip(Stage):
     """Symmetric InfoNCE within a micro-batch; images whose captions agree are each other's positives, all equally."""
 
     needs_lq = False
@@ -133,7 +133,6 @@ class Clip:
         self.contrast = Contrast(c.text_width, c.embed_dim)
         self.networks = nn.ModuleDict({"tower": self.tower, "text": self.text, "contrast": self.contrast})
         self.compile_modules = [self.tower]
-        self.buffers: dict[str, Tensor] = {}
         # A key's bias adds the same to all of a query's logits: the softmax ignores it, so it has no gradient.
         trained = {n: p for n, p in self.networks.named_parameters() if not n.endswith("k_proj.bias")}
         self.phases = [Phase("clip", trained, self.loss, config.optimizer)]
@@ -164,10 +163,6 @@ class Clip:
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         right = same.gather(1, logits.argmax(1, keepdim=True))
         return {"loss": loss, "accuracy": right.float().mean(), "scale": self.contrast.log_scale.exp()}
-
-    def restore(self, batch: Batch) -> Tensor | None:
-        """Encoders make no image."""
-        return None
 
     @torch.no_grad()
     def retrieval(self) -> dict[str, float]:

@@ -18,7 +18,7 @@ from consissr.diffusion.schedule import Schedule, alpha_bar
 from consissr.errors import UserError
 from consissr.nano.captions import caption
 from consissr.nano.config import NanoConfig
-from consissr.training.stage import EXPORT, Batch, Phase, check_crop
+from consissr.training.stage import EXPORT, Batch, Phase, Stage, check_crop
 from consissr.weights.base import TextEncoder, load_text
 from consissr.weights.folder import write_network, write_scheduler
 from consissr.weights.latents import load_latents, save_latents
@@ -60,7 +60,7 @@ def read_text(config: NanoConfig) -> TextEncoder:
     return text
 
 
-class Prior:
+class Prior(Stage):
     """Mean squared error on v at uniformly drawn timesteps."""
 
     needs_lq = False
@@ -78,7 +78,6 @@ class Prior:
         self.networks = nn.ModuleDict({"latents": latents.requires_grad_(False), "unet": unet})
         self.compile_modules = [unet]
         self.export_dtype = EXPORT[config.export_precision]
-        self.buffers: dict[str, Tensor] = {}
         self.schedule = Schedule(alpha_bar())
         self.phases = [Phase("unet", dict(unet.named_parameters()), self.loss, config.optimizer)]
 
@@ -98,10 +97,6 @@ class Prior:
         v = self.networks["unet"](self.schedule.add_noise(z, eps, t), t, batch.cache["text"]).sample.float()
         loss = F.mse_loss(v, target)
         return {"loss": loss}
-
-    def restore(self, batch: Batch) -> Tensor | None:
-        """The prior sees no low-quality image, so it restores none."""
-        return None
 
     def export(self, folder: Path) -> None:
         """A base folder in diffusers' layout: unet/, vae/, scheduler/, and the encoders of the clip run."""

@@ -14,17 +14,15 @@ from torch.nn import functional as F
 
 from consissr.config.training import TrainConfig
 from consissr.models.image_prompt import tower_features
-from consissr.training.stage import EXPORT, Batch, Phase
+from consissr.training.stage import EXPORT, Batch, Phase, Stage
 from consissr.weights.image_encoder import find_tower, load_tower, save_tower
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
 
 
-class Rclip:
+class Rclip(Stage):
     """Squared error between the two towers' features, not L2-normalised: the pooled one, and every patch's."""
-
-    needs_lq = True
 
     def __init__(
         self,
@@ -40,7 +38,6 @@ class Rclip:
         self.student = student
         self.networks = nn.ModuleDict({"teacher": self.teacher, "student": self.student})
         self.compile_modules = [self.teacher, self.student]
-        self.buffers: dict[str, Tensor] = {}
         self.phases = [Phase("tower", dict(self.student.named_parameters()), self.loss, config.optimizer)]
 
     def prepare(self, batch: Batch) -> None:
@@ -57,10 +54,6 @@ class Rclip:
             losses["patches"] = F.mse_loss(patches.float(), batch.cache["patches"].float())
             total = total + self.config.rclip.patch_weight * losses["patches"]
         return {"loss": total, **losses}
-
-    def restore(self, batch: Batch) -> Tensor | None:
-        """A tower makes no image."""
-        return None
 
     def export(self, folder: Path) -> None:
         """image_encoder/ without an adapter: what the stages 'tala' and 'nuts' start an image branch from."""

@@ -22,7 +22,7 @@ from consissr.errors import UserError
 from consissr.models.denoiser import Condition, SoftPrompt
 from consissr.models.lora import lora_parameters
 from consissr.models.surgery import added_parameters, trainable_parameters
-from consissr.training.stage import EXPORT, Batch, Phase, check_crop
+from consissr.training.stage import EXPORT, Batch, Phase, Stage, check_crop
 from consissr.weights.files import base_of, read_config
 from consissr.weights.find import find_model
 from consissr.weights.folder import load_model, new_model, own_parameters, save_model
@@ -92,13 +92,11 @@ def learning(model: Model) -> dict[str, nn.Parameter]:
     return trained
 
 
-class Restoration:
+class Restoration(Stage):
     """A stage whose networks restore images. Subclasses give `loss` and `restore`.
 
     posterior: z_hq and z_lq are the 'mode' or a 'sample' of the VAE posterior; the hint is the mode.
     """
-
-    needs_lq = True
 
     def __init__(
         self,
@@ -119,7 +117,6 @@ class Restoration:
         networks |= {"image_prompt": self.image_prompt, "soft_prompt": soft_prompt}
         self.networks = nn.ModuleDict({name: m for name, m in networks.items() if isinstance(m, nn.Module)})
         self.compile_modules = [model.unet, model.controlnet, model.latents.vae.encoder]
-        self.buffers: dict[str, Tensor] = {}
         if config.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
             model.controlnet.enable_gradient_checkpointing()

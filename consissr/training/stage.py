@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,26 +79,32 @@ class Phase:
     optimizer: OptimizerConfig
 
 
-class Stage(Protocol):
-    """What the loop asks of a stage."""
+class Stage:
+    """What the loop asks of a stage. Its constructor sets `phases`, `networks` and `compile_modules`."""
 
+    needs_lq = True
+    """Whether its batches have low-quality partners."""
     phases: list[Phase]
-    needs_lq: bool
     networks: nn.Module
     """Everything on the device, trained and frozen."""
     compile_modules: list[nn.Module]
     """The networks that most time goes to, which `compile` compiles."""
-    buffers: dict[str, Tensor]
-    """Tensors beside parameters that training changes (spectral norm vectors); saved in checkpoints."""
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Tensors beside parameters that training changes (spectral norm vectors); saved in checkpoints."""
+        return {}
 
     def prepare(self, batch: Batch) -> None:
         """Fill `batch.cache` with what all phases share; runs without gradients."""
 
     def restore(self, batch: Batch) -> Tensor | None:
         """What the stage makes of a validation batch, (B, 3, S, S) in [-1, 1], or None if it makes no image."""
+        return None
 
     def export(self, folder: Path) -> None:
         """Write the result in the form that the next stage and scripts/infer.py read."""
+        raise NotImplementedError
 
 
 def trained_ids(stage: Stage) -> set[int]:
