@@ -4,31 +4,50 @@
 """
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ccsr.discriminator import Augmentation, ProjectedDiscriminator, ViT, condition_of, draw_windows, read_dino
-from ccsr.patchgan import PatchGAN
 from consissr.config.deft import DeftConfig
 from consissr.training.stage import Batch
 
 
-class PatchAdversary(nn.Module):
-    """PatchGAN (the paper: "the same as that of VAE"): sees images as they are."""
+class PatchGAN(nn.Module):
+    """A small convolutional discriminator with one logit per image patch (the paper: "the same as that of VAE").
 
-    def __init__(self, config: DeftConfig, untrained: bool = True) -> None:
-        """It always starts untrained."""
+    Isola et al.'s (2017) with three stride-2 convolutions, and a last layer of 8 times the first's `width`, as in LDM's
+    VAE training. Two things differ from it: group instead of batch normalisation, so that an image's
+    logits do not depend on the batch it is in, and PyTorch's initial weights.
+    """
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.discriminator = PatchGAN(config.discriminator_width)
-        self.learned = self.discriminator
+        widths = [3, width, 2 * width, 4 * width, 8 * width]
+        strides = [2, 2, 2, 1]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, 4, stride=stride, padding=1)
+            for before, after, stride in zip(widths[:-1], widths[1:], strides, strict=True)
+        )
+        self.norms = nn.ModuleList([nn.Identity(), *(nn.GroupNorm(8, after) for after in widths[2:])])
+        self.head = nn.Conv2d(widths[-1], 1, 4, padding=1)
+
+    @property
+    def learned(self) -> nn.Module:
+        """What is trained: all of it."""
+        return self
 
     def prepare(self, batch: Batch) -> None:
         """Nothing to prepare."""
 
     def view(self, batch: Batch) -> None:
-        """Nothing to draw."""
+        """Images are seen as they are."""
 
-    def forward(self, x: Tensor, batch: Batch, view: None) -> tuple[Tensor, list[Tensor]]:
-        """(logits, features) of images (B, 3, H, W) in [-1, 1]."""
-        return self.discriminator(x)
+    def forward(self, x: Tensor, batch: Batch | None = None, view: None = None) -> tuple[Tensor, list[Tensor]]:
+        """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1, about H/8, W/8) and the features of every layer."""
+        features = []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.leaky_relu(norm(conv(x)), 0.2)
+            features.append(x)
+        return self.head(x).float(), features
 
 
 class DinoAdversary(nn.Module):
@@ -57,5 +76,8 @@ class DinoAdversary(nn.Module):
         return self.discriminator(x, batch.cache["summary"], *view)
 
 
-ADVERSARIES = {"patchgan": PatchAdversary, "dino": DinoAdversary}
-"""By the config word `deft.discriminator`."""
+def build_adversary(config: DeftConfig, untrained: bool = False) -> PatchGAN | DinoAdversary:
+    """The one that `deft.discriminator` names. untrained: nothing is read (PatchGAN always starts so)."""
+    if config.discriminator == "patchgan":
+        return PatchGAN(config.discriminator_width)
+    return DinoAdversary(config, untrained)

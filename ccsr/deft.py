@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ccsr.adversary import ADVERSARIES
+from ccsr.adversary import build_adversary
 from ccsr.nuts import Nuts
 from ccsr.vgg import VggDistance
 from consissr.config.deft import DeftConfig
@@ -46,7 +46,7 @@ class Deft(Stage):
         self.first = Nuts(first_stage(config, model), model)
         self.latents = self.first.latents
         model.decoder = "own" if model.decoder == "own" else "tuned"
-        self.adversary = adversary or ADVERSARIES[config.deft.discriminator](config.deft)
+        self.adversary = adversary or build_adversary(config.deft)
         self.networks = nn.ModuleDict({"first": self.first.networks, "adversary": self.adversary})
         self.lpips = lpips or self.perceptual_network(config.deft)
         if self.lpips is not None:
@@ -129,7 +129,7 @@ class Deft(Stage):
         """The stage with `model` and, on the meta device, all other networks of the right sizes (dry runs)."""
         with torch.device("meta"):
             lpips = VggDistance(None) if config.deft.perceptual in ("lpips", "vgg") else None
-            adversary = ADVERSARIES[config.deft.discriminator](config.deft, untrained=True)
+            adversary = build_adversary(config.deft, untrained=True)
         return cls(config, model, adversary, lpips)
 
     def restore(self, batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ccsr.patchgan import PatchGAN
+from ccsr.adversary import PatchGAN
 from consissr.models.denoiser import Condition, Denoiser
 from consissr.nano.config import run_config
 from scripts.train import stage_builder
