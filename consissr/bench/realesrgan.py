@@ -43,9 +43,9 @@ def enlarge(net: Any, image: Image.Image) -> Image.Image:
     """The picture four times as large."""
     import ncnn
 
-    x = np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255
+    x = np.ascontiguousarray(np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255)
     run = net.create_extractor()
-    run.input(net.input_names()[0], ncnn.Mat(np.ascontiguousarray(x)))
+    run.input(net.input_names()[0], ncnn.Mat(x).clone())  # a Mat of an array does not keep it alive
     _, y = run.extract(net.output_names()[0])
     return Image.fromarray((np.array(y).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
 
