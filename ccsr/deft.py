@@ -76,8 +76,8 @@ class Deft(Stage):
         if c.perceptual != "none":
             losses[c.perceptual] = self.perceptual(image, batch, view, features)
             reconstruction = reconstruction + c.perceptual_weight * losses[c.perceptual]
-        losses["adversarial"] = generator_adversarial(logits)
-        weight = adversarial_weight(step, c.adversarial_weight, c.adversarial_start)
+        losses["adversarial"] = -logits.mean()
+        weight = c.adversarial_weight if step > c.adversarial_start else 0.0
         if c.adaptive and weight:
             last_layer = self.latents.vae.decoder.conv_out.weight
             losses["adaptive"] = adaptive_weight(reconstruction, losses["adversarial"], last_layer)
@@ -85,10 +85,11 @@ class Deft(Stage):
         return {"loss": reconstruction + weight * losses["adversarial"], **losses}
 
     def discriminator_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Hinge loss on photographs and on the decoder's images of this step."""
+        """Hinge loss on the logits of photographs and of the decoder's images of this step."""
         real, _ = self.adversary(batch.hq, batch, self.adversary.view(batch))
         fake, _ = self.adversary(batch.cache["image"], batch, self.adversary.view(batch))
-        return discriminator_hinge(real, fake)
+        loss_real, loss_fake = F.relu(1 - real).mean(), F.relu(1 + fake).mean()
+        return {"loss": 0.5 * (loss_real + loss_fake), "loss_real": loss_real, "loss_fake": loss_fake}
 
     def perceptual(self, image: Tensor, batch: Batch, view: Any, features: list[Tensor]) -> Tensor:
         """LPIPS (a scalar) between `image` (B, 3, S, S) and the photographs.
@@ -158,22 +159,6 @@ def first_stage(config: TrainConfig, model: Model) -> TrainConfig:
     stored = model.config
     nuts = replace(config.nuts, posterior=stored.sampler.posterior)
     return replace(config, model=stored.model, sampler=stored.sampler, nuts=nuts)
-
-
-def generator_adversarial(logits_fake: Tensor) -> Tensor:
-    """-mean(D(fake)) of logits of any shape: what the decoder minimises against a hinge discriminator."""
-    return -logits_fake.mean()
-
-
-def adversarial_weight(step: int, weight: float = 0.05, begin: int = 100) -> float:
-    """The weight of the adversarial term at an optimiser step: 0 up to and including `begin`, then `weight`."""
-    return weight if step > begin else 0.0
-
-
-def discriminator_hinge(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """The discriminator's loss on logits of any shape: `loss` = (`loss_real` + `loss_fake`) / 2."""
-    loss_real, loss_fake = F.relu(1 - real).mean(), F.relu(1 + fake).mean()
-    return {"loss": 0.5 * (loss_real + loss_fake), "loss_real": loss_real, "loss_fake": loss_fake}
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, limit: float = 1e4) -> Tensor:

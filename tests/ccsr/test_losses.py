@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ccsr.deft import adaptive_weight, adversarial_weight, discriminator_hinge, generator_adversarial
+from ccsr.deft import adaptive_weight
 from ccsr.nuts import nuts_losses
 from consissr.diffusion.schedule import Schedule, alpha_bar
 
@@ -34,18 +34,6 @@ def test_gradient_flows_through_the_first_estimate(given):
     )
     (gradient,) = torch.autograd.grad(found["l_tmax"], scale)
     assert gradient.abs() > 0
-
-
-def test_hinge():
-    found = discriminator_hinge(torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.5]))
-    assert found["loss_real"].item() == pytest.approx(0.25)
-    assert found["loss_fake"].item() == pytest.approx(0.75)
-    assert found["loss"].item() == pytest.approx(0.5)
-    assert generator_adversarial(torch.tensor([2.0, 4.0])).item() == -3
-
-
-def test_adversarial_term_begins_after_its_step():
-    assert [adversarial_weight(step, 0.05, 100) for step in (0, 100, 101)] == [0, 0, 0.05]
 
 
 def test_adaptive_weight_is_a_ratio_of_gradients():
