@@ -23,11 +23,12 @@ from consissr.diffusion.tiling import TiledDenoiser
 from consissr.errors import UserError
 from consissr.images.device import to_device
 from consissr.images.formats import output_size
-from consissr.images.geometry import Prepared, finish, prepare
+from consissr.images.geometry import Prepared, finish, finished, prepare
 from consissr.images.inputs import Images, equal_sizes, network_input, packed, unpacked
+from consissr.images.rows import Rows
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
 from consissr.models.fast import compile_all, for_inference
-from consissr.models.memory import pixel_device, trim_heap
+from consissr.models.memory import pixel_device
 from consissr.models.recovery import as_float32, finite, within_memory
 from consissr.models.tiles import OnTile, Tiles, tiles_for
 from consissr.models.vae.latents import Latents
@@ -117,8 +118,9 @@ class Restorer:
         on_tile: OnTile | None = None,
         **settings: Any,
     ) -> Images:
-        """Restore a PIL image, a list of them, or a tensor (B,3,H,W) in [-1, 1]; the same kind comes back (tensors:
-        float32 on the CPU; of a tensor on a GPU, there, unless its result is too large for that).
+        """Restore a PIL image, a tensor (B,3,H,W) in [-1, 1], or a list of PIL images or photos; the same kind comes
+        back (tensors: float32 on the CPU; of a tensor on a GPU, there, unless its result is too large for that; photos:
+        their pixels are finished when they are read).
 
         Sides become floor(scale * side + 0.5), or the longest one `longest`. Noise depends on (seed, key, repeat) and
         nothing else; keys default to indices. plan: see diffusion.plans and ccsr.timesteps; settings: fields of
@@ -135,16 +137,16 @@ class Restorer:
             raise UserError(f"{len(lqs)} images have {len(set(keys))} different keys: give each image its own")
 
         strength = config.fidelity if config.color_strength is None else config.color_strength
-        results: dict[int, Tensor] = {}
+        results: dict[int, Rows] = {}
         for batch in equal_sizes([lq.shape for lq in lqs], batch_size):
             prepared = [self.prepared(lqs[i], scale, config, longest) for i in batch]
             names = [keys[i] for i in batch]
             y = self.restore_tensor(prepared, names, seed, repeat, config, steps, on_step=on_step, on_tile=on_tile)
             for i, image, decoded in zip(batch, prepared, y.split(1), strict=True):
-                results[i] = finish(image, decoded, config.geometry, config.color_fix, strength)
+                results[i] = finished(image, decoded, config.geometry, config.color_fix, strength)
         return packed(inputs, photos, [results[i] for i in range(len(lqs))])
 
-    def prepared(self, lq: Tensor, scale: float, config: SamplerConfig, longest: int | None) -> Prepared:
+    def prepared(self, lq: Tensor | Rows, scale: float, config: SamplerConfig, longest: int | None) -> Prepared:
         """The networks' input for one image (1,3,H,W)."""
         lq = lq.to(pixel_device(self.device, output_size(*lq.shape[2:], scale, longest)))
         return prepare(lq, scale, config.geometry, self.multiple, longest, config.short_side, config.margin)
@@ -160,17 +162,18 @@ class Restorer:
         on_step: Callable | None = None,
     ) -> Tensor:
         """The methods themselves, from prepared images (B,3,H,W) to restored latents (B,C,h,w) for the decoder."""
-        x = x if isinstance(x, Tensor) else network_input(x, self.dtype)
-        x = x.to(self.device, self.dtype)
         z_lq, hints = self.encode(x, draw, config, tiles)
         positive, negative = self.conditions(x, hints, config)
-        del x, hints
         denoise, first = self.guide(positive, negative, config, plan, tiles)
         z_T = start_latent(config.start, z_lq, self.schedule, draw)
         return sample(denoise, plan, z_T, self.schedule, draw, first, on_step).to(self.dtype)
 
+    def pixels(self, x: Inputs) -> Tensor:
+        """Prepared images as the networks see them, (B,3,H,W). Made anew where they are needed: see `Prepared`."""
+        return (x if isinstance(x, Tensor) else network_input(x, self.dtype)).to(self.device, self.dtype)
+
     def encode(
-        self, x: Tensor, draw: Draw, config: SamplerConfig, tiles: Tiles
+        self, x: Inputs, draw: Draw, config: SamplerConfig, tiles: Tiles
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Prepared images (B,3,H,W) -> z_lq (B,C,h,w), and the hints of the (negative, positive) condition like it.
 
@@ -179,8 +182,9 @@ class Restorer:
         two_samples = config.posterior_rows == 2 and config.posterior == "sample" and config.guidance != 1
         names = ("posterior", "posterior_positive") if two_samples else ("posterior",)
         # One pass could serve both samples, but its rounding is not that of the release's batch of two.
-        latents = self.tiled_latents(tiles)
-        moments = latents.moments(x.repeat(2, 1, 1, 1) if two_samples else x)
+        latents, pixels = self.tiled_latents(tiles), self.pixels(x)
+        moments = latents.moments(pixels.repeat(2, 1, 1, 1) if two_samples else pixels)
+        del pixels  # large images: what is not needed any more makes room
         mean = moments[0].float()
         if config.posterior == "sample":
             noise = torch.cat([drawn(draw, name, mean[: len(x)]) for name in names])
@@ -189,17 +193,17 @@ class Restorer:
         z_lq, z_positive = (mean * latents.scale).split(len(x)) if two_samples else 2 * [mean * latents.scale]
         if self.hint_latents is self.latents:
             return z_lq, (z_lq, z_positive)
-        return z_lq, 2 * (self.tiled_latents(tiles, self.hint_latents).encode(x).float(),)
+        return z_lq, 2 * (self.tiled_latents(tiles, self.hint_latents).encode(self.pixels(x)).float(),)
 
     def conditions(
-        self, x: Tensor, hints: tuple[Tensor, Tensor], config: SamplerConfig
+        self, x: Inputs, hints: tuple[Tensor, Tensor], config: SamplerConfig
     ) -> tuple[Condition, Condition | None]:
         """What the networks are told about prepared images (B,3,H,W): (positive, negative; None without guidance)."""
-        image = None if self.image_prompt is None else self.image_prompt.encode(x)
-        soft = None if self.soft_prompt is None else self.soft_prompt.encode(x)
+        image = None if self.image_prompt is None else self.image_prompt.encode(self.pixels(x))
+        soft = None if self.soft_prompt is None else self.soft_prompt.encode(self.pixels(x))
 
         def told(prompt: str, hint: Tensor) -> Condition:
-            return Condition(self.prompt(prompt, x), hint, image, strength=config.fidelity).with_soft(soft)
+            return Condition(self.prompt(prompt, hint), hint, image, strength=config.fidelity).with_soft(soft)
 
         positive = told(config.positive, hints[1])
         return positive, None if config.guidance == 1 else told(config.negative, hints[0])
@@ -236,7 +240,7 @@ class Restorer:
         on_step: Callable | None = None,
         on_tile: OnTile | None = None,
     ) -> Tensor:
-        """Prepared images (B,3,H,W) in [-1, 1], sides multiples of `multiple` -> decoded (B,3,H,W) float32, where x is.
+        """Prepared images (B,3,H,W) in [-1, 1], sides multiples of `multiple` -> decoded (B,3,H,W), where x is.
 
         Not clamped, colours not transferred. draw: noise other than that of (seed, key, repeat). Where memory runs out
         the batch is split, then tiles are halved; what has NaN runs again in float32. Never returns NaN.
@@ -250,10 +254,10 @@ class Restorer:
         def attempt(rows: slice, tiles: Tiles) -> Tensor:
             noise = draw or seeded_draw(seed, keys[rows], repeat)
             tiles = tiles.told(on_tile, *latent_size, len(plan))
-            z = self.restore_latent(x[rows], noise, config=config, plan=plan, tiles=tiles, on_step=on_step)
-            if tiles.vae:  # a large image: what the networks freed makes room for the result
-                trim_heap()
-            return self.tiled_latents(tiles).decode(z).to(place, torch.float32)
+            latents = self.tiled_latents(tiles)  # which nothing but the decoder holds while it works
+            return latents.decode(
+                self.restore_latent(x[rows], noise, config=config, plan=plan, tiles=tiles, on_step=on_step)
+            ).to(place)
 
         def restore() -> Tensor:
             tiles = self.tiles(config, (height, width), len(x))
@@ -278,7 +282,7 @@ class Restorer:
         tiles = self.tiles(self.sampler, (z.shape[2] * factor, z.shape[3] * factor), len(z))
         return self.tiled_latents(tiles).decode(z.to(self.device, self.dtype)).float().cpu()
 
-    def step_picture(self, z: Tensor, lq: Tensor, scale: float, longest: int | None = None) -> Tensor:
+    def step_picture(self, z: Tensor, lq: Tensor | Rows, scale: float, longest: int | None = None) -> Tensor:
         """What latents (1,C,h,w) of `lq` (1,3,H,W) show: (1,3,H',W') in [-1, 1], the result's size, its own colours."""
         image = self.prepared(lq, scale, self.sampler, longest)
         return finish(image, self.decode(z), self.sampler.geometry, "none")

@@ -83,8 +83,10 @@ def sampling_plan(args: argparse.Namespace, restorer: "consissr.Restorer") -> "l
     changes = given(args, PLAN_FLAGS)
     if not changes and not args.config:
         return None
-    from ccsr import sampler_plan
+    from ccsr.timesteps import plan_of, sampler_plan
 
+    if restorer.sampler.plan == "nuts" and changes.keys() == {"steps"}:
+        return plan_of(restorer.sampler, args.steps)
     config = replace(restorer.sampler, **({"timesteps": []} | changes if changes else {}))
     if config.plan != "nuts" and (args.t_max is not None or args.t_min is not None):
         raise UserError("--t-max and --t-min belong to the plan nuts: add --plan nuts or leave them out")

@@ -58,10 +58,12 @@ def test_part_of_the_colours():
     x = torch.tensor([0.0, 2.0], dtype=torch.float64).reshape(1, 1, 1, 2)  # mean 1, deviation sqrt 2
     mean, variance = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (5.0, 32.0))
     step = 0.75 + 0.25 * 4  # the style's deviation is 4 times its own
-    assert color.adain_(x, mean, variance, 0.25).flatten().tolist() == pytest.approx([2 - step, 2 + step], rel=1e-5)
+    found = color.adain_(x, color.moments([x]), (mean, variance), 0.25)
+    assert found.flatten().tolist() == pytest.approx([2 - step, 2 + step], rel=1e-5)
     content, style = torch.rand(2, 1, 1, 9, 9, dtype=torch.float64)
     wanted = content + 0.25 * (color.wavelet(content, style) - content)
-    found = color.wavelet_(content.clone(), lambda top, bottom: style[:, :, top:bottom], 0.25)
+    pair = (content, style)
+    found = color.wavelet_rows(*(lambda top, bottom, x=x: x[:, :, top:bottom] for x in pair), 9, 0.25)(0, 9)
     assert torch.allclose(found, wanted, rtol=1e-12)
 
 

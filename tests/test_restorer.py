@@ -222,9 +222,9 @@ def test_chosen_tiles():
     assert choose((100, 100), memory=2**28).vae >= 16
     assert choose((200, 200), tile=0, vae_tile=0) == Tiles(*whole)
     assert choose((200, 200), tile=512, tile_overlap=256, vae_tile=400) == Tiles((64, 64), (32, 32), 50)
-    # The autoencoder on the CPU: in one piece up to four megapixels; sampled where 64 patches of 48 x 48 fit
-    assert choose((256, 256), vae_bytes=2**12, on_cpu=True).vae == 0
-    large = choose((260, 260), vae_bytes=2**12, on_cpu=True)
+    # The autoencoder on the CPU: in one piece below 2048 x 2048 pixels; sampled where 64 patches of 48 x 48 fit
+    assert choose((256, 255), vae_bytes=2**12, on_cpu=True).vae == 0
+    large = choose((256, 256), vae_bytes=2**12, on_cpu=True)
     assert (large.vae, large.vae_tiling) == (128, "sampled")
     assert choose((200, 200)).vae_tiling == "exact"
     assert Tiles().smaller(64, 48) == Tiles((32, 32), (24, 24), 32)

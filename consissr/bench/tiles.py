@@ -11,7 +11,7 @@ from consissr.bench.process import MB, apart, peak, start_peak
 
 @dataclass
 class Row:
-    """What one result took: from pixels in memory to a written PNG file, after the model was loaded and warmed up."""
+    """What one result took: from PNG file to PNG file as scripts/infer.py does it, after the model was warmed up."""
 
     megapixels: float
     width: int
@@ -52,6 +52,7 @@ def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -
     import torch
 
     from consissr.images import codec
+    from consissr.inference import batch, jobs
     from consissr.models.memory import set_heap
     from consissr.restorer import Restorer
 
@@ -63,15 +64,18 @@ def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -
     lq = codec.resize(coarse, (height, width)).add_(0.03 * torch.randn(1, 1, height, width, generator=generator))
     lq.clamp_(-1, 1)
     restorer(lq[..., :64, :64].contiguous(), scale)
-    loaded = start_peak(restorer.device.type) / MB
-    tiles, begin = [0], time.process_time()
-    y = restorer(lq, scale, on_tile=lambda done, number, share: tiles.append(number))
-    size = (y.shape[3], y.shape[2])
+    tiles = [0]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.png"
-        samples = codec.samples_for(path, codec.Photo(y[0], None, codec.Form()))
-        del y  # as scripts/infer.py does
-        codec.write_samples(path, samples)
-    seconds, area = time.process_time() - begin, size[0] * size[1] / 1e6
+        codec.write(path, codec.Photo(lq[0], None, codec.Form()))
+        del lq
+        (job,) = jobs.plan([str(path)], jobs.Naming(output=path.parent / "restored", scale=scale))
+        report = batch.Report(on_tile=lambda job, done, number, share: tiles.append(number))
+        loaded, begin = start_peak(restorer.device.type) / MB, time.process_time()
+        batch.run(restorer, [job], batch.Settings(scale=scale), report)
+        seconds = time.process_time() - begin
+    if not report.counts["done"]:
+        raise UserError(job.error or "the result was not written")
+    size, area = (job.out_width, job.out_height), job.out_width * job.out_height / 1e6
     memory = peak(restorer.device.type) / MB
     return Row(round(area, 2), *size, seconds, seconds / area, 1.0, loaded, memory, tiles[-1], restorer.precision)

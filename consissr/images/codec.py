@@ -7,10 +7,11 @@ What a round trip keeps: grey stays grey, 16 bits stay 16 bits, transparency is 
 EXIF rotation is applied to the pixels and its tag dropped, the ICC profile and the descriptive EXIF tags are written
 back. Pixel values stay in their own colour space (no conversion to sRGB). Palette and bilevel images come back as
 RGB and grey, because a restored image has more colours than a palette. CMYK is restored as RGB (through its profile,
-where it has one) and written back as CMYK to JPEG and TIFF, as RGB to other formats; CIE LAB becomes sRGB. What PNG
-files say of their colours beside a profile stays in PNG files, dots per inch in PNG, JPEG and TIFF; WebP without loss
-stays so. XMP is kept, but where it speaks of a gain map or further pictures. Of several frames the first is read. Not
-kept: comments, EXIF in 16-bit colour TIFF, colours under full transparency; 16-bit PPM is read as 8 bits.
+where it has one) and written back as CMYK to JPEG and TIFF, as RGB to other formats; CIE LAB becomes sRGB. What PNG,
+AVIF and HEIC files say of their colours beside a profile (linear light, HDR) is written to PNG files, and other formats
+refuse such pictures. Dots per inch stay in PNG, JPEG and TIFF; WebP without loss stays so. XMP is kept, but where it
+speaks of a gain map or further pictures. Of several frames the first is read. Not kept: comments, EXIF in 16-bit colour
+TIFF, colours under full transparency; 16-bit PPM is read as 8 bits.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from consissr.images import formats, metadata
 from consissr.images.device import fetched, sent, works_on_pixels
 from consissr.images.encoding import Samples, convert_cmyk, encode, pil
 from consissr.images.formats import Form
-from consissr.images.resize import resize, strips
+from consissr.images.resize import resize
+from consissr.images.rows import Rows, rows_of, strips
 from consissr.images.transparency import fill_hidden
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
@@ -42,27 +44,31 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
 class Photo:
     """An image inside the program, and how it was stored.
 
-    pixels: (3, H, W) float32 in [-1, 1]. alpha: (1, H, W) float32 in [0, 1], or None when opaque.
+    pixels: (3, H, W) float32 in [-1, 1], or `Rows` of them. alpha: (1, H, W) float32 in [0, 1], or None when opaque.
     """
 
-    pixels: Tensor
+    pixels: Tensor | Rows
     alpha: Tensor | None
     form: Form
 
-    def restored(self, pixels: Tensor) -> Photo:
+    @property
+    def image(self) -> Tensor | Rows:
+        """The pixels as (1, 3, H, W)."""
+        return self.pixels if isinstance(self.pixels, Rows) else self.pixels[None]
+
+    def restored(self, pixels: Tensor | Rows) -> Photo:
         """In the same form with other pixels (3, H', W'); transparency is resized along."""
-        size = (pixels.shape[1], pixels.shape[2])
-        alpha = None if self.alpha is None else resize(self.alpha, size, (0.0, 1.0))
+        alpha = None if self.alpha is None else resize(self.alpha, tuple(pixels.shape[-2:]), (0.0, 1.0))
         return replace(self, pixels=pixels, alpha=alpha)
 
 
 # --- files ---
 
 
-def read(path: str | Path, device: torch.device | str = "cpu") -> Photo:
+def read(path: str | Path, device: torch.device | str = "cpu", whole: bool = True) -> Photo:
     """Read an image file of any mode and depth, turned the way up that its EXIF tag says.
 
-    A `device` that works on pixels gets them at once.
+    A `device` that works on pixels gets them at once. Without `whole` pixels may be `Rows`, a fourth of the size.
 
     Raises:
         UserError: not an image, damaged or truncated, unreadable, too large, or of an unsupported mode.
@@ -75,12 +81,12 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> Photo:
             samples = _deep_samples(path) if deep_colour else _samples(image, form)
             said = {"exif": metadata.kept_exif(image), "xmp": metadata.kept_xmp(image)}
             file = formats.reachable(path)
-            stored = {"chunks": metadata.png_chunks(file), "lossless": metadata.is_lossless_webp(file)}
+            stored = {"chunks": metadata.colour_chunks(file), "lossless": metadata.is_lossless_webp(file)}
             form = replace(form, **said, **stored)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         samples = _upright(samples, metadata.orientation(image))
-    return _photo(samples, form, device)
+    return _photo(samples, form, device, whole)
 
 
 def write(path: str | Path, photo: Photo, quality: int = 95) -> None:
@@ -104,23 +110,15 @@ def samples_for(path: str | Path, photo: Photo) -> Samples:
     if target is None:
         raise UserError(f"{path}: '{path.suffix}' is not written; use one of {' '.join(formats.WRITABLE)}")
     if not target.holds(photo.form):
-        raise UserError(f"{path}: {target.name} cannot hold transparency or 16 bits; use .png or .tif")
+        raise UserError(f"{path}: {target.name} cannot hold its transparency, 16 bits or colours; use .png")
     side = max(photo.pixels.shape[-2:])
     if side > target.longest:
         raise UserError(f"{path}: {side} px is more than {target.name}'s {target.longest}; use .png or .tif")
-    extremes = [
-        extreme
-        for x in (photo.pixels, photo.alpha)
-        if x is not None
-        for top, bottom in strips(x.shape[-2], x.device)  # of a cropped image all at once would need a copy
-        for extreme in x[..., top:bottom, :].aminmax()
-    ]
-    here = [extreme.to(photo.pixels.device) for extreme in extremes]
-    if not torch.stack(here).isfinite().all():  # NaN is an extreme, too; no copy is made, and a GPU is asked once
-        raise UserError(f"{path}: not written, the result has NaN or infinite pixels; try --precision fp32")
-
     form = photo.form if target.cmyk or not photo.form.cmyk else replace(photo.form, cmyk=False, profile=None)
-    return _quantised(photo, form)
+    try:
+        return _quantised(replace(photo, form=form))
+    except ArithmeticError:
+        raise UserError(f"{path}: not written, the result has NaN or infinite pixels; try --precision fp32") from None
 
 
 def write_samples(path: str | Path, samples: Samples, quality: int = 95) -> None:
@@ -164,7 +162,7 @@ def to_pil(photo: Photo) -> Image.Image:
     form = photo.form
     if form.bits == 16 and (not form.grey or form.alpha):
         form = replace(form, bits=8)
-    return pil(_quantised(replace(photo, form=form), form))
+    return pil(_quantised(replace(photo, form=form)))
 
 
 # --- samples ---
@@ -175,20 +173,24 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _photo(samples: np.ndarray, form: Form, device: torch.device | str = "cpu") -> Photo:
-    """uint8 or uint16 (H, W, 1..4), alpha last, to a Photo. A few rows at a time, as `_quantised`."""
-    height, width, channels = samples.shape
-    if works_on_pixels(device):
-        values = sent(samples.transpose(2, 0, 1).copy(), device)
-    else:
-        values = torch.empty(channels, height, width)
-        for top, bottom in strips(height):
-            values[:, top:bottom] = torch.from_numpy(samples[top:bottom].transpose(2, 0, 1).astype(np.float32))
-    values.div_(2**form.bits - 1)
-    colours, alpha = (values[:-1], values[-1:].clone()) if form.alpha else (values, None)
-    if alpha is not None:
-        colours = fill_hidden(colours, alpha)
-    return Photo(colours.mul_(2).sub_(1).expand(3, -1, -1).contiguous(), alpha, form)
+def _photo(samples: np.ndarray, form: Form, device: torch.device | str = "cpu", whole: bool = True) -> Photo:
+    """uint8 or uint16 (H, W, 1..4), alpha last, to a Photo."""
+    top = 2**form.bits - 1
+    if works_on_pixels(device) or form.alpha:
+        planes = samples.transpose(2, 0, 1)
+        values = sent(planes.copy(), device) if works_on_pixels(device) else torch.from_numpy(planes.astype(np.float32))
+        values.div_(top)
+        colours, alpha = (values[:-1], values[-1:].clone()) if form.alpha else (values, None)
+        if alpha is not None:
+            colours = fill_hidden(colours, alpha)
+        return Photo(colours.mul_(2).sub_(1).expand(3, -1, -1).contiguous(), alpha, form)
+
+    def make(first: int, last: int) -> Tensor:
+        values = torch.from_numpy(samples[first:last].transpose(2, 0, 1).astype(np.float32)).div_(top)
+        return values.mul_(2).sub_(1).expand(3, -1, -1).contiguous()[None]
+
+    rows = Rows(make, (1, 3, *samples.shape[:2]), torch.device("cpu"))
+    return Photo(rows.whole()[0] if whole else rows, None, form)
 
 
 def _samples(image: Image.Image, form: Form) -> np.ndarray:
@@ -233,33 +235,39 @@ def _swapped(arguments: str | tuple) -> str | tuple:
     return arguments[:-1] + ("L" if arguments.endswith("B") else "B")
 
 
-def _quantised(photo: Photo, form: Form) -> Samples:
-    """Pixels rounded to the nearest; grey as luma. `form`: what the file will say of them.
+def _quantised(photo: Photo) -> Samples:
+    """Pixels rounded to the nearest; grey as luma. ArithmeticError where they are not finite.
 
     A few rows at a time, because large images in several float copies are what memory would run out for.
     """
-    if works_on_pixels(photo.pixels.device):
-        values, arrived = fetched(levels(photo, slice(None)))
+    form, place, (height, width) = photo.form, photo.pixels.device, photo.pixels.shape[-2:]
+    if works_on_pixels(place):
+        values, arrived = fetched(levels(_planes(photo, 0, height), form.bits))
         return Samples(values, form, arrived)
-    height, width = photo.pixels.shape[1:]
     channels, kind = (1 if form.grey else 3) + form.alpha, np.uint8 if form.bits == 8 else np.uint16
     samples = np.empty((height, width, channels), kind)
-    for rows in (slice(*strip) for strip in strips(height)):
-        samples[rows] = levels(photo, rows).numpy()
+    for top, bottom in strips(height):
+        samples[top:bottom] = levels(_planes(photo, top, bottom), form.bits).numpy()
     return Samples(samples, form)
 
 
-def levels(photo: Photo, rows: slice) -> Tensor:
-    """Some rows of a photo (h, W, C), where they are: uint8 or, of 16 bits, int32."""
-    form, place = photo.form, photo.pixels.device
-    planes = photo.pixels[:, rows].detach().to(place if works_on_pixels(place) else "cpu", torch.float32)
-    if form.grey:
+def _planes(photo: Photo, top: int, bottom: int) -> Tensor:
+    """Some rows as they will stand in the file: (C, h, W) float32 in [0, 1]."""
+    place = photo.pixels.device if works_on_pixels(photo.pixels.device) else "cpu"
+    planes = rows_of(photo.image, top, bottom)[0].detach().to(place, torch.float32)
+    if photo.form.grey:
         planes = sum(plane * share for plane, share in zip(planes, _LUMA, strict=True))[None]
+    alpha = [] if photo.alpha is None else [photo.alpha[:, top:bottom].detach().to(planes)]
+    if not torch.stack([extreme for x in (planes, *alpha) for extreme in x.aminmax()]).isfinite().all():
+        raise ArithmeticError("pixels are not finite")  # NaN is an extreme, too; a GPU is asked once
     planes = planes.clamp(-1, 1).add_(1).div_(2)
-    if form.alpha:
-        planes = torch.cat([planes, photo.alpha[:, rows].detach().to(planes).clamp(0, 1)])
-    whole = planes.mul_(2**form.bits - 1).round_().permute(1, 2, 0)
-    return whole.to(torch.uint8 if form.bits == 8 else torch.int32).contiguous()
+    return torch.cat([planes, *(x.clamp(0, 1) for x in alpha)]) if photo.form.alpha else planes
+
+
+def levels(planes: Tensor, bits: int) -> Tensor:
+    """(C, h, W) in [0, 1], which are overwritten, as (h, W, C) whole numbers: uint8 or, of 16 bits, int32."""
+    whole = planes.mul_(2**bits - 1).round_().permute(1, 2, 0)
+    return whole.to(torch.uint8 if bits == 8 else torch.int32).contiguous()
 
 
 def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:

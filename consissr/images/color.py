@@ -4,14 +4,14 @@ Functions take NCHW tensors in one common range, whatever it is, and do not clam
 the arrays that the authors' code produces (StableSR's colour fix, which both papers use).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from consissr.images.moments import Moments
-from consissr.images.resize import strips
+from consissr.images.rows import Make
 
 _EPSILON = 1e-5  # added to the variance
 _LEVELS = 5
@@ -23,17 +23,15 @@ def adain(content: Tensor, style: Tensor) -> Tensor:
 
     The 1e-5 is meant for images in [0, 1]; on [-1, 1] it is a quarter of that, which no 8-bit image shows.
     """
-    return adain_(content.clone(), *moments([style]))
+    return adain_(content.clone(), moments([content]), moments([style]))
 
 
-def adain_(content: Tensor, mean: Tensor, variance: Tensor, strength: float = 1.0) -> Tensor:
-    """The same in place on (B,C,H,W), with the style's `moments`, each (B,C,1,1).
+def adain_(content: Tensor, own: tuple[Tensor, Tensor], style: tuple[Tensor, Tensor], strength: float = 1.0) -> Tensor:
+    """The same in place on (B,C,h,w), all of an image with the `moments` own, or some rows of it.
 
     strength: 0 to 1, how far mean and standard deviation move towards the style's.
     """
-    own_mean, own_variance = moments(
-        content[:, :, top:bottom] for top, bottom in strips(content.shape[2], content.device)
-    )
+    (own_mean, own_variance), (mean, variance) = own, style
     std, own_std = ((x + _EPSILON).sqrt() for x in (variance, own_variance))
     if strength != 1:
         mean, std = torch.lerp(own_mean, mean, strength), torch.lerp(own_std, std, strength)
@@ -57,17 +55,16 @@ def wavelet(content: Tensor, style: Tensor) -> Tensor:
     return content - _low_frequencies(content) + _low_frequencies(style)
 
 
-def wavelet_(content: Tensor, style: Callable[[int, int], Tensor], strength: float = 1.0) -> Tensor:
-    """The same in place, strip by strip; style(top, bottom) gives rows of it. strength: 0 to 1, of the change."""
-    height, above = content.shape[2], content[:, :, :0]
-    for top, bottom in strips(height, content.device):
+def wavelet_rows(content: Make, style: Make, height: int, strength: float = 1.0) -> Make:
+    """The same of images of so many rows, of which some are made at a time. strength: 0 to 1, of the change."""
+
+    def make(top: int, bottom: int) -> Tensor:
         first, last = max(top - _REACH, 0), min(bottom + _REACH, height)
-        old = torch.cat([above, content[:, :, top:last]], dim=2)  # what stood in rows first..last-1
-        above = old[:, :, max(bottom - _REACH, 0) - first : bottom - first].clone()
-        inner = slice(top - first, bottom - first)
-        new = wavelet(old, style(first, last).to(content))
-        content[:, :, top:bottom] = (new if strength == 1 else torch.lerp(old, new, strength))[:, :, inner]
-    return content
+        old = content(first, last)
+        new = wavelet(old, style(first, last).to(old))
+        return (new if strength == 1 else torch.lerp(old, new, strength))[:, :, top - first : bottom - first]
+
+    return make
 
 
 def _low_frequencies(x: Tensor) -> Tensor:

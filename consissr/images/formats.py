@@ -12,14 +12,14 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from pathlib import Path
 
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from consissr.errors import UserError
-from consissr.images.metadata import DAMAGE, dpi, has_gain_map, orientation
+from consissr.images.metadata import DAMAGE, colour_chunks, dpi, has_gain_map, hdr, is_ordinary, orientation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Form:
     bits: int = 8  # per sample: 8 or 16
     cmyk: bool = False
     profile: bytes | None = None  # embedded ICC profile
-    chunks: tuple[tuple[bytes, bytes], ...] = ()  # of a PNG file, about its colours: see png_chunks
+    chunks: tuple[tuple[bytes, bytes], ...] = ()  # of a PNG file, about its colours: see colour_chunks
     dpi: tuple[float, float] | None = None
     lossless: bool = False  # a WebP file that is
     exif: bytes | None = None  # descriptive tags only; the orientation is applied to the pixels and left out
@@ -51,9 +51,9 @@ class Format:
     longest: int = 2**31 - 1  # pixels of the longest side
 
     def holds(self, form: Form, side: int = 1) -> bool:
-        """True when transparency, depth and profile of `form` are kept, and `side` pixels are not too long."""
+        """True when transparency, depth and colours of `form` are kept, and `side` pixels are not too long."""
         kept = (self.alpha or not form.alpha) and (self.deep or form.bits == 8) and (self.profile or not form.profile)
-        return kept and side <= self.longest
+        return kept and (self.name == "PNG" or is_ordinary(form.chunks, form.profile)) and side <= self.longest
 
 
 _JPEG = Format(name="JPEG", cmyk=True, longest=65500)
@@ -227,13 +227,16 @@ def probe(path: str | Path) -> tuple[int, int, Form, str]:
     """
     with opened(path) as image:
         try:
-            form = form_of(image)
+            form = replace(form_of(image), chunks=colour_chunks(reachable(path)))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         width, height = image.size
         if orientation(image) >= 5 and image.format != "TIFF":  # Pillow swaps TIFF's sides itself
             width, height = height, width
-        return height, width, form, more_than_one_picture(image)
+        notes = [more_than_one_picture(image)]
+        if transfer := hdr(form.chunks):
+            notes.append(f"its colours are HDR ({transfer}): it is restored like other pictures and stays HDR")
+        return height, width, form, "; ".join(filter(None, notes))
 
 
 def _raw_modes(image: Image.Image) -> list[str]:

@@ -14,7 +14,6 @@ and CCSR v1 round up). The released rules work on 8-bit images as the authors' c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
@@ -25,22 +24,19 @@ from torch import Tensor
 from consissr.images import color
 from consissr.images.device import to_device
 from consissr.images.formats import output_size
-from consissr.images.resize import crop, reflected, resize, resized_rows, strips
+from consissr.images.resize import crop, reflected, resize, resized_rows
 from consissr.images.rgb8 import to_pil, to_tensor
+from consissr.images.rows import Make, Rows, rows_of, strips
 
 RELEASED_SHORT_SIDE = 512
 """What both releases raise the short side to, in pixels."""
-
-
-Rows = Callable[[int, int], Tensor]
-"""(top, bottom) -> rows top..bottom-1 of an image (1,3,H,W)."""
 
 
 @dataclass
 class Prepared:
     """One image on its way. Its enlarged form is made anew where it is needed: a large one need not stay in memory."""
 
-    rows: Rows
+    rows: Make
     """Makes some rows of the network's input."""
     shape: tuple[int, int]
     """Height and width of the network's input."""
@@ -65,7 +61,7 @@ class Prepared:
 
 
 def prepare(
-    image: Tensor,
+    image: Tensor | Rows,
     scale: float,
     rule: str,
     multiple: int,
@@ -98,10 +94,10 @@ def prepare(
 
         return Prepared(rows, padded, size, raised, image.device, margin)
     short_side = short_side or RELEASED_SHORT_SIDE
+    lq = to_pil(image.whole() if isinstance(image, Rows) else image)
     if rule == "ccsr":
-        x = to_tensor(ccsr_input(to_pil(image), scale, short_side))
+        x = to_tensor(ccsr_input(lq, scale, short_side))
         return Prepared.of(x, size, tuple(x.shape[2:]))
-    lq = to_pil(image)
     lq = lq.resize(size[::-1], Image.Resampling.BICUBIC)
     raised = raise_short_side(lq, short_side)
     if rule == "ccsr_v1":
@@ -116,25 +112,35 @@ def prepare(
 def finish(prepared: Prepared, y: Tensor, rule: str, color_fix: str, strength: float = 1.0) -> Tensor:
     """The restored image (1,3,*prepared.size) in [-1, 1] from the decoder's output y (1,3,H,W), not clamped.
 
-    strength: of the colour transfer, 0 to 1. y's memory is used.
+    strength: of the colour transfer, 0 to 1.
     """
+    return finished(prepared, y, rule, color_fix, strength).whole()
+
+
+def finished(prepared: Prepared, y: Tensor, rule: str, color_fix: str, strength: float = 1.0) -> Rows:
+    """The same, made when it is read: beside y, a large result is never in memory as a whole."""
     color_fix = color_fix if strength else "none"
-    y = y.div_(2).add_(0.5)
     if rule == "pad":
         (height, width), margin = prepared.upscaled, prepared.margin
         across = slice(margin, margin + width)
 
+        def content(top: int, bottom: int) -> Tensor:
+            return (y[:, :, margin + top : margin + bottom].float() / 2).add_(0.5)[..., across]
+
         def style(top: int, bottom: int) -> Tensor:
             return prepared.rows(margin + top, margin + bottom)[..., across]
 
-        y = transfer(y[:, :, margin : margin + height, across], style, color_fix, strength)
-        return resize(y.mul_(2).sub_(1).clamp_(-1, 1), prepared.size)
+        coloured = transferred(content, style, height, y.device, color_fix, strength)
+        image = Rows(lambda *rows: coloured(*rows).mul_(2).sub_(1).clamp_(-1, 1), (1, 3, height, width), y.device)
+        return image if prepared.size == prepared.upscaled else Rows.of(resize(image.whole(), prepared.size))
+    y = y.float() / 2 + 0.5
     if rule == "ccsr":
         y = y.clamp_(0, 1).mul_(255).round_().div_(255)
         y = truncated(transfer(y, prepared.rows, color_fix, strength)) if color_fix != "none" else y * 2 - 1
-        return to_tensor(to_pil(y).resize(prepared.size[::-1], Image.Resampling.BICUBIC))
-    y = crop(truncated(transfer(y, prepared.rows, color_fix, strength)), prepared.upscaled)
-    return to_tensor(to_pil(y).resize(prepared.size[::-1], Image.Resampling.LANCZOS))
+    else:
+        y = crop(truncated(transfer(y, prepared.rows, color_fix, strength)), prepared.upscaled)
+    kind = Image.Resampling.BICUBIC if rule == "ccsr" else Image.Resampling.LANCZOS
+    return Rows.of(to_tensor(to_pil(y).resize(prepared.size[::-1], kind)))
 
 
 def at_least(size: tuple[int, int], short_side: int) -> tuple[int, int]:
@@ -143,16 +149,28 @@ def at_least(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     return size if short >= short_side else tuple(round(side * short_side / short) for side in size)
 
 
-def transfer(content: Tensor, style: Rows, color_fix: str, strength: float = 1.0) -> Tensor:
-    """Colours of `style` in [-1, 1] for `content` (1,3,H,W) in [0, 1], in place, by 'adain', 'wavelet' or 'none'.
+def transfer(content: Tensor, style: Make, color_fix: str, strength: float = 1.0) -> Tensor:
+    """`content` (1,3,H,W) in [0, 1] in the colours of `style` in [-1, 1], by 'adain', 'wavelet' or 'none'.
 
     strength: 1 takes them whole, 0 not at all.
     """
+    height, device = content.shape[2], content.device
+    rows = transferred(lambda *rows: rows_of(content, *rows).clone(), style, height, device, color_fix, strength)
+    return torch.cat([rows(*strip) for strip in strips(height, device)], dim=2)
+
+
+def transferred(
+    content: Make, style: Make, height: int, device: torch.device, color_fix: str, strength: float = 1.0
+) -> Make:
+    """The same of images of `height` rows, of which some are made at a time on `device`."""
     if color_fix == "adain":
-        mean, variance = color.moments(style(*strip) for strip in strips(content.shape[2], content.device))
-        color.adain_(content, mean / 2 + 0.5, variance / 4, strength)
+        own, (mean, variance) = (
+            color.moments(rows(*strip) for strip in strips(height, device)) for rows in (content, style)
+        )
+        wanted = mean / 2 + 0.5, variance / 4
+        return lambda *rows: color.adain_(content(*rows), own, wanted, strength)
     if color_fix == "wavelet":
-        color.wavelet_(content, lambda *rows: style(*rows) / 2 + 0.5, strength)
+        return color.wavelet_rows(content, lambda *rows: style(*rows) / 2 + 0.5, height, strength)
     return content
 
 

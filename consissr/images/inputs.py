@@ -1,4 +1,4 @@
-"""What a `Restorer` is called with and gives back: a PIL image, a list of them, or a tensor (B,3,H,W) in [-1, 1]."""
+"""What a `Restorer` is called with and gives back: a PIL image, a list of them or of photos, or a tensor (B,3,H,W)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from consissr.images import codec
 from consissr.images.codec import Photo
 from consissr.images.device import works_on_pixels
 from consissr.images.geometry import Prepared
-from consissr.images.resize import strips
+from consissr.images.rows import Rows, strips
 
-Images = Image | list[Image] | Tensor
+Images = Image | list[Image] | list[Photo] | Tensor
 
 
-def unpacked(inputs: Images) -> tuple[list[Tensor], list[Photo]]:
+def unpacked(inputs: Images) -> tuple[list[Tensor | Rows], list[Photo]]:
     """The images, each (1,3,H,W) float32 in [-1, 1], and how they were stored (nothing for a tensor).
 
     UserError for what is no image, and for a tensor of another shape, of whole numbers or of no image at all.
@@ -30,18 +30,22 @@ def unpacked(inputs: Images) -> tuple[list[Tensor], list[Photo]]:
         return list(inputs.detach().float().split(1)), []
     listed = [inputs] if isinstance(inputs, Image) else list(inputs)
     for item in listed:
-        if not isinstance(item, Image):
+        if not isinstance(item, (Image, Photo)):
             raise UserError(f"cannot restore a {type(item).__name__}: give a PIL image, a list of them or a tensor")
-    photos = [codec.from_pil(image) for image in listed]
-    return [photo.pixels[None] for photo in photos], photos
+    photos = [item if isinstance(item, Photo) else codec.from_pil(item) for item in listed]
+    return [photo.image for photo in photos], photos
 
 
-def packed(inputs: Images, photos: list[Photo], results: list[Tensor]) -> Images:
-    """Results (1,3,H,W) as the kind of thing that `inputs` is; a tensor of a GPU where its pixels were worked on."""
+def packed(inputs: Images, photos: list[Photo], results: list[Rows]) -> Images:
+    """Results as the kind of thing that `inputs` is; a tensor of a GPU where its pixels were worked on."""
     if isinstance(inputs, Tensor):
-        return stacked(results) if works_on_pixels(inputs.device) else stacked(results).to("cpu")
-    restored = [codec.to_pil(photo.restored(result[0])) for photo, result in zip(photos, results, strict=True)]
-    return restored[0] if isinstance(inputs, Image) else restored
+        y = stacked([result.whole() for result in results])
+        return y if works_on_pixels(inputs.device) else y.to("cpu")
+    restored = [photo.restored(result) for photo, result in zip(photos, results, strict=True)]
+    if isinstance(inputs, Image):
+        return codec.to_pil(restored[0])
+    pairs = zip(inputs, restored, strict=True)
+    return [photo if isinstance(item, Photo) else codec.to_pil(photo) for item, photo in pairs]
 
 
 def equal_sizes(shapes: Sequence[tuple], batch_size: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,14 @@ _KEPT_TAGS = (
     ExifTags.Base.HostComputer,
     ExifTags.Base.Copyright,
 )
+_INTEROP_INDEX = 1
 _PIXEL_TAGS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
-COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI")
+_SRGB_PRIMARIES, _SRGB_TRANSFERS, _HDR = (1, 2), (1, 2, 6, 13), {16: "PQ", 18: "HLG"}
+"""Numbers of cICP (ITU-T H.273); 2: unspecified; BT.709's transfer (1, 6) is shown as sRGB's."""
+_SRGB = struct.pack(">9I", 45455, 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+"""gAMA and cHRM of sRGB, in 100,000ths."""
+COLOUR_CHUNKS = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"cICP": 4, b"mDCV": 24, b"cLLI": 8}
+"""Chunks of PNG files about colours beside the ICC profile, and their lengths."""
 _XMP_IN_PNG = b"XML:com.adobe.xmp" + bytes(5)
 _XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:=[\"']|>))\d")
 _GAIN_MAP = re.compile(rb"hdrgm:|HDRGainMap|ns.google.com/photos/1.0/(?:container|depthmap)", re.IGNORECASE)
@@ -63,12 +70,45 @@ def png_chunks(path: str | Path) -> tuple[tuple[bytes, bytes], ...]:
             length, kind = struct.unpack(">I4s", head)
             if kind in (b"IDAT", b"IEND"):
                 break
-            if kind in COLOUR_CHUNKS and length <= 64:
-                found.append((kind, file.read(length)))
-                file.seek(4, os.SEEK_CUR)
+            if COLOUR_CHUNKS.get(kind) == length:
+                data = file.read(length + 4)[:length]
+                found += [(kind, data)] if len(data) == length else []
             else:
                 file.seek(length + 4, os.SEEK_CUR)
     return tuple(found)
+
+
+def colour_chunks(path: str | Path) -> tuple[tuple[bytes, bytes], ...]:
+    """What a file says of its colours beside an ICC profile, as chunks (type, data) of a PNG file; () for nothing.
+
+    Of AVIF and HEIC the box "nclx", whose numbers are those of cICP.
+    """
+    with open(path, "rb") as file:
+        head = file.read(2**16)
+    if head[4:8] == b"ftyp" and (at := head.find(b"colrnclx") + 8) > 7:
+        primaries, transfer = struct.unpack(">HH", head[at : at + 4].ljust(4, b"\0"))
+        return ((b"cICP", bytes((primaries % 256, transfer % 256, 0, 1))),) if primaries and transfer else ()
+    return png_chunks(path)
+
+
+def is_ordinary(chunks: Iterable[tuple[bytes, bytes]], profile: bytes | None) -> bool:
+    """Whether colours are those of the ICC profile or, without one, sRGB, so that any format can hold them.
+
+    cICP goes before a profile, that before sRGB, and that before gAMA and cHRM (W3C, PNG, third edition).
+    """
+    said = dict(chunks)
+    if code := said.get(b"cICP"):
+        return code[0] in _SRGB_PRIMARIES and code[1] in _SRGB_TRANSFERS
+    if profile or b"sRGB" in said:
+        return True
+    numbers = struct.unpack(">9I", (said.get(b"gAMA", b"") or _SRGB[:4]) + (said.get(b"cHRM", b"") or _SRGB[4:]))
+    return all(abs(one - other) < 1000 for one, other in zip(numbers, struct.unpack(">9I", _SRGB), strict=True))
+
+
+def hdr(chunks: Iterable[tuple[bytes, bytes]]) -> str:
+    """The name of a transfer function for HDR, "" for others."""
+    code = dict(chunks).get(b"cICP", bytes(2))
+    return _HDR.get(code[1], "")
 
 
 def is_lossless_webp(path: str | Path) -> bool:
@@ -110,10 +150,18 @@ def with_settings(exif: bytes | None, settings: dict[str, Any], version: str) ->
     if exif:
         made.load(exif)
     made[ExifTags.Base.Software] = f"consissr {version}"
-    tags = dict(made.get_ifd(ExifTags.IFD.Exif))
+    tags = _exif_tags(made)
     tags[ExifTags.Base.UserComment] = b"ASCII\0\0\0" + json.dumps(settings).encode("ascii")
     made[ExifTags.IFD.Exif] = tags
     return made.tobytes()
+
+
+def _exif_tags(exif: Image.Exif) -> dict[int, Any]:
+    """The tags of the block's inner part but for sizes; what cameras say of Adobe RGB ("R03") stands within."""
+    tags = {tag: value for tag, value in exif.get_ifd(ExifTags.IFD.Exif).items() if tag not in _PIXEL_TAGS}
+    if tags.pop(ExifTags.IFD.Interop, None) and (index := exif.get_ifd(ExifTags.IFD.Interop).get(_INTEROP_INDEX)):
+        tags[ExifTags.IFD.Interop] = {_INTEROP_INDEX: index}
+    return tags
 
 
 def kept_exif(image: Image.Image) -> bytes | None:
@@ -124,9 +172,10 @@ def kept_exif(image: Image.Image) -> bytes | None:
         for tag in _KEPT_TAGS:
             if tag in old:
                 new[tag] = old[tag]
-        for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-            tags = {tag: value for tag, value in old.get_ifd(ifd).items() if tag not in _PIXEL_TAGS}
-            tags.pop(ExifTags.Base.ExifInteroperabilityOffset, None)
+        for ifd, tags in (
+            (ExifTags.IFD.Exif, _exif_tags(old)),
+            (ExifTags.IFD.GPSInfo, dict(old.get_ifd(ExifTags.IFD.GPSInfo))),
+        ):
             if tags:
                 new[ifd] = tags
         return new.tobytes() if len(new) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import ceil, floor
 
 import numpy as np
@@ -12,9 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from consissr.images.device import works_on_pixels
-
-STRIP = 256
-"""Rows that are worked on at once: resizing needs several times the memory of what it makes."""
+from consissr.images.rows import Rows, rows_of, strips
 
 
 def resize(x: Tensor, size: tuple[int, int], limits: tuple[float, float] | None = (-1.0, 1.0)) -> Tensor:
@@ -34,14 +31,8 @@ def resize(x: Tensor, size: tuple[int, int], limits: tuple[float, float] | None 
     return result.to(x)
 
 
-def strips(height: int, device: torch.device | str = "cpu") -> Iterator[tuple[int, int]]:
-    """(top, bottom) of the strips that `height` rows are worked on in, to save memory; on a GPU one, to save time."""
-    step = height if works_on_pixels(device) else STRIP
-    return ((top, min(top + step, height)) for top in range(0, height, step))
-
-
 def resized_rows(
-    x: Tensor, size: tuple[int, int], top: int, bottom: int, limits: tuple[float, float] | None = (-1.0, 1.0)
+    x: Tensor | Rows, size: tuple[int, int], top: int, bottom: int, limits: tuple[float, float] | None = (-1.0, 1.0)
 ) -> Tensor:
     """Rows top..bottom-1 of what `resize` makes of x (..., H, W): (..., bottom - top, size[1]) float32.
 
@@ -50,13 +41,13 @@ def resized_rows(
     if works_on_pixels(x.device):
         return resize(x.float(), size, limits)[..., top:bottom, :]
     if tuple(x.shape[-2:]) == tuple(size):
-        return x[..., top:bottom, :].detach().to("cpu", torch.float32)
+        return rows_of(x, top, bottom).detach().to("cpu", torch.float32)
     height, width = x.shape[-2:]
     step = height / size[0]
     reach = 2 * max(step, 1) + 1  # of the cubic, in rows of x
     first, last = max(floor(top * step - reach), 0), min(ceil(bottom * step + reach), height)
     rows = (0, top * height / size[0] - first, size[1], bottom * height / size[0] - first)
-    planes = x[..., first:last, :].detach().to("cpu", torch.float32).reshape(-1, last - first, width)
+    planes = rows_of(x, first, last).detach().to("cpu", torch.float32).reshape(-1, last - first, width)
     result = torch.empty(len(planes), bottom - top, size[1])
     for plane, resized in zip(planes, result, strict=True):
         wide = _bicubic(plane, (size[1], last - first), (0, 0, width, last - first), limits)

@@ -23,8 +23,9 @@ from consissr import __version__
 from consissr.errors import UserError
 from consissr.images import codec
 from consissr.images.codec import Photo, Samples
-from consissr.images.inputs import equal_sizes, stacked
+from consissr.images.inputs import equal_sizes
 from consissr.images.metadata import with_settings
+from consissr.images.rows import Rows
 from consissr.inference.jobs import Job, check_place
 from consissr.models.memory import is_out_of_memory, peak_memory_mb
 
@@ -39,10 +40,10 @@ class Restores(Protocol):
 
     device: torch.device
 
-    def __call__(self, images: Tensor, **settings: Any) -> Tensor:
-        """LQ images (B,3,h,w) in [-1, 1] -> restored images (B,3,H,W) in [-1, 1]; see `Restorer.__call__`."""
+    def __call__(self, photos: list[Photo], **settings: Any) -> list[Photo]:
+        """Photos of equal size, restored; see `Restorer.__call__`."""
 
-    def step_picture(self, z: Tensor, lq: Tensor, scale: float, longest: int | None) -> Tensor:
+    def step_picture(self, z: Tensor, lq: Tensor | Rows, scale: float, longest: int | None) -> Tensor:
         """What latents (1,C,h,w) of an LQ image (1,3,h,w) show, (1,3,H,W) in [-1, 1]."""
 
 
@@ -139,7 +140,7 @@ def _read_ahead(
     """
     ahead: deque = deque()
     for group in groups:
-        ahead.append((group, [readers.submit(codec.read, job.source, device) for job in group]))
+        ahead.append((group, [readers.submit(codec.read, job.source, device, whole=False) for job in group]))
         if len(ahead) > 1:
             yield ahead.popleft()
     yield from ahead
@@ -156,7 +157,7 @@ def _restore_group(
         except Exception as error:  # noqa: BLE001 - whatever a file makes a reader raise concerns this file alone
             report.add(Outcome(job, "failed", _reason(error, job)))
             continue
-        if tuple(photo.pixels.shape[-2:]) != (job.height, job.width):
+        if tuple(photo.image.shape[2:]) != (job.height, job.width):
             report.add(Outcome(job, "failed", "changed while the run was going on"))
             continue
         read.append((job, photo))
@@ -179,8 +180,8 @@ def _restore_group(
 def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settings, report: Report) -> list[Samples]:
     """The model on photos of one size; transparency is enlarged beside it."""
     jobs = [job for job, _ in read]
-    y = restorer(
-        stacked([photo.pixels[None] for _, photo in read]),
+    photos = restorer(
+        [photo for _, photo in read],
         scale=settings.scale,
         longest=settings.longest,
         seed=settings.seed,
@@ -192,10 +193,8 @@ def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settin
         on_tile=lambda *now: report.on_tile(jobs[0], *now),
     )
     # As samples, a fourth of the size: a large result may wait for its predecessor to be written.
-    photos = [
-        replace(photo, form=_said(photo.form, job, settings)).restored(y[i]) for i, (job, photo) in enumerate(read)
-    ]
-    return [codec.samples_for(job.target, photo) for job, photo in zip(jobs, photos, strict=True)]
+    said = [replace(photo, form=_said(photo.form, job, settings)) for job, photo in zip(jobs, photos, strict=True)]
+    return [codec.samples_for(job.target, photo) for job, photo in zip(jobs, said, strict=True)]
 
 
 def _said(form: codec.Form, job: Job, settings: Settings) -> codec.Form:
@@ -212,7 +211,7 @@ def _step_writer(restorer: Restores, job: Job, photo: Photo, settings: Settings)
     """Writes what each sampling step expects the result to be, as RGB: <target>_steps/00_t999.png, ..."""
 
     def write(index: int, step: Any, eps: Tensor, x0: Tensor) -> None:
-        pixels = restorer.step_picture(x0, photo.pixels[None], settings.scale, settings.longest)[0]
+        pixels = restorer.step_picture(x0, photo.image, settings.scale, settings.longest)[0]
         path = job.target.with_name(f"{job.target.name}_steps") / f"{index:02d}_t{step.t:03d}.png"
         codec.write(path, Photo(pixels, None, codec.Form()))
 

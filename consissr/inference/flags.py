@@ -97,7 +97,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     add = sampler.add_argument
     add("--config", type=Path, metavar="YAML", help="settings in place of the model's (configs/*/infer*.yaml)")
     add("--plan", choices=("nuts", "ddpm"), help="CCSR's non-uniform timesteps, or evenly spaced ones")
-    add("--steps", "--num_inference_steps", type=int, metavar="T", help="steps of the grid")
+    add(
+        "--steps",
+        "--num_inference_steps",
+        type=int,
+        metavar="T",
+        help="how many; beside --plan, --t-max, --t-min: of nuts' grid",
+    )
     add("--t-max", "--t_max", type=float, help="nuts: where uniform steps begin, 0 to 1")
     add("--t-min", "--t_min", type=float, help="nuts: where sampling ends, 0 to 1")
     add("--start", "--start_point", choices=("lq", "noise"), help="first latent: the noised input, or noise")

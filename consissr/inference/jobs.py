@@ -303,7 +303,7 @@ def _to_file(job: Job, output: Path) -> Job:
     form, side = formats.probe(job.source)[2], max(job.out_height, job.out_width)
     if not formats.WRITABLE[output.suffix.lower()].holds(form, side):
         return replace(
-            job, error=f"{output.suffix} cannot hold its transparency, 16 bits, profile or {side} px; use .png"
+            job, error=f"{output.suffix} cannot hold its transparency, 16 bits, colours or {side} px; use .png"
         )
     return replace(job, target=output)
 

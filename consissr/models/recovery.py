@@ -16,7 +16,7 @@ from consissr.models.tiles import Tiles
 log = logging.getLogger(__name__)
 
 Attempt = Callable[[slice, Tiles], Tensor]
-"""(rows of a batch, tiles) -> results (rows,3,H,W), float32; may run out of memory or hold NaN."""
+"""(rows of a batch, tiles) -> results (rows,3,H,W); may run out of memory or hold NaN."""
 
 
 def within_memory(
@@ -62,6 +62,7 @@ def finite(
     if bad.any() and float32 is not None:
         log.warning("%s: not a number in 16 bits, running again in float32", named(names, bad))
         with float32():
+            y = y.float()
             y[bad] = restore()[bad]
         bad = rows_not_finite(y)
     if bad.any():

@@ -23,7 +23,7 @@ OVERLAP = 3 / 32
 UNTILED_AREA = 2
 """Latents up to this many times a diffusion tile's area are denoised in one piece, memory permitting."""
 VAE_TILE, VAE_UNTILED = 1024, 2**22
-"""Pixels: the largest side of automatic autoencoder tiles, and the largest area that needs none on the CPU."""
+"""Pixels: the largest side of automatic autoencoder tiles, and the least area that needs some on the CPU."""
 SMALLEST_TILE = 16
 """Latent pixels; smaller tiles are not tried when memory runs out."""
 
@@ -128,7 +128,7 @@ def choose_tiles(
     with OVERLAP. What the configuration of the UNet does not say makes no difference to the cost. Learned
     positions of a side below TILE pixels are interpolated, as nano's are.
 
-    The autoencoder works in tiles where a quarter of the memory would not do, and on the CPU above VAE_UNTILED pixels:
+    The autoencoder works in tiles where a quarter of the memory would not do, and on the CPU from VAE_UNTILED pixels:
     `sampled` where a sample of the image fits into an eighth of the memory, else `exact`.
     """
     diffusion, stride = _diffusion(config, latent_size, factor, needs, memory)
@@ -136,7 +136,7 @@ def choose_tiles(
     area = latent_size[0] * latent_size[1]
     if vae < 0:
         fitting = int((memory / 16 / needs.vae_bytes) ** 0.5)
-        whole = area * needs.vae_bytes <= memory / 4 and not (on_cpu and area * factor**2 > VAE_UNTILED)
+        whole = area * needs.vae_bytes <= memory / 4 and not (on_cpu and area * factor**2 >= VAE_UNTILED)
         vae = 0 if whole else min(max(fitting, SMALLEST_TILE), max(VAE_TILE // factor, SMALLEST_TILE))
     tiling = config.vae_tiling
     if tiling == "auto":

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from consissr.images import codec, formats
+from consissr.images.rows import rows_of
 from consissr.inference.batch import Settings
 
 
@@ -19,12 +20,13 @@ class Enlarger:
     def __init__(self, begun=lambda tile: None):
         self.begun, self.calls = begun, []
 
-    def __call__(self, x, *, scale, longest, on_tile, **settings):
+    def __call__(self, photos, *, scale, longest, on_tile, **settings):
         self.calls.append(SimpleNamespace(keys=settings["keys"], seed=settings["seed"], plan=settings["plan"]))
         for tile in (1, 2, 3):
             self.begun(tile)
             on_tile(tile, 3, tile / 3)
-        return codec.resize(x, formats.output_size(*x.shape[-2:], scale, longest))
+        x = rows_of(photos[0].image, 0, photos[0].image.shape[2])
+        return [photos[0].restored(codec.resize(x, formats.output_size(*x.shape[-2:], scale, longest))[0])]
 
 
 @pytest.fixture

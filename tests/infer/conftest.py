@@ -10,6 +10,7 @@ from PIL import Image
 from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.sampler import seeded_draw
 from consissr.images import codec, formats
+from consissr.images.rows import rows_of
 
 
 class Enlarger:
@@ -21,7 +22,8 @@ class Enlarger:
         self.spoil = spoil or {}
         self.calls = []
 
-    def __call__(self, x, *, scale, longest, seed, keys, repeat, plan, batch_size, on_step, on_tile=None):
+    def __call__(self, photos, *, scale, longest, seed, keys, repeat, plan, batch_size, on_step, on_tile=None):
+        x = torch.cat([rows_of(photo.image, 0, photo.image.shape[2]) for photo in photos])
         self.calls.append(SimpleNamespace(shape=tuple(x.shape), keys=keys, plan=plan, repeat=repeat))
         troubles = {self.spoil[key] for key in keys if key in self.spoil}
         if "memory" in troubles:
@@ -34,7 +36,7 @@ class Enlarger:
             y[0, 0, 0, 0] = float("nan")
         if on_step:
             on_step(0, SimpleNamespace(t=999), None, y)
-        return y
+        return [photo.restored(pixels) for photo, pixels in zip(photos, y, strict=True)]
 
     def step_picture(self, z, lq, scale, longest):
         return z

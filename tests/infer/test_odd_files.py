@@ -3,7 +3,6 @@
 import io
 import json
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 from PIL import Image, ImageCms
 
 from consissr.errors import UserError
-from consissr.images import codec, formats, metadata, png16
+from consissr.images import codec, formats, metadata
 
 
 def photograph(rng, *shape):
@@ -162,29 +161,6 @@ def test_visible_colours_stay_bit_for_bit(rng):
     assert torch.equal(photo.pixels[:, samples[..., 3] > 0], codec.from_pil(Image.fromarray(samples[..., :3])).pixels[
         :, samples[..., 3] > 0
     ])  # fmt: skip
-
-
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-@pytest.mark.parametrize("deep", [False, True])
-def test_what_png_files_say_of_their_colours_is_kept(tmp_path, rng, deep):
-    """Linear light (gAMA 1.0) and HDR (cICP: BT.2020 primaries, PQ) look wrong without these words."""
-    said = ((b"gAMA", struct.pack(">I", 100000)), (b"cICP", bytes((9, 16, 0, 1))))
-    plain = io.BytesIO()
-    if deep:
-        png16.write(plain, rng.integers(0, 65536, (5, 6, 3)).astype(np.uint16))
-    else:
-        Image.fromarray(photograph(rng, 5, 6, 3)).save(plain, format="PNG")
-    whole = plain.getvalue()
-    (tmp_path / "a.png").write_bytes(whole[:33] + b"".join(chunk(*one) for one in said) + whole[33:])
-    photo = codec.read(tmp_path / "a.png")
-    codec.write(tmp_path / "b.png", photo)
-    assert metadata.png_chunks(tmp_path / "b.png") == said
-    assert torch.equal(codec.read(tmp_path / "b.png").pixels, photo.pixels)
-    codec.write(tmp_path / "b.tif", photo)  # a format that has no such words
-    assert codec.read(tmp_path / "b.tif").form.chunks == ()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])

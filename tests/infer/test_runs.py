@@ -148,8 +148,11 @@ def test_plan_flags(infer, model, folder, tmp_path):
     assert model.calls[-1].plan is None
     infer("-i", folder / "a.png", "-o", tmp_path / "2", "--t-max", 0.5, "--t-min", 0.3, "--steps", 10)
     assert [step.t for step in model.calls[-1].plan] == [999, 499, 399]
-    infer("-i", folder / "a.png", "-o", tmp_path / "3", "--steps", 1)
-    assert [step.t for step in model.calls[-1].plan] == [999]
+    for steps, wanted in ((1, [999]), (2, [999, 666]), (4, [999, 666, 499, 332])):  # of NUTS' grid of 6, t_max 2/3
+        infer("-i", folder / "a.png", "-o", tmp_path / f"3_{steps}", "--steps", steps)
+        assert [step.t for step in model.calls[-1].plan] == wanted
+    status, _, err = infer("-i", folder / "a.png", "-o", tmp_path / "3_6", "--steps", 6)
+    assert status == 2 and err == "error: 6 steps: this model can take 1 to 5\n"
     infer("-i", folder / "a.png", "-o", tmp_path / "4", "--plan", "ddpm", "--steps", 4)
     assert [step.t for step in model.calls[-1].plan] == [999, 666, 333, 0]
 

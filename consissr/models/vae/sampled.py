@@ -24,7 +24,7 @@ PATCHES, LEAST_SHARE, LARGEST_SHARE = 64, 1 / 32, 1 / 2
 class SampledTiles(TileRunner):
     """Runs a list of operations on a map (B,C,H,W) through tiles, once each; `tile` is a side in latent pixels.
 
-    dtype: of the result; on_tile: called with a tile's area in latent pixels when it is done.
+    on_tile: called with a tile's area in latent pixels when it is done.
     """
 
     def __init__(
@@ -32,18 +32,17 @@ class SampledTiles(TileRunner):
         ops: list[Op],
         tile: int,
         latent_size: tuple[int, int],
-        dtype: torch.dtype,
         on_tile: Callable[[int], None] = lambda area: None,
     ) -> None:
         super().__init__(ops, tile, latent_size, windowed=True)
-        self.dtype, self.on_tile = dtype, on_tile
+        self.on_tile = on_tile
 
     def run(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) through all operations; it is left as it is."""
         self.measure(x)
         source, last = Plain(x), len(self.ops)
         self.sample(source)
-        out = torch.empty(len(x), self.channels[last], *self.sizes[last], dtype=self.dtype, device=x.device)
+        out = torch.empty(len(x), self.channels[last], *self.sizes[last], dtype=x.dtype, device=x.device)
         for box in self.boxes(last):
             box.of(out).copy_(self.part(source, 0, last, box))
             self.on_tile(self.tile**2)

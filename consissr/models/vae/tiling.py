@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from consissr.config.loading import check_word
 from consissr.errors import UserError
+from consissr.models.memory import trim_heap
 from consissr.models.vae.exact import TileRunner
 from consissr.models.vae.latents import Latents
 from consissr.models.vae.operations import Box, Op, decoder_ops, encoder_ops
@@ -48,7 +48,7 @@ class TiledLatents(Latents):
         if max(size) <= self.tile or self.mode == "as_released":
             return super().moments(x)
         ops = [Op("fold", nn.PixelUnshuffle(self.patch)), *encoder_ops(self.vae)]
-        mean, logvar = self.through(ops, x, size, x.dtype).chunk(2, dim=1)
+        mean, logvar = self.through(ops, x, size).chunk(2, dim=1)
         if self.linear is not None:
             for small, large in self.both(size):
                 small.of(mean).add_(self.linear.encode(large.of(x)))
@@ -63,18 +63,21 @@ class TiledLatents(Latents):
         if self.mode == "as_released":
             image = PooledTiles(ops, self.tile).run(z)
         else:
-            image = self.through(ops, z, size, torch.float32)  # what is wanted of images, without another copy
+            image = self.through(ops, z, size)
         if self.linear is not None:
             for small, large in self.both(size):
                 large.of(image).add_(self.linear.decode(small.of(z)))
         return image
 
-    def through(self, ops: list[Op], x: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """x through operations in tiles; `size` is the latent's, `dtype` what `sampled` tiles are gathered in."""
+    def through(self, ops: list[Op], x: Tensor, size: tuple[int, int]) -> Tensor:
+        """x through operations in tiles; `size` is the latent's."""
+        trim_heap()  # what the work before freed makes room, and so does what this frees
         if self.mode == "sampled":
-            return SampledTiles(ops, self.tile, size, dtype, self.on_tile).run(x)
-        out = TileRunner(ops, self.tile, size, self.mode == "windowed").run(x)
-        self.on_tile(size[0] * size[1])
+            out = SampledTiles(ops, self.tile, size, self.on_tile).run(x)
+        else:
+            out = TileRunner(ops, self.tile, size, self.mode == "windowed").run(x)
+            self.on_tile(size[0] * size[1])
+        trim_heap()
         return out
 
     def both(self, size: tuple[int, int]) -> Iterator[tuple[Box, Box]]:
