@@ -37,7 +37,8 @@ from PIL import Image  # noqa: E402
 
 from consissr.images import png16  # noqa: E402
 from consissr.images.formats import output_size  # noqa: E402
-from consissr.images.resize import resize  # noqa: E402
+from consissr.images.resize import resized_rows  # noqa: E402
+from consissr.images.rows import Rows  # noqa: E402
 from consissr.restorer import Restorer  # noqa: E402
 
 SECONDS, MEMORY = 60, 6 * 2**30
@@ -77,12 +78,12 @@ class Restores:
         self.restorer, self.sampler, self.precision = restorer, restorer.sampler, restorer.precision
         self.device, self.calls = restorer.device, 0
 
-    def __call__(self, x, *, scale, longest, **settings):
-        size = output_size(*x.shape[2:], scale, longest)
+    def __call__(self, photos, *, scale, longest, **settings):
+        size = output_size(*photos[0].pixels.shape[-2:], scale, longest)
         self.calls += 1
-        if self.calls % 30 > 2 or size[0] * size[1] > LARGEST:
-            return resize(x, size)
-        return self.restorer(x, scale=scale, longest=longest, **settings)
+        if self.calls % 30 <= 2 and size[0] * size[1] <= LARGEST:
+            return self.restorer(photos, scale=scale, longest=longest, **settings)
+        return [photo.restored(Rows.of(resized_rows(photo.image, size, 0, size[0]))) for photo in photos]
 
 
 class Bench:
