@@ -79,6 +79,9 @@ def read(path: str | Path, device: torch.device | str = "cpu", whole: bool = Tru
             deep_colour = form.bits == 16 and not image.mode.startswith("I")
             image.load()  # checks the whole file, and lets PNG find metadata that stands behind the pixels
             samples = _deep_samples(path) if deep_colour else _samples(image, form)
+            if form.bits == 16 and form.alpha and samples.shape[2] in (1, 3):
+                seen = (samples != image.info["transparency"]).any(2, keepdims=True)
+                samples = np.concatenate([samples, seen * np.uint16(65535)], 2)
             said = {"exif": metadata.kept_exif(image), "xmp": metadata.kept_xmp(image)}
             file = formats.reachable(path)
             stored = {"chunks": metadata.colour_chunks(file), "lossless": metadata.is_lossless_webp(file)}

@@ -32,7 +32,7 @@ def encode(file: io.BufferedWriter, samples: Samples, target: formats.Format, qu
         if target.name == "TIFF":
             _write_deep_tiff(file, samples.values, form)
         else:
-            png16.write(file, samples.values, form.profile, form.exif, chunks)
+            png16.write(file, samples.values, form.profile, form.exif, chunks, form.dpi)
         return
     if chunks and target.name == "PNG":
         file = png16.WithChunks(file, chunks)
@@ -80,6 +80,8 @@ def _write_deep_tiff(file: io.BufferedWriter, samples: np.ndarray, form: Form) -
         planarconfig="contig",
         extrasamples=["unassalpha"] if form.alpha else None,
         compression="zlib",
+        resolution=form.dpi,
+        resolutionunit="INCH" if form.dpi else None,
         iccprofile=form.profile,
         extratags=[(ExifTags.Base.XMLPacket.value, 1, len(form.xmp), form.xmp, True)] if form.xmp else (),
         metadata=None,

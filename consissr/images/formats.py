@@ -75,6 +75,7 @@ PLUGINS = {
     ".avif": ("PIL._avif", "Pillow"),
     ".heic": ("pillow_heif", "pillow-heif"),
     ".heif": ("pillow_heif", "pillow-heif"),
+    ".hif": ("pillow_heif", "pillow-heif"),
     ".jxl": ("pillow_jxl", "pillow-jxl-plugin"),
 }
 """Pictures that Pillow reads where such a module is installed, and the package that brings it."""
@@ -89,7 +90,10 @@ WRITABLE |= {
     }.items()
     if ending in HERE
 }
-UNREADABLE = frozenset({".arw", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".nef", ".orf", ".psd", ".raf", ".rw2", ".svg"})
+UNREADABLE = frozenset({
+    ".3fr", ".arw", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".ico", ".iiq", ".jxr", ".nef", ".nrw", ".orf", ".pcx",
+    ".pef", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".srw", ".svg", ".wdp", ".x3f", ".xcf",
+})  # fmt: skip
 """Pictures that are not read: a folder's are counted, so that nobody takes them for restored."""
 
 _BITS_PER_SAMPLE = 258  # a TIFF tag
@@ -183,8 +187,7 @@ def form_of(image: Image.Image) -> Form:
         raise UserError("16-bit TIFF in separate planes is not supported; save its samples interleaved")
     grey = mode in ("1", "L", "LA", "La", "I") or mode.startswith("I;16") or "LA;16B" in packing
     deep = mode.startswith("I") or (mode in ("RGB", "RGBA") and any(re.search(";16[BLN]$", raw) for raw in packing))
-    # a transparent colour (not a channel) is honoured in 8-bit images only
-    keyed = "transparency" in image.info and not deep and mode != "CMYK"
+    keyed = "transparency" in image.info and mode != "CMYK"  # a transparent colour, not a channel
     return Form(
         grey=grey,
         alpha=keyed or mode in ("LA", "PA", "La", "RGBA", "RGBa"),

@@ -20,8 +20,9 @@ def write(
     profile: bytes | None = None,
     exif: bytes | None = None,
     chunks: Sequence[tuple[bytes, bytes]] = (),
+    dpi: tuple[float, float] | None = None,
 ) -> None:
-    """(H, W, 1..4) uint16, alpha last, as a PNG file; optional ICC profile, EXIF block and other chunks."""
+    """(H, W, 1..4) uint16, alpha last, as a PNG file; optional ICC profile, EXIF block, other chunks, dots per inch."""
     height, width, channels = samples.shape
     file.write(b"\x89PNG\r\n\x1a\n")
     _chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 16, _COLOUR_TYPE[channels], 0, 0, 0))
@@ -29,6 +30,8 @@ def write(
         _chunk(file, kind, data)
     if profile:
         _chunk(file, b"iCCP", b"ICC Profile\0\0" + zlib.compress(profile))
+    if dpi:
+        _chunk(file, b"pHYs", struct.pack(">IIB", *(round(number / 0.0254) for number in dpi), 1))  # per metre
     if exif:
         _chunk(file, b"eXIf", exif.removeprefix(b"Exif\0\0"))
     packer, above = zlib.compressobj(4), np.zeros((1, 2 * width * channels), np.uint8)

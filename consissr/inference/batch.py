@@ -26,7 +26,7 @@ from consissr.images.codec import Photo, Samples
 from consissr.images.inputs import equal_sizes
 from consissr.images.metadata import with_settings
 from consissr.images.rows import Rows
-from consissr.inference.jobs import Job, check_place
+from consissr.inference.jobs import Job, check_place, reason
 from consissr.models.memory import is_out_of_memory, peak_memory_mb
 
 READERS = 2
@@ -227,14 +227,11 @@ def _finish(outcome: Outcome, future: Future, report: Report) -> None:
 
 
 def _reason(error: Exception, job: Job) -> str:
-    """One line about this file, without the path that the report names anyway."""
-    if isinstance(error, UserError):
-        return str(error).removeprefix(f"{job.source}: ").removeprefix(f"{job.target}: ")
-    if not is_out_of_memory(error):
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return (
-        f"{job.width}x{job.height} to {job.out_width}x{job.out_height}: memory ran out; use --tile or a smaller --scale"
-    )
+    """One line about this file."""
+    if isinstance(error, UserError) or not is_out_of_memory(error):
+        return reason(error, job)
+    size = f"{job.width}x{job.height} to {job.out_width}x{job.out_height}"
+    return f"{size}: memory ran out; use --tile or make it smaller"
 
 
 def _logged(outcome: Outcome, seed: int) -> dict:

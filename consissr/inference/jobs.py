@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -124,6 +125,8 @@ def check_place(path: Path, flag: str) -> None:
     if "\0" in str(path):
         raise UserError(f"{flag} {str(path)!r} has a NUL: use another name")
     first = next((place for place in (path, *path.absolute().parents) if os.path.lexists(place)), None)
+    if first == path and os.path.islink(path) and not os.path.exists(path):
+        raise UserError(f"{flag} {path}: a link that leads nowhere; use another name")
     if first is None or first == path:
         return
     if not os.path.isdir(first):
@@ -133,19 +136,27 @@ def check_place(path: Path, flag: str) -> None:
 
 
 def overlooked(inputs: Sequence[str], recursive: bool) -> str:
-    """A line on pictures in the input folders whose kind is not read; "" where there are none."""
+    """A line on pictures in the input folders and patterns whose kind is not read; "" where there are none."""
     kinds = (formats.UNREADABLE | formats.PLUGINS.keys()) - formats.READABLE
-    counts: Counter[str] = Counter()
-    for folder in (Path(text) for text in inputs if os.path.isdir(text)):
-        for _, folders, files in os.walk(folder):
-            endings = (Path(name).suffix.lower() for name in files if not name.startswith("."))
-            counts.update(ending for ending in endings if ending in kinds)
-            if not recursive:
-                folders.clear()
+    names: list[str] = []
+    for text in inputs:
+        if os.path.isdir(text):
+            names += [name for _, _, files in islice(os.walk(text), None if recursive else 1) for name in files]
+        elif not os.path.exists(text):
+            names += map(os.path.basename, glob.glob(text, recursive=True))
+    endings = (Path(name).suffix.lower() for name in names if not name.startswith("."))
+    counts = Counter(ending for ending in endings if ending in kinds)
     words = [f"{count} {ending}" for ending, count in sorted(counts.items())]
     missing = [kind for kind in counts if kind in formats.PLUGINS]
     help_ = f" ({formats.how_to_get(*missing)})" if missing else ""
     return f"not read: {', '.join(words)}{help_}" if words else ""
+
+
+def reason(error: Exception, job: Job) -> str:
+    """One line about a job's file, without the path that is named anyway."""
+    if isinstance(error, UserError):
+        return str(error).removeprefix(f"{job.source}: ").removeprefix(f"{job.target}: ")
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def share(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
@@ -208,9 +219,8 @@ def _in_folder(folder: Path, recursive: bool, output: Path) -> list[Job]:
     for root, folders, files in os.walk(folder, onerror=errors.append):
         here = Path(root)
         if recursive:
-            folders[:] = sorted(
-                name for name in folders if not name.startswith(".") and (here / name).resolve() != output.resolve()
-            )
+            visible = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = [name for name in visible if os.path.realpath(here / name) != os.path.realpath(output)]
         else:
             folders.clear()
         paths = [here / name for name in files if _is_image(Path(name))]
@@ -226,14 +236,16 @@ def _in_folder(folder: Path, recursive: bool, output: Path) -> list[Job]:
 def _in_list(path: Path) -> list[Job]:
     """One image per line, relative to the list's folder; empty lines and lines that begin with # do not count."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{path}: a list of images must be UTF-8 text, one path per line") from None
+        text = "\0"
+    if "\0" in text:
+        raise UserError(f"{path}: a list of images must be UTF-8 text, one path per line")
     jobs = []
-    for line in (line.strip() for line in lines):
+    for line in map(str.strip, text.splitlines()):
         if line and not line.startswith("#"):
             source = path.parent / line
-            inside = source.resolve().is_relative_to(path.parent.resolve())
+            inside = Path(os.path.realpath(source)).is_relative_to(os.path.realpath(path.parent))
             key = Path(os.path.relpath(source, path.parent)).as_posix() if inside else source.name
             jobs.append(Job(source=source, key=key))
     return jobs
@@ -252,8 +264,8 @@ def _measured(job: Job, naming: Naming) -> Job:
         return job
     try:
         height, width, form, note = formats.probe(job.source)
-    except UserError as error:
-        return replace(job, error=str(error).removeprefix(f"{job.source}: "))
+    except Exception as error:  # noqa: BLE001 - whatever a file makes a reader raise concerns this file alone
+        return replace(job, error=reason(error, job))
     rows, columns = formats.output_size(height, width, naming.scale, naming.longest)
     job = replace(job, height=height, width=width, out_height=rows, out_width=columns, note=note)
     wanted = job.source.suffix if naming.ext == "auto" else f".{naming.ext.removeprefix('.')}"
@@ -262,7 +274,7 @@ def _measured(job: Job, naming: Naming) -> Job:
     needed = (area * BYTES_PER_PIXEL + min(area, ONE_PIECE) * BYTES_IN_ONE_PIECE) / 2**30
     if needed > free:
         size = f"{width}x{height} to {columns}x{rows}"
-        return replace(job, error=f"{size} needs about {needed:.0f} GB, {free:.0f} are free; use a smaller --scale")
+        return replace(job, error=f"{size} needs about {needed:.0f} GB, {free:.0f} are free; make it smaller")
     return job
 
 
@@ -271,7 +283,7 @@ def _named(jobs: list[Job], naming: Naming) -> list[Job]:
 
     def target(job: Job, with_old_suffix: bool) -> Path:
         folder = naming.output / Path(job.key).parent
-        beside = folder.resolve() == job.source.parent.resolve() and naming.repeat == 1
+        beside = os.path.realpath(folder) == os.path.realpath(job.source.parent) and naming.repeat == 1
         mark = naming.suffix if naming.suffix is not None else naming.label if beside else ""
         old = f"_{job.source.suffix.removeprefix('.')}" if with_old_suffix else ""
         return folder / f"{job.source.stem}{old}{mark}{job.ext}"

@@ -91,7 +91,7 @@ def test_result_larger_than_memory(infer, folder, tmp_path, monkeypatch):
     status, _, err = infer("-i", folder / "a.png", "-o", tmp_path / "1")
     assert status == 0
     status, _, err = infer("-i", folder / "a.png", "-o", tmp_path / "2", "-s", 5)
-    assert status == 1 and "smaller --scale" in err and not infer.loads[1:]
+    assert status == 1 and "make it smaller" in err and not infer.loads[1:]
 
 
 @pytest.mark.parametrize(("trouble", "words"), [("nan", "NaN"), ("memory", "memory ran out")])

@@ -41,6 +41,34 @@ def test_whatever_a_file_makes_a_reader_raise_is_its_own_line(infer, folder, tmp
     assert err.count("failed: ") == 1 and "overflow.tif: damaged image" in err
 
 
+def test_whatever_a_header_makes_a_reader_raise_is_its_files_line(infer, folder, tmp_path, monkeypatch, files):
+    probe, raises = formats.probe, {"a.png": MemoryError(), "b.jpg": UnboundLocalError("x")}
+
+    def broken(path):
+        if path.name in raises:
+            raise raises[path.name]
+        return probe(path)
+
+    monkeypatch.setattr(formats, "probe", broken)
+    status, out, err = infer("-i", folder, "-o", tmp_path / "out")
+    assert status == 1 and files(tmp_path / "out") == {"c.webp"}
+    assert "a.png: MemoryError" in err and "b.jpg: UnboundLocalError: x" in err
+
+
+def test_deep_colour_keeps_resolution_and_its_transparent_colour(tmp_path, rng):
+    """16 bits per sample: dots per inch, and what PNG's tRNS makes invisible."""
+    deep = rng.integers(1, 65536, (6, 5, 3)).astype(np.uint16)
+    deep[2:4, 1] = (7, 8, 9)
+    tifffile.imwrite(tmp_path / "a.tif", deep, photometric="rgb", resolution=(300, 200), resolutionunit="INCH")
+    for suffix in (".tif", ".png"):
+        codec.write(tmp_path / f"b{suffix}", codec.read(tmp_path / "a.tif"))
+        assert codec.read(tmp_path / f"b{suffix}").form.dpi == pytest.approx((300, 200), rel=1e-4)
+    with (tmp_path / "c.png").open("wb") as file:
+        png16.write(file, deep, chunks=[(b"tRNS", struct.pack(">3H", 7, 8, 9))])
+    photo = codec.read(tmp_path / "c.png")
+    assert photo.form.alpha and torch.equal(photo.alpha[0] == 0, torch.from_numpy((deep == (7, 8, 9)).all(2)))
+
+
 def test_a_file_where_a_results_folder_must_be(infer, folder, tmp_path, files):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sub").write_text("a file")
@@ -51,7 +79,8 @@ def test_a_file_where_a_results_folder_must_be(infer, folder, tmp_path, files):
 
 def test_places_that_cannot_be_written_are_refused_before_the_model_loads(infer, folder, tmp_path):
     inside = folder / "a.png" / "sub"
-    other = ["-o", tmp_path / "o"]
+    other, loop = ["-o", tmp_path / "o"], tmp_path / "loop"
+    loop.symlink_to(loop)
     for flags in (
         ["-o", inside],
         ["-o", inside / "c.png"],
@@ -60,6 +89,8 @@ def test_places_that_cannot_be_written_are_refused_before_the_model_loads(infer,
         ["-o", f"{tmp_path}/a\0b"],
         [*other, "--suffix", "a\0"],
         [*other, "--json", f"{tmp_path}/a\0"],
+        ["-o", loop],
+        [*other, "--json", loop],
     ):
         status, _, err = infer("-i", folder / "a.png", *flags)
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, flags
@@ -88,12 +119,14 @@ def test_the_log_begins_before_the_first_image_ends(infer, folder, tmp_path, mod
 
 def test_pictures_that_are_not_read_are_counted(infer, folder, tmp_path, monkeypatch, files):
     monkeypatch.setattr(formats, "READABLE", formats.READABLE - formats.PLUGINS.keys())
-    for name in ("p.heic", "q.HEIC", "r.dng", "notes.md"):
+    for name in ("p.heic", "q.HEIC", "r.dng", "s.hif", "notes.md"):
         (folder / name).write_bytes(b"x")
     Image.new("RGB", (4, 4)).save(folder / "old.jpe", format="JPEG")
-    status, _, err = infer("-i", folder, "-o", tmp_path / "out")
-    assert status == 0 and files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp", "old.png"}
-    assert err == "not read: 1 .dng, 2 .heic (pip install -U pillow-heif)\n"
+    for number, text in enumerate((folder, folder / "*")):  # a pattern that the shell leaves alone
+        out = tmp_path / f"out{number}"
+        status, _, err = infer("-i", text, "-o", out)
+        assert status == 0 and files(out) == {"a.png", "b.jpg", "c.webp", "old.png"}
+        assert err == "not read: 1 .dng, 2 .heic, 1 .hif (pip install -U pillow-heif)\n"
 
 
 def test_further_pictures_of_a_file_are_told(infer, tmp_path):
