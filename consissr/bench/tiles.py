@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from consissr.bench.process import MB, apart, peak, start_peak
+from consissr.errors import UserError
 
 
 @dataclass

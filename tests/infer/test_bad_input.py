@@ -52,6 +52,7 @@ def test_result_longer_than_its_format_allows(infer, tmp_path, files):
     [
         (["-i", "{in}/gone.png"], "no such file or folder"),
         (["-i", "{in}/none"], "no images in"),
+        (["-i", "{in}/nul.txt"], "must be UTF-8 text"),
         (["-i", "{in}/*.xyz"], "no images in"),
         (["-i", "{in}", "-o", "{in}/notes.txt"], "neither a folder nor an image"),
         (["-i", "{in}", "-o", "{in}/one.png"], "names one file"),
@@ -70,6 +71,7 @@ def test_result_longer_than_its_format_allows(infer, tmp_path, files):
 )
 def test_mistakes_get_one_line(infer, folder, tmp_path, arguments, words, files):
     (folder / "none").mkdir()
+    (folder / "nul.txt").write_bytes(b"a\0b.png")
     before = files(folder)
     arguments = [argument.replace("{in}", str(folder)) for argument in arguments]
     if "-o" not in arguments:
