@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageCms
 
 from consissr.errors import UserError
-from consissr.images import codec, formats, png16
+from consissr.images import codec, formats, metadata, png16
 
 
 def photograph(rng, *shape):
