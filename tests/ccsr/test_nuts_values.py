@@ -70,6 +70,7 @@ VARIANTS = {
     "nuts.l_diff_t=all": (ALL, 666, 0, 1000),
     "nuts.l_diff_t=interval sampler.t_max=0.8333": (ALL, 832, 499, 833),  # [t_max, t_min], both included
     "nuts.l_diff_t=interval sampler.t_min=0": (ALL, 666, 0, 667),
+    "nuts.l_diff_t=interval sampler.grid=leading nuts.t_max_step=499": (ALL, 499, 333, 500),
 }
 """Words of the config: the losses that are summed, t_max, l_diff's first timestep and the one after its last."""
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ccsr.nuts import Nuts
 from consissr import Restorer
 from consissr.errors import UserError
 from consissr.models.attention import TransformerBlock
@@ -298,51 +297,6 @@ def test_mistakes_are_named(base: Path, words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config = run_config(None, ["stage=tala", f"model.base={base}", *DDPM, *words])
         stage_builder(config.stage)(config)
-
-
-def test_the_samplers_t_max_is_trained(base: Path) -> None:
-    words = ["stage=nuts", f"model.base={base}", "sampler.plan=nuts"]
-    for more, t_max in (([], 666), (["sampler.t_max=0.8333"], 832), (["nuts.t_max_step=667"], 667)):
-        stage = Nuts(run_config(None, [*words, *more]))
-        assert stage.t_max == t_max and (stage.plan[0].t_next == t_max or more == ["nuts.t_max_step=667"])
-
-
-@pytest.mark.parametrize(
-    ("words", "first", "last"),
-    [
-        ([], 0, 665),
-        (["nuts.t_max_step=667"], 0, 666),
-        (["nuts.losses=[l_diff]"], 0, 999),
-        (["nuts.l_diff_t=interval"], 499, 666),
-        (["nuts.l_diff_t=interval", "sampler.t_min=0"], 0, 666),
-        (["nuts.l_diff_t=interval", "sampler.grid=leading", "nuts.t_max_step=499"], 333, 499),
-        (["nuts.l_diff_t=all"], 0, 999),
-    ],
-)
-def test_timesteps_of_l_diff(base: Path, photos: Path, tmp_path: Path, words: list[str], first: int, last: int) -> None:
-    """Those of the release and of the paper, and all; drawn ones reach both ends."""
-    run = loop(base, photos, tmp_path, "stage=nuts", "sampler.plan=nuts", *words)
-    assert run.stage.diff_range() == (first, last + 1)
-    batch = next(run.batches())
-    run.stage.prepare(batch)
-    drawn = []
-    batch.randint = lambda high: drawn.append(high) or torch.full((len(batch.names),), high - 1)
-    seen = []
-    usual = run.stage.denoiser.forward
-    run.stage.denoiser.forward = lambda z, t, *rest: seen.append(t.tolist()) or usual(z, t, *rest)
-    run.stage.loss(batch, 0)
-    assert drawn == [last + 1 - first] and set(seen[0]) == {last}
-
-
-def test_augmentation_under_nuts_asks_for_every_timestep(
-    base: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    words = ["stage=nuts", "sampler.plan=nuts", "tala.probability=power"]
-    loop(base, photos, tmp_path / "rare", *words)
-    assert "rare at t < 666: nuts.l_diff_t=all" in caplog.text
-    caplog.clear()
-    loop(base, photos, tmp_path / "all", *words, "nuts.l_diff_t=all")
-    assert "rare" not in caplog.text
 
 
 def test_a_plainer_model_than_init_is_named(base: Path, photos: Path, tmp_path: Path) -> None:
