@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from open_clip.transformer import VisionTransformer
+from safetensors.torch import load_file
 from torch import Tensor
 
 from consissr.models.image_prompt import build_tower
@@ -28,7 +29,7 @@ def test_a_student_may_go_on_from_another_tower(base: Path, tmp_path: Path) -> N
     """Its teacher stays the model's own; what it learnt is stored as an image tower."""
     torch.manual_seed(2)
     save_tower(tmp_path, build_tower(12, VISION))
-    config = run_config(None, ["stage=rclip", f"model.base={base}", f"init={tmp_path}"])
+    config = run_config(None, ["stage=rclip", f"model.base={base}", f"init={tmp_path}", "export_precision=fp16"])
     stage = stage_builder(config.stage)(config)
     for tower, folder in ((stage.student, tmp_path), (stage.teacher, base)):
         wanted = load_tower(folder)[0].state_dict()
@@ -36,7 +37,9 @@ def test_a_student_may_go_on_from_another_tower(base: Path, tmp_path: Path) -> N
     with torch.no_grad():
         stage.student.proj.add_(1)
     stage.export(tmp_path / "out")
-    plain.close(load_tower(tmp_path / "out")[0].proj, stage.student.proj, 1e-3)  # float16
+    plain.close(load_tower(tmp_path / "out")[0].proj, stage.student.proj, 1e-3)
+    (stored,) = (tmp_path / "out").rglob("*.safetensors")
+    assert all(value.dtype == torch.float16 for value in load_file(stored).values() if value.is_floating_point())
 
 
 @pytest.mark.parametrize(("tokens", "weight"), [("pooled", 0.0), ("patches", 0.25)])
@@ -52,6 +55,8 @@ def test_the_student_learns_what_the_teacher_says_of_the_photograph(base: Path, 
     with torch.no_grad():  # so that it is known which tower saw what
         for i, parameter in enumerate(phase.parameters.values()):
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    assert phase.name == "tower" and phase.optimizer is config.optimizer and stage.buffers == {}
+    assert stage.compile_modules == [stage.teacher, student]
     untouched = deepcopy(student.state_dict())
 
     batch = plain.recorded(3)

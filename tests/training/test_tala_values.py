@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from consissr.errors import UserError
 from consissr.models.denoiser import Condition, Denoiser
 from consissr.models.image_prompt import ImagePrompt
 from consissr.nano.config import run_config
+from consissr.training.tala import Tala
 from scripts.train import stage_builder
 from tests.training import plain
 
@@ -27,7 +30,7 @@ ADAPTED = {
     "tala.probability=linear": [1, 1, 1, 0],  # 1, 0.965, 0.965, 0
     "tala.gamma=5": [1, 1, 1, 1],  # 0.932 at 985, 0.0025 at 300
     "tala.shared_draw=true": [1, 0, 0, 0],
-    "tala.probability=off": [0, 0, 0, 0],
+    "tala.probability=off": [0, 0, 0, 0],  # not even where 0 is drawn
 }
 """Which images start from z_lq."""
 
@@ -52,7 +55,7 @@ def tala_loss(z_hq: Tensor, z_lq: Tensor, t: Tensor, eps: Tensor, adapted: Tenso
 @pytest.mark.parametrize("words", list(ADAPTED))
 def test_the_loss_is_that_of_algorithm_1(base: Path, words: str) -> None:
     stage, denoiser, prompt, phase = built(base, *words.split())
-    batch = plain.recorded(4, integer=[TIMES], uniform=[DRAWS])
+    batch = plain.recorded(4, integer=[TIMES], uniform=[0 * DRAWS if words.endswith("off") else DRAWS])
     found = plain.learnt(stage, phase, batch)
 
     z_hq, z_lq, (eps,) = plain.latent(base, batch.hq), plain.latent(base, batch.lq), batch.normals
@@ -132,6 +135,37 @@ def test_what_is_trained(base: Path) -> None:
             wanted.add(id(parameter))
     wanted |= {id(p) for p in prompt.adapter.parameters()}
     assert {id(p) for p in phase.parameters.values()} == wanted
+    assert phase.name == "controlnet" and phase.optimizer is stage.config.optimizer and stage.buffers == {}
+    assert stage.compile_modules == [denoiser.unet, denoiser.controlnet, stage.latents.vae.encoder]
+
+
+def test_a_schedule_of_another_length_is_heeded(base: Path, tmp_path: Path) -> None:
+    """Of 100 timesteps the last is 99, and p(49) is 0.5 to the power of gamma."""
+    shutil.copytree(base, tmp_path / "base")
+    DDPMScheduler(100, beta_schedule="scaled_linear").save_pretrained(tmp_path / "base/scheduler")
+    stage, denoiser, _, phase = built(tmp_path / "base", "tala.gamma=1", "sampler.steps=3")
+    batch = plain.recorded(2, integer=[torch.tensor([49, 49])], uniform=[torch.tensor([0.49, 0.51])])
+    with plain.watched(unet=denoiser.unet) as given:
+        plain.learnt(stage, phase, batch)
+    z_hq, z_lq, a = plain.latent(base, batch.hq)[1], plain.latent(base, batch.lq)[0], stage.model.alpha_bar[49]
+    for z_t, z, eps in zip(given["unet"][0]["sample"], (z_lq, z_hq), batch.normals[0], strict=True):
+        plain.close(z_t, a.sqrt() * z + (1 - a).sqrt() * eps)
+    assert batch.highs == [100] and [step.t for step in stage.plan] == [99, 50, 0]
+    with pytest.raises(UserError, match="100"):
+        built(tmp_path / "base", "sampler.timesteps=[[100,-1,x0]]")
+
+
+def test_the_soft_prompt_and_a_model_of_ones_own_are_taken(base: Path) -> None:
+    """The soft tokens, of the LQ image, follow the empty prompt's."""
+    first, *_ = built(base)
+    soft = SimpleNamespace(encode=lambda x: x.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 2, 8))
+    stage = Tala(first.config, first.model, soft)
+    assert stage.model is first.model
+    batch = plain.recorded(2)
+    with plain.watched(unet=stage.denoiser.unet) as given:
+        plain.learnt(stage, stage.phases[0], batch)
+    (call,) = given["unet"]
+    plain.close(call["encoder_hidden_states"], torch.cat([plain.text(base, 2), soft.encode(batch.lq)], 1))
 
 
 def test_restoring_is_spaced_ddpm(base: Path) -> None:
@@ -163,14 +197,15 @@ def test_a_plan_that_is_not_trained_is_refused(base: Path) -> None:
 
 def test_as_released_no_gradient_passes_the_encoder(base: Path) -> None:
     """The UNet's encoder and middle, and the ControlNet's way through them, learn nothing; the decoder does."""
-    stage, _, _, phase = built(base, "tala.encoder_gradients=false")
+    words = ("tala.encoder_gradients=false", "model.unet_trained=[time_embedding,conv_in,mid_block,conv_out]")
+    stage, _, _, phase = built(base, *words)
     unet = plain.only(stage.networks, UNet2DConditionModel)
     cut = {
         id(p)
         for part in (unet.time_embedding, unet.conv_in, unet.down_blocks, unet.mid_block)
         for p in part.parameters()
     }
-    assert not cut & {id(p) for p in phase.parameters.values()}
+    assert not cut & {id(p) for p in phase.parameters.values()} and "unet.conv_out.weight" in phase.parameters
     batch = plain.recorded(2)
     with torch.no_grad():
         stage.prepare(batch)
