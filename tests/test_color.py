@@ -67,6 +67,23 @@ def test_part_of_the_colours():
     assert torch.allclose(found, wanted, rtol=1e-12)
 
 
+def test_wavelet_in_strips_is_that_of_the_whole(monkeypatch):
+    """In place, from above: a strip's neighbours, 31 rows of each, are read as they stood before."""
+    cuts = [(0, 40), (40, 47), (47, 90), (90, 120)]
+    monkeypatch.setattr(color, "strips", lambda height, device: cuts)
+    content, style = torch.rand(2, 1, 2, 120, 9, dtype=torch.float64)
+    asked = []
+
+    def rows(top, bottom):
+        asked.append((top, bottom))
+        return style[:, :, top:bottom]
+
+    found = content.clone()
+    assert torch.equal(color.wavelet_(found, rows), found)
+    assert torch.allclose(found, color.wavelet(content, style), rtol=1e-12, atol=1e-14)
+    assert asked == [(0, 71), (9, 78), (16, 120), (59, 120)]
+
+
 def test_wavelet_blurs_with_a_triangle():
     """[1 2 1] / 4 dilated 1, 2, 4, 8, 16, one after the other, is the triangle (32 - |n|) / 1024 along each axis."""
     point = torch.zeros(1, 1, 127, 127, dtype=torch.float64)
