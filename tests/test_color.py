@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from consissr.images import color
+from consissr.images.moments import Moments
 
 
 @pytest.mark.parametrize("name", ["adain", "wavelet"])
@@ -53,6 +54,21 @@ def test_moments_of_strips_are_those_of_the_whole():
     assert torch.allclose(variance[..., 0, 0], x.var((2, 3), correction=1), rtol=1e-12)
 
 
+def test_moments_are_gathered_in_float64():
+    """Of parts in float32, or in half precision read as that; the variance is the population's unless corrected."""
+    x = torch.rand(2, 4, 6, 5, generator=torch.Generator().manual_seed(0)) + 10
+    for kind in (torch.float32, torch.float16):
+        gathered, wide = Moments(2), x.to(kind).double().reshape(2, 2, -1)
+        for part in x.to(kind).split([1, 5], dim=2):
+            gathered.add(part)
+        for correction, wanted in ((0, wide.var(2, correction=0)), (1, wide.var(2))):
+            mean, variance = gathered.result(correction)
+            assert mean.dtype == variance.dtype == torch.float64
+            torch.testing.assert_close(mean, wide.mean(2), rtol=1e-6, atol=0)
+            torch.testing.assert_close(variance, wanted, rtol=1e-5, atol=0)
+        assert torch.equal(gathered.result()[1], gathered.result(0)[1])
+
+
 def test_part_of_the_colours():
     """A quarter of the way to the style's mean and standard deviation; a quarter of wavelet's change."""
     x = torch.tensor([0.0, 2.0], dtype=torch.float64).reshape(1, 1, 1, 2)  # mean 1, deviation sqrt 2
@@ -67,21 +83,19 @@ def test_part_of_the_colours():
     assert torch.allclose(found, wanted, rtol=1e-12)
 
 
-def test_wavelet_in_strips_is_that_of_the_whole(monkeypatch):
-    """In place, from above: a strip's neighbours, 31 rows of each, are read as they stood before."""
-    cuts = [(0, 40), (40, 47), (47, 90), (90, 120)]
-    monkeypatch.setattr(color, "strips", lambda height, device: cuts)
+def test_wavelet_in_strips_is_that_of_the_whole():
+    """31 rows above and below a strip are read with it."""
     content, style = torch.rand(2, 1, 2, 120, 9, dtype=torch.float64)
     asked = []
-
-    def rows(top, bottom):
-        asked.append((top, bottom))
-        return style[:, :, top:bottom]
-
-    found = content.clone()
-    assert torch.equal(color.wavelet_(found, rows), found)
+    make = color.wavelet_rows(
+        lambda top, bottom: content[:, :, top:bottom],
+        lambda top, bottom: asked.append((top, bottom)) or style[:, :, top:bottom],
+        120,
+    )
+    cuts = [(0, 20), (20, 47), (47, 90), (90, 120)]
+    found = torch.cat([make(*cut) for cut in cuts], dim=2)
     assert torch.allclose(found, color.wavelet(content, style), rtol=1e-12, atol=1e-14)
-    assert asked == [(0, 71), (9, 78), (16, 120), (59, 120)]
+    assert asked == [(0, 51), (0, 78), (16, 120), (59, 120)]
 
 
 def test_wavelet_blurs_with_a_triangle():

@@ -87,6 +87,7 @@ def test_inputs_of_the_released_rules_are_pillows():
 def test_padded_input_is_the_image_resized():
     found = prepare(image(37, 53), 2, "pad", 8)
     assert found.shape == tuple(found.x.shape[2:]) == (80, 112) and found.upscaled == (74, 106)
+    assert found.device == prepare(image(37, 53), 1, "ccsr", 8).device == torch.device("cpu")
     assert torch.equal(found.x[..., :74, :106], resize(image(37, 53), (74, 106)))
     assert torch.equal(torch.cat([found.rows(*rows) for rows in ((0, 9), (9, 77), (77, 80))], 2), found.x)
 
@@ -110,6 +111,26 @@ def test_endings_by_hand(rule, fix):
         wanted = (levels.round() if (rule, fix) == ("ccsr", "none") else levels.floor()) / 127.5 - 1
     result = finish(Prepared.of(x, size, size), y.clone(), rule, fix).double()
     assert ((result - wanted).abs() > 1e-5).double().mean() < 0.002  # 1e-5 moves a pixel at the edge of its level
+
+
+@pytest.mark.parametrize("rule", ["pad", "ccsr", "ccsr_v1", "consissr"])
+@pytest.mark.parametrize("fix", ["adain", "wavelet"])
+def test_part_of_the_colours(rule, fix):
+    """At strength 0 none, exactly; at 1/4 a quarter of the way, to within the levels that are cut."""
+    x, y = image(16, 24), image(16, 25)[..., :24] * 0.5 + 0.1
+    results = {
+        (name, strength): finish(Prepared.of(x, (16, 24), (16, 24)), y.clone(), rule, name, *strength)
+        for name, strength in (("none", ()), (fix, (0.0,)), (fix, (0.25,)), (fix, (1.0,)), (fix, ()))
+    }
+    none, whole = results["none", ()], results[fix, (1.0,)]
+    assert torch.equal(results[fix, (0.0,)], none) and torch.equal(results[fix, ()], whole)
+    assert (none - whole).abs().mean() > 0.05
+    if fix == "adain":
+        moments = lambda t: torch.stack([t.mean((2, 3)), t.std((2, 3))])  # noqa: E731
+        none, whole, some = moments(none), moments(whole), moments(results[fix, (0.25,)])
+    else:
+        some = results[fix, (0.25,)]
+    assert (some - torch.lerp(none, whole, 0.25)).abs().max() < 2.1 / 127.5
 
 
 @pytest.mark.parametrize(("rule", "kind"), [("ccsr", "BICUBIC"), ("ccsr_v1", "LANCZOS"), ("consissr", "LANCZOS")])

@@ -136,7 +136,7 @@ def finished(prepared: Prepared, y: Tensor, rule: str, color_fix: str, strength:
     y = y.float() / 2 + 0.5
     if rule == "ccsr":
         y = y.clamp_(0, 1).mul_(255).round_().div_(255)
-        y = truncated(transfer(y, prepared.rows, color_fix, strength)) if color_fix != "none" else y * 2 - 1
+        y = truncated(transfer(y, prepared.rows, color_fix, strength))
     else:
         y = crop(truncated(transfer(y, prepared.rows, color_fix, strength)), prepared.upscaled)
     kind = Image.Resampling.BICUBIC if rule == "ccsr" else Image.Resampling.LANCZOS
@@ -175,8 +175,8 @@ def transferred(
 
 
 def truncated(y: Tensor) -> Tensor:
-    """[0, 1] -> [-1, 1], cut down to 8-bit levels as the releases' cast to uint8 does, instead of rounded."""
-    return (y.clamp(0, 1) * 255).floor() / 127.5 - 1
+    """[0, 1] -> [-1, 1], unclamped; cut down to 8-bit levels as the releases' cast to uint8 does, not rounded."""
+    return (y * 255).floor() / 127.5 - 1
 
 
 def ccsr_input(lq: Image.Image, upscale: float, short_side: int = RELEASED_SHORT_SIDE) -> Image.Image:

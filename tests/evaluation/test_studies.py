@@ -27,6 +27,7 @@ NANO, TABLES = ROOT / "configs" / "nano", ROOT / "configs" / "tables"
 STUDIES = NANO / "studies"
 SMALL = """
 title: a study
+images: 4
 seeds: [1, 2]
 repeats: 2
 lines: [steps=1]
@@ -153,7 +154,7 @@ def test_files_that_do_not_fit_are_named(small, tmp_path: Path) -> None:
         ("repeats: 2", "repeats: 1", "needs at least 2 noise seeds"),
         ("repeats: 2", "repeat: 2", "unknown key 'repeat'; did you mean 'repeats'"),
         ("rows: [b, a]", "rows: [b]", "compare two"),
-        ("title: a study", "images: 3", "missing mandatory value: title"),
+        ("title: a study\n", "", "missing mandatory value: title"),
         ("{variant: a}", "{varriant: a}", "varriant"),
     ):
         path.write_text(SMALL.replace(old, new))
