@@ -174,7 +174,7 @@ def add_noise(x: torch.Tensor, stage: StageConfig, draws: Draws) -> torch.Tensor
     gray = draws.strengths(0, 1, len(x)) < stage.gray_prob
     noise_of = gaussian_noise if gaussian else poisson_noise
     noise = noise_of(x, draws, gray=True) if gray.any() else None
-    if draws.wasteful or not gray.all():
+    if draws.always_coloured or not gray.all():
         coloured = noise_of(x, draws, gray=False)
         if noise is None or not gray.all():
             noise = coloured if noise is None else torch.where(per_image(gray, x), noise, coloured)

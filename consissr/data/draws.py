@@ -18,7 +18,7 @@ from consissr.data.poisson import poisson_counts
 class Draws(Protocol):
     """Random numbers of one pipeline run over a batch of B images of one shape."""
 
-    wasteful: bool  # whether a coloured noise field is drawn even where a gray one replaces it (basicsr does)
+    always_coloured: bool  # whether a coloured noise field is drawn even where a gray one replaces it (basicsr does)
 
     def pick(self, values: Sequence, weights: Sequence[float] | None = None) -> Any:
         """One of `values`, uniformly or by weights."""
@@ -42,7 +42,7 @@ class SeededDraws:
     The scalars of a seed (an integer >= 0) are the same on every device; the fields are the device's own.
     """
 
-    wasteful = False
+    always_coloured = False
 
     def __init__(self, seed: int):
         scalars, fields = np.random.SeedSequence(seed).spawn(2)
@@ -84,7 +84,7 @@ class ReleasedDraws:
     Choices come from Python's stream, structure from numpy's, strengths and fields from torch's (always the CPU's).
     """
 
-    wasteful = True
+    always_coloured = True
 
     def __init__(self, seed: int):
         self._python = random.Random(seed)
