@@ -26,7 +26,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
     add = made.add_argument_group("how").add_argument
     add("--metrics", metavar="A,B,...", help="default: psnr,ssim,niqe with --hr, niqe without; st-lpips is a learned "
-        "distance that needs no download")  # fmt: skip
+        "distance that needs no download, flat the roughness of smooth areas")  # fmt: skip
     add("--protocol", metavar="NAME", help="conventions: ccsr (default), osediff, ccsr-v1, seesr, consissr-text or "
         "consissr-table")  # fmt: skip
     folder("--weights", "folder with weights of learned metrics (default: pyiqa's caches)")
