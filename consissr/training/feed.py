@@ -42,7 +42,7 @@ class Feed:
         self.micro_batches = accumulation(config, world)
         self.degradation = preset(config.data.degradation)
         if config.data.enlarge:
-            self.degradation = replace(self.degradation, enlarge=list(config.data.enlarge))
+            self.degradation = replace(self.degradation, enlarge=tuple(config.data.enlarge))
         if needs_lq and not (config.data.lq_paths and all(config.data.lq_paths)):
             check_size((config.data.crop, config.data.crop), self.degradation)
         self.dataset = PhotoDataset(config.data, config.seed)
