@@ -44,9 +44,14 @@ def runs(photos: Path, made_once: Callable[..., Path]) -> Path:
 VISION = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of random weights with a text encoder and an image tower."""
+@pytest.fixture(scope="session")
+def base(made_once: Callable[..., Path]) -> Path:
+    """A base of random weights with a text encoder and an image tower. Tests that change it change a copy."""
+    return made_once("base", make_base)
+
+
+def make_base(folder: Path) -> None:
+    """Writes it to `folder`."""
     from diffusers import AutoencoderKL, DDPMScheduler
     from transformers import CLIPTokenizer
 
@@ -54,7 +59,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from consissr.nano.prior import build_unet
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base")
     config = NanoConfig()
     config.prior.widths, config.prior.attention = [16, 32], [False, True]
     config.prior.heads, config.prior.context_dim = 2, 8
@@ -69,4 +73,3 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     save_tower(folder, build_tower(12, VISION))
-    return folder
