@@ -30,6 +30,7 @@ from torch import Tensor
 
 from consissr.errors import UserError
 from consissr.images import formats, metadata
+from consissr.images.color_tags import colour_chunks
 from consissr.images.device import fetched, sent, works_on_pixels
 from consissr.images.encoding import Samples, convert_cmyk, encode, pil
 from consissr.images.formats import Form
@@ -84,7 +85,7 @@ def read(path: str | Path, device: torch.device | str = "cpu", whole: bool = Tru
                 samples = np.concatenate([samples, seen * np.uint16(65535)], 2)
             said = {"exif": metadata.kept_exif(image), "xmp": metadata.kept_xmp(image)}
             file = formats.reachable(path)
-            stored = {"chunks": metadata.colour_chunks(file), "lossless": metadata.is_lossless_webp(file)}
+            stored = {"chunks": colour_chunks(file), "lossless": metadata.is_lossless_webp(file)}
             form = replace(form, **said, **stored)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None

@@ -19,7 +19,8 @@ from pathlib import Path
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from consissr.errors import UserError
-from consissr.images.metadata import DAMAGE, colour_chunks, dpi, has_gain_map, hdr, is_ordinary, orientation
+from consissr.images.color_tags import colour_chunks, hdr, is_ordinary
+from consissr.images.metadata import DAMAGE, dpi, has_gain_map, orientation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from consissr.images import codec, formats, metadata, png16
+from consissr.images import codec, formats, png16
+from consissr.images.color_tags import png_chunks
 
 
 def chunk(kind, data):
@@ -29,7 +30,7 @@ def test_what_png_files_say_of_their_colours_is_kept(tmp_path, rng, deep):
     (tmp_path / "a.png").write_bytes(whole[:33] + b"".join(chunk(*one) for one in said) + whole[33:])
     photo = codec.read(tmp_path / "a.png")
     codec.write(tmp_path / "b.png", photo)
-    assert metadata.png_chunks(tmp_path / "b.png") == said
+    assert png_chunks(tmp_path / "b.png") == said
     assert torch.equal(codec.read(tmp_path / "b.png").pixels, photo.pixels)
     with pytest.raises(codec.UserError, match="colours; use .png"):  # of a format that has no such words
         codec.write(tmp_path / "b.tif", photo)
@@ -67,7 +68,7 @@ def test_colours_that_a_format_cannot_say_become_png(infer, tmp_path, files):
     assert status == 0 and err.count("note: ") == 1 and "pq.png: its colours are HDR (PQ)" in err
     jpegs = {f"{name}.jpg" for name in ("usual", "srgb", "cicp")}
     assert files(tmp_path / "out") == jpegs | {f"{name}.png" for name in ("mac", "adobe", "p3", "pq")}
-    assert metadata.png_chunks(tmp_path / "out" / "p3.png") == said["p3"]
+    assert png_chunks(tmp_path / "out" / "p3.png") == said["p3"]
     status, _, err = infer("-i", tmp_path / "in" / "p3.png", "-o", tmp_path / "p3.jpg")
     assert status == 1 and "cannot hold its transparency, 16 bits, colours" in err
 
@@ -83,8 +84,8 @@ def test_colours_of_avif_files(infer, tmp_path):
         (tmp_path / f"{name}.avif").write_bytes(plain[:at] + struct.pack(">HH", *code) + plain[at + 4 :])
         assert infer("-i", tmp_path / f"{name}.avif", "-o", tmp_path / "out")[0] == 0
     assert (tmp_path / "out" / "srgb.avif").exists()
-    assert dict(metadata.png_chunks(tmp_path / "out" / "p3.png")) == {b"cICP": bytes((12, 13, 0, 1))}
-    assert dict(metadata.png_chunks(tmp_path / "out" / "pq.png")) == {b"cICP": bytes((9, 16, 0, 1))}
+    assert dict(png_chunks(tmp_path / "out" / "p3.png")) == {b"cICP": bytes((12, 13, 0, 1))}
+    assert dict(png_chunks(tmp_path / "out" / "pq.png")) == {b"cICP": bytes((9, 16, 0, 1))}
 
 
 def test_adobe_rgb_of_cameras_is_kept(infer, tmp_path):
