@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from consissr.config.model import ModelConfig
-from consissr.config.sd21 import TEXT, TOKENS, TOWER, UNET, VAE
+from consissr.config.sd21 import SD_BETAS, TEXT, TOKENS, TOWER, UNET, VAE
 from consissr.evaluation import tables
 from consissr.evaluation.markdown import table_lines
 from consissr.evaluation.tables import Cell, Table
@@ -30,21 +30,21 @@ MODELS = {
 @lru_cache
 def build(kind: str) -> dict[str, nn.Module]:
     """The networks of 'ccsr' or 'consissr' by name, at SD2.1 size, without weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from consissr.models.controlnet import build_controlnet
-    from consissr.models.image_prompt import Adapter, build_tower
-    from consissr.models.surgery import replace_blocks
+    from consissr.models.image_prompt import build_tower
+    from consissr.models.vae.latents import empty_latents
+    from consissr.weights.base import Base
+    from consissr.weights.folder import untrained
 
-    config = MODELS[kind]
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNET)
-        networks: dict[str, nn.Module] = {"controlnet": build_controlnet(unet, config)}
-        replace_blocks(unet, config)
-        networks |= {"unet": unet, "vae": AutoencoderKL(**VAE), "text encoder": CLIPTextModel(CLIPTextConfig(**TEXT))}
-        if config.image_prompt != "none":
-            networks |= {"image encoder": build_tower(1024, TOWER), "image adapter": Adapter(1024, 1024)}
+        base = Base(UNet2DConditionModel(**UNET), empty_latents(VAE), {}, SD_BETAS, "epsilon")
+        model = untrained(MODELS[kind], base, lambda: build_tower(1024, TOWER))
+        text = CLIPTextModel(CLIPTextConfig(**TEXT))
+    networks = {"controlnet": model.controlnet, "unet": model.unet, "vae": model.latents.vae, "text encoder": text}
+    if model.image_prompt is not None:
+        networks |= {"image encoder": model.image_prompt.tower, "image adapter": model.image_prompt.adapter}
     return {name: network.eval().requires_grad_(False) for name, network in networks.items()}
 
 

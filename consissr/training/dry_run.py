@@ -18,24 +18,22 @@ import torch
 from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
-from consissr.config.sd21 import TEXT, TOKENS, TOWER, UNET, VAE
+from consissr.config.sd21 import SD_BETAS, TEXT, TOKENS, TOWER, UNET, VAE
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation.learned import LPIPS_VGG, find
-from consissr.models.controlnet import build_controlnet
 from consissr.models.image_prompt import build_tower
-from consissr.models.lora import add_lora
-from consissr.models.surgery import replace_blocks
 from consissr.models.vae.latents import empty_latents
 from consissr.training.checks import launched, problems
 from consissr.training.estimate import memory
 from consissr.training.restoration import base_for
 from consissr.training.stage import Stage, trained_ids
-from consissr.weights.base import BUNDLED_BASES, find_base
+from consissr.weights.base import BUNDLED_BASES, Base, find_base
 from consissr.weights.files import BUNDLED, read_config
 from consissr.weights.find import find_model
+from consissr.weights.folder import untrained
 from consissr.weights.hub import is_hub_id, split_hub_id
-from consissr.weights.image_encoder import OPEN_CLIP, has_tower, new_image_prompt
+from consissr.weights.image_encoder import OPEN_CLIP, has_tower
 from consissr.weights.model import Model
 from consissr.weights.names import published
 
@@ -129,22 +127,13 @@ def untrained_model(config: TrainConfig, sampler: SamplerConfig | None = None) -
         unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(unet)
-        controlnet = build_controlnet(network, config.model)
-        replace_blocks(network, config.model)
-        if config.model.unet_lora:
-            add_lora(network, config.model.unet_lora)
-        width = network.config.cross_attention_dim
-        prompt = None
-        if config.model.image_prompt != "none":
-            tower = build_tower(*tower_sizes(config))
-            prompt = new_image_prompt(tower, width, config.model)
-        latents, text = empty_latents(vae), torch.empty(1, TOKENS, width)
-    stored = FolderConfig(model=config.model, sampler=sampler or config.sampler)
-    predicted = "v_prediction" if stored.model.residual else "epsilon"  # which it is changes no size
-    return Model(
-        config=stored, unet=network, controlnet=controlnet, latents=latents,
-        image_prompt=prompt, prompts={"": text}, prediction_type=predicted,
-    )  # fmt: skip
+        text = torch.empty(1, TOKENS, network.config.cross_attention_dim)
+        base = Base(network, empty_latents(vae), {"": text}, SD_BETAS, "epsilon")
+        model = untrained(config.model, base, lambda: build_tower(*tower_sizes(config)))
+    model.config.sampler = sampler or config.sampler
+    if model.config.model.residual:
+        model.prediction_type = "v_prediction"  # which it is changes no size
+    return model
 
 
 def tower_sizes(config: TrainConfig) -> tuple[int, dict[str, Any]]:

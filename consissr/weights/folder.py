@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from consissr.errors import UserError
 from consissr.models.controlnet import build_controlnet, empty_controlnet
 from consissr.models.lora import add_lora, lora_state, merge_lora
 from consissr.models.surgery import added_parameters, renew_copies, replace_blocks
-from consissr.weights.base import load_base
+from consissr.weights.base import Base, load_base
 from consissr.weights.files import (
     LORA,
     UNET_ADAPTER,
@@ -104,14 +104,18 @@ def new_model(config: ModelConfig, tower: str = "") -> Model:
     tower: a folder with the image tower that its image branch takes; empty: the one that `config` names.
     """
     base = load_base(config.base, sha256=config.base_sha256, prompts=[""])
+    return untrained(config, base, lambda: load_tower(Path(tower))[0] if tower else find_tower(config))
+
+
+def untrained(config: ModelConfig, base: Base, tower: Callable[[], nn.Module]) -> Model:
+    """An untrained model on `base`, whose UNet takes what `config` adds. `tower`: makes the image branch's, if any."""
     controlnet = build_controlnet(base.unet, config)
     replace_blocks(base.unet, config)
     if config.unet_lora:
         add_lora(base.unet, config.unet_lora)
     prompt = None
     if config.image_prompt != "none":
-        visual = load_tower(Path(tower))[0] if tower else find_tower(config)
-        prompt = new_image_prompt(visual, base.unet.config.cross_attention_dim, config)
+        prompt = new_image_prompt(tower(), base.unet.config.cross_attention_dim, config)
     return Model(
         config=FolderConfig(model=config),
         unet=base.unet,
