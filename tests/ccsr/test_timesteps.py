@@ -117,6 +117,9 @@ def test_a_number_of_evaluations_becomes_a_plan():
                 plan_of(config, wrong)
     assert plan_of(SamplerConfig(), 2) == nuts_plan(6, 2 / 3, 1 / 2)
     assert len(plan_of(SamplerConfig(plan="ddpm", steps=3), 7)) == 7
+    for ask in (lambda: t_max_step(6, 1.5), lambda: plan_of(SamplerConfig(t_max=1.5), 2)):
+        with pytest.raises(UserError, match=r"^t_max 1\.5 is outside 0\.\.1: use a fraction of the noise range$"):
+            ask()
 
 
 def test_a_schedule_of_another_length_is_heeded_everywhere():
@@ -125,6 +128,8 @@ def test_a_schedule_of_another_length_is_heeded_everywhere():
     assert (t_max_step(), t_max_step(train_steps=100)) == (666, 66)
     assert sampler_plan(SamplerConfig(), 100) == nuts_plan(train_steps=100)
     assert [step.t for step in sampler_plan(SamplerConfig(plan="ddpm", steps=3), 100)] == [99, 50, 0]
+    assert plan_of(SamplerConfig(), 2, 100) == nuts_plan(train_steps=100)
+    assert [step.t for step in plan_of(SamplerConfig(plan="ddpm"), 3, 100)] == [99, 50, 0]
     assert with_plan(SamplerConfig(), 100).timesteps == [[99, 66, "renoise"], [66, -1, "x0"]]
     with pytest.raises(UserError, match="timestep 999 is outside 0..99"):
         sampler_plan(SamplerConfig(timesteps=[[999, -1, "x0"]]), 100)

@@ -46,6 +46,23 @@ def test_starts_as_in_the_release():
     assert starts(42, 16, 8) == [0, 8, 16, 24, 26]
 
 
+def test_windows_may_be_oblong():
+    """4 rows and 8 columns, every 3 and every 6, of a latent of 10 x 21; none is larger than a latent of 3 x 6."""
+    found = windows(10, 21, (4, 8), (3, 6))
+    assert {(window.height, window.width) for window in found} == {(4, 8)}
+    assert [tuple(window[:2]) for window in found] == [(top, left) for top in (0, 3, 6) for left in (0, 6, 12, 13)]
+    assert windows(3, 6, (4, 8), (3, 6)) == [(0, 0, 3, 6)]
+    assert [window.top for window in windows(9, 6, (4, 8), (4, 2))] == [0, 4, 5]
+
+
+def test_three_images_and_areas_that_are_told():
+    areas = []
+    z, given, t = torch.randn(3, 4, 10, 21), condition(3, 10, 21), torch.tensor([1, 2, 3])
+    tiled = TiledDenoiser(Pointwise(), (4, 8), (3, 6), on_tile=areas.append)
+    assert torch.allclose(tiled(z, t, given), Pointwise()(z, t, given), atol=1e-4)
+    assert areas == [32] * 12
+
+
 def test_gaps_are_refused():
     for stride in (17, 0):
         with pytest.raises(ValueError, match=f"^stride {stride} must lie in 1..16, or the windows leave gaps$"):

@@ -30,6 +30,8 @@ def test_the_interval_is_that_of_10000_seeded_resamples() -> None:
     means = values[np.random.default_rng(0).integers(0, 5, (10_000, 5))].mean(1)
     found = bootstrap.interval(values)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), rel=1e-12)
+    single = values.astype(np.float32)
+    assert bootstrap.interval(single) == bootstrap.interval(single.astype(np.float64)), "in float64"
 
 
 def test_seeds_are_drawn_as_images_are() -> None:
@@ -72,3 +74,21 @@ def test_verdicts() -> None:
     for differences, expected, said in cases:
         found = bootstrap.paired(np.array(differences), np.zeros_like(differences))
         assert bootstrap.verdict(found, expected) == said, differences
+
+
+def test_verdicts_at_their_limits() -> None:
+    """An interval that touches 0, and a difference as large as the least that the seeds resolve, say nothing."""
+    apart = bootstrap.paired(np.array([[1.0], [3.0]]), np.zeros((2, 1))).least  # 12.706 sqrt(2) / sqrt(2)
+    assert apart == pytest.approx(12.706)
+    cases = [
+        ((0.3, 0.1, 0.5), (0.3, 0.3), "appears"),
+        ((-0.3, -0.5, -0.1), (-0.3, -0.3), "opposite"),
+        ((0.3, 0.0, 0.5), (0.3, 0.3), UNRESOLVED),
+        ((-0.3, -0.5, 0.0), (-0.3, -0.3), UNRESOLVED),
+        ((0.3, -0.1, 0.5), (0.3, 0.3), UNRESOLVED),
+        ((apart, 0.1, 20.0), (1.0, 3.0), UNRESOLVED),
+        ((1.001 * apart, 0.1, 20.0), (1.0, 3.0), "appears"),
+    ]
+    for estimate, seeds, said in cases:
+        difference = bootstrap.Difference(bootstrap.Estimate(*estimate), seeds)
+        assert bootstrap.verdict(difference, "higher") == said, estimate

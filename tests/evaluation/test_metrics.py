@@ -35,6 +35,14 @@ def images(count: int = 1, noise: float = 0.05, size: tuple[int, int] = (40, 48)
     return hr + noise * torch.randn(hr.shape, generator=generator).clamp(-1, 1), hr
 
 
+def test_rounding_may_leave_the_range_by_a_ten_thousandth() -> None:
+    for value in (-1e-4, 1 + 1e-4):
+        image = torch.full((1, 3, 8, 8), value, dtype=torch.float64)
+        assert metrics.psnr(image, image).item() == pytest.approx(80)
+        with pytest.raises(UserError, match=r"values in \[0, 1\]"):
+            metrics.psnr(2 * image - 0.5, image)
+
+
 def test_psnr_of_a_known_error() -> None:
     """A grey step of 1/255 is a Y step of 219/255/255: the scale that sets Y apart from full range."""
     hr = torch.full((2, 3, 8, 8), 0.5)
