@@ -30,11 +30,11 @@ def loader(args: argparse.Namespace) -> Callable:
     """load(model, seed, steps, fidelity): the model, one at a time in memory, and the settings of a run."""
     import consissr
     from ccsr.timesteps import plan_of
-    from consissr.inference import batch
+    from consissr.inference import batch, processes
     from consissr.models.memory import set_heap
 
     set_heap()
-    device, loaded = batch.choose_device(args.device), {}
+    device, loaded = processes.choose_device(args.device), {}
 
     def load(model: str, seed: int, steps: int, fidelity: float) -> tuple:
         if model not in loaded:

@@ -19,17 +19,17 @@ from rich.console import Console
 
 import consissr
 from consissr.errors import UserError, exit_status
-from consissr.inference import jobs
+from consissr.inference import jobs, processes
 from consissr.inference.flags import MADE_WITH, PLAN_FLAGS, SETTINGS, given, parser, sampler_settings
 
 
 def restore(args: argparse.Namespace) -> int:
     """Plan everything, then load the model, then restore."""
     # 1. which files, and under which names; every mistake that can show before the model loads shows here
-    rank, local_rank, world = jobs.processes()
+    rank, local_rank, world = processes.numbers()
     sizes = {"scale": args.scale, "longest": args.longest_side}
     naming = jobs.Naming(output=args.output, suffix=args.suffix, ext=args.ext, repeat=args.repeat, **sizes)
-    mine = jobs.share(jobs.plan(args.input, naming, args.recursive, args.skip_existing), rank, world)
+    mine = jobs.plan(args.input, naming, args.recursive, args.skip_existing)[rank::world]
     missing, existing = jobs.drop_existing(mine, args.skip_existing, args.overwrite)
     out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
     if args.dry_run:
@@ -60,18 +60,17 @@ def restore(args: argparse.Namespace) -> int:
     if not args.quiet:
         out.print(process + terminal.summary(report.counts, restorer.precision if restorer else ""), markup=False)
     failed = report.counts["failed"] > 0
-    batch.leave(failed, world)
+    processes.leave(failed, world)
     return 1 if failed else 0
 
 
 def load(args: argparse.Namespace, local_rank: int, one_size: bool) -> "consissr.Restorer":
     """The model on its device, with the sampler's flags applied. one_size: whether all results have the same size."""
-    from consissr.inference.batch import choose_device
     from consissr.models import fast, memory
 
     memory.set_heap()
     fast.set_kernels(one_size)
-    device = choose_device(args.device, local_rank)
+    device = processes.choose_device(args.device, local_rank)
     restorer = consissr.Restorer.load(args.model, device, args.precision, args.base, **sampler_settings(args))
     if args.compile:
         restorer.compile(one_size)

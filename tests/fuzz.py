@@ -37,8 +37,8 @@ from PIL import Image  # noqa: E402
 
 from consissr.images import png16  # noqa: E402
 from consissr.images.formats import output_size  # noqa: E402
-from consissr.images.resize import resized_rows  # noqa: E402
-from consissr.images.rows import Rows  # noqa: E402
+from consissr.images.resize import resize  # noqa: E402
+from consissr.images.rows import rows_of  # noqa: E402
 from consissr.restorer import Restorer  # noqa: E402
 
 SECONDS, MEMORY = 60, 6 * 2**30
@@ -83,7 +83,7 @@ class Restores:
         self.calls += 1
         if self.calls % 30 <= 2 and size[0] * size[1] <= LARGEST:
             return self.restorer(photos, scale=scale, longest=longest, **settings)
-        return [photo.restored(Rows.of(resized_rows(photo.image, size, 0, size[0]))) for photo in photos]
+        return [photo.restored(resize(rows_of(photo.image, 0, photo.image.shape[2]), size)[0]) for photo in photos]
 
 
 class Bench:

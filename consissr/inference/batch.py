@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -31,8 +30,6 @@ from consissr.models.memory import is_out_of_memory, peak_memory_mb
 
 READERS = 2
 WRITERS = 2
-PATIENCE = 48 * 60 * 60
-"""Seconds that a process waits for the others at the end: longer than a run, shorter than for ever."""
 
 
 class Restores(Protocol):
@@ -250,52 +247,6 @@ def _logged(outcome: Outcome, seed: int) -> dict:
         "seconds": round(outcome.seconds, 4),
         "peak_mb": peak_memory_mb(),
     }
-
-
-def leave(failed: bool, world: int) -> None:
-    """Call once when this process is done. One that `failed` waits here until all `world` processes are.
-
-    torchrun and accelerate launch end all processes as soon as one leaves with a status other than 0; their agent's
-    store outlives the processes, so those that succeeded need not wait. A process that dies is no reason to wait for
-    ever: the launcher then ends this one, too, and if it cannot, PATIENCE ends. Started otherwise, nobody waits.
-    """
-    if world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-    from torch.distributed import TCPStore
-
-    try:
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(*place, is_master=False, timeout=timedelta(minutes=5))
-        key = f"consissr/infer/done{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        done, begin = store.add(key, 1), time.monotonic()
-        while failed and done < world and time.monotonic() - begin < PATIENCE:
-            time.sleep(0.5)
-            done = store.add(key, 0)
-    except (RuntimeError, LookupError, ValueError) as error:
-        logging.getLogger(__name__).warning("the other processes cannot be asked whether they are done (%s)", error)
-
-
-def choose_device(name: str, local_rank: int = 0) -> str:
-    """The device of this process: 'auto' takes an accelerator where there is one; processes get one GPU each.
-
-    A GPU becomes the process's current one, which is the one whose memory is reported.
-
-    Raises:
-        UserError: no such device here.
-    """
-    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if gpus else "mps" if mps else "cpu"
-    if name == "mps" and mps:
-        return name
-    if name == "cuda":
-        name = f"cuda:{local_rank}"
-    kind, _, index = name.partition(":")
-    if kind != "cpu" and not (kind == "cuda" and index.isdigit() and int(index) < gpus):
-        raise UserError(f"--device {name}: this machine has no such device ({gpus} GPUs); use auto or cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(name)
-    return name
 
 
 def open_log(path: Path, settings: dict[str, Any]) -> TextIO:

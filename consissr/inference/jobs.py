@@ -24,7 +24,6 @@ in float32 where they see an image as a whole, and up to how many pixels they do
 megapixels took 30 bytes each above a small picture's peak."""
 
 _LISTS = (".txt", ".lst")
-_ENVIRONMENT = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,19 +156,6 @@ def reason(error: Exception, job: Job) -> str:
     if isinstance(error, UserError):
         return str(error).removeprefix(f"{job.source}: ").removeprefix(f"{job.target}: ")
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def share(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
-    """The jobs of one process."""
-    return list(jobs[rank::world])
-
-
-def processes() -> tuple[int, int, int]:
-    """(rank, local rank, number of processes), as `accelerate launch` and `torchrun` pass them on; (0, 0, 1) alone."""
-    rank, local, world = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
-    if not 0 <= rank < world:
-        raise UserError(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit: use torchrun")
-    return rank, local, world
 
 
 def drop_existing(jobs: Iterable[Job], skip: bool, overwrite: bool) -> tuple[list[Job], list[Job]]:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from consissr.inference import processes
+
 
 def pixels(path) -> dict[str, np.ndarray]:
     """Samples by file name, of the PNG files below `path`."""
@@ -77,12 +79,11 @@ def test_a_bad_file_does_not_end_the_other_processes(root, tmp_path, rng):
 
 
 def test_without_an_agent_nobody_waits(monkeypatch):
-    from consissr.inference import batch
 
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    batch.leave(failed=True, world=2)
+    processes.leave(failed=True, world=2)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    batch.leave(failed=True, world=1)
+    processes.leave(failed=True, world=1)
 
 
 @pytest.mark.parametrize(("failed", "arrived"), [(True, 2), (True, 1), (False, 1)])
@@ -90,20 +91,20 @@ def test_a_failed_process_waits_for_the_others_and_not_for_ever(monkeypatch, fai
     """`arrived` of two processes come to the end, this one included."""
     from torch.distributed import TCPStore
 
-    from consissr.inference import batch
-
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     for name, value in {"ADDR": "localhost", "PORT": str(store.port)}.items():
         monkeypatch.setenv(f"MASTER_{name}", value)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    monkeypatch.setattr(batch, "PATIENCE", 1.2)
+    monkeypatch.setattr(processes, "PATIENCE", 1.2)
     naps = []
-    monkeypatch.setattr(batch.time, "sleep", lambda seconds, nap=batch.time.sleep: naps.append(seconds) or nap(seconds))
+    monkeypatch.setattr(
+        processes.time, "sleep", lambda seconds, nap=processes.time.sleep: naps.append(seconds) or nap(seconds)
+    )
     if arrived == 2:
-        batch.leave(failed=False, world=2)
+        processes.leave(failed=False, world=2)
     assert not naps
-    batch.leave(failed, world=2)
+    processes.leave(failed, world=2)
     assert bool(naps) == (failed and arrived == 1)
 
 
@@ -184,7 +185,7 @@ def test_bad_flags_exit_with_2(infer, folder):
 
 def test_unknown_device():
     from consissr.errors import UserError
-    from consissr.inference.batch import choose_device
+    from consissr.inference.processes import choose_device
 
     assert choose_device("cpu") == "cpu"
     for name in ("gpu", "cuda:99", "cuda:x"):
