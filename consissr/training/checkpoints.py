@@ -5,7 +5,6 @@ order, crops, degradations and noise are functions of (seed, place in the sequen
 which a kill or a loss of power cannot interrupt half-way; `state.json` has the checksum of `state.pt`.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from consissr.errors import UserError, reason_of
+from consissr.weights.cache import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +126,7 @@ def snapshot(value: Any) -> Any:
 
 def described(step: int, file: Path) -> str:
     """The text of `state.json`, in its only form."""
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return json.dumps({"step": step, "sha256": digest})
+    return json.dumps({"step": step, "sha256": sha256_of(file)})
 
 
 def flush(path: Path) -> None:
