@@ -79,10 +79,7 @@ def read(path: str | Path, device: torch.device | str = "cpu", whole: bool = Tru
             form = formats.form_of(image)
             deep_colour = form.bits == 16 and not image.mode.startswith("I")
             image.load()  # checks the whole file, and lets PNG find metadata that stands behind the pixels
-            samples = _deep_samples(path) if deep_colour else _samples(image, form)
-            if form.bits == 16 and form.alpha and samples.shape[2] in (1, 3):
-                seen = (samples != image.info["transparency"]).any(2, keepdims=True)
-                samples = np.concatenate([samples, seen * np.uint16(65535)], 2)
+            samples = _keyed(_deep_samples(path), image, form) if deep_colour else _samples(image, form)
             said = {"exif": metadata.kept_exif(image), "xmp": metadata.kept_xmp(image)}
             file = formats.reachable(path)
             stored = {"chunks": colour_chunks(file), "lossless": metadata.is_lossless_webp(file)}
@@ -155,8 +152,8 @@ def from_pil(image: Image.Image) -> Photo:
         UserError: an unsupported mode.
     """
     form = formats.form_of(image)
-    if not image.mode.startswith("I"):
-        form = replace(form, bits=8)  # a loaded PIL image holds 16 bits only in grey
+    if form.bits == 16 and not image.mode.startswith("I"):  # a loaded PIL image holds 16 bits only in grey
+        form = replace(form, bits=8, alpha=image.mode == "RGBA")
     image.load()
     return _photo(_upright(_samples(image, form), metadata.orientation(image)), form)
 
@@ -203,7 +200,7 @@ def _samples(image: Image.Image, form: Form) -> np.ndarray:
         samples = np.asarray(image)
         if samples.min() < 0 or samples.max() > 65535:
             raise UserError("32-bit integer pixels beyond 0..65535 are not supported; save as 16 bits first")
-        return samples.astype(np.uint16)[..., None]
+        return _keyed(samples.astype(np.uint16)[..., None], image, form)
     if form.cmyk:
         return np.asarray(convert_cmyk(image, form.profile, to="RGB"))
     if image.mode == "LAB":
@@ -211,6 +208,14 @@ def _samples(image: Image.Image, form: Form) -> np.ndarray:
         return np.asarray(ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
     mode = ("L" if form.grey else "RGB") + ("A" if form.alpha else "")
     return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1)
+
+
+def _keyed(samples: np.ndarray, image: Image.Image, form: Form) -> np.ndarray:
+    """16-bit samples (H, W, C), with transparency where they have the colour that `image` calls transparent."""
+    if not form.alpha or samples.shape[2] in (2, 4):
+        return samples
+    seen = (samples != image.info["transparency"]).any(2, keepdims=True)
+    return np.concatenate([samples, seen * np.uint16(65535)], 2)
 
 
 def _deep_samples(path: str | Path) -> np.ndarray:

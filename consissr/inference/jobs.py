@@ -20,8 +20,8 @@ from consissr.images import formats
 
 BYTES_PER_PIXEL, BYTES_IN_ONE_PIECE, ONE_PIECE = 24, 350, 2**22
 """What a pixel of a result takes (its input, latents, float values and samples), what the networks of nano take for it
-in float32 where they see an image as a whole, and up to how many pixels they do. Estimates: 48.8
-megapixels took 30 bytes each above a small picture's peak."""
+in float32 where they see an image as a whole, and up to how many pixels they do. Estimates: in bfloat16, 48.8
+megapixels took 18 bytes each above a small picture's peak."""
 
 _LISTS = (".txt", ".lst")
 
