@@ -41,17 +41,32 @@ def test_shift_brings_in_zeros_and_the_cutout_stays_square():
     assert (hole == 0).sum() == 4 * 6 and hole[8:12, 12:18].abs().max() == 0
 
 
-def test_shift_moves_pixels():
-    x = torch.arange(12.0).view(1, 1, 3, 4).expand(1, 3, 3, 4)
-    far = torch.tensor([-100])
-    moved = Augmentation(torch.tensor([1]), torch.tensor([0]), far, far)(x)
-    assert torch.equal(moved[0, 0, :2], x[0, 0, 1:])
+def test_augmentation_pixel_by_pixel():
+    """out[r, c] = x[r + shift_x, c + shift_y] or 0; the hole begins half its size, rounded down, before its centre."""
+    x = torch.rand(3, 3, 20, 31, generator=torch.Generator().manual_seed(0)) + 1
+    draws = torch.tensor([[2, -3, 0], [-1, 4, 0], [3, 10, 19], [30, 0, 15]])
+    wanted = torch.zeros_like(x)
+    for image, (down, across, row, column) in enumerate(draws.T.tolist()):
+        for r in range(20):
+            for c in range(31):
+                hole = 0 <= r - row + 2 < 4 and 0 <= c - column + 3 < 6  # a fifth of 20 and of 31, rounded
+                if 0 <= r + down < 20 and 0 <= c + across < 31 and not hole:
+                    wanted[image, :, r, c] = x[image, :, r + down, c + across]
+    assert torch.equal(Augmentation(*draws)(x), wanted)
 
 
-def test_draws_stay_in_range():
-    drawn = Augmentation.draw([torch.Generator().manual_seed(i) for i in range(500)], 40, 80)
-    assert drawn.shift_x.abs().max() == 5 and drawn.shift_y.abs().max() == 10
-    assert drawn.centre_x.min() >= 0 and drawn.centre_x.max() <= 40
+def test_draws_reach_their_limits():
+    """Shifts of an eighth, rounded; centres on every pixel, and on the far edge where the hole's side is even."""
+    seeds = range(2000)
+    for size, limits in (
+        ((44, 40), ((-6, 6), (-5, 5), (0, 43), (0, 40))),
+        ((40, 44), ((-5, 5), (-6, 6), (0, 40), (0, 43))),
+    ):
+        drawn = Augmentation.draw([torch.Generator().manual_seed(i) for i in seeds], *size)
+        for values, (low, high) in zip(vars(drawn).values(), limits, strict=True):
+            assert values.shape == (2000,) and (values.min(), values.max()) == (low, high)
+        alone = Augmentation.draw([torch.Generator().manual_seed(7)], *size)
+        assert [int(value) for value in vars(alone).values()] == [int(value[7]) for value in vars(drawn).values()]
 
 
 def test_only_the_heads_learn(vit, images):
