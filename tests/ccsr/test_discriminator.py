@@ -1,7 +1,11 @@
 """The projected discriminator: augmentation, what learns, and reading ViT weights."""
 
+from pathlib import Path
+
+import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from ccsr.adversary import DinoAdversary
@@ -132,6 +136,18 @@ def test_a_vit_is_its_formula():
     assert torch.allclose(vit.summary(x), F.layer_norm(y, (8,), vit.norm.weight, vit.norm.bias, 1e-6)[:, 0], atol=1e-4)
 
 
+@torch.no_grad()
+def test_the_judge_sees_augmented_images_through_their_windows(vit, images):
+    judge = ProjectedDiscriminator(vit, c_dim=6).eval()
+    c, draws = torch.randn(2, 6), torch.tensor([[2, -1], [3, 0], [9, 30], [12, 20]])
+    windows = [(3, 5), (8, 16)]
+    shown = Augmentation(*draws)(images)
+    shown = torch.stack([shown[0, :, 3:35, 5:37], shown[1, :, 8:40, 16:48]])
+    for found, wanted in zip(judge(images, c, Augmentation(*draws), windows), judge(shown, c), strict=True):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+    assert not torch.allclose(judge(images, c)[0], judge(shown, c)[0], atol=1e-2)
+
+
 def test_windows_show_a_part_at_its_own_size(vit, images):
     generators = [torch.Generator().manual_seed(i) for i in range(200)]
     windows = draw_windows(generators, 40, 48, vit.side)
@@ -139,6 +155,8 @@ def test_windows_show_a_part_at_its_own_size(vit, images):
     assert 60 < len(found) < 140
     assert {top for top, _ in found} == set(range(9)) and {left for _, left in found} == set(range(17))
     assert not any(draw_windows(generators, 32, 64, 32))
+    again = [torch.Generator().manual_seed(i) for i in range(200)]
+    assert [draw_windows([generator], 40, 48, vit.side)[0] for generator in again] == windows, "each image's own"
     judge = ProjectedDiscriminator(vit, c_dim=6)
     shown = judge.shown(images, [(3, 5), None])
     assert torch.equal(shown[0], images[0, :, 3:35, 5:37])
@@ -180,11 +198,37 @@ def test_layer_scales_of_dino_v2():
 
 
 def test_missing_or_foreign_weights_are_named(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        read_dino(tmp_path / "none.pth")
+    for name in (tmp_path / "none.pth", "owner/none.pth", "./none", "none", "owner/name/none"):
+        with pytest.raises(
+            UserError, match=rf"^DINO weights '{name}' cannot be had \(there is no such file\): download"
+        ):
+            read_dino(name)
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="does not hold"):
+    with pytest.raises(UserError, match=r"a\.pth does not hold a DINO ViT \(.*patch_embed.*\): give DINO's weights"):
         read_dino(tmp_path / "a.pth")
+    (tmp_path / "b.pth").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"b\.pth cannot be read: .+; download it again"):
+        read_dino(tmp_path / "b.pth")
+    torch.save({"patch_embed.proj.weight": Path(), "a": torch.nn.Linear(1, 1)}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"c\.pth cannot be read: .*"):  # it would execute code
+        read_dino(tmp_path / "c.pth")
+
+
+def test_weights_come_from_the_hub_by_timms_names(vit, tmp_path, monkeypatch):
+    """A name of the form owner/name asks for model.safetensors; what the hub says is passed on."""
+    save_file(vit.state_dict(), tmp_path / "model.safetensors")
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or tmp_path / names[1])
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(read_dino("timm/vit", 2).summary(x), vit.eval().summary(x))
+    assert asked == [("timm/vit", "model.safetensors")]
+
+    def refuse(*names):
+        raise OSError("the network is off")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(UserError, match=r"'timm/vit' cannot be had \(.*the network is off.*\): download dino_"):
+        read_dino("timm/vit")
 
 
 def test_untrained_adversaries_have_the_released_sizes():
