@@ -1,4 +1,4 @@
-"""Restore photographs: one file, several, a list, a pattern or a folder.
+"""Restore photographs: one file, several, a list, a pattern or a folder; or a film, where ffmpeg is installed.
 
   python scripts/infer.py -i photos -o results                 a folder, 4 times larger
   python scripts/infer.py -i a.png -o b.png -s 2.5             one file, 2.5 times larger
@@ -14,12 +14,13 @@ import logging
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 
 import consissr
 from consissr.errors import UserError, exit_status
-from consissr.inference import jobs, processes
+from consissr.inference import film, jobs, processes
 from consissr.inference.flags import MADE_WITH, PLAN_FLAGS, SETTINGS, given, parser, sampler_settings
 
 
@@ -98,7 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Its warnings are about code, not about images; and what Apple's GPUs cannot compute the CPU may.
     os.environ.update({"DIFFUSERS_VERBOSITY": "error", "PYTORCH_ENABLE_MPS_FALLBACK": "1"} | os.environ)
     args = parser(__doc__).parse_args(arguments)
-    return exit_status(lambda: restore(args), "what is written is whole, and --skip-existing continues")
+    work = partial(film.restored, args, restore) if film.is_film(args.input) else partial(restore, args)
+    return exit_status(work, "what is written is whole, and --skip-existing continues")
 
 
 if __name__ == "__main__":

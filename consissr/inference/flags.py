@@ -37,7 +37,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     files = p.add_argument_group("files")
     add = files.add_argument
-    add("-i", "--input", nargs="+", required=True, help="files, folders, patterns, or .txt lists of files")
+    add("-i", "--input", nargs="+", required=True, help="files, folders, patterns, .txt lists of files; or one film")
     add(
         "-o",
         "--output",
@@ -88,7 +88,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("-s", "--scale", "--outscale", "--upscale", type=float, default=4.0, help="any factor (%(default)g)")
     add("--longest-side", type=int, metavar="PX", help="size of results instead of --scale")
     add("--seed", type=int, default=0, help="of the noise; each image has its own (%(default)s)")
-    add("--frames", action="store_true", help="the inputs are frames of a film: the same noise for all, less flicker")
+    add(
+        "--frames",
+        action="store_true",
+        help="the inputs are frames of a film: the same noise for all, less flicker (a film's always)",
+    )
     add("--color-fix", "--color_fix_type", choices=("adain", "wavelet", "none"), help="colours from the input")
     add("--fidelity", type=float, metavar="F", help="0 to 1: how closely results keep to their inputs (1: as trained)")
     add("--color-strength", type=float, metavar="F", help="0 to 1, of the colour transfer (default: as --fidelity)")

@@ -1,0 +1,108 @@
+"""Films: ffmpeg takes them apart into frames, these are restored like any folder, and get the film's sound again."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from consissr.errors import UserError
+from consissr.inference.jobs import check_place
+from consissr.inference.processes import numbers
+
+SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+_VIDEO = {".webm": ("-c:v", "libvpx-vp9", "-b:v", "0", "-crf", "20")}
+"""Encoders by suffix; x264 for the others."""
+_COLOURS = ("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709")
+_FILTERS = "crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv"
+"""Sides that are even, and the matrix that players expect: ffmpeg's own is that of small pictures."""
+
+
+def is_film(inputs: Sequence[str]) -> bool:
+    """Whether the input is a film."""
+    return len(inputs) == 1 and Path(inputs[0]).suffix.lower() in SUFFIXES and not os.path.isdir(inputs[0])
+
+
+def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
+    """Restore the film that is args.input with `restore`, which does so with a folder of frames; the exit status.
+
+    Frames stand in a folder beside the result until that is whole: --skip-existing goes on with them.
+
+    Raises:
+        UserError: no ffmpeg, a film that it does not read, HDR, a result that exists or cannot be.
+    """
+    source = Path(args.input[0])
+    target = args.output if args.output.suffix.lower() in SUFFIXES else args.output / source.name
+    if args.suffix and target != args.output:
+        target = target.with_stem(target.stem + args.suffix)
+    check_place(target, "--output")
+    if os.path.realpath(target) == os.path.realpath(source):
+        raise UserError(f"{target} would replace an input: use another --output or --suffix")
+    if numbers()[2] > 1 or args.repeat > 1:
+        raise UserError(f"{source}: a film is restored once, by one process; give its frames as a folder with --frames")
+    if target.exists() and not args.overwrite:
+        if args.skip_existing:
+            return 0
+        raise UserError(f"{target} exists: use --overwrite, --skip-existing or another --output")
+    rate = frame_rate(source)
+    if args.dry_run:
+        sys.stdout.write(f"{source} -> {target}, {float(rate):g} frames per second\n")
+        return 0
+
+    def say(words: str) -> None:
+        if not args.quiet:
+            sys.stderr.write(f"{words}\n")
+
+    frames = target.with_name(f"{target.stem}_frames")
+    made, results = frames / "in", frames / "out"
+    if not made.is_dir():
+        say(f"{source}: taking it apart into {made} ...")
+        part = frames / "part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        ffmpeg("-i", source, "-map", "0:v:0", "-vf", f"fps={rate}", part / "%06d.png")
+        part.rename(made)
+    of_frames = {"input": [str(made)], "output": results, "ext": "png", "suffix": "", "frames": True}
+    if status := restore(Namespace(**vars(args) | of_frames)):
+        say(f"{source}: not put together; its frames are in {frames}")
+        return status
+    say(f"{target}: putting it together ...")
+    whole = target.with_name(f".{os.getpid()}{target.suffix}")
+    sound = ("-c:a", "copy") if target.suffix.lower() == source.suffix.lower() else ()
+    video = _VIDEO.get(target.suffix.lower(), ("-c:v", "libx264", "-crf", "16"))
+    pictures = ("-framerate", str(rate), "-i", results / "%06d.png", "-i", source, "-map", "0:v", "-map", "1:a?")
+    try:
+        ffmpeg(*pictures, "-vf", _FILTERS, "-pix_fmt", "yuv420p", *_COLOURS, *video, *sound, whole)
+        os.replace(whole, target)
+    finally:
+        whole.unlink(missing_ok=True)
+    shutil.rmtree(frames)
+    return 0
+
+
+def frame_rate(film: Path) -> Fraction:
+    """Frames per second, of which ffmpeg rounds television's (30000/1001) to two digits. UserError for no film."""
+    said = ffmpeg("-i", film, fails=True)
+    video = re.search(r"Stream .* Video: .*?([\d.]+) (?:fps|tbr)", said)
+    if not video:
+        raise UserError(f"{film}: {said.splitlines()[-1] if said else 'no film'}")
+    if "smpte2084" in video[0] or "arib-std-b67" in video[0]:
+        raise UserError(f"{film}: its colours are HDR, which frames do not keep; convert it to SDR first")
+    rate, television = Fraction(video[1]), round(Fraction(video[1]) * 1001 / 1000) * Fraction(1000, 1001)
+    return television if rate.denominator > 1 and abs(rate - television) < Fraction(1, 150) else rate
+
+
+def ffmpeg(*arguments: str | Path, fails: bool = False) -> str:
+    """Run it; what it says. UserError, with its last line, where it fails, unless that is what is wanted."""
+    program = shutil.which("ffmpeg")
+    if not program:
+        raise UserError("films need ffmpeg: install it, or give a folder of frames with --frames")
+    quiet = ("-hide_banner", "-nostdin", "-y") if fails else ("-hide_banner", "-nostdin", "-y", "-v", "error")
+    done = subprocess.run([program, *quiet, *map(str, arguments)], capture_output=True, text=True, errors="replace")
+    if done.returncode and not fails:
+        raise UserError(f"ffmpeg: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    return done.stderr.strip()

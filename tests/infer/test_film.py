@@ -1,0 +1,101 @@
+"""A film goes in and comes out: frames by ffmpeg (a stand-in, but for the last test), one noise for all, sound kept."""
+
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from consissr.inference import film
+
+SAID = "Stream #0:0: Video: h264 (High), yuv420p(tv, bt709), 12x10, 29.97 fps, 29.97 tbr\nAt least one output file"
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """What ffmpeg was asked for; it finds three frames, and makes a film of the results."""
+    asked = []
+    monkeypatch.setattr(film.shutil, "which", lambda name: str(tmp_path / name))
+
+    class Run:
+        def __init__(self, command, **how):
+            self.returncode, self.stderr, words = 0, "", [str(word) for word in command]
+            asked.append(words)
+            if words[-2] == "-i":
+                self.returncode, self.stderr = 1, SAID
+            elif words[-1].endswith("%06d.png"):
+                for number in (1, 2, 3):
+                    Image.new("RGB", (12, 10), "teal").save(words[-1] % number)
+            else:
+                results = Path(words[words.index("-framerate") + 3]).parent
+                Path(words[-1]).write_bytes(b"film" + bytes([len(list(results.glob("*.png")))]))
+
+    monkeypatch.setattr(film.subprocess, "run", Run)
+    return asked
+
+
+def test_a_film(infer, model, tmp_path, calls, files):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    status, out, err = infer("-i", tmp_path / "a.mp4", "-o", tmp_path / "out", "-s", 2)
+    assert status == 0 and "done 3" in out and (tmp_path / "out" / "a.mp4").read_bytes() == b"film\3"
+    assert files(tmp_path) == {"a.mp4", "out/a.mp4"}
+    assert {tuple(call.keys) for call in model.calls} == {("frame",)}
+    assert "fps=30000/1001" in calls[1] and calls[2][calls[2].index("-framerate") + 1] == "30000/1001"
+    assert calls[2][-3:-1] == ["-c:a", "copy"] and "1:a?" in calls[2]
+    status, _, err = infer("-i", tmp_path / "a.mp4", "-o", tmp_path / "out")
+    assert status == 2 and "exists: use --overwrite" in err and len(calls) == 3
+
+
+def test_a_film_goes_on_where_it_stopped(infer, model, tmp_path, calls, files):
+    """A frame that fails leaves the others; the next run takes only what is missing."""
+    (tmp_path / "a.mov").write_bytes(b"x")
+    model.spoil = {"frame": "memory"}
+    status, _, err = infer("-i", tmp_path / "a.mov", "-o", tmp_path / "b.mov", "-s", 2)
+    assert status == 1 and "not put together; its frames are in" in err and not (tmp_path / "b.mov").exists()
+    model.spoil = {}
+    (tmp_path / "b_frames" / "out").mkdir()
+    shutil.copy(tmp_path / "b_frames" / "in" / "000002.png", tmp_path / "b_frames" / "out" / "000002.png")
+    status, out, _ = infer("-i", tmp_path / "a.mov", "-o", tmp_path / "b.mov", "-s", 2, "--skip-existing")
+    assert status == 0 and "done 2, skipped 1" in out and files(tmp_path) == {"a.mov", "b.mov"}
+    assert sum("fps=30000/1001" in call for call in calls) == 1
+
+
+def test_what_is_no_film_or_cannot_be_one(infer, tmp_path, calls, monkeypatch):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"x")
+    for flags, words in (
+        (["-o", tmp_path], "would replace an input"),
+        (["-o", tmp_path / "o", "--repeat", 2], "restored once"),
+        (["-o", path / "o"], "is no folder"),
+    ):
+        status, _, err = infer("-i", path, *flags)
+        assert status == 2 and words in err and err.count("\n") == 1
+    for said, words in (("a.mp4: Invalid data", "Invalid data"), (SAID.replace("bt709", "smpte2084"), "HDR")):
+        monkeypatch.setitem(globals(), "SAID", said)
+        status, _, err = infer("-i", path, "-o", tmp_path / "o")
+        assert status == 2 and words in err
+    monkeypatch.setattr(film.shutil, "which", lambda name: None)
+    status, _, err = infer("-i", path, "-o", tmp_path / "o")
+    assert status == 2 and err == "error: films need ffmpeg: install it, or give a folder of frames with --frames\n"
+    assert not infer.loads
+
+
+def test_rates(monkeypatch):
+    rates = {"25": 25, "23.98": Fraction(24000, 1001), "59.94": Fraction(60000, 1001), "12.5": Fraction(25, 2)}
+    for said, rate in rates.items():
+        monkeypatch.setattr(film, "ffmpeg", lambda *words, said=said, **how: f"Stream #0:1: Video: x, {said} fps")
+        assert film.frame_rate(Path("a")) == rate
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="no ffmpeg")
+def test_a_real_film(infer, tmp_path):
+    """Odd sides, colours and sound survive."""
+    made = ("-f", "lavfi", "-i", "color=0x20A0C0:s=19x14:d=0.4:r=10", "-f", "lavfi", "-i", "sine=d=0.4")
+    film.ffmpeg(*made, "-vf", "scale=out_color_matrix=bt709", *film._COLOURS, "-pix_fmt", "yuv444p", tmp_path / "a.mkv")
+    assert infer("-i", tmp_path / "a.mkv", "-o", tmp_path / "b.mkv", "-s", 1.5)[0] == 0
+    said = film.ffmpeg("-i", tmp_path / "b.mkv", fails=True)
+    assert "Audio:" in said and "28x20" in said and "10 fps" in said
+    film.ffmpeg("-i", tmp_path / "b.mkv", tmp_path / "%d.png")
+    shown = Image.open(tmp_path / "4.png").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    assert all(abs(one - other) < 6 for one, other in zip(shown, (0x20, 0xA0, 0xC0), strict=True)), shown
