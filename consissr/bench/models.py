@@ -111,18 +111,17 @@ def full_size(networks: str, prompts: list[str] | None, device: torch.device, dt
     The text encoder comes first. It encodes `prompts` and goes, as at `Restorer.load`, or with None it stays, as in the
     releases.
     """
-    complexity.build.cache_clear()
-    empty = complexity.build(networks)
+    config = complexity.MODELS[networks]
+    empty = complexity.build(config)
     seeds = {name: seed for seed, name in enumerate(empty)}
     text: Callable = RandomText(drawn(empty.pop("text encoder"), device, dtype, seeds["text encoder"]))
     if prompts is not None:
         text = from_dict({prompt: text([prompt]) for prompt in prompts}, device)
     made = {name: drawn(part, device, dtype, seeds[name]) for name, part in empty.items()}
-    complexity.build.cache_clear()  # the cached networks are no longer empty
     table = alpha_bar()
     prompt = None
     if "image encoder" in made:
-        prompt = ImagePrompt(made["image encoder"], made["image adapter"], complexity.MODELS[networks].image_tokens)
+        prompt = ImagePrompt(made["image encoder"], made["image adapter"], config.image_tokens)
     return Networks(
         latents=Latents(made["vae"]),
         denoiser=Denoiser(made["unet"], made["controlnet"], table).eval(),
@@ -130,7 +129,7 @@ def full_size(networks: str, prompts: list[str] | None, device: torch.device, dt
         schedule=Schedule(table),
         device=device,
         dtype=dtype,
-        model=complexity.MODELS[networks],
+        model=config,
         text=text,
     )
 

@@ -25,24 +25,17 @@ def released_consissr() -> dict[str, nn.Module]:
     """The networks of ConsisSR's checkpoint."""
     from open_clip.model import CLIP
 
-    models = complexity.MODELS
-    models["consissr-released"] = replace(models["consissr"], image_kv="separate")
-    try:
-        parts = dict(complexity.build("consissr-released"))
-    finally:
-        del models["consissr-released"]
+    parts = complexity.build(replace(complexity.MODELS["consissr"], image_kv="separate"))
+    del parts["image encoder"], parts["text encoder"]
+    hint = complexity.networks_of("ccsr")["vae"]
     with torch.device("meta"):
         clip = CLIP(1024, complexity.TOWER, TEXT_TOWER)
-        hint = complexity.build("ccsr")["vae"]
-    parts.pop("image encoder")
-    parts["text encoder"] = clip
-    parts["hint encoder"] = nn.ModuleList([hint.encoder, hint.quant_conv])
-    return parts | {"CLIP, text and image": parts.pop("text encoder")}
+    return parts | {"hint encoder": nn.ModuleList([hint.encoder, hint.quant_conv]), "CLIP, text and image": clip}
 
 
 def rows() -> list[dict[str, Any]]:
     """One row per part: parameters in M; MACs of one pass for 512x512, in G, where the part is a pass."""
-    networks = {kind: complexity.build(kind) for kind in ("ccsr", "consissr")}
+    networks = {kind: complexity.networks_of(kind) for kind in ("ccsr", "consissr")}
     full = networks["ccsr"]["vae"]
     narrow = narrowed(Latents(full), NARROW).vae
     listed = []

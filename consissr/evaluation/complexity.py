@@ -28,8 +28,13 @@ MODELS = {
 
 
 @lru_cache
-def build(kind: str) -> dict[str, nn.Module]:
+def networks_of(kind: str) -> dict[str, nn.Module]:
     """The networks of 'ccsr' or 'consissr' by name, at SD2.1 size, without weights."""
+    return build(MODELS[kind])
+
+
+def build(config: ModelConfig) -> dict[str, nn.Module]:
+    """The networks of a model by name, at SD2.1 size, without weights."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -40,7 +45,7 @@ def build(kind: str) -> dict[str, nn.Module]:
 
     with torch.device("meta"):
         base = Base(UNet2DConditionModel(**UNET), empty_latents(VAE), {}, SD_BETAS, "epsilon")
-        model = untrained(MODELS[kind], base, lambda: build_tower(1024, TOWER))
+        model = untrained(config, base, lambda: build_tower(1024, TOWER))
         text = CLIPTextModel(CLIPTextConfig(**TEXT))
     networks = {"controlnet": model.controlnet, "unet": model.unet, "vae": model.latents.vae, "text encoder": text}
     if model.image_prompt is not None:
@@ -92,7 +97,7 @@ def measured_rows(table: Table, seconds: Callable[[str], float] | None = None) -
     """
     rows = {}
     for row, entry in table.ours.items():
-        networks = build(entry["model"])
+        networks = networks_of(entry["model"])
         evaluations = entry["evaluations"]
         cells = {"steps": Cell(evaluations, digits=0)}
         cells["params"] = Cell(sum(map(parameters, networks.values())) / 1e9, digits=2)
@@ -113,7 +118,7 @@ def comparison(table: Table, dataset: str, seconds: Callable[[str], float] | Non
 
 def networks_text(kind: str) -> str:
     """Parameters of each network and MACs of each pass, as a Markdown table."""
-    networks = build(kind)
+    networks = networks_of(kind)
     counts = {name: parameters(network) for name, network in networks.items()}
     rows = [
         (name, f"{count / 1e6:.1f} M parameters") for name, count in (counts | {"all": sum(counts.values())}).items()

@@ -11,7 +11,7 @@ TABLES = Path(__file__).resolve().parents[2] / "configs" / "tables"
 
 
 def test_ccsr_has_the_published_parameters() -> None:
-    parts = complexity.build("ccsr")
+    parts = complexity.networks_of("ccsr")
     assert sum(map(complexity.parameters, parts.values())) == 1_653_106_027
     table = load_table("ccsr/table7", TABLES)
     rows = complexity.measured_rows(table)
