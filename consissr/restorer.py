@@ -78,12 +78,7 @@ class Restorer:
 
     @classmethod
     def load(
-        cls,
-        name: str,
-        device: str | None = None,
-        precision: str = "auto",
-        base: str | None = None,
-        **settings: Any,
+        cls, name: str, device: str | None = None, precision: str = "auto", base: str | None = None, **settings: Any
     ) -> Restorer:
         """A model by bundled name, folder or hub id, ready on `device` (default: an accelerator if there is one).
 
@@ -209,12 +204,7 @@ class Restorer:
         return positive, None if config.guidance == 1 else told(config.negative, hints[0])
 
     def guide(
-        self,
-        positive: Condition,
-        negative: Condition | None,
-        config: SamplerConfig,
-        plan: Sequence[Step],
-        tiles: Tiles,
+        self, positive: Condition, negative: Condition | None, config: SamplerConfig, plan: Sequence[Step], tiles: Tiles
     ) -> tuple[Denoise, Denoise | None]:
         """eps(z_t, t) under guidance, and what the first step takes in its place where that is unguided."""
         denoiser = self.denoiser

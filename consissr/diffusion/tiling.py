@@ -81,13 +81,7 @@ class TiledDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.on_tile = on_tile
-        self.denoiser, self.tile, self.stride, self.weights, self.batch = (
-            denoiser,
-            tile,
-            stride,
-            weights,
-            batch,
-        )
+        self.denoiser, self.tile, self.stride, self.weights, self.batch = (denoiser, tile, stride, weights, batch)
 
     def prepare(self, condition, like=None):
         """As the denoiser's own: tokens are the whole image's, only the hint's features are each window's."""

@@ -29,11 +29,7 @@ class SampledTiles(TileRunner):
     """
 
     def __init__(
-        self,
-        ops: list[Op],
-        tile: int,
-        latent_size: tuple[int, int],
-        on_tile: Callable[[int], None] = lambda area: None,
+        self, ops: list[Op], tile: int, latent_size: tuple[int, int], on_tile: Callable[[int], None] = lambda area: None
     ) -> None:
         super().__init__(ops, tile, latent_size, windowed=True)
         self.on_tile = on_tile
