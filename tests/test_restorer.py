@@ -227,6 +227,7 @@ def test_chosen_tiles():
     large = choose((256, 256), vae_bytes=2**12, on_cpu=True)
     assert (large.vae, large.vae_tiling) == (128, "sampled")
     assert choose((200, 200)).vae_tiling == "exact"
+    assert [choose((300, 300), memory=2**36, on_cpu=on_cpu).vae for on_cpu in (True, False)] == [64, 128]
     assert Tiles().smaller(64, 48) == Tiles((32, 32), (24, 24), 32)
     assert Tiles((16, 16), (12, 12), 16).smaller(64, 64) is None
 

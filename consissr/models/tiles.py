@@ -129,18 +129,19 @@ def choose_tiles(
     positions of a side below TILE pixels are interpolated, as nano's are.
 
     The autoencoder works in tiles where a quarter of the memory would not do, and on the CPU from VAE_UNTILED pixels:
-    `sampled` where a sample of the image fits into an eighth of the memory, else `exact`.
+    `sampled` where a sample of the image fits into an eighth of the memory, else `exact`, on the CPU of at most TILE
+    pixels: what a large image takes above a small one is then little beside SD2.1's weights.
     """
     diffusion, stride = _diffusion(config, latent_size, factor, needs, memory)
     vae = _in_latents(config.vae_tile, factor, "vae_tile")
-    area = latent_size[0] * latent_size[1]
-    if vae < 0:
-        fitting = int((memory / 16 / needs.vae_bytes) ** 0.5)
-        whole = area * needs.vae_bytes <= memory / 4 and not (on_cpu and area * factor**2 >= VAE_UNTILED)
-        vae = 0 if whole else min(max(fitting, SMALLEST_TILE), max(VAE_TILE // factor, SMALLEST_TILE))
-    tiling = config.vae_tiling
+    tiling, area = config.vae_tiling, latent_size[0] * latent_size[1]
     if tiling == "auto":
         tiling = "sampled" if PATCHES * PATCH**2 * needs.vae_bytes <= memory / 8 else "exact"
+    if vae < 0:
+        fitting = int((memory / 16 / needs.vae_bytes) ** 0.5)
+        largest = TILE if on_cpu and tiling == "exact" else VAE_TILE
+        whole = area * needs.vae_bytes <= memory / 4 and not (on_cpu and area * factor**2 >= VAE_UNTILED)
+        vae = 0 if whole else min(max(fitting, SMALLEST_TILE), max(largest // factor, SMALLEST_TILE))
     return Tiles(diffusion, stride, vae, tiling)
 
 
