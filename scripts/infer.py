@@ -73,6 +73,7 @@ def load(args: argparse.Namespace, local_rank: int, one_size: bool) -> "consissr
     fast.set_kernels(one_size)
     device = processes.choose_device(args.device, local_rank)
     restorer = consissr.Restorer.load(args.model, device, args.precision, args.base, **sampler_settings(args))
+    restorer.tiles(restorer.sampler, (4096, 4096), 1)  # tiles that cannot be are told once, not for each image
     if args.compile:
         restorer.compile(one_size)
     return restorer

@@ -108,6 +108,7 @@ def test_steps_alone_cannot_make_a_nuts_plan(restorer):
         ({"keys": ["a", "b"]}, "keys"),
         ({"positive": "sharp"}, "sharp"),
         ({"tile": 1}, "tile 1"),
+        ({"guidance": float("inf")}, "guidance is inf"),
         ({"tile": 32, "tile_overlap": 40}, "overlap"),
     ],
 )

@@ -1,6 +1,7 @@
 """How a model samples."""
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from consissr.config.loading import check_word
@@ -78,6 +79,8 @@ class SamplerConfig:
         check_word(self.color_fix, ("adain", "wavelet", "none"), "sampler.color_fix")
         check_word(self.tile_weights, ("symmetric", "as_released"), "sampler.tile_weights")
         check_word(self.vae_tiling, ("auto", "exact", "windowed", "sampled", "as_released"), "sampler.vae_tiling")
+        if not isfinite(self.guidance):
+            raise UserError(f"sampler.guidance is {self.guidance}: use a number, 1 for off")
         for name in ("short_side", "margin"):
             if getattr(self, name) < 0:
                 raise UserError(f"sampler.{name} is {getattr(self, name)}: use pixels, or 0 for off")

@@ -83,6 +83,18 @@ def test_a_file_leaves_the_rest_to_the_model(infer, folder, tmp_path):
     assert (longer == infer("flag", "--t-min", "0.3333333", source=source)["a.png"]).all() and (longer != base).any()
 
 
+def test_settings_that_cannot_be_are_told_once(infer, capsys):
+    """Not for each image: tiles of a part of a latent pixel, or that overlap as a whole; guidance that is no number."""
+    for flags, words in (
+        (["--tile", "1"], "tile 1 is smaller than one latent pixel"),
+        (["--vae-tile", "1"], "vae_tile 1 is smaller"),
+        (["--tile", "64", "--tile-overlap", "64"], "overlap 64 must be smaller"),
+        (["--guidance", "nan"], "guidance is nan"),
+    ):
+        assert infer("none", *flags, status=2) == {}
+        assert (error := capsys.readouterr().err).startswith("error: ") and words in error and error.count("\n") == 1
+
+
 def test_save_steps(infer, folder):
     files = infer("out", "--save-steps", source=folder / "a.png")
     assert files.keys() == {"a.png", "a.png_steps/00_t999.png", "a.png_steps/01_t666.png"}
