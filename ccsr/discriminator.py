@@ -70,11 +70,11 @@ class SpectralConv1d(nn.Module):
         with without_autocast(x.device):
             if self.training:
                 with torch.no_grad():
-                    self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12))
-                    self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
+                    self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0))
+                    self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0))
             sigma = self.weight_u.clone() @ (matrix @ self.weight_v.clone())
         margin = self.weight_orig.shape[2] // 2
-        x = F.pad(x, (margin, margin), mode="circular") if margin else x
+        x = F.pad(x, (margin, margin), mode="circular")
         return F.conv1d(x, self.weight_orig / sigma, self.bias)
 
 
@@ -287,16 +287,3 @@ def condition_of(dino_v2: ViT, lq: Tensor) -> Tensor:
     """The frozen DINOv2's summary (B, D) of low-quality images (B,3,H,W) in [-1, 1]; not normalised, as released."""
     size = (dino_v2.side, dino_v2.side)
     return dino_v2.summary(F.interpolate(lq / 2 + 0.5, size=size, mode="bilinear", align_corners=False))
-
-
-def read_discriminator(state: dict[str, Tensor], c_dim: int, heads: int) -> ProjectedDiscriminator:
-    """The release's discriminator from its state dict, the ViT under `dino.model.model.`; strict."""
-    prefix = "dino.model.model."
-    vit = build_vit({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, heads)
-    discriminator = ProjectedDiscriminator(vit, c_dim)
-    own = {k.removeprefix("heads."): v.float() for k, v in state.items() if k.startswith("heads.")}
-    discriminator.heads.load_state_dict(own)
-    unknown = [k for k in state if not k.startswith((prefix, "heads."))]
-    if unknown:
-        raise UserError(f"the discriminator's file has unknown keys, first {unknown[0]}: give CCSR v2's own")
-    return discriminator

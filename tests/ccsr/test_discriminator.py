@@ -161,6 +161,8 @@ def test_windows_show_a_part_at_its_own_size(vit, images):
     shown = judge.shown(images, [(3, 5), None])
     assert torch.equal(shown[0], images[0, :, 3:35, 5:37])
     assert torch.equal(shown[1:], judge.shown(images[1:], None))
+    with pytest.raises(ValueError, match="shorter"):
+        judge.shown(images, [(3, 5)])
 
 
 def test_spectral_norm_tends_to_one():

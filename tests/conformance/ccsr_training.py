@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ccsr.adversary import DinoAdversary
 from ccsr.deft import Deft
-from ccsr.discriminator import Augmentation, ProjectedDiscriminator, read_discriminator
+from ccsr.discriminator import Augmentation, ProjectedDiscriminator, build_vit
 from ccsr.nuts import Nuts
 from ccsr.timesteps import nuts_plan
 from consissr.config.loading import load_config
@@ -22,7 +22,8 @@ from consissr.models.denoiser import Condition, Denoiser
 from tests.training.plain import Recorded, only, start, watched
 
 STAGE_1, STAGE_2 = "stage1_outputs.safetensors", "stage2_outputs.safetensors"
-DISCRIMINATOR = "stage2_disc/discriminator.safetensors"
+DISCRIMINATOR, VIT = "stage2_disc/discriminator.safetensors", "dino.model.model."
+"""The release's discriminator, and what stands before the names of its ViT."""
 AS_RELEASED = {
     "nuts": ["nuts.posterior=sample", "nuts.t_max_step=667"],
     "deft": [
@@ -225,8 +226,11 @@ def judged(
 def discriminator_of(fixture: Fixture) -> ProjectedDiscriminator:
     """The recorded discriminator in its first state; sizes that the weights don't show stand in the file's metadata."""
     said = fixture.metadata(DISCRIMINATOR)
-    heads = int(re.search(r"heads (\d+)", said["vit"])[1])
-    return read_discriminator(dict(fixture.tensors(DISCRIMINATOR)), int(said["c_dim"]), heads)
+    state, heads = dict(fixture.tensors(DISCRIMINATOR)), int(re.search(r"heads (\d+)", said["vit"])[1])
+    vit = build_vit({name.removeprefix(VIT): state.pop(name) for name in list(state) if name.startswith(VIT)}, heads)
+    discriminator = ProjectedDiscriminator(vit, int(said["c_dim"]))
+    discriminator.heads.load_state_dict({name.removeprefix("heads."): value.float() for name, value in state.items()})
+    return discriminator
 
 
 def augmentation(given: dict[str, Tensor], number: int) -> Augmentation:
