@@ -244,8 +244,8 @@ class Restorer:
         def attempt(rows: slice, tiles: Tiles) -> Tensor:
             noise = draw or seeded_draw(seed, keys[rows], repeat)
             tiles = tiles.told(on_tile, *latent_size, len(plan))
-            latents = self.tiled_latents(tiles)  # which nothing but the decoder holds while it works
-            return latents.decode(
+            latents = self.tiled_latents(tiles)
+            return latents.decode(  # z has no name here, so that the decoder can let it go
                 self.restore_latent(x[rows], noise, config=config, plan=plan, tiles=tiles, on_step=on_step)
             ).to(place)
 
@@ -294,7 +294,7 @@ class Restorer:
                 f"prompt '{prompt}' was not encoded at loading, only {known}: use one of these, or pass it to "
                 "Restorer.load (a converted model with a text encoder of its own keeps no others)"
             )
-        return to_device(self.prompts[prompt], x.device).to(x.dtype).expand(len(x), -1, -1)
+        return to_device(self.prompts[prompt], x.device).to(self.dtype).expand(len(x), -1, -1)
 
     def plan(self, config: SamplerConfig, plan: Sequence | None, settings: dict[str, Any] | None = None) -> list[Step]:
         """The plan given, else the configuration's, checked."""
