@@ -34,6 +34,14 @@ def config(tmp_path: Path) -> TrainConfig:
     return config
 
 
+def test_processes_share_out_a_steps_samples(config: TrainConfig) -> None:
+    """Of step 2, images 16 to 23 of the sequence: two processes, two micro-batches of two each, none twice."""
+    config.batch = 8
+    feeds = [Feed(config, torch.device("cpu"), rank=rank, world=2, needs_lq=False) for rank in range(2)]
+    shares = [[list(feed.numbers(2, micro)) for micro in range(feed.micro_batches)] for feed in feeds]
+    assert shares == [[[16, 17], [20, 21]], [[18, 19], [22, 23]]]
+
+
 def test_own_pairs_are_not_degraded(config: TrainConfig) -> None:
     feed = Feed(config, torch.device("cpu"), rank=0, world=1, needs_lq=True)
     seen = set()

@@ -184,3 +184,15 @@ def test_a_step_sees_the_next_images_of_the_sequence(trained: tuple) -> None:
     _, stage, _ = trained
     colours = torch.cat(stage.seen[: STEPS * ACCUMULATED])
     assert colours.shape == (36, 3) and len(torch.unique(colours, dim=0)) == 36
+
+
+def test_initial_weights_depend_on_the_seed_alone(photos: Path, tmp_path: Path) -> None:
+    def before(name: str, *words: str) -> Tensor:
+        torch.manual_seed(len(name))  # whatever was drawn before
+        config = run_config(None, [f"data.paths=[{photos}]", f"output_dir={tmp_path / name}", *WORDS, *words])
+        return Loop(config, Toy).stage.before["maker.weight"]
+
+    first = before("a", "seed=3")
+    assert torch.equal(first, before("bb", "seed=3", "optimizer.lr=0.1")) and not torch.equal(
+        first, before("c", "seed=4")
+    )
