@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from consissr.images import color, formats
-from consissr.images.geometry import Prepared, finish, prepare, to_pil, to_tensor
+from consissr.images.geometry import Prepared, finish, prepare, to_pil, to_tensor, transfer
 from consissr.images.resize import resize
 
 SIZES = [(1, 1), (37, 53), (27, 140), (20, 300)]
@@ -159,6 +159,8 @@ def test_large_images_take_their_colours_strip_by_strip():
     x, y = image(600, 20), image(600, 21)[..., :20] * 0.8 + 0.1
     for fix in ("adain", "wavelet"):
         whole = getattr(color, fix)(y / 2 + 0.5, x / 2 + 0.5) * 2 - 1
+        rows = transfer(y / 2 + 0.5, lambda top, bottom: x[:, :, top:bottom], fix)  # under the released rules
+        assert torch.allclose(rows, whole / 2 + 0.5, atol=1e-6)
         found = finish(Prepared.of(x, (600, 20), (600, 20)), y.clone(), "pad", fix)
         assert torch.allclose(found, whole.clamp(-1, 1), atol=2e-6)
 
