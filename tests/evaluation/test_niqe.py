@@ -1,11 +1,13 @@
 """NIQE's parts against their equations (Mittal et al. 2012), in plain Python and numpy."""
 
+import json
 from math import gamma
 
 import numpy as np
 import pytest
 import torch
 
+from consissr.errors import UserError
 from consissr.evaluation import niqe as parts
 
 
@@ -49,6 +51,27 @@ def test_fit_of_the_asymmetric_gaussian_by_hand() -> None:
     assert (left, right) == pytest.approx((3 * scale, 6 * scale), rel=1e-9)
     ends = [torch.ones(1, 4).double() * torch.tensor([1, -1, 1, -1]), torch.eye(100).double()[:1] - 1e-9]
     assert [parts.asymmetric_gaussian(x)[0].item() for x in ends] == pytest.approx([10, 0.2], abs=1e-9)
+
+
+def test_each_side_has_its_own_root_mean_square() -> None:
+    """-1 and -3 give sqrt(5), three times 2 gives 2; both are scaled by sqrt(Gamma(1/a) / Gamma(3/a))."""
+    samples = torch.tensor([[-1.0, -3.0, 2.0, 2.0, 2.0, 0.0]], dtype=torch.float64)
+    alpha, left, right = (value.item() for value in parts.asymmetric_gaussian(samples))
+    scale = (gamma(1 / alpha) / gamma(3 / alpha)) ** 0.5
+    assert (left, right) == pytest.approx((5**0.5 * scale, 2 * scale), rel=1e-12)
+
+
+def test_the_pristine_statistics_are_read_as_they_were_written(root) -> None:
+    stored = json.loads((root / "consissr" / "evaluation" / "niqe_pristine.json").read_text(encoding="utf-8"))
+    mean, covariance = parts.pristine()
+    assert mean.dtype == covariance.dtype == torch.float64 and mean.tolist() == stored["mean"]
+    assert [row[: i + 1] for i, row in enumerate(covariance.tolist())] == stored["covariance"]
+    assert torch.equal(covariance, covariance.T)
+
+
+def test_too_small_an_image_is_named() -> None:
+    with pytest.raises(UserError, match="^NIQE needs an image of at least 96x192, this one is 191x100$"):
+        parts.niqe(torch.rand(1, 3, 100, 191))
 
 
 def test_features_of_each_block(rng) -> None:
