@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch.nn import functional as F
 
 from consissr.config.model import ModelConfig
@@ -266,3 +268,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_unet):
         eps.square().mean().backward()
         results.append([p.grad for p in unet.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_positions_of_other_sizes_are_bicubic():
+    """Of a 4 x 4 map, at 8 x 8: new places lie a quarter to either side of old ones; the cubic of a = -0.75."""
+    layer = attention.SelfAttention(Attention(query_dim=6, heads=2, dim_head=3), side=4)
+    torch.nn.init.normal_(layer.position_emb)
+
+    def cubic(x):
+        return 1.25 * x**3 - 2.25 * x**2 + 1 if x <= 1 else -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+
+    taps = torch.zeros(8, 4)
+    for new in range(8):
+        old = (new + 0.5) / 2 - 0.5
+        for at in range(math.floor(old) - 1, math.floor(old) + 3):
+            taps[new, min(max(at, 0), 3)] += cubic(abs(old - at))
+    wanted = torch.einsum("ri,cj,ijd->rcd", taps, taps, layer.position_emb.view(4, 4, -1)).flatten(0, 1)
+    assert torch.allclose(layer.positions((8, 8)), wanted, atol=1e-5)
