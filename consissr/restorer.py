@@ -29,6 +29,7 @@ from consissr.images.rows import Rows
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
 from consissr.models.fast import compile_all, for_inference
 from consissr.models.memory import pixel_device
+from consissr.models.norms import shared_norms
 from consissr.models.recovery import as_float32, finite, within_memory
 from consissr.models.tiles import OnTile, Tiles, tiles_for
 from consissr.models.vae.latents import Latents
@@ -211,7 +212,8 @@ class Restorer:
         if max(tiles.diffusion):
             together = 1 if self.device.type == "cpu" else 4  # batches save time on accelerators only
             windows = (tiles.diffusion, tiles.stride, config.tile_weights, together, tiles.count)
-            denoiser = TiledDenoiser(denoiser, *windows)
+            sharing = shared_norms if len(plan) == 1 and tiles.alike and not self.compiled else None
+            denoiser = TiledDenoiser(denoiser, *windows, sharing=sharing)
         denoise, first = guided(denoiser, positive, negative, config.guidance), None
         if negative is not None and config.first_prompt != "guided" and plan[0].kind != "step":
             text = negative.text if config.first_prompt == "negative" else positive.text

@@ -38,10 +38,10 @@ def results(restorer, root, request):
 
 
 def test_tiles_change_little(results):
-    """In two steps half of what a second seed does; in one, where seeds hardly matter, a third more."""
+    """Half of what a second seed does, and in one step, where seeds hardly matter, two thirds."""
     whole, tiled, other, steps = results
     share = (tiled - whole).abs().mean() / (other - whole).abs().mean()
-    assert 0 < share < (1.5 if steps == 1 else 0.6)
+    assert 0 < share < (0.8 if steps == 1 else 0.6)
 
 
 def test_no_seams(results):

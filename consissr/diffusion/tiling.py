@@ -7,6 +7,7 @@ trained for, whatever the image's size. Text and image tokens are those of the w
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise, product
 from typing import NamedTuple
 
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 
 WEIGHTS = ("symmetric", "as_released")
 Sides = tuple[int, int]
+Sharing = Callable[[nn.Module, int, Callable[[], object]], AbstractContextManager]
+"""models/norms.py, shared_norms: (network, images, a call of it on patches) -> the context of calls on windows."""
+PATCH, PATCHES = 32, 36
+"""Side in latent pixels, and number, of the patches that stand for a latent as a whole."""
 
 
 class Window(NamedTuple):
@@ -49,6 +54,18 @@ def windows(height: int, width: int, tile: int | Sides, stride: int | Sides) -> 
     return [Window(top, left, h, w) for top, left in product(rows, columns)]
 
 
+def patches(height: int, width: int) -> list[Window]:
+    """At most PATCHES windows of side PATCH, centred in equal parts of a latent of height x width."""
+    across = max(round((PATCHES * width / height) ** 0.5), 1)
+    down = max(PATCHES // across, 1)
+    h, w = min(PATCH, height), min(PATCH, width)
+    tops, lefts = (
+        [round((i + 0.5) * (length - side) / count) for i in range(count)]
+        for length, side, count in ((height, h, down), (width, w, across))
+    )
+    return [Window(top, left, h, w) for top, left in product(tops, lefts)]
+
+
 def gaussian_weights(height: int, width: int, form: str = "symmetric") -> Tensor:
     """Weights (height, width), float64, highest in the middle (CCSR's release): what each window says there.
 
@@ -78,9 +95,11 @@ class TiledDenoiser(nn.Module):
         weights: str = "symmetric",
         batch: int = 4,
         on_tile: Callable[[int], None] = lambda area: None,
+        sharing: Sharing | None = None,
     ) -> None:
+        """sharing: how what a network measures over its whole input is measured on patches, for all windows alike."""
         super().__init__()
-        self.on_tile = on_tile
+        self.on_tile, self.sharing = on_tile, sharing
         self.denoiser, self.tile, self.stride, self.weights, self.batch = (denoiser, tile, stride, weights, batch)
 
     def prepare(self, condition, like=None):
@@ -98,12 +117,16 @@ class TiledDenoiser(nn.Module):
         total, norm = torch.zeros_like(z_t), torch.zeros_like(z_t[:1, :1])
         for window in covering:
             window.crop(norm).add_(weights)
-        for chunk in even_chunks(covering, self.batch):
+
+        def on(chunk: list[Window]) -> Tensor:
             rows = torch.arange(images, device=z_t.device).repeat(len(chunk))
-            eps = self.denoiser(_crops(z_t, chunk), t[rows], _pick(condition, rows, chunk))
-            for window, part in zip(chunk, eps.split(images), strict=True):
-                window.crop(total).add_(weights * part)
-                self.on_tile(window.height * window.width)
+            return self.denoiser(_crops(z_t, chunk), t[rows], _pick(condition, rows, chunk))
+
+        with self.sharing(self.denoiser, images, lambda: on(patches(height, width))) if self.sharing else nullcontext():
+            for chunk in even_chunks(covering, self.batch):
+                for window, part in zip(chunk, on(chunk).split(images), strict=True):
+                    window.crop(total).add_(weights * part)
+                    self.on_tile(window.height * window.width)
         return total.div_(norm)
 
 

@@ -43,6 +43,8 @@ class Tiles:
     """Side of the autoencoder's."""
     vae_tiling: str = "exact"
     """How the autoencoder works in them."""
+    alike: bool = field(default=False, compare=False)
+    """Whether the norms of all windows have the same statistics where a plan has one evaluation (norms.py)."""
     count: Callable[[int], None] = field(default=lambda area: None, compare=False, repr=False)
     """Called with the area of each tile that is done."""
 
@@ -128,6 +130,8 @@ def choose_tiles(
     with OVERLAP. What the configuration of the UNet does not say makes no difference to the cost. Learned
     positions of a side below TILE pixels are interpolated, as nano's are.
 
+    Windows of a model made at TILE pixels have norms of their own, as in its training; those of smaller models share.
+
     The autoencoder works in tiles where a quarter of the memory would not do, and on the CPU from VAE_UNTILED pixels:
     `sampled` where a sample of the image fits into an eighth of the memory, else `exact`, on the CPU of at most TILE
     pixels: what a large image takes above a small one is then little beside SD2.1's weights.
@@ -142,7 +146,8 @@ def choose_tiles(
         largest = TILE if on_cpu and tiling == "exact" else VAE_TILE
         whole = area * needs.vae_bytes <= memory / 4 and not (on_cpu and area * factor**2 >= VAE_UNTILED)
         vae = 0 if whole else min(max(fitting, SMALLEST_TILE), max(largest // factor, SMALLEST_TILE))
-    return Tiles(diffusion, stride, vae, tiling)
+    alike = needs.trained * factor < TILE and config.tile_weights == "symmetric"
+    return Tiles(diffusion, stride, vae, tiling, alike)
 
 
 def _diffusion(
