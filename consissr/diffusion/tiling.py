@@ -144,4 +144,5 @@ def _crops(z: Tensor, chunk: list[Window]) -> Tensor:
 
 def _pick(condition, rows: Tensor, chunk: list[Window]):
     """The condition of each window: its image's tokens, and its part of its image's hint."""
-    return condition.rows(rows).changed(hint=_crops(condition.hint, chunk))
+    without = condition.changed(hint=condition.hint[..., :0, :0])  # or a copy of the whole for every window
+    return without.rows(rows).changed(hint=_crops(condition.hint, chunk))

@@ -165,3 +165,19 @@ def test_chunks_are_even():
     assert [len(chunk) for chunk in even_chunks(list(range(10)), 4)] == [3, 4, 3]
     assert sum(even_chunks(list(range(10)), 4), []) == list(range(10))
     assert even_chunks([1, 2], 1) == even_chunks([1, 2], 0) == [[1], [2]]
+
+
+def test_no_window_copies_the_whole_hint():
+    """Of a large image it would take gigabytes for a batch of windows."""
+    copied = []
+
+    class Watched(Condition):
+        def rows(self, index):
+            copied.append(self.hint.numel())
+            return super().rows(index)
+
+    given = condition(1, 40, 40)
+    watched = Watched(given.text, given.hint, given.image)
+    z, t = torch.zeros(1, 4, 40, 40), torch.tensor([5])
+    assert torch.equal(TiledDenoiser(Pointwise(), 16, 8)(z, t, watched), TiledDenoiser(Pointwise(), 16, 8)(z, t, given))
+    assert copied and max(copied) <= 4 * 16 * 16
