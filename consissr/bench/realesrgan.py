@@ -64,7 +64,9 @@ def main() -> int:
     files = [path for path in sorted(args.lr.iterdir()) if not (args.output / f"{path.stem}.png").exists()]
     for path in tqdm(files, desc="Real-ESRGAN", unit="image"):
         with Image.open(path) as image:
-            enlarge(net, image).save(args.output / f"{path.stem}.png")
+            unfinished = args.output / f".{path.stem}.png"
+            enlarge(net, image).save(unfinished)
+        unfinished.replace(args.output / f"{path.stem}.png")
     return 0
 
 
