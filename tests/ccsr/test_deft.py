@@ -122,6 +122,7 @@ AS_RELEASED += ["adversarial_weight=0.05", "adversarial_start=100"]
 def test_the_released_losses(tiny_model: Path, tmp_path: Path, dinos: list[str]) -> None:
     """MSE + 0.05 (-D), from step 101 on; the discriminator learns from the first step; it and the decoder alone do."""
     stage = Deft(config(tiny_model, tmp_path, *dinos, *(f"deft.{word}" for word in AS_RELEASED)))
+    assert stage.adversary not in stage.compile_modules and stage.lpips is None
     spectral = {name: value.clone() for name, value in stage.buffers.items()}
     for step, weight in ((100, 0.0), (101, 0.05)):
         decoder, judge = losses(stage, step)
@@ -208,6 +209,22 @@ def test_lpips_is_taken_at_its_weight(tiny_model: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(deft, "lpips_network", lambda folder: Distance())
     words = ["deft.perceptual=lpips", "deft.perceptual_weight=3", "deft.adversarial_start=10"]
-    found = losses(Deft(config(tiny_model, tmp_path, *words)), 0)[0]
+    stage = Deft(config(tiny_model, tmp_path, *words))
+    assert stage.lpips in list(stage.networks.modules()), "it goes to the device with the others"
+    found = losses(stage, 0)[0]
     assert found["lpips"].item() == pytest.approx(found["pixel"].item(), rel=1e-6)
     assert found["loss"].item() == pytest.approx(4 * found["pixel"].item(), rel=1e-6)
+
+
+def test_dry_runs_need_no_files(tiny_model: Path, tmp_path: Path) -> None:
+    """The networks of the released sizes (DINO ViT-S/16 at 224, DINOv2 ViT-S/14 at 518, VGG16), without memory."""
+    model = Deft(config(tiny_model, tmp_path)).first.model
+    words = ["deft.perceptual=lpips", "deft.discriminator=dino", "deft.dino=none.pth"]
+    stage = Deft.untrained(config(tiny_model, tmp_path, *words), model)
+    assert stage.first.model is model and next(stage.lpips.parameters()).is_meta
+    judge, summary = stage.adversary.discriminator.vit, stage.adversary.summary
+    for vit, patch, side in ((judge, 16, 224), (summary, 14, 518)):
+        assert vit.side == side and vit.pos_embed.shape == (1, (side // patch) ** 2 + 1, 384)
+        assert vit.patch_embed.proj.kernel_size == (patch, patch) and len(vit.blocks) == 12
+        assert {block.attn.num_heads for block in vit.blocks} == {6} and vit.pos_embed.is_meta
+        assert hasattr(vit.blocks[0].ls1, "gamma") == (vit is summary), "DINOv2 scales its layers"

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from ccsr.adversary import PatchGAN
 from consissr.models.denoiser import Condition, Denoiser
+from consissr.models.vae.latents import narrowed
 from consissr.nano.config import run_config
+from consissr.weights.latents import load_latents
 from scripts.train import stage_builder
 from tests.ccsr.test_nuts_values import LAST, built, predictor
 from tests.training import plain
@@ -162,9 +164,22 @@ def test_what_each_network_is_given(base: Path, model: Path) -> None:
     assert of_decoder[0]["x"].requires_grad and not of_judge[1]["x"].requires_grad
 
 
-def test_what_is_trained(base: Path, model: Path) -> None:
-    stage, _, vae, _ = tuning(base, model)
+def test_what_is_trained(base: Path, model: Path, tmp_path: Path) -> None:
+    """The decoder and the discriminator, each by its optimiser's settings; a narrower decoder where one is asked."""
+    stage, denoiser, vae, judge = tuning(base, model)
     assert {id(p) for p in stage.phases[0].parameters.values()} == {id(p) for p in vae.decoder.parameters()}
+    config = stage.first.config
+    assert [phase.optimizer for phase in stage.phases] == [config.optimizer, config.deft.optimizer]
+    assert stage.compile_modules == [denoiser.unet, denoiser.controlnet, vae.encoder, vae.decoder, judge]
+    narrow, wanted = tuning(base, model, "deft.decoder_width=0.5")[0], narrowed(stage.latents, 0.5).vae.decoder
+    for name, parameter in wanted.named_parameters():
+        assert torch.equal(narrow.phases[0].parameters[name], parameter), name
+    narrow.export(tmp_path)
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain.close(
+            load_latents(tmp_path / "vae").decode(z), narrow.latents.decode(z), 2e-3
+        )  # stored in half precision
 
 
 def test_the_tuned_decoder_restores_the_one_step_result(base: Path, model: Path) -> None:

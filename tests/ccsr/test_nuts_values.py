@@ -141,6 +141,7 @@ def test_soft_tokens_follow_the_empty_prompt(base: Path) -> None:
     first, *_ = built(base)
     soft = SimpleNamespace(encode=lambda x: x.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 2, 8))
     stage = Nuts(first.config, first.model, soft)
+    assert stage.model is first.model
     batch = plain.recorded(2)
     with plain.watched(unet=stage.denoiser.unet) as given:
         plain.learnt(stage, stage.phases[0], batch)
@@ -156,6 +157,7 @@ def test_a_hybrid_of_few_noisy_steps_warns(base: Path, caplog: pytest.LogCapture
         ("nuts.l_diff_t=interval", 667),
         ("nuts.l_diff_t=all", None),
         ("nuts.t_max_step=998", 998),
+        ("nuts.t_max_step=998 nuts.l_diff_t=all", None),
     ):
         caplog.clear()
         built(base, "tala.probability=power", *words.split())
@@ -246,6 +248,8 @@ def test_a_t_max_out_of_range_is_named(base: Path) -> None:
     for step in (-1, 1000):
         with pytest.raises(UserError, match=rf"^nuts.t_max_step is {step}: use a timestep from 1 to 999, or 0$"):
             built(base, f"nuts.t_max_step={step}")
+    with pytest.raises(UserError, match="^nuts.t_max_step is 0: "):  # v1's grid begins there
+        built(base, "sampler.grid=linspace", "sampler.t_max=0.1667", "sampler.t_min=0")
     for step in (1, 999):
         built(base, f"nuts.t_max_step={step}")
 
@@ -274,3 +278,5 @@ def test_a_schedule_of_another_length_is_heeded(base: Path, tmp_path: Path) -> N
         plain.close(z_t, a.sqrt() * z + (1 - a).sqrt() * eps)  # p(49) is 0.5
     assert [tuple(step) for step in stage.plan] == [(99, 66, "renoise"), (66, -1, "x0")]
     assert stage.folder_config().sampler.timesteps == [[99, 66, "renoise"], [66, -1, "x0"]]
+    between, *_ = built(tmp_path / "base", "nuts.l_diff_t=interval")
+    assert (between.t_first, between.t_end) == (49, 67), "t_min is one half"

@@ -1,0 +1,290 @@
+"""How the loop conducts a run, on a toy stage: when it tells, validates and saves; what it says of time; how a run is
+stopped and goes on; and steps that are not finite.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from consissr.config.training import TrainConfig
+from consissr.errors import UserError
+from consissr.nano.config import run_config
+from consissr.training import loop as loop_module
+from consissr.training.checkpoints import list_checkpoints, load_checkpoint
+from consissr.training.loop import Loop
+from consissr.training.run_log import read_log
+from consissr.training.stage import Batch
+from tests.training.test_loop_values import Toy
+
+WORDS = ["batch=4", "micro_batch=2", "tracker=none", "data.crop=16", "precision=fp32", "checkpoint_limit=9"]
+WORDS += ["compile=false", "frozen_precision=fp32", "optimizer.warmup=0", "data.validation_count=2"]
+
+
+class Acting(Toy):
+    """Counts its training micro-batches in a buffer, and does what a test wants in the middle of a step."""
+
+    act: Callable[[Acting, Batch, int], Tensor | float] = lambda stage, batch, step: 1.0
+    """(stage, batch, step) -> a factor of the second phase's loss."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.networks["conv"] = nn.Conv2d(3, 5, 3)
+        self.before = {name: value.clone() for name, value in self.networks.state_dict().items()}
+        self.buffers = {"turn": torch.zeros(1)}
+        self.autocast: set[bool] = set()
+
+    def prepare(self, batch: Batch) -> None:
+        self.autocast.add(torch.is_autocast_enabled("cpu"))
+        super().prepare(batch)
+
+    def second(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        self.buffers["turn"] += 1
+        self.autocast.add(torch.is_autocast_enabled("cpu"))
+        factor = type(self).act(self, batch, step)
+        return {"loss": super().second(batch, step)["loss"] * factor}
+
+    def restore(self, batch: Batch) -> Tensor:
+        self.autocast.add(torch.is_autocast_enabled("cpu"))
+        return super().restore(batch)
+
+
+def acting(act: Callable) -> type[Acting]:
+    """A stage that does `act` in every micro-batch."""
+    return type("Stage", (Acting,), {"act": act})
+
+
+def begun(photos: Path, folder: Path, *words: str, build: type = Acting, resume: str = "") -> Loop:
+    """A run that has not begun."""
+    config = run_config(None, [f"data.paths=[{photos}]", f"output_dir={folder}", *WORDS, *words])
+    return Loop(config, build, resume)
+
+
+def terminate() -> None:
+    """A scheduler's signal, where somebody listens."""
+    assert callable(signal.getsignal(signal.SIGTERM))
+    signal.raise_signal(signal.SIGTERM)
+
+
+def saved(folder: Path) -> list[int]:
+    """Steps of the checkpoints."""
+    return [load_checkpoint(path)["step"] for path in list_checkpoints(folder)]
+
+
+def test_what_is_told_and_saved_when(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A micro-batch is waited for for 1 s and takes 10 s; what is no step's, 100 or 1000 s, does not count."""
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos/3.png").write_bytes((photos / "3.png").read_bytes()[:500])
+    now, asked = [0.0], []
+
+    def work(stage: Acting, batch: Batch, step: int) -> float:
+        now[0] += 10
+        return 1.0
+
+    class Slow(acting(work)):
+        def restore(self, batch: Batch) -> Tensor:
+            now[0] += 100
+            return super().restore(batch)
+
+    def batches() -> Iterator[Batch]:
+        for batch in run.feed.batches(run.step):
+            now[0] += 1
+            yield batch
+
+    words = ["steps=5", "log_every=2", "checkpoint_every=3", "validate_every=2", "workers=3"]
+    words += [f"data.validation={photos}"]
+    monkeypatch.setattr(loop_module, "product_rate", lambda *given: asked.append(given) or 7.0)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    run = begun(tmp_path / "photos", tmp_path / "run", *words, build=Slow)
+    assert asked == [(torch.device("cpu"), False)]
+    monkeypatch.setattr(run, "batches", batches)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    now[0] = 1000.0
+    assert run.run() == tmp_path / "run"
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert run.log.bar.n == 5 and run.log.bar.disable, "its line is ended"
+
+    lines = read_log(tmp_path / "run/log.jsonl")
+    told = [(line["step"], line.get("images")) for line in lines]
+    assert told == [(2, 8), (2, None), (4, 16), (4, None), (5, 20), (5, None)]
+    for line, waited in zip(lines[::2], (1.5, 2, 2), strict=True):  # the first wait fills the feed
+        assert line["steps_per_second"] == round(1 / 22, 4) and line["data_seconds"] == waited, line
+        # Of both micro-batches' products of (2, 3) and (3, n), n outputs: 2 * 2 * 3 n operations, forward (n = 3 three
+        # times, 1 three times), to weights (3 twice, 1 twice), and to the judge's input.
+        assert line["peak_share"] == round(2 * 12 * (3 * 3 + 3 + 2 * 3 + 2 + 1) / 22 / 7, 4)
+        assert line["peak_mb"] > 1 and line["skipped"] == 1 and "not_finite" not in line
+    assert all("validation/restored_psnr" in line for line in lines[1::2])
+    assert sorted(path.name for path in (tmp_path / "run/validation").iterdir()) == [f"step-{n}.png" for n in (2, 4, 5)]
+    assert saved(tmp_path / "run") == [3, 5]
+    about = json.loads((tmp_path / "run/run.json").read_text())
+    wanted = {"device": "cpu", "processes": 1, "engine": "ddp", "autocast": "fp32", "global_batch": 4}
+    assert about.items() >= (wanted | {"micro_batches": 2, "workers": 3}).items()
+
+
+def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path) -> None:
+    """Autocast in every forward pass, frozen matrices stored as they are computed; exported as they were."""
+    from torch._functorch import config as functorch
+
+    compiled = []
+
+    class Compiled(Acting):
+        def __init__(self, config: TrainConfig) -> None:
+            super().__init__(config)
+            self.compile_modules = [SimpleNamespace(compile=lambda: compiled.append(config))]
+
+    low = ["precision=bf16", "frozen_precision=bf16", "compile=true", f"data.validation={photos}", "steps=1"]
+    with functorch.patch(donated_buffer=True):
+        run = begun(photos, tmp_path / "low", *low, "timeout=3", build=Compiled)
+        assert compiled == [run.config] and functorch.donated_buffer is False
+    assert run.accelerator.init_handler.timeout == timedelta(minutes=6), "processes tell of silence before that"
+    assert run.accelerator.ddp_handler.gradient_as_bucket_view
+    stage = run.stage
+    assert stage.frozen.weight.dtype == torch.bfloat16 and stage.maker.weight.dtype == torch.float32
+    assert stage.networks["conv"].weight.is_contiguous(memory_format=torch.channels_last)
+    run.run()
+    assert stage.autocast == {True}
+    result = torch.load(tmp_path / "low/result.pt")
+    for name in ("frozen.weight", "conv.weight"):
+        assert torch.equal(result[name], stage.before[name]) and result[name].dtype == torch.float32
+    assert json.loads((tmp_path / "low/run.json").read_text())["autocast"] == "bf16"
+
+    for words in (["precision=fp32", "frozen_precision=bf16"], ["precision=bf16", "frozen_precision=auto"]):
+        plain = begun(photos, tmp_path / "plain", *words).stage
+        assert plain.frozen.weight.dtype == torch.float32, f"{words}: in bfloat16 on GPUs, where autocast is on"
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """SIGTERM ends it after the step; the window of the log, the count of what was left out, and the buffers go on."""
+    words = ["steps=5", "log_every=4", "checkpoint_every=9", "skip_not_finite=true", "ema=0.5"]
+    words += [f"data.validation={photos}", "validate_every=2"]
+
+    def infinite(stage: Acting, batch: Batch, step: int) -> float:
+        return torch.inf if step in (0, 3) else 1.0
+
+    def stopping(stage: Acting, batch: Batch, step: int) -> float:
+        if step == 1:
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "what is ignored, as in background jobs, stays so"
+            terminate()
+        return infinite(stage, batch, step)
+
+    begun(photos, tmp_path / "through", *words, build=acting(infinite)).run()
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run = begun(photos, tmp_path / "stopped", *words, build=acting(stopping))
+        with pytest.raises(UserError, match="^stopped by SIGTERM after step 2, which is saved: use --resume latest$"):
+            run.run()
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert capfd.readouterr().err.count("\nSIGTERM: finishing this step and saving it first\n") == 1
+    assert saved(tmp_path / "stopped") == [2] and run.log.bar.disable
+    begun(photos, tmp_path / "stopped", *words, build=acting(infinite), resume="latest").run()
+
+    states = [load_checkpoint(tmp_path / name / "checkpoint-5") for name in ("through", "stopped")]
+    assert states[0].keys() == states[1].keys() and states[0]["buffers"]["turn"].item() == 10
+    assert states[0]["not_finite"] == 2
+    for part in ("weights", "ema", "buffers", "optimizers", "not_finite", "since", "window", "step"):
+        assert repr(states[0][part]) == repr(states[1][part]), part
+    for name, value in states[0]["weights"].items():
+        assert torch.equal(value, states[1]["weights"][name]), name
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("through", "stopped")]
+    told = [(line["step"], line.get("not_finite")) for line in logs[0]]
+    assert told == [(2, None), (4, 2), (4, None), (5, 2), (5, None)]
+    for first, second in zip(*logs, strict=True):
+        for key in first.keys() - {"steps_per_second", "data_seconds", "peak_mb", "peak_share"}:
+            assert repr(first[key]) == repr(second[key]), (first["step"], key)
+
+    class Wider(Acting):
+        def __init__(self, config: TrainConfig) -> None:
+            super().__init__(config)
+            self.buffers = {"turn": torch.zeros(2)}
+
+    for build, part in ((Wider, "buffers"), (Toy, "buffers")):
+        with pytest.raises(UserError, match=f"checkpoint-5 is of another configuration: its {part} differ from this "):
+            begun(photos, tmp_path / "stopped", *words, build=build, resume="latest")
+
+
+def test_who_else_stops_a_run(photos: Path, tmp_path: Path) -> None:
+    orphan = begun(photos, tmp_path / "a", "steps=3")
+    orphan.processes.orphaned = lambda: True
+    with pytest.raises(UserError, match="^stopped by its launcher's end after step 1, which is saved"):
+        orphan.run()
+    told = begun(photos, tmp_path / "b", "steps=3")
+    read = told.signs.read
+    told.signs.read = lambda every: [(about, [1.0, *bad]) for about, (_, *bad) in read(every)]
+    with pytest.raises(UserError, match="^stopped by a signal to another process after step 1, which is saved"):
+        told.run()
+
+
+def test_ctrl_c_again_ends_at_once(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a second, in which launchers repeat it."""
+    now, usual = [10.0], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    run = begun(photos, tmp_path)
+    for number, at in ((signal.SIGTERM, 10.0), (signal.SIGINT, 11.0), (signal.SIGTERM, 12.0)):
+        now[0] = at
+        run.on_signal(number, None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.on_signal(signal.SIGINT, None)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and run.signalled == "SIGTERM"
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert capfd.readouterr().err.count("finishing this step") == 1
+    second = begun(photos, tmp_path)
+    second.rank = 1
+    second.on_signal(signal.SIGINT, None)
+    assert second.signalled == "SIGINT" and "finishing" not in capfd.readouterr().err, "the first process tells"
+
+
+def test_what_is_not_finite_is_told_with_its_files(photos: Path, tmp_path: Path) -> None:
+    """Those of the step, of all its micro-batches; the steps before are saved."""
+    names: list[str] = []
+
+    def infinite(stage: Acting, batch: Batch, step: int) -> float:
+        names.extend(batch.names if step == 2 else [])
+        return torch.inf if step == 2 else 1.0
+
+    run = begun(photos, tmp_path, "steps=5", "checkpoint_every=1", build=acting(infinite))
+    with pytest.raises(UserError) as told:
+        run.run()
+    assert len(names) == 4 and str(told.value).startswith("step 2: loss of 'judge' is not finite ({'loss': inf}); ")
+    assert f"files: {', '.join(names)}; last good checkpoint: {tmp_path}/checkpoint-2:" in str(told.value)
+    assert saved(tmp_path) == [1, 2]
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_told(photos: Path, tmp_path: Path) -> None:
+    def stop(stage: Acting, batch: Batch, step: int) -> float:
+        terminate()
+        return 1.0
+
+    (tmp_path / "file").write_text("")
+    for build, steps in ((Acting, 1), (acting(stop), 9)):
+        run = begun(photos, tmp_path / str(steps), f"steps={steps}", "checkpoint_every=9", build=build)
+        run.writer.output_dir = tmp_path / "file"
+        with pytest.raises(UserError, match="step 1 could not be written"):
+            run.run()
+
+
+def test_runs_that_cannot_begin(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large(Acting):
+        def __init__(self, config: TrainConfig) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    built = r"^out of memory while the networks were built \(--dry-run estimates what they need\)$"
+    with pytest.raises(UserError, match=built):
+        begun(photos, tmp_path, build=Large)
+    monkeypatch.setattr(loop_module, "launched", lambda: 2)
+    with pytest.raises(UserError, match="^2 processes were launched, 1 joined: check the launcher's settings$"):
+        begun(photos, tmp_path)
