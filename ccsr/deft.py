@@ -85,7 +85,10 @@ class Deft(Stage):
         return {"loss": reconstruction + weight * losses["adversarial"], **losses}
 
     def discriminator_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Hinge loss on the logits of photographs and of the decoder's images of this step."""
+        """Hinge loss on the logits of photographs and of the decoder's images of this step.
+
+        The hinge and its half are those of LDM's VAE training, which the paper points to, and of both releases.
+        """
         real, _ = self.adversary(batch.hq, batch, self.adversary.view(batch))
         fake, _ = self.adversary(batch.cache["image"], batch, self.adversary.view(batch))
         loss_real, loss_fake = F.relu(1 - real).mean(), F.relu(1 + fake).mean()

@@ -40,11 +40,12 @@ def nuts_losses(
     losses: Sequence[str] = LOSSES,
     error: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
 ) -> dict[str, Tensor]:
-    """Eq. 1 to 3 of CCSR: the wanted `losses` by name, each a mean over all elements; for no others the network runs.
+    """Eq. 1 to 3 of CCSR: the wanted `losses` by name; for no others the network runs.
 
     denoise(z_t, t) -> eps_theta. Latents and noises are (B, C, h, w); t (B,) are l_diff's timesteps; z_start is the
-    latent that is noised to T; x0_from_T is noised again to `t_max`. The three noises are for t, T and t_max. The
-    gradient flows through x0_from_T into l_tmax.
+    latent that is noised to T (z_hq in the paper); x0_from_T is noised again to `t_max`. The three noises are for t, T
+    and t_max. As released: each loss is a mean over all elements where the paper has a squared norm, and l_tmax's
+    gradient flows back through x0_from_T, on which the paper is silent.
     """
     T, tmax = torch.full_like(t, len(schedule) - 1), torch.full_like(t, t_max)
     terms = {}
@@ -90,7 +91,7 @@ class Nuts(Restoration):
 
         hybrid = "l_diff" in c.losses and self.augmentation != "off"
         wanted = [name for name in c.losses if name != "l_diff"] if hybrid else c.losses
-        z_start = z_lq if c.start == "lq" else z_hq
+        z_start = z_lq if c.start == "lq" else z_hq  # lq is ours, hq the paper's
         losses = nuts_losses(denoise, z_hq, z_start, t, noises, self.schedule, self.t_max, wanted, self.error)
         if hybrid:
             losses["l_diff"] = self.augmented_loss(denoise, batch, t, noises[0])

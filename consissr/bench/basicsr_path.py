@@ -67,7 +67,7 @@ def dataset(folder: str | Path, meta_info: str | Path, config: DegradationConfig
 def feed_data(hq: torch.Tensor, kernels: list[torch.Tensor], config: DegradationConfig) -> torch.Tensor:
     """LQ [B,3,H/scale,W/scale] in [0,1] that basicsr's RealESRGANModel makes of square hq [B,3,H,W] in [0,1].
 
-    kernels: first, second, last, [B,21,21] each. Sharpening and the pair pool are left out, as both papers have it.
+    kernels: first, second, last, [B,21,21] each. Left out: sharpening, which neither release does, and the pair pool.
     Draws come from the global random streams.
     """
     prepare_basicsr()

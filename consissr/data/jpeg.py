@@ -1,8 +1,8 @@
 """JPEG compression and decompression (4:2:0) of float images at real-valued qualities, on any device.
 
-The arithmetic is that of DiffJPEG, which both papers' degradations use: unrounded quantisation tables, box-filtered
-chroma, zero padding, rounding of the coefficients only (the result is not rounded to 8 bits). Entropy coding loses
-nothing and is left out.
+The arithmetic is that of DiffJPEG, which Real-ESRGAN's degradation uses, and with it both releases': unrounded
+quantisation tables, box-filtered chroma, zero padding, rounding of the coefficients only (the result is not rounded to
+8 bits). Entropy coding loses nothing and is left out.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Settings of the two-stage degradation: the papers' values under two names."""
+"""Settings of the two-stage degradation: the releases' values under two names."""
 
 from dataclasses import dataclass
 
@@ -64,7 +64,7 @@ CCSR = DegradationConfig(
         gaussian=(1.0, 12.0), poisson=(0.05, 1.0), jpeg=(60.0, 100.0),
     ),
 )  # fmt: skip
-"""CCSR's training settings, milder than Real-ESRGAN's."""
+"""CCSR's release: milder than Real-ESRGAN's."""
 
 CONSISSR = DegradationConfig(
     first=StageConfig(
@@ -78,7 +78,7 @@ CONSISSR = DegradationConfig(
     second_blur_prob=0.8,
     enlarge=("bicubic",),
 )  # fmt: skip
-"""ConsisSR's training settings: Real-ESRGAN's own."""
+"""ConsisSR's release: Real-ESRGAN's own strengths."""
 
 PRESETS = {"ccsr": CCSR, "consissr": CONSISSR}
 

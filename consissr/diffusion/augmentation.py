@@ -18,7 +18,8 @@ def probability(t: Tensor, form: str = "power", gamma: float = 10.0, T: int = 10
 
     `power`        ((t + 1) / T) ** gamma, the paper's (it counts 1..T): 1 at the noisiest step
     `as_released`  (t / T) ** gamma, at most 0.990
-    `linear`       max(1 - 2.5 (1 - (t + 1) / T), 0): 1 at the noisiest step, 0 from 0.6 T down
+    `linear`       max(1 - 2.5 (1 - (t + 1) / T), 0): 1 at the noisiest step, 0 from 0.6 T down. The paper prints
+                   max(1 - 2.5 t / T, 0), which reverses time: Sec. 3.4 wants p(T) = 1
     `off`          0: ordinary DDPM training
     """
     if form not in FORMS:

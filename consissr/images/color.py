@@ -1,7 +1,7 @@
 """Colour transfer: give a restored image the colours of the low-quality image.
 
 Functions take NCHW tensors in one common range, whatever it is, and do not clamp. They were checked against
-the arrays that the authors' code produces (StableSR's colour fix, which both papers use).
+the arrays that the authors' code produces (StableSR's colour fix, which both releases use and neither paper mentions).
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """Stage 'clip': a small text/image encoder pair from scratch, contrasting photographs with their captions (for `nano`).
 
-Captions are measured (`data.captions`), so the pair knows colours, light, contrast, texture and direction, not objects.
+Captions are measured (captions.py), so the pair knows colours, light, contrast, texture and direction, not objects.
 """
 
 import json

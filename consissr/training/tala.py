@@ -59,7 +59,10 @@ class Tala(Restoration):
         return batch.randint(len(self.schedule))
 
     def error(self, eps_hat: Tensor, target: Tensor, t: Tensor) -> Tensor:
-        """Squared error of predicted noise (B, C, h, w) at `t` (B,), a mean over all elements."""
+        """Squared error of predicted noise (B, C, h, w): the paper's squared norm as a mean, as the release takes it.
+
+        t (B,) is for subclasses that weigh timesteps.
+        """
         return F.mse_loss(eps_hat, target)  # (Eq. 2, ConsisSR)
 
     @torch.no_grad()
