@@ -36,7 +36,7 @@ class PatchGAN(nn.Module):
         return self
 
     def prepare(self, batch: Batch) -> None:
-        """Nothing to prepare."""
+        """Needs nothing of a batch."""
 
     def view(self, batch: Batch) -> None:
         """Images are seen as they are."""

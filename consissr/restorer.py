@@ -245,7 +245,7 @@ class Restorer:
         @torch.no_grad()
         def attempt(rows: slice, tiles: Tiles) -> Tensor:
             noise = draw or seeded_draw(seed, keys[rows], repeat)
-            tiles = tiles.told(on_tile, *latent_size, len(plan))
+            tiles = tiles.reporting(on_tile, *latent_size, len(plan))
             latents = self.tiled_latents(tiles)
             return latents.decode(  # z has no name here, so that the decoder can let it go
                 self.restore_latent(x[rows], noise, config=config, plan=plan, tiles=tiles, on_step=on_step)

@@ -93,7 +93,7 @@ def check_model(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, do what was asked."""
+    """Restore, measure and compare with the limits; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="bundled name or model folder")
     parser.add_argument("--realsr", type=Path, help="folder with LR/ and HR/ of real pairs, RealSR's or others")

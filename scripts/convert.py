@@ -17,7 +17,7 @@ from consissr.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, do what was asked, report; one line per mistake and exit status 2."""
+    """Convert, list, fetch or publish; returns the exit status, 2 and one line for a mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, nargs="?", help="the authors' checkpoint or folder; --push: model folder")
     parser.add_argument("target", type=Path, nargs="?", help="folder to write; must not exist")

@@ -72,7 +72,7 @@ def launch(load: Callable, args: argparse.Namespace, root: Path, runs: dict) -> 
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The call."""
+    """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", help="a folder, checkpoint or hub id to offer beside the models with names")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine only)")

@@ -99,7 +99,7 @@ def evaluation(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, do what was asked."""
+    """Evaluate; returns the exit status."""
     args = parser(__doc__).parse_args(arguments)
     return exit_status(lambda: evaluation(args))
 

@@ -61,7 +61,7 @@ def restore(args: argparse.Namespace) -> int:
     if not args.quiet:
         out.print(process + terminal.summary(report.counts, restorer.precision if restorer else ""), markup=False)
     failed = report.counts["failed"] > 0
-    processes.leave(failed, world)
+    processes.finish(failed, world)
     return 1 if failed else 0
 
 

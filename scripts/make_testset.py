@@ -40,7 +40,7 @@ def make_testset(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, do what was asked."""
+    """Write the test set; returns the exit status."""
     args = parser().parse_args(arguments)
     return exit_status(lambda: make_testset(args), "start again with an --output that is not there yet")
 

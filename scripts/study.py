@@ -67,7 +67,7 @@ def study(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, do what was asked."""
+    """Run the studies; returns the exit status."""
     args = parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that children are ended, too
     return exit_status(lambda: study(args), "the same command goes on")

@@ -40,7 +40,7 @@ class Timed(Loop):
         self.frozen.originals.clear()  # nothing is exported; in a run they are on the CPU
 
     def save(self, wait: bool) -> None:
-        """Nothing."""
+        """A rehearsal keeps no checkpoint."""
 
     def tell(self) -> None:
         """Seconds per step, those of them that waited for data, the share of what matrix products reach."""

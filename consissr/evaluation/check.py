@@ -2,8 +2,7 @@
 
 1. PSNR-Y, SSIM-Y and NIQE. Bicubic has the PSNR without the detail; bicubic plus grain has the NIQE without it.
    ST-LPIPS, a learned distance to HR (not the LPIPS of tables), tells detail from either.
-2. Flat-block ratio: roughness where the photograph is smooth, which grain and hallucination raise. Of all 16x16 blocks
-   of the set, the tenth in which HR's Y has the least standard deviation; mean deviation of the result over HR's.
+2. Flat-block ratio (flat.py): roughness where the photograph is smooth, which grain and hallucination raise.
 3. Wrong-condition drop: the PSNR lost when the model is fed another image's condition (0 for a model that ignores it).
 """
 

@@ -190,11 +190,14 @@ def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settin
         on_tile=lambda *now: report.on_tile(jobs[0], *now),
     )
     # As samples, a fourth of the size: a large result may wait for its predecessor to be written.
-    said = [replace(photo, form=_said(photo.form, job, settings)) for job, photo in zip(jobs, photos, strict=True)]
-    return [codec.samples_for(job.target, photo) for job, photo in zip(jobs, said, strict=True)]
+    results = []
+    for job, photo in zip(jobs, photos, strict=True):
+        tagged = replace(photo, form=_with_metadata(photo.form, job, settings))
+        results.append(codec.samples_for(job.target, tagged))
+    return results
 
 
-def _said(form: codec.Form, job: Job, settings: Settings) -> codec.Form:
+def _with_metadata(form: codec.Form, job: Job, settings: Settings) -> codec.Form:
     """A form with the metadata that its result is to have."""
     if settings.metadata == "strip":
         return replace(form, exif=None, xmp=None)

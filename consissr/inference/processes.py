@@ -45,8 +45,8 @@ def choose_device(name: str, local_rank: int = 0) -> str:
     return name
 
 
-def leave(failed: bool, world: int) -> None:
-    """Call once when this process is done. One that `failed` waits here until all `world` processes are.
+def finish(failed: bool, world: int) -> None:
+    """Tell the others that this process is done; one that `failed` waits here until all `world` processes are.
 
     torchrun and accelerate launch end all processes as soon as one leaves with a status other than 0; their agent's
     store outlives the processes, so those that succeeded need not wait. A process that dies is no reason to wait for

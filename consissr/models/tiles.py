@@ -55,8 +55,11 @@ class Tiles:
         halved = replace(self, diffusion=(half, half), stride=(half * 3 // 4,) * 2, vae=vae)
         return None if halved == self or largest <= SMALLEST_TILE else halved
 
-    def told(self, tell: OnTile | None, height: int, width: int, evaluations: int) -> Tiles:
-        """The same, telling of each tile done of an image with a latent of height x width, encoded and decoded once."""
+    def reporting(self, tell: OnTile | None, height: int, width: int, evaluations: int) -> Tiles:
+        """The same, but `tell` is called after each tile of an image whose latent has height x width.
+
+        The image is encoded and decoded once and passes the denoiser `evaluations` times.
+        """
         if tell is None:
             return self
         number = area = 0

@@ -34,7 +34,10 @@ class PhaseLoss(nn.Module):
 
 
 class Player:
-    """One phase in training."""
+    """One phase in training: its loss, whose gradients are averaged over processes, and its optimiser.
+
+    A GAN's two players have one each; while one is trained the other's parameters require no gradient.
+    """
 
     def __init__(self, phase: Phase, accelerator: Accelerator, sharded: bool) -> None:
         self.phase, self.name = phase, phase.name

@@ -29,7 +29,7 @@ from consissr.training.failures import not_finite, out_of_memory_in_one_line, st
 from consissr.training.feed import Feed
 from consissr.training.optimisers import learning_rate, load_optimizer
 from consissr.training.precision import Frozen, use_autocast
-from consissr.training.processes import Processes, Signs
+from consissr.training.processes import Flags, Processes
 from consissr.training.run_log import RunLog
 from consissr.training.stage import Batch, Stage, seed_of, trained_ids
 from consissr.training.validation import Validation
@@ -64,7 +64,7 @@ class Loop:
             raise UserError(f"{launched()} processes were launched, {self.world} joined: check the launcher's settings")
         self.autocast = use_autocast(config, self.device)
         self.processes = Processes(self.rank, self.world, self.device, config.timeout)
-        self.signs = Signs(self.processes)
+        self.flags = Flags(self.processes)
         self.signalled: str = ""
         """What asked this process to stop."""
         self.stopping = False
@@ -152,13 +152,13 @@ class Loop:
         self.average.update()
         watched = [f"{player.name}/{what}" for what in ("loss", "grad_norm") for player in self.players]
         bad = [~torch.isfinite(totals[name]) for name in watched]
-        self.signs.give((self.step, self.files, watched, totals), [float(bool(self.signalled)), *bad])
+        self.flags.post((self.step, self.files, watched, totals), [float(bool(self.signalled)), *bad])
         self.files = []
-        self.heed()
+        self.check_flags()
 
-    def heed(self, all_of_them: bool = False) -> None:
-        """Stop where a process was asked to; what was not finite ends the run, or is counted."""
-        for (step, files, watched, totals), (stop, *bad) in self.signs.read(all_of_them):
+    def check_flags(self, all_of_them: bool = False) -> None:
+        """Prepare to stop where any process was asked to; a step that was not finite ends the run, or is counted."""
+        for (step, files, watched, totals), (stop, *bad) in self.flags.collect(all_of_them):
             self.stopping |= stop > 0
             if not any(bad):
                 continue
@@ -299,7 +299,7 @@ class Loop:
 
     def save(self, wait: bool) -> None:
         """Checkpoint of the current step, by the first process, while training goes on unless it is to `wait`."""
-        self.heed(all_of_them=True)
+        self.check_flags(all_of_them=True)
         self.window.share(self.processes)
         optimizers = {player.name: player.optimizer_state() for player in self.players}
         if self.rank == 0:

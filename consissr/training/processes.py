@@ -172,7 +172,7 @@ def broken(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
-class Signs:
+class Flags:
     """What the processes must agree on after each step: whether to stop, and whether something was not finite.
 
     Read at once on a CPU; on a GPU a step later, so that nothing waits for the step that is being computed.
@@ -182,11 +182,11 @@ class Signs:
         self.processes = processes
         self.pending: list[tuple[Any, Tensor, torch.cuda.Event | None]] = []
 
-    def give(self, about: Any, signs: list[Tensor | float]) -> None:
-        """Numbers of a step, 0 where nothing is wrong; `about` comes back with their sums."""
+    def post(self, about: Any, flags: list[Tensor | float]) -> None:
+        """Add up a step's numbers, 0 where nothing is wrong, over processes; `about` comes back with their sums."""
         device = self.processes.device
         # A number is filled in there: to copy it would wait for the device.
-        row = torch.stack([s.float() if isinstance(s, Tensor) else torch.full((), s, device=device) for s in signs])
+        row = torch.stack([s.float() if isinstance(s, Tensor) else torch.full((), s, device=device) for s in flags])
         if self.processes.world > 1:
             dist.all_reduce(row)
         if device.type != "cuda" or not torch.cuda.is_available():
@@ -198,8 +198,8 @@ class Signs:
         complete.record()
         self.pending.append((about, there, complete))
 
-    def read(self, all_of_them: bool = False) -> list[tuple[Any, list[float]]]:
-        """What is known by now: everything but a GPU's last step, or `all_of_them`."""
+    def collect(self, all_of_them: bool = False) -> list[tuple[Any, list[float]]]:
+        """(about, sums) of the steps known by now: everything but a GPU's last step, or `all_of_them`."""
         keep = 0 if all_of_them or (self.pending and self.pending[-1][2] is None) else 1
         known = self.pending[: len(self.pending) - keep]
         self.pending = self.pending[len(known) :]

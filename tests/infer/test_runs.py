@@ -81,9 +81,9 @@ def test_a_bad_file_does_not_end_the_other_processes(root, tmp_path, rng):
 def test_without_an_agent_nobody_waits(monkeypatch):
 
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    processes.leave(failed=True, world=2)
+    processes.finish(failed=True, world=2)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    processes.leave(failed=True, world=1)
+    processes.finish(failed=True, world=1)
 
 
 @pytest.mark.parametrize(("failed", "arrived"), [(True, 2), (True, 1), (False, 1)])
@@ -102,9 +102,9 @@ def test_a_failed_process_waits_for_the_others_and_not_for_ever(monkeypatch, fai
         processes.time, "sleep", lambda seconds, nap=processes.time.sleep: naps.append(seconds) or nap(seconds)
     )
     if arrived == 2:
-        processes.leave(failed=False, world=2)
+        processes.finish(failed=False, world=2)
     assert not naps
-    processes.leave(failed, world=2)
+    processes.finish(failed, world=2)
     assert bool(naps) == (failed and arrived == 1)
 
 

@@ -219,8 +219,8 @@ def test_who_else_stops_a_run(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^stopped by its launcher's end after step 1, which is saved"):
         orphan.run()
     told = begun(photos, tmp_path / "b", "steps=3")
-    read = told.signs.read
-    told.signs.read = lambda every: [(about, [1.0, *bad]) for about, (_, *bad) in read(every)]
+    collect = told.flags.collect
+    told.flags.collect = lambda every: [(about, [1.0, *bad]) for about, (_, *bad) in collect(every)]
     with pytest.raises(UserError, match="^stopped by a signal to another process after step 1, which is saved"):
         told.run()
 

@@ -4,8 +4,7 @@
                convolution the pixels it would see, the middle attention all positions.
 `windowed`     the same, but the middle attention looks at windows, so its cost grows with the image's area only.
 `sampled`      one pass: the norms' statistics come from a sample of the image, attention looks at windows.
-`as_released`  the decoder of CCSR's release: tiles padded by 11, norms with means and variances averaged over the
-               padded tiles, attention per tile (the encoder runs untiled). An approximation; for comparisons.
+`as_released`  the tiled decoder of CCSR's release (released.py); the encoder runs untiled. For comparisons.
 """
 
 from __future__ import annotations
