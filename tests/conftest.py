@@ -22,6 +22,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for jobs in backgrou
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: none is left to one process at the end while the other waits."""
+    long = ("tests/training/", "tests/conformance/", "tests/weights/", "tests/test_cuda.py")
+    items.sort(key=lambda item: not item.nodeid.startswith(long))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
