@@ -66,8 +66,8 @@ class SamplerConfig:
     vae_tile: int = -1
     """Side of an autoencoder tile in output pixels; 0 turns tiles off, -1 chooses from image size and memory."""
     vae_tiling: str = "auto"
-    """Autoencoder tiles: 'exact', 'windowed' (attention in windows), 'sampled' (one pass, norms from a sample of the
-    image), 'as_released' (CCSR v2, decoder only); 'auto': sampled where a sample fits into the memory, else exact."""
+    """Autoencoder tiles: 'exact', 'sampled' (one pass: norms from a sample of the image, attention in windows),
+    'as_released' (CCSR v2, decoder only); 'auto': sampled where a sample fits into the memory, else exact."""
 
     def __post_init__(self) -> None:
         check_word(self.plan, ("nuts", "ddpm"), "sampler.plan")
@@ -78,7 +78,7 @@ class SamplerConfig:
         check_word(self.geometry, ("pad", "ccsr", "ccsr_v1", "consissr"), "sampler.geometry")
         check_word(self.color_fix, ("adain", "wavelet", "none"), "sampler.color_fix")
         check_word(self.tile_weights, ("symmetric", "as_released"), "sampler.tile_weights")
-        check_word(self.vae_tiling, ("auto", "exact", "windowed", "sampled", "as_released"), "sampler.vae_tiling")
+        check_word(self.vae_tiling, ("auto", "exact", "sampled", "as_released"), "sampler.vae_tiling")
         if not isfinite(self.guidance):
             raise UserError(f"sampler.guidance is {self.guidance}: use a number, 1 for off")
         for name in ("short_side", "margin"):

@@ -77,8 +77,8 @@ class Plain:
 class TileRunner:
     """Runs a list of operations on a map (B,C,H,W) through tiles; `tile` is a side in latent pixels."""
 
-    def __init__(self, ops: list[Op], tile: int, latent_size: tuple[int, int], windowed: bool) -> None:
-        self.ops, self.tile, self.latent_size, self.windowed = ops, tile, latent_size, windowed
+    def __init__(self, ops: list[Op], tile: int, latent_size: tuple[int, int]) -> None:
+        self.ops, self.tile, self.latent_size = ops, tile, latent_size
         self.statistics: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(self, x: Tensor) -> Tensor:
@@ -119,16 +119,15 @@ class TileRunner:
     def segment(self, source: Packed | Plain, start: int, stop: int) -> Packed | Plain:
         """Operations start..stop-1 on a stored map."""
         whole = Box(0, self.sizes[start][0], 0, self.sizes[start][1])
-        if self.ops[start].kind == "attention" and not self.windowed:
+        if self.ops[start].kind == "attention":  # a segment of its own (see `cuts`): all positions at once
             tile = advance(Tile(source.read(whole), whole, self.sizes[start]), self.ops[start], None)
             source.write(whole, tile.x)
             return source
         for i in range(start, stop):
-            if self.ops[i].kind in ("norm", "attention"):
+            if self.ops[i].kind == "norm":
                 self.gather(i, (self.part(source, start, i, box) for box in self.boxes(i)))
         same = source.shape[1:] == (self.channels[stop], *self.sizes[stop])
-        windows = any(op.kind == "attention" for op in self.ops[start:stop])  # strips would be windows of full width
-        if 0 < start and stop < len(self.ops) and same and not windows:
+        if 0 < start and stop < len(self.ops) and same:
             return self.overwrite(source, start, stop)
         out = self.empty(stop)
         for box in self.boxes(stop):

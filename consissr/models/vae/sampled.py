@@ -31,7 +31,7 @@ class SampledTiles(TileRunner):
     def __init__(
         self, ops: list[Op], tile: int, latent_size: tuple[int, int], on_tile: Callable[[int], None] = lambda area: None
     ) -> None:
-        super().__init__(ops, tile, latent_size, windowed=True)
+        super().__init__(ops, tile, latent_size)
         self.on_tile = on_tile
 
     def run(self, x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 `exact`        equals the untiled result up to rounding: every GroupNorm sees the statistics of the whole image, every
                convolution the pixels it would see, the middle attention all positions.
-`windowed`     the same, but the middle attention looks at windows, so its cost grows with the image's area only.
-`sampled`      one pass: the norms' statistics come from a sample of the image, attention looks at windows.
+`sampled`      one pass: the norms' statistics come from a sample of the image, and the middle attention looks at windows,
+               so its cost grows with the image's area only.
 `as_released`  the tiled decoder of CCSR's release (released.py); the encoder runs untiled. For comparisons.
 """
 
@@ -22,7 +22,7 @@ from consissr.models.vae.operations import Box, Op, decoder_ops, encoder_ops
 from consissr.models.vae.released import RELEASED_MARGIN, PooledTiles
 from consissr.models.vae.sampled import SampledTiles
 
-MODES = ("exact", "windowed", "sampled", "as_released")
+MODES = ("exact", "sampled", "as_released")
 
 
 class TiledLatents(Latents):
@@ -74,7 +74,7 @@ class TiledLatents(Latents):
         if self.mode == "sampled":
             out = SampledTiles(ops, self.tile, size, self.on_tile).run(x)
         else:
-            out = TileRunner(ops, self.tile, size, self.mode == "windowed").run(x)
+            out = TileRunner(ops, self.tile, size).run(x)
             self.on_tile(size[0] * size[1])
         trim_heap()
         return out
