@@ -28,12 +28,13 @@ from consissr.training.engine import Average, Player
 from consissr.training.failures import not_finite, out_of_memory_in_one_line, step_errors_in_one_line
 from consissr.training.feed import Feed
 from consissr.training.optimisers import learning_rate, load_optimizer
-from consissr.training.precision import Frozen, use_autocast
+from consissr.training.precision import Frozen
 from consissr.training.processes import Flags, Processes
 from consissr.training.run_log import RunLog
 from consissr.training.stage import Batch, Stage, seed_of, trained_ids
 from consissr.training.validation import Validation
 from consissr.training.window import LogWindow, counted, product_rate
+from consissr.weights.precision import choose_precision
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What asks a run to stop: a scheduler, and Ctrl-C."""
@@ -62,7 +63,7 @@ class Loop:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if launched() != self.world:
             raise UserError(f"{launched()} processes were launched, {self.world} joined: check the launcher's settings")
-        self.autocast = use_autocast(config, self.device)
+        self.autocast = choose_precision(config.precision, self.device) == "bf16"
         self.processes = Processes(self.rank, self.world, self.device, config.timeout)
         self.flags = Flags(self.processes)
         self.signalled: str = ""

@@ -5,20 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from consissr.config.training import TrainConfig
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products are native on `device` (on CPUs without the instructions they crawl)."""
-    if device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def use_autocast(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the forward passes run under bfloat16 autocast."""
-    return config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device))
-
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context that computes in the tensors' own precision. (The meta device has no autocast to turn off.)"""
