@@ -20,6 +20,7 @@ from consissr.nano.config import run_config
 from consissr.training.checkpoints import load_checkpoint
 from consissr.training.loop import Loop
 from consissr.training.stage import Batch, Phase
+from consissr.weights.precision import BF16_INSTRUCTIONS
 
 STEPS, ACCUMULATED = 6, 3
 WORDS = ["batch=6", "micro_batch=2", f"steps={STEPS}", "log_every=1", "checkpoint_every=1", "checkpoint_limit=9"]
@@ -196,3 +197,10 @@ def test_initial_weights_depend_on_the_seed_alone(photos: Path, tmp_path: Path) 
     assert torch.equal(first, before("bb", "seed=3", "optimizer.lr=0.1")) and not torch.equal(
         first, before("c", "seed=4")
     )
+
+
+def test_bfloat16_is_the_loops_choice_where_the_processor_computes_it(photos, tmp_path, monkeypatch):
+    for fast, precision, expected in ((True, "auto", True), (False, "auto", False), (True, "fp32", False)):
+        monkeypatch.setattr(torch.cpu, BF16_INSTRUCTIONS[1], lambda fast=fast: fast, raising=False)
+        words = [f"data.paths=[{photos}]", f"output_dir={tmp_path}", *WORDS, f"precision={precision}"]
+        assert Loop(run_config(None, words), Toy).autocast is expected
