@@ -2,8 +2,8 @@
 
 `exact`        equals the untiled result up to rounding: every GroupNorm sees the statistics of the whole image, every
                convolution the pixels it would see, the middle attention all positions.
-`sampled`      one pass: the norms' statistics come from a sample of the image, and the middle attention looks at windows,
-               so its cost grows with the image's area only.
+`sampled`      one pass: the norms' statistics come from a sample of the image, and the middle attention looks at
+               windows, so its cost grows with the image's area only.
 `as_released`  the tiled decoder of CCSR's release (released.py); the encoder runs untiled. For comparisons.
 """
 
