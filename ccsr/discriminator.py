@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +22,6 @@ from consissr.errors import UserError, reason_of
 from consissr.training.precision import without_autocast
 from consissr.weights.files import read_weights
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FEATURE_BLOCKS = (2, 5, 8, 11)
 """Blocks whose outputs are judged, beside the embedded patches."""
 SHIFT, CUTOUT = 0.125, 0.2
@@ -201,7 +201,7 @@ class ProjectedDiscriminator(nn.Module):
     def features(self, x: Tensor, windows: Sequence[Window] | None = None) -> list[Tensor]:
         """Token maps (B, D, N) of FEATURE_BLOCKS and of the embedded patches: patch tokens plus the class token."""
         x = self.shown(x / 2 + 0.5, windows)
-        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
         tokens = self.vit.tokens((x - mean) / std)
         chosen = [tokens[i + 1] for i in FEATURE_BLOCKS] + [tokens[0]]
         return [(t[:, 1:] + t[:, :1]).transpose(1, 2) for t in chosen]

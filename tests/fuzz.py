@@ -258,7 +258,7 @@ def odd_call(bench: Bench, place: Path, rng: np.random.Generator) -> int:
         raise FaultError(f"a file was lost: {arguments}")
     if status not in (0, 1, 2) or (status == 2 and not said.strip()):
         raise FaultError(f"status {status} of {arguments}: {said[-200:]!r}")
-    if leftovers := [path for path in after if path.endswith(".part")]:
+    if leftovers := [path for path in after if ".part" in path]:
         raise FaultError(f"left behind: {leftovers}")
     return status
 

@@ -14,7 +14,7 @@ def test_resize_equals_pillow(rng, size):
     before = rng.integers(0, 256, (30, 50, 3)).astype(np.uint8)
     expected = np.asarray(Image.fromarray(before).resize(size[::-1], Image.Resampling.BICUBIC))
     x = torch.from_numpy(before).permute(2, 0, 1)[None] / 127.5 - 1
-    result = codec.to_uint8(codec.resize(x, size))[0].permute(1, 2, 0).numpy()
+    result = codec.to_uint8(resize(x, size))[0].permute(1, 2, 0).numpy()
     assert result.shape == expected.shape
     assert np.abs(result.astype(int) - expected).max() <= 1
 
@@ -40,7 +40,7 @@ def bicubic(plane, size):
 def test_resize_conformance(shared):
     arrays = np.load(shared / "conformance" / "consissr_common" / "image_ops.npz")
     x = torch.from_numpy(arrays["src"]).permute(2, 0, 1) / 127.5 - 1
-    result = codec.to_uint8(codec.resize(x, (175, 128))).permute(1, 2, 0).numpy()
+    result = codec.to_uint8(resize(x, (175, 128))).permute(1, 2, 0).numpy()
     assert np.abs(result.astype(int) - arrays["auto_resize_128"]).max() <= 1
 
 

@@ -25,18 +25,20 @@ MADE_BY_TOOLS = {"build", "results", "evaluation", "runs", "consissr.egg-info", 
 
 GIT = (ROOT / ".git").exists() and shutil.which("git")
 
+GROUND = ("errors", "machine", "config", "images")
 ROOMS = {
     "errors": (),
+    "machine": (),
     "config": ("errors",),
-    "images": ("errors", "config"),
-    "diffusion": ("errors", "config", "images"),
-    "models": ("errors", "config", "images"),
-    "data": ("errors", "config", "images"),
-    "weights": ("errors", "config", "images", "models", "diffusion"),
-    "restorer": ("errors", "config", "images", "models", "diffusion", "weights"),
-    "evaluation": ("errors", "config", "images"),
-    "inference": ("errors", "config", "images", "models", "diffusion", "weights", "restorer"),
-    "training": ("errors", "config", "images", "models", "diffusion", "data", "weights", "restorer", "evaluation"),
+    "images": ("errors", "machine", "config"),
+    "diffusion": GROUND,
+    "models": GROUND,
+    "data": GROUND,
+    "weights": (*GROUND, "models", "diffusion"),
+    "restorer": (*GROUND, "models", "diffusion", "weights"),
+    "evaluation": GROUND,
+    "inference": (*GROUND, "models", "diffusion", "weights", "restorer"),
+    "training": (*GROUND, "models", "diffusion", "data", "weights", "restorer", "evaluation"),
 }
 """Rooms of consissr, and the rooms that each may import beside itself. Those named below may import all of these."""
 

@@ -8,6 +8,7 @@ from ccsr import nuts_plan
 from consissr.bench.tiles import table
 from consissr.errors import UserError
 from consissr.images import codec
+from consissr.images.resize import resize
 from consissr.models.tiles import OVERLAP
 from consissr.models.vae.tiling import TiledLatents
 from consissr.restorer import Restorer
@@ -61,7 +62,7 @@ def test_no_frame_on_dark_pictures(restorer):
     lq = torch.linspace(-1, -0.94, 48).expand(1, 3, 48, 48).contiguous()
     frames = []
     for margin in (0, restorer.sampler.margin):
-        off = 127.5 * (restorer(lq, 4, margin=margin) - codec.resize(lq, (192, 192))).mean((0, 1))
+        off = 127.5 * (restorer(lq, 4, margin=margin) - resize(lq, (192, 192))).mean((0, 1))
         edges = torch.cat([off[:2, 16:-16], off[-2:, 16:-16], off[16:-16, :2].T, off[16:-16, -2:].T])
         frames.append((edges - off[16:-16, 16:-16].mean()).abs().mean())
     assert frames[1] < 0.6 * frames[0], frames
@@ -70,7 +71,7 @@ def test_no_frame_on_dark_pictures(restorer):
 def test_norms_from_a_sample_change_little(restorer, root):
     """The autoencoder in one pass of tiles, with the statistics of a quarter of the image: a level on average."""
     photo = codec.from_pil(Image.open(root / "consissr" / "assets" / "samples" / "dahlia.jpg").convert("RGB"))
-    x = codec.resize(photo.pixels[None], (512, 768))
+    x = resize(photo.pixels[None], (512, 768))
     z = restorer.latents.encode(x)
     whole = restorer.latents.decode(z)
     results = []

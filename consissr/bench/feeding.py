@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from consissr.config.loading import load_config
 from consissr.config.training import TrainConfig
-from consissr.training.feed import Feed, cores
+from consissr.training.feed import Feed, own_cores
 
 WARM = 2
 """Micro-batches per thread that are not counted."""
@@ -32,7 +32,7 @@ def measure(paths: list[str], overrides: list[str], workers: list[int], images: 
     try:
         quoted = ",".join(f'"{os.path.abspath(os.path.expanduser(path))}"' for path in paths)
         config = load_config(TrainConfig, None, [f"data.paths=[{quoted}]", "data.cache_mb=0", *overrides])
-        return [row(config, count, images) for count in workers or sorted({1, 2, cores()})]
+        return [row(config, count, images) for count in workers or sorted({1, 2, own_cores()})]
     finally:
         torch.set_num_threads(threads)
 
@@ -49,7 +49,7 @@ def row(config: TrainConfig, workers: int, images: int) -> dict[str, Any]:
     return {
         "workers": workers,
         "read": read,
-        "per core": read / min(workers, cores()),
+        "per core": read / min(workers, own_cores()),
         "CPU ms": computed,
         "DataLoader": rate(lambda: iter(loader(feeds[0], workers)), config, workers),
         "and degraded": rate(lambda: feeds[1].batches(0), config, workers),

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from consissr.images import codec
+from consissr.images.resize import resize
 from consissr.restorer import Restorer
 
 SIDE, FRAMES, STEP, SCALE = 96, 6, 2, 4
@@ -36,7 +37,7 @@ def measure(restorer: Restorer, photo: Tensor) -> list[tuple[str, float, float, 
     rows = []
     for name, step in (("static", 0), (f"panning by {STEP} px", STEP)):
         frames = film(photo, step)
-        films = [[codec.resize(frame, (SIDE * SCALE, SIDE * SCALE)) for frame in frames]]
+        films = [[resize(frame, (SIDE * SCALE, SIDE * SCALE)) for frame in frames]]
         for keys in (["frame"] * FRAMES, [f"{i:04d}.png" for i in range(FRAMES)]):
             films.append([restorer(x, SCALE, keys=[key]) for x, key in zip(frames, keys, strict=True)])
         rows.append((name, *(flicker(one, step * SCALE) for one in films)))

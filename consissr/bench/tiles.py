@@ -53,6 +53,7 @@ def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -
     import torch
 
     from consissr.images import codec
+    from consissr.images.resize import resize
     from consissr.inference import batch, jobs
     from consissr.models.memory import set_heap
     from consissr.restorer import Restorer
@@ -62,7 +63,7 @@ def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -
     width, height = sides(megapixels, scale)
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, 3, max(height // 40, 2), max(width // 40, 2), generator=generator) / 3
-    lq = codec.resize(coarse, (height, width)).add_(0.03 * torch.randn(1, 1, height, width, generator=generator))
+    lq = resize(coarse, (height, width)).add_(0.03 * torch.randn(1, 1, height, width, generator=generator))
     lq.clamp_(-1, 1)
     restorer(lq[..., :64, :64].contiguous(), scale)
     tiles = [0]

@@ -27,5 +27,8 @@ TEXT = {
 TOWER = {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14}
 """CLIP ViT-H/14, whose text encoder SD2.1 has: open_clip's `vision_cfg`; its embedding has TEXT's 1024 channels."""
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Channel means and standard deviations of the training images of every CLIP, RGB in [0, 1]."""
+
 TOKENS = 77
 """Tokens of a prompt."""

@@ -21,6 +21,7 @@ import numpy as np
 from consissr.data.patterns import matching
 from consissr.data.photo import EXTENSIONS, PhotoFile
 from consissr.errors import UserError
+from consissr.machine import cache_folder, cores, whole
 
 log = logging.getLogger(__name__)
 
@@ -193,17 +194,15 @@ def note_of(path: str) -> Path:
     """Where the cache has what this state of a shard holds."""
     stat = os.stat(path)
     key = hashlib.blake2b(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(), digest_size=16)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "consissr" / "shards" / f"{key.hexdigest()}.npz"
+    return cache_folder() / "shards" / f"{key.hexdigest()}.npz"
 
 
 def write_note(noted: Path, source: PackedFiles) -> None:
     """Remember a shard; a cache that cannot be written is none."""
     try:
         noted.parent.mkdir(parents=True, exist_ok=True)
-        partial = noted.with_name(f"{noted.stem}.{os.getpid()}.part.npz")
-        np.savez(partial, text=np.frombuffer(source.text, np.uint8), ends=source.ends, places=source.places)
-        partial.replace(noted)
+        with whole(noted) as part:
+            np.savez(part, text=np.frombuffer(source.text, np.uint8), ends=source.ends, places=source.places)
     except OSError:
         log.debug("%s could not be written", noted)
 
@@ -213,7 +212,7 @@ def note_shards(paths: list[str]) -> None:
     unknown = [path for path in paths if not note_of(path).is_file()]
     if len(unknown) < MANY_SHARDS:
         return
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 32)
+    workers = min(cores(), 32)
     log.info("reading the headers of %d tar shards, once, in %d processes", len(unknown), workers)
     code = "import sys; from consissr.data.listing import note_shard; [note_shard(line[:-1]) for line in sys.stdin]"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

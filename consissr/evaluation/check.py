@@ -21,6 +21,7 @@ from consissr.evaluation.metrics import gaussian_blur
 from consissr.evaluation.progress import track
 from consissr.evaluation.protocols import get_measures, get_protocol
 from consissr.images import codec
+from consissr.images.resize import resize
 
 BICUBIC, GRAINY = "bicubic", "bicubic+grain"  # names of the baselines' rows
 METRICS = ("psnr", "ssim", "niqe", "st-lpips", "flat")
@@ -40,7 +41,7 @@ def mean_change(one: Path, other: Path) -> float:
 def bicubic_baseline(lr: torch.Tensor, scale: int = 4) -> torch.Tensor:
     """Bicubic upscaling rounded to 8 bits: (N, 3, h, w) in [0, 1] -> (N, 3, scale h, scale w) in [0, 1]."""
     size = (lr.shape[-2] * scale, lr.shape[-1] * scale)
-    return codec.to_uint8(codec.resize(lr * 2 - 1, size)).float() / 255
+    return codec.to_uint8(resize(lr * 2 - 1, size)).float() / 255
 
 
 def bicubic_plus_grain(lr: torch.Tensor, scale: int = 4, seed: int = 0) -> torch.Tensor:

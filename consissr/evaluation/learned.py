@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
+from consissr.config.sd21 import CLIP_MEAN, CLIP_STD
 from consissr.errors import UserError
 
 SOURCES = {
@@ -23,7 +24,6 @@ SOURCES = {
     "checkpoints": "https://download.pytorch.org/models/",  # torchvision's
     "clip": "https://openaipublic.azureedge.net/clip/models/{digest}/",
 }
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP_SIDE = 224
 
 

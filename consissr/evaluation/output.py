@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from consissr.evaluation.markdown import escaped, one_line, table_lines
 from consissr.evaluation.plots import summary_svg
 from consissr.evaluation.report import html_report
 from consissr.evaluation.summary import TableCells, difference_cells, differences, notes, per_image, table_cells
+from consissr.machine import whole
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What makes a spreadsheet compute a text instead of showing it."""
@@ -39,9 +39,8 @@ def write_all(evaluation: Evaluation, folder: Path, pictures: int = 24) -> list[
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_csv(evaluation: Evaluation, path: Path) -> None:

@@ -23,6 +23,7 @@ from consissr.evaluation.protocols import Measure
 from consissr.evaluation.summary import difference_cells, notes, per_image, shown, table_cells
 from consissr.images import codec
 from consissr.images.formats import Form
+from consissr.images.resize import resize
 
 JPEG_QUALITY = 92
 LR, BICUBIC, HR = "LR", "bicubic (of LR)", "HR"
@@ -110,7 +111,7 @@ def data_uris(pairs: Pairs, image: str) -> list[str]:
     uris = []
     if pairs.lr:
         lr, (width, height) = read_image(pairs.lr[image]), pairs.sizes[image]
-        uris = [data_uri(lr, "PNG"), data_uri((codec.resize(lr * 2 - 1, (height, width)) + 1) / 2, "JPEG")]
+        uris = [data_uri(lr, "PNG"), data_uri((resize(lr * 2 - 1, (height, width)) + 1) / 2, "JPEG")]
     uris += [data_uri(read_image(method.runs[0][image]), "JPEG") for method in pairs.methods]
     return uris + ([data_uri(read_image(pairs.hr[image]), "JPEG")] if pairs.hr else [])
 

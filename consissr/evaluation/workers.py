@@ -9,16 +9,12 @@ from multiprocessing import connection, get_context
 from typing import Any
 
 from consissr.errors import UserError
+from consissr.machine import cores
 
 SPARE = 0.8
 """Share of the free memory that processes may take together."""
 GRACE = 2.0
 """Seconds that a process has to end after SIGTERM."""
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count(jobs: int | None, device: str = "cpu", gigabytes: float = 0.0) -> int:

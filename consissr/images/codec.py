@@ -16,10 +16,7 @@ TIFF, colours under full transparency; 16-bit PPM is read as 8 bits.
 
 from __future__ import annotations
 
-import os
 import struct
-import threading
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +34,7 @@ from consissr.images.formats import Form
 from consissr.images.resize import resize
 from consissr.images.rows import Rows, rows_of, strips
 from consissr.images.transparency import fill_hidden
+from consissr.machine import whole
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
 
@@ -130,19 +128,14 @@ def write_samples(path: str | Path, samples: Samples, quality: int = 95) -> None
     """
     path = Path(formats.reachable(path))
     samples.arrived()
-    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")  # short, whatever the name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with whole(path) as part, open(part, "wb") as file:
             encode(file, samples, formats.WRITABLE[path.suffix.lower()], quality)
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     except (ValueError, SyntaxError, struct.error) as error:  # Pillow, about profiles and EXIF
         raise UserError(f"{path}: cannot be written ({error})") from None
-    finally:
-        with suppress(OSError):  # what could not be made cannot be removed
-            temporary.unlink(missing_ok=True)
 
 
 def from_pil(image: Image.Image) -> Photo:

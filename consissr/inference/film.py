@@ -13,6 +13,7 @@ from pathlib import Path
 from consissr.errors import UserError
 from consissr.inference.jobs import check_place
 from consissr.inference.processes import numbers
+from consissr.machine import whole
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 _VIDEO = {".webm": ("-c:v", "libvpx-vp9", "-b:v", "0", "-crf", "20")}
@@ -71,15 +72,11 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
         say(f"{source}: not put together; its frames are in {frames}")
         return status
     say(f"{target}: putting it together ...")
-    whole = target.with_name(f".{os.getpid()}{target.suffix}")
     sound = ("-c:a", "copy") if target.suffix.lower() == source.suffix.lower() else ()
     video = _VIDEO.get(target.suffix.lower(), ("-c:v", "libx264", "-crf", "16"))
     pictures = ("-framerate", str(rate), "-i", results / "%06d.png", "-i", source, "-map", "0:v", "-map", "1:a?")
-    try:
-        ffmpeg(*pictures, "-vf", _FILTERS, "-pix_fmt", "yuv420p", *_COLOURS, *video, *sound, whole)
-        os.replace(whole, target)
-    finally:
-        whole.unlink(missing_ok=True)
+    with whole(target) as part:
+        ffmpeg(*pictures, "-vf", _FILTERS, "-pix_fmt", "yuv420p", *_COLOURS, *video, *sound, part)
     shutil.rmtree(frames)
     return 0
 

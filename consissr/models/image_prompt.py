@@ -9,18 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consissr.config.model import ModelConfig
+from consissr.config.sd21 import CLIP_MEAN, CLIP_STD
 from consissr.errors import UserError
 from consissr.images.device import to_device
 from consissr.models.attention import zeroed
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-"""Channel means of CLIP's training images, RGB in [0, 1]."""
-
-STD = (0.26862954, 0.26130258, 0.27577711)
-"""Channel standard deviations of CLIP's training images."""
 
 
 def build_tower(embed_dim: int, vision: dict[str, Any]) -> VisionTransformer:
@@ -38,7 +33,7 @@ def build_tower(embed_dim: int, vision: dict[str, Any]) -> VisionTransformer:
 def clip_input(x: Tensor, size: int) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] -> CLIP's normalised input (B, 3, size, size), bicubic without antialiasing."""
     x = F.interpolate((x + 1) / 2, size=(size, size), mode="bicubic")
-    mean, std = to_device(torch.tensor([MEAN, STD], dtype=x.dtype).view(2, 3, 1, 1), x.device)
+    mean, std = to_device(torch.tensor([CLIP_MEAN, CLIP_STD], dtype=x.dtype).view(2, 3, 1, 1), x.device)
     return (x - mean) / std
 
 

@@ -17,7 +17,7 @@ from consissr.evaluation.markdown import table_lines
 from consissr.evaluation.output import write_text
 from consissr.evaluation.progress import duration
 from consissr.evaluation.protocols import MEASURES, get_measures, get_protocol
-from consissr.evaluation.workers import cores
+from consissr.machine import cores
 from consissr.studies.run import SETS, Work, is_restored, is_trained
 from consissr.studies.spec import METRICS, Comparison, Study
 

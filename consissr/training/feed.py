@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from consissr import machine
 from consissr.config.training import TrainConfig
 from consissr.data.as_released import PairPool, degrade_as_released
 from consissr.data.datasets import PhotoDataset
@@ -23,15 +24,14 @@ SPARE = 2
 """Batches that wait ready, or are being made, beyond one per thread."""
 
 
-def cores() -> int:
-    """Cores that this process may use: its affinity's, shared with the other processes of its machine."""
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, mine // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+def own_cores() -> int:
+    """Cores that this process may use, shared with the other processes of its machine."""
+    return max(1, machine.cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def threads(workers: int) -> int:
     """How many threads `workers` of the config means; decoding leaves the interpreter's lock, so that they scale."""
-    return workers or min(16, max(1, cores() - 1))
+    return workers or min(16, max(1, own_cores() - 1))
 
 
 class Feed:

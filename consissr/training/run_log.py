@@ -13,7 +13,8 @@ from PIL import Image
 
 from consissr.config.loading import flat, save_config
 from consissr.config.training import TrainConfig
-from consissr.training.feed import cores, threads
+from consissr.machine import whole
+from consissr.training.feed import own_cores, threads
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +42,8 @@ class RunLog:
         earlier = [line for line in read_log(self.lines) if line["step"] <= step]
         self.validated = any(line["step"] == step and "images" not in line for line in earlier)
         """Whether the log tells of the validation of that `step`; only training's lines count images."""
-        shortened = self.folder / ".log.jsonl"
-        shortened.write_text("".join(json.dumps(line) + "\n" for line in earlier))
-        shortened.replace(self.lines)
+        with whole(self.lines) as shortened:
+            shortened.write_text("".join(json.dumps(line) + "\n" for line in earlier))
         self.tracker = tracker(config, self.folder, step)
         self.bar = tqdm(initial=step, total=config.steps, desc=config.stage, mininterval=2)
 
@@ -62,7 +62,7 @@ class RunLog:
             log.warning(
                 "waiting for data takes %.0f %% of a step: raise workers (now %d, with %d cores for this process), "
                 "or read from a local disk, tar shards or smaller JPEGs (scripts/bench.py training --data measures it)",
-                100 * waiting, threads(self.config.workers), cores(),
+                100 * waiting, threads(self.config.workers), own_cores(),
             )  # fmt: skip
 
     def validation(self, values: dict[str, float], step: int, picture: Path) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from consissr.errors import UserError
+from consissr.machine import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -18,13 +18,6 @@ PATIENCE = 2.0
 
 SPARE = 2**28
 """Bytes that stay free on a disk."""
-
-
-def cache_folder() -> Path:
-    """Where converted models stand: CONSISSR_HOME, or consissr/ in the user's cache."""
-    if home := os.environ.get("CONSISSR_HOME"):
-        return Path(home).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "consissr"
 
 
 def by_hand_folder(name: str) -> Path:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
@@ -12,9 +11,10 @@ from typing import Any
 
 from consissr.config.loading import nearest
 from consissr.errors import UserError
+from consissr.machine import cache_folder, whole
 from consissr.weights.base import BASE_NETWORKS, SD21, base_path
 from consissr.weights.base import choose as choose_base
-from consissr.weights.cache import by_hand_folder, cache_folder, check_free, locked, stamp_of, unchanged
+from consissr.weights.cache import by_hand_folder, check_free, locked, stamp_of, unchanged
 from consissr.weights.conversion import CONVERTER, ForeignError, choose_released, convert, release_in
 from consissr.weights.files import ASSETS, BUNDLED, MODEL_FILES, base_of, read_config
 from consissr.weights.hub import (
@@ -169,9 +169,8 @@ def write_origin(folder: Path, origin: dict[str, Any]) -> None:
 
 def save_origin(folder: Path, origin: dict[str, Any]) -> None:
     """Write origin.json, whole."""
-    part = folder / f".{ORIGIN}.{os.getpid()}"
-    part.write_text(json.dumps(origin, indent=1))
-    part.replace(folder / ORIGIN)
+    with whole(folder / ORIGIN) as part:
+        part.write_text(json.dumps(origin, indent=1))
 
 
 def read_origin(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from consissr.errors import UserError, reason_of
-from consissr.weights.cache import cache_folder, check_free, locked, sha256_of, stamp_of, unchanged
+from consissr.machine import cache_folder, whole
+from consissr.weights.cache import check_free, locked, sha256_of, stamp_of, unchanged
 from consissr.weights.names import published
 
 log = logging.getLogger(__name__)
@@ -261,11 +262,10 @@ def record(hub_id: str, manifest: Manifest) -> None:
         path = record_file(name)
         if path.is_file() and path.read_text("utf-8") == text:
             continue
-        part = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(text, "utf-8")
-            part.replace(path)
+            with whole(path) as part:
+                part.write_text(text, "utf-8")
         except OSError as error:
             log.debug("%s cannot be written: %s", path, error)
 

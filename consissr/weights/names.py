@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from consissr.weights.cache import by_hand_folder, cache_folder
+from consissr.machine import cache_folder
+from consissr.weights.cache import by_hand_folder
 
 
 @dataclass(frozen=True)

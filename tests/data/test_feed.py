@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from PIL import Image
 
 from consissr.config.training import TrainConfig
 from consissr.data.degradation import degrade
-from consissr.training import feed as feed_module
 from consissr.training.feed import Feed, threads
 from consissr.training.processes import Processes
 from consissr.training.stage import Batch
@@ -84,10 +84,10 @@ def test_threads_change_nothing(config: TrainConfig) -> None:
 
 def test_threads_follow_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of eight processes on a node of 96 cores may use 12, and leaves one to the step."""
-    monkeypatch.setattr(feed_module.os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert threads(0) == 11 and threads(3) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert threads(0) == 16
-    monkeypatch.setattr(feed_module.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert threads(0) == 1

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from consissr.images import codec, formats
+from consissr.images import formats
+from consissr.images.resize import resize
 from consissr.images.rows import rows_of
 from consissr.inference.batch import Settings
 
@@ -26,7 +27,7 @@ class Enlarger:
             self.begun(tile)
             on_tile(tile, 3, tile / 3)
         x = rows_of(photos[0].image, 0, photos[0].image.shape[2])
-        return [photos[0].restored(codec.resize(x, formats.output_size(*x.shape[-2:], scale, longest))[0])]
+        return [photos[0].restored(resize(x, formats.output_size(*x.shape[-2:], scale, longest))[0])]
 
 
 @pytest.fixture

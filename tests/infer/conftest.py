@@ -9,7 +9,8 @@ from PIL import Image
 
 from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.sampler import seeded_draw
-from consissr.images import codec, formats
+from consissr.images import formats
+from consissr.images.resize import resize
 from consissr.images.rows import rows_of
 
 
@@ -30,7 +31,7 @@ class Enlarger:
             raise torch.OutOfMemoryError("out of memory")
         if "bug" in troubles:
             raise RuntimeError("shapes do not fit")
-        y = codec.resize(x, formats.output_size(*x.shape[-2:], scale, longest))
+        y = resize(x, formats.output_size(*x.shape[-2:], scale, longest))
         y = (y + 0.1 * seeded_draw(seed, keys, repeat)("init", y.shape)).clamp(-1, 1)
         if "nan" in troubles:
             y[0, 0, 0, 0] = float("nan")

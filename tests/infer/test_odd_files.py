@@ -12,6 +12,7 @@ from PIL import Image, ImageCms
 
 from consissr.errors import UserError
 from consissr.images import codec, formats, metadata, png16
+from consissr.images.resize import resize
 
 
 def photograph(rng, *shape):
@@ -188,7 +189,7 @@ def test_what_is_hidden_under_transparency_does_not_bleed(rng, under):
     samples[..., :3] = photograph(rng, 48, 48, 3) if under == "noise" else 255
     samples[disc] = (20, 30, 40, 255)
     photo = codec.from_pil(Image.fromarray(samples))
-    large = codec.to_pil(photo.restored(codec.resize(photo.pixels, (192, 192))))
+    large = codec.to_pil(photo.restored(resize(photo.pixels, (192, 192))))
     values = np.asarray(large).astype(int)
     seen = values[values[..., 3] > 0]
     assert np.abs(seen[:, :3] - (20, 30, 40)).max() <= 1

@@ -9,10 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from consissr.config.model import ModelConfig
+from consissr.config.sd21 import CLIP_MEAN, CLIP_STD
 from consissr.errors import UserError
 from consissr.models.image_prompt import (
-    MEAN,
-    STD,
     Adapter,
     ImagePrompt,
     build_tower,
@@ -40,17 +39,19 @@ def images(*shape: int) -> torch.Tensor:
 def test_clips_constants():
     from open_clip import constants
 
-    assert (MEAN, STD) == (constants.OPENAI_DATASET_MEAN, constants.OPENAI_DATASET_STD)
+    assert (CLIP_MEAN, CLIP_STD) == (constants.OPENAI_DATASET_MEAN, constants.OPENAI_DATASET_STD)
 
 
 def test_clip_input_is_normalised_and_resized_without_antialiasing():
     x = images(2, 3, 64, 64)
     got = clip_input(x, 64)
     for channel in range(3):
-        assert torch.allclose(got[:, channel], ((x[:, channel] + 1) / 2 - MEAN[channel]) / STD[channel], atol=1e-6)
+        assert torch.allclose(
+            got[:, channel], ((x[:, channel] + 1) / 2 - CLIP_MEAN[channel]) / CLIP_STD[channel], atol=1e-6
+        )
     large = images(1, 3, 128, 96)
     resized = F.interpolate((large + 1) / 2, (64, 64), mode="bicubic", align_corners=False)
-    back = clip_input(large, 64) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    back = clip_input(large, 64) * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
     assert torch.allclose(back, resized, atol=1e-5)
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from consissr.errors import UserError
+from consissr.machine import cache_folder
 from consissr.weights import find
 from consissr.weights.base import base_path
-from consissr.weights.cache import by_hand_folder, cache_folder, unchanged
+from consissr.weights.cache import by_hand_folder, unchanged
 from consissr.weights.files import read_config
 from consissr.weights.find import find_model, listing, prefetch
 from consissr.weights.hub import fetch
