@@ -28,7 +28,7 @@ from consissr.training.engine import Average, Player
 from consissr.training.failures import not_finite, out_of_memory_in_one_line, step_errors_in_one_line
 from consissr.training.feed import Feed
 from consissr.training.optimisers import learning_rate, load_optimizer
-from consissr.training.precision import Frozen
+from consissr.training.precision import Frozen, stores_bf16
 from consissr.training.processes import Flags, Processes
 from consissr.training.run_log import RunLog
 from consissr.training.stage import Batch, Stage, seed_of, trained_ids
@@ -100,8 +100,8 @@ class Loop:
         config = self.config
         torch.manual_seed(seed_of(config.seed, "init"))
         self.stage = build(config)
-        low = config.frozen_precision == "bf16" or (config.frozen_precision == "auto" and self.device.type == "cuda")
-        self.frozen = Frozen(self.stage.networks, trained_ids(self.stage), low and self.autocast, keep=self.rank == 0)
+        low = stores_bf16(config.frozen_precision, self.device, self.autocast)
+        self.frozen = Frozen(self.stage.networks, trained_ids(self.stage), low, keep=self.rank == 0)
         self.stage.networks.to(self.device, memory_format=torch.channels_last)
         if config.compile:
             from torch._functorch import config as functorch

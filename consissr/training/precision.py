@@ -6,6 +6,11 @@ import torch
 from torch import Tensor, nn
 
 
+def stores_bf16(frozen_precision: str, device: torch.device, autocast: bool) -> bool:
+    """Whether frozen matrices are stored in bfloat16: on GPUs unless the config says otherwise, never without autocast."""
+    return autocast and (frozen_precision == "bf16" or (frozen_precision == "auto" and device.type == "cuda"))
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context that computes in the tensors' own precision. (The meta device has no autocast to turn off.)"""
     known = torch.amp.is_autocast_available(device.type)

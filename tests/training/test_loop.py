@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from consissr.nano.config import run_config
 from consissr.training import loop as loop_module
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint
 from consissr.training.loop import Loop
+from consissr.training.precision import use_low_storage
 from consissr.training.run_log import read_log
 from consissr.training.stage import Batch
 from tests.training.test_loop_values import Toy
@@ -43,8 +45,10 @@ class Acting(Toy):
         self.before = {name: value.clone() for name, value in self.networks.state_dict().items()}
         self.buffers = {"turn": torch.zeros(1)}
         self.autocast: set[bool] = set()
+        self.pairs: set[bool] = set()
 
     def prepare(self, batch: Batch) -> None:
+        self.pairs.add(batch.lq is not None)
         self.autocast.add(torch.is_autocast_enabled("cpu"))
         super().prepare(batch)
 
@@ -138,11 +142,20 @@ def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path) -> None:
     compiled = []
 
     class Compiled(Acting):
+        needs_lq = True
+
         def __init__(self, config: TrainConfig) -> None:
             super().__init__(config)
             self.compile_modules = [SimpleNamespace(compile=lambda: compiled.append(config))]
 
-    low = ["precision=bf16", "frozen_precision=bf16", "compile=true", f"data.validation={photos}", "steps=1"]
+    low = [
+        "precision=bf16",
+        "frozen_precision=bf16",
+        "compile=true",
+        f"data.validation={photos}",
+        "steps=1",
+        "data.crop=80",
+    ]
     with functorch.patch(donated_buffer=True):
         run = begun(photos, tmp_path / "low", *low, "timeout=3", build=Compiled)
         assert compiled == [run.config] and functorch.donated_buffer is False
@@ -152,15 +165,21 @@ def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path) -> None:
     assert stage.frozen.weight.dtype == torch.bfloat16 and stage.maker.weight.dtype == torch.float32
     assert stage.networks["conv"].weight.is_contiguous(memory_format=torch.channels_last)
     run.run()
-    assert stage.autocast == {True}
+    assert stage.autocast == {True} and stage.pairs == {True}
     result = torch.load(tmp_path / "low/result.pt")
     for name in ("frozen.weight", "conv.weight"):
         assert torch.equal(result[name], stage.before[name]) and result[name].dtype == torch.float32
     assert json.loads((tmp_path / "low/run.json").read_text())["autocast"] == "bf16"
 
-    for words in (["precision=fp32", "frozen_precision=bf16"], ["precision=bf16", "frozen_precision=auto"]):
-        plain = begun(photos, tmp_path / "plain", *words).stage
-        assert plain.frozen.weight.dtype == torch.float32, f"{words}: in bfloat16 on GPUs, where autocast is on"
+    plain = begun(photos, tmp_path / "plain", "precision=auto", "frozen_precision=auto")
+    assert plain.stage.frozen.weight.dtype == torch.float32, "on a CPU"
+    plain.device, plain.autocast = torch.device("cuda"), False
+    assert plain.mixed().fast_dtype == torch.bfloat16, "where torch's own choice is float16"
+    for device, words in (("cuda", "auto bf16"), ("cpu", "bf16")):
+        for word in ("auto", "bf16", "fp32"):
+            config = replace(plain.config, precision="bf16", frozen_precision=word)
+            assert use_low_storage(config, torch.device(device)) == (word in words.split()), (device, word)
+            assert not use_low_storage(replace(config, precision="fp32"), torch.device(device))
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
