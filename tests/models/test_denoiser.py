@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -79,6 +81,9 @@ def test_what_each_network_is_given(make_unet, fill):
     down, middle = seen["controlnet"][2]
     assert all(map(torch.equal, seen["unet"][1]["down_block_additional_residuals"], down)) and len(down) > 3
     assert torch.equal(seen["unet"][1]["mid_block_additional_residual"], middle)
+    Denoiser(unet, controlnet, ALPHA_BAR)(z, t, replace(given, strength=0.25).cat(given).rows(slice(0, 2)))
+    weaker = [*seen["unet"][1]["down_block_additional_residuals"], seen["unet"][1]["mid_block_additional_residual"]]
+    assert all(torch.equal(now, 0.25 * before) for now, before in zip(weaker, [*down, middle], strict=True))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -111,12 +112,16 @@ def test_what_is_told_and_saved_when(photos: Path, tmp_path: Path, monkeypatch: 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     run = begun(tmp_path / "photos", tmp_path / "run", *words, build=Slow)
     assert asked == [(torch.device("cpu"), False)]
+    lasts = []
+    for player in run.players:
+        monkeypatch.setattr(player, "averaging", lambda last: lasts.append(last) or nullcontext())
     monkeypatch.setattr(run, "batches", batches)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     now[0] = 1000.0
     assert run.run() == tmp_path / "run"
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert run.log.bar.n == 5 and run.log.bar.disable, "its line is ended"
+    assert lasts == [False, False, True, True] * 5, "both players' gradients are averaged in a step's last micro-batch"
 
     lines = read_log(tmp_path / "run/log.jsonl")
     told = [(line["step"], line.get("images")) for line in lines]
@@ -135,11 +140,13 @@ def test_what_is_told_and_saved_when(photos: Path, tmp_path: Path, monkeypatch: 
     assert about.items() >= (wanted | {"micro_batches": 2, "workers": 3}).items()
 
 
-def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path) -> None:
+def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast in every forward pass, frozen matrices stored as they are computed; exported as they were."""
     from torch._functorch import config as functorch
 
-    compiled = []
+    compiled, sharded = [], []
+    usual = loop_module.Player
+    monkeypatch.setattr(loop_module, "Player", lambda *given: sharded.append(given[2]) or usual(*given))
 
     class Compiled(Acting):
         needs_lq = True
@@ -171,7 +178,8 @@ def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path) -> None:
         assert torch.equal(result[name], stage.before[name]) and result[name].dtype == torch.float32
     assert json.loads((tmp_path / "low/run.json").read_text())["autocast"] == "bf16"
 
-    plain = begun(photos, tmp_path / "plain", "precision=auto", "frozen_precision=auto")
+    plain = begun(photos, tmp_path / "plain", "precision=auto", "frozen_precision=auto", "engine=zero1")
+    assert sharded == [False, False, True, True]
     assert plain.stage.frozen.weight.dtype == torch.float32, "on a CPU"
     plain.device, plain.autocast = torch.device("cuda"), False
     assert plain.mixed().fast_dtype == torch.bfloat16, "where torch's own choice is float16"
@@ -184,7 +192,7 @@ def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path) -> None:
 
 def test_a_stopped_run_goes_on_bit_for_bit(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """SIGTERM ends it after the step; the window of the log, the count of what was left out, and the buffers go on."""
-    words = ["steps=5", "log_every=4", "checkpoint_every=9", "skip_not_finite=true", "ema=0.5"]
+    words = ["steps=5", "log_every=4", "checkpoint_every=4", "skip_not_finite=true", "ema=0.5"]
     words += [f"data.validation={photos}", "validate_every=2"]
 
     def infinite(stage: Acting, batch: Batch, step: int) -> float:
@@ -206,6 +214,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(photos: Path, tmp_path: Path, capfd: 
         signal.signal(signal.SIGINT, usual)
     assert capfd.readouterr().err.count("\nSIGTERM: finishing this step and saving it first\n") == 1
     assert saved(tmp_path / "stopped") == [2] and run.log.bar.disable
+    begun(photos, tmp_path / "stopped", *words, build=acting(infinite), resume="latest").run()
+    shutil.rmtree(tmp_path / "stopped/checkpoint-5")  # step 4 has been validated, step 2 had not
     begun(photos, tmp_path / "stopped", *words, build=acting(infinite), resume="latest").run()
 
     states = [load_checkpoint(tmp_path / name / "checkpoint-5") for name in ("through", "stopped")]
@@ -242,6 +252,16 @@ def test_who_else_stops_a_run(photos: Path, tmp_path: Path) -> None:
     told.flags.collect = lambda every: [(about, [1.0, *bad]) for about, (_, *bad) in collect(every)]
     with pytest.raises(UserError, match="^stopped by a signal to another process after step 1, which is saved"):
         told.run()
+
+
+def test_signs_of_several_steps_are_all_heeded(photos: Path, tmp_path: Path) -> None:
+    """As they come from a GPU: whether to stop, and which phase's loss was not finite."""
+    run = begun(photos, tmp_path, "skip_not_finite=true")
+    watched = ["maker/loss", "judge/loss"]
+    signs = ([0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 2.0])
+    run.signs.read = lambda every: [((step, [], watched, {}), list(sign)) for step, sign in enumerate(signs)]
+    run.heed()
+    assert run.stopping and run.not_finite == 2
 
 
 def test_ctrl_c_again_ends_at_once(
@@ -281,6 +301,25 @@ def test_what_is_not_finite_is_told_with_its_files(photos: Path, tmp_path: Path)
     assert len(names) == 4 and str(told.value).startswith("step 2: loss of 'judge' is not finite ({'loss': inf}); ")
     assert f"files: {', '.join(names)}; last good checkpoint: {tmp_path}/checkpoint-2:" in str(told.value)
     assert saved(tmp_path) == [1, 2]
+
+
+def test_what_ends_a_step_is_told_with_its_number(photos: Path, tmp_path: Path) -> None:
+    remedies = {
+        OSError(
+            5, "Input/output error"
+        ): r"\[Errno 5\] Input/output error; last good checkpoint: .*/checkpoint-1; mend this",
+        torch.OutOfMemoryError("CUDA out of memory"): "out of memory with micro_batch=2: use a smaller one ",
+    }
+    for number, (error, remedy) in enumerate(remedies.items()):
+
+        def fail(stage: Acting, batch: Batch, step: int, error: Exception = error) -> float:
+            if step == 1:
+                raise error
+            return 1.0
+
+        words = ["steps=3", "checkpoint_every=1"]
+        with pytest.raises(UserError, match=f"^step 1: {remedy}"):
+            begun(photos, tmp_path / str(number), *words, build=acting(fail)).run()
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_told(photos: Path, tmp_path: Path) -> None:
