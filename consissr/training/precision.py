@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def stores_bf16(frozen_precision: str, device: torch.device, autocast: bool) -> bool:
-    """Whether frozen matrices are stored in bfloat16: on GPUs unless the config says otherwise, never without autocast."""
+    """Whether frozen matrices are stored in bfloat16: unasked only on GPUs, and never without autocast."""
     return autocast and (frozen_precision == "bf16" or (frozen_precision == "auto" and device.type == "cuda"))
 
 

@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from consissr.nano.config import run_config
 from consissr.training import loop as loop_module
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint
 from consissr.training.loop import Loop
-from consissr.training.precision import use_low_storage
+from consissr.training.precision import stores_bf16
 from consissr.training.run_log import read_log
 from consissr.training.stage import Batch
 from tests.training.test_loop_values import Toy
@@ -185,9 +184,8 @@ def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path, monkeypatch: pyte
     assert plain.mixed().fast_dtype == torch.bfloat16, "where torch's own choice is float16"
     for device, words in (("cuda", "auto bf16"), ("cpu", "bf16")):
         for word in ("auto", "bf16", "fp32"):
-            config = replace(plain.config, precision="bf16", frozen_precision=word)
-            assert use_low_storage(config, torch.device(device)) == (word in words.split()), (device, word)
-            assert not use_low_storage(replace(config, precision="fp32"), torch.device(device))
+            assert stores_bf16(word, torch.device(device), True) == (word in words.split()), (device, word)
+            assert not stores_bf16(word, torch.device(device), False)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -254,13 +252,13 @@ def test_who_else_stops_a_run(photos: Path, tmp_path: Path) -> None:
         told.run()
 
 
-def test_signs_of_several_steps_are_all_heeded(photos: Path, tmp_path: Path) -> None:
+def test_flags_of_several_steps_all_count(photos: Path, tmp_path: Path) -> None:
     """As they come from a GPU: whether to stop, and which phase's loss was not finite."""
     run = begun(photos, tmp_path, "skip_not_finite=true")
     watched = ["maker/loss", "judge/loss"]
-    signs = ([0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 2.0])
-    run.signs.read = lambda every: [((step, [], watched, {}), list(sign)) for step, sign in enumerate(signs)]
-    run.heed()
+    flags = ([0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 2.0])
+    run.flags.collect = lambda every: [((step, [], watched, {}), list(row)) for step, row in enumerate(flags)]
+    run.check_flags()
     assert run.stopping and run.not_finite == 2
 
 
