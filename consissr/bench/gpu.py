@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from consissr.bench.process import Worker
-from consissr.machine import whole
+from consissr.config.machine import whole
 
 RESERVE = 3.0
 """Seconds at the end in which nothing is measured."""

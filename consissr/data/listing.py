@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from consissr.config.machine import cache_folder, cores, whole
 from consissr.data.patterns import matching
 from consissr.data.photo import EXTENSIONS, PhotoFile
 from consissr.errors import UserError
-from consissr.machine import cache_folder, cores, whole
 
 log = logging.getLogger(__name__)
 

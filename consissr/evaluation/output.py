@@ -6,12 +6,12 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+from consissr.config.machine import whole
 from consissr.evaluation.evaluate import Evaluation
 from consissr.evaluation.markdown import escaped, one_line, table_lines
 from consissr.evaluation.plots import summary_svg
 from consissr.evaluation.report import html_report
 from consissr.evaluation.summary import TableCells, difference_cells, differences, notes, per_image, table_cells
-from consissr.machine import whole
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What makes a spreadsheet compute a text instead of showing it."""

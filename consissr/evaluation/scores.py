@@ -11,13 +11,13 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from consissr.config.machine import cores
 from consissr.errors import UserError
 from consissr.evaluation import flat, learned, metrics, niqe, stability, stlpips
 from consissr.evaluation.folders import read_image
 from consissr.evaluation.progress import track
 from consissr.evaluation.protocols import Measure, Protocol
 from consissr.evaluation.workers import results
-from consissr.machine import cores
 
 REVISION = "2"
 """Of our own metrics: raise it whenever a value may change."""

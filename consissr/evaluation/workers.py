@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from multiprocessing import connection, get_context
 from typing import Any
 
+from consissr.config.machine import cores
 from consissr.errors import UserError
-from consissr.machine import cores
 
 SPARE = 0.8
 """Share of the free memory that processes may take together."""

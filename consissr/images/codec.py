@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
+from consissr.config.machine import whole
 from consissr.errors import UserError
 from consissr.images import formats, metadata
 from consissr.images.color_tags import colour_chunks
@@ -34,7 +35,6 @@ from consissr.images.formats import Form
 from consissr.images.resize import resize
 from consissr.images.rows import Rows, rows_of, strips
 from consissr.images.transparency import fill_hidden
-from consissr.machine import whole
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from consissr.config.machine import whole
 from consissr.errors import UserError
 from consissr.inference.jobs import check_place
 from consissr.inference.processes import numbers
-from consissr.machine import whole
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 _VIDEO = {".webm": ("-c:v", "libvpx-vp9", "-b:v", "0", "-crf", "20")}

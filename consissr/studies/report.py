@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from consissr.config.machine import cores
 from consissr.evaluation import figures, provenance, tables
 from consissr.evaluation.bootstrap import DRAWS, Difference, hierarchical, paired, verdict
 from consissr.evaluation.check import BICUBIC, write_baselines
@@ -17,7 +18,6 @@ from consissr.evaluation.markdown import table_lines
 from consissr.evaluation.output import write_text
 from consissr.evaluation.progress import duration
 from consissr.evaluation.protocols import MEASURES, get_measures, get_protocol
-from consissr.machine import cores
 from consissr.studies.run import SETS, Work, is_restored, is_trained
 from consissr.studies.spec import METRICS, Comparison, Study
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from consissr.config.machine import cores
 from consissr.errors import UserError
 from consissr.evaluation import provenance
 from consissr.evaluation.folders import list_images, list_runs, pair
 from consissr.evaluation.progress import duration
 from consissr.evaluation.workers import end_with_parent
-from consissr.machine import cores
 from consissr.studies.spec import Study
 from consissr.weights.base import BUNDLED_BASES
 from consissr.weights.files import BUNDLED

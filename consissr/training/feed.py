@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from consissr import machine
+from consissr.config import machine
 from consissr.config.training import TrainConfig
 from consissr.data.as_released import PairPool, degrade_as_released
 from consissr.data.datasets import PhotoDataset

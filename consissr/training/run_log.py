@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from consissr.config.loading import flat, save_config
+from consissr.config.machine import whole
 from consissr.config.training import TrainConfig
-from consissr.machine import whole
 from consissr.training.feed import own_cores, threads
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from consissr.config.machine import cache_folder
 from consissr.errors import UserError
-from consissr.machine import cache_folder
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from consissr.config.loading import nearest
+from consissr.config.machine import cache_folder, whole
 from consissr.errors import UserError
-from consissr.machine import cache_folder, whole
 from consissr.weights.base import BASE_NETWORKS, SD21, base_path
 from consissr.weights.base import choose as choose_base
 from consissr.weights.cache import by_hand_folder, check_free, locked, stamp_of, unchanged

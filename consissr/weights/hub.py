@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from consissr.config.machine import cache_folder, whole
 from consissr.errors import UserError, reason_of
-from consissr.machine import cache_folder, whole
 from consissr.weights.cache import check_free, locked, sha256_of, stamp_of, unchanged
 from consissr.weights.names import published
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from consissr.machine import cache_folder
+from consissr.config.machine import cache_folder
 from consissr.weights.cache import by_hand_folder
 
 

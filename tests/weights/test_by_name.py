@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from consissr.config.loading import save_config
-from consissr.machine import cache_folder
+from consissr.config.machine import cache_folder
 from consissr.weights.cache import by_hand_folder
 from consissr.weights.files import read_config
 from tests.weights.standin import Hub, serve

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from consissr.config.machine import cache_folder
 from consissr.errors import UserError
-from consissr.machine import cache_folder
 from consissr.weights import find
 from consissr.weights.base import base_path
 from consissr.weights.cache import by_hand_folder, unchanged
