@@ -143,7 +143,8 @@ def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path, monkeypatch: pyte
     """Autocast in every forward pass, frozen matrices stored as they are computed; exported as they were."""
     from torch._functorch import config as functorch
 
-    compiled, sharded = [], []
+    compiled, sharded, traced = [], [], []
+    fast = torch.compile(lambda x: x + 1, backend=lambda graph, _: traced.append(graph) or graph.forward)
     usual = loop_module.Player
     monkeypatch.setattr(loop_module, "Player", lambda *given: sharded.append(given[2]) or usual(*given))
 
@@ -154,16 +155,16 @@ def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path, monkeypatch: pyte
             super().__init__(config)
             self.compile_modules = [SimpleNamespace(compile=lambda: compiled.append(config))]
 
-    low = [
-        "precision=bf16",
-        "frozen_precision=bf16",
-        "compile=true",
-        f"data.validation={photos}",
-        "steps=1",
-        "data.crop=80",
-    ]
+        def restore(self, batch: Batch) -> Tensor:
+            return fast(super().restore(batch))
+
+        def export(self, folder: Path) -> None:
+            fast(self.maker.weight)
+            super().export(folder)
+
+    low = ["precision=bf16", "frozen_precision=bf16", "compile=true", "steps=1", "data.crop=80", "timeout=3"]
     with functorch.patch(donated_buffer=True):
-        run = begun(photos, tmp_path / "low", *low, "timeout=3", build=Compiled)
+        run = begun(photos, tmp_path / "low", *low, f"data.validation={photos}", build=Compiled)
         assert compiled == [run.config] and functorch.donated_buffer is False
     assert run.accelerator.init_handler.timeout == timedelta(minutes=6), "processes tell of silence before that"
     assert run.accelerator.ddp_handler.gradient_as_bucket_view
@@ -171,7 +172,7 @@ def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path, monkeypatch: pyte
     assert stage.frozen.weight.dtype == torch.bfloat16 and stage.maker.weight.dtype == torch.float32
     assert stage.networks["conv"].weight.is_contiguous(memory_format=torch.channels_last)
     run.run()
-    assert stage.autocast == {True} and stage.pairs == {True}
+    assert stage.autocast == {True} and stage.pairs == {True} and not traced, "what runs once is not compiled"
     result = torch.load(tmp_path / "low/result.pt")
     for name in ("frozen.weight", "conv.weight"):
         assert torch.equal(result[name], stage.before[name]) and result[name].dtype == torch.float32
@@ -191,7 +192,7 @@ def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path, monkeypatch: pyte
 def test_a_stopped_run_goes_on_bit_for_bit(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """SIGTERM ends it after the step; the window of the log, the count of what was left out, and the buffers go on."""
     words = ["steps=5", "log_every=4", "checkpoint_every=4", "skip_not_finite=true", "ema=0.5"]
-    words += [f"data.validation={photos}", "validate_every=2"]
+    words += [f"data.validation={photos}", "validate_every=1"]
 
     def infinite(stage: Acting, batch: Batch, step: int) -> float:
         return torch.inf if step in (0, 3) else 1.0
@@ -225,7 +226,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(photos: Path, tmp_path: Path, capfd: 
         assert torch.equal(value, states[1]["weights"][name]), name
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("through", "stopped")]
     told = [(line["step"], line.get("not_finite")) for line in logs[0]]
-    assert told == [(2, None), (4, 2), (4, None), (5, 2), (5, None)]
+    assert told == [(1, None), (2, None), (3, None), (4, 2), (4, None), (5, 2), (5, None)]
     for first, second in zip(*logs, strict=True):
         for key in first.keys() - {"steps_per_second", "data_seconds", "peak_mb", "peak_share"}:
             assert repr(first[key]) == repr(second[key]), (first["step"], key)
@@ -235,9 +236,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(photos: Path, tmp_path: Path, capfd: 
             super().__init__(config)
             self.buffers = {"turn": torch.zeros(2)}
 
-    for build, part in ((Wider, "buffers"), (Toy, "buffers")):
-        with pytest.raises(UserError, match=f"checkpoint-5 is of another configuration: its {part} differ from this "):
-            begun(photos, tmp_path / "stopped", *words, build=build, resume="latest")
+    with pytest.raises(UserError, match="checkpoint-5 is of another configuration: its buffers differ from this run's"):
+        begun(photos, tmp_path / "stopped", *words, build=Wider, resume="latest")
 
 
 def test_who_else_stops_a_run(photos: Path, tmp_path: Path) -> None:
@@ -246,10 +246,11 @@ def test_who_else_stops_a_run(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^stopped by its launcher's end after step 1, which is saved"):
         orphan.run()
     told = begun(photos, tmp_path / "b", "steps=3")
-    collect = told.flags.collect
-    told.flags.collect = lambda every: [(about, [1.0, *bad]) for about, (_, *bad) in collect(every)]
+    collect, asked = told.flags.collect, []
+    told.flags.collect = lambda every: asked.append(every) or [(it, [1.0, *bad]) for it, (_, *bad) in collect(every)]
     with pytest.raises(UserError, match="^stopped by a signal to another process after step 1, which is saved"):
         told.run()
+    assert asked == [False, True], "before a checkpoint, the last step's too"
 
 
 def test_flags_of_several_steps_all_count(photos: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from consissr.config.training import TrainConfig
 from consissr.nano.config import run_config
 from consissr.training.checkpoints import load_checkpoint
 from consissr.training.loop import Loop
-from consissr.training.stage import Batch, Phase
+from consissr.training.stage import Batch, Phase, seed_of
 from consissr.weights.precision import BF16_INSTRUCTIONS
 
 STEPS, ACCUMULATED = 6, 3
@@ -197,6 +197,8 @@ def test_initial_weights_depend_on_the_seed_alone(photos: Path, tmp_path: Path) 
     assert torch.equal(first, before("bb", "seed=3", "optimizer.lr=0.1")) and not torch.equal(
         first, before("c", "seed=4")
     )
+    torch.manual_seed(seed_of(3, "init"))
+    assert torch.equal(first, nn.Linear(3, 3).weight), "earlier runs can be repeated"
 
 
 def test_bfloat16_is_the_loops_choice_where_the_processor_computes_it(photos, tmp_path, monkeypatch):
