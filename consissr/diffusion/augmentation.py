@@ -8,10 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from consissr.errors import UserError
-
-FORMS = ("power", "as_released", "linear", "off")
-
 
 def probability(t: Tensor, form: str = "power", gamma: float = 10.0, T: int = 1000) -> Tensor:
     """p(t), the chance that timestep t (0..T-1) starts from the low-quality latent -> float64, shape of t.
@@ -22,11 +18,10 @@ def probability(t: Tensor, form: str = "power", gamma: float = 10.0, T: int = 10
                    max(1 - 2.5 t / T, 0), which reverses time: Sec. 3.4 wants p(T) = 1
     `off`          0: ordinary DDPM training
     """
-    if form not in FORMS:
-        raise UserError(f"TALA form {form!r} is unknown; choose one of {', '.join(FORMS)}")
     t = t.double()
     if form == "off":
         return torch.zeros_like(t)
     if form == "linear":
         return (1 - 2.5 * (1 - (t + 1) / T)).clamp(min=0)
-    return ((t + (form == "power")) / T) ** gamma
+    counted = t + 1 if form == "power" else t
+    return (counted / T) ** gamma

@@ -104,8 +104,6 @@ class Denoiser(nn.Module):
         prediction_type: str = "epsilon",
     ) -> None:
         super().__init__()
-        if prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"prediction type '{prediction_type}' is not known: use epsilon or v_prediction")
         self.unet = unet
         self.controlnet = controlnet
         self.prediction_type = prediction_type

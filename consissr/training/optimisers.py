@@ -25,9 +25,6 @@ def build_optimizer(phase: Phase, sharded: bool = False) -> torch.optim.Optimize
     sharded: each process holds the moments of a part of the parameters and sends what it updated to the others (ZeRO,
     stage 1; Rajbhandari et al. 2020).
     """
-    wrong = [name for name, p in phase.parameters.items() if p.dtype != torch.float32]
-    if wrong:
-        raise ValueError(f"trained parameters must be float32: {wrong[0]} is not")
     c = phase.optimizer
     settings = {"lr": c.lr, "betas": tuple(c.betas), "weight_decay": c.weight_decay}
     parameters = list(phase.parameters.values())

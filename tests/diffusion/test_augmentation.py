@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from consissr.diffusion.augmentation import probability
-from consissr.errors import UserError
 
 T = torch.arange(1000)
 
@@ -34,8 +33,3 @@ def test_probability_by_hand():
 def test_probability_rises_and_stays_one(form):
     p = probability(T, form)
     assert (p.diff() >= 0).all() and p.min() >= 0 and p.max() <= 1
-
-
-def test_unknown_form_is_named():
-    with pytest.raises(UserError, match="quadratic.*power, as_released, linear, off$"):
-        probability(T, "quadratic")

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from consissr.config.loading import check_word
-from consissr.errors import UserError
 from consissr.models.memory import trim_heap
 from consissr.models.vae.exact import TileRunner
 from consissr.models.vae.latents import Latents
@@ -22,11 +20,9 @@ from consissr.models.vae.operations import Box, Op, decoder_ops, encoder_ops
 from consissr.models.vae.released import RELEASED_MARGIN, PooledTiles
 from consissr.models.vae.sampled import SampledTiles
 
-MODES = ("exact", "sampled", "as_released")
-
 
 class TiledLatents(Latents):
-    """Latents whose autoencoder works in tiles of `tile` latent pixels a side, in one of the MODES.
+    """Latents whose autoencoder works in tiles of `tile` latent pixels a side, in one of the modes above.
 
     Shares the weights of the `latents` it is made from. Images that fit one tile go through untiled.
     """
@@ -36,9 +32,6 @@ class TiledLatents(Latents):
     ) -> None:
         """on_tile: called with the area in latent pixels of what is done: each tile of `sampled`, else the whole."""
         super().__init__(latents.vae)
-        check_word(mode, MODES, "vae_tiling")
-        if tile < 1:
-            raise UserError(f"an autoencoder tile of {tile} latent pixels is too small: use at least 1")
         self.linear, self.tile, self.mode, self.on_tile = latents.linear, tile, mode, on_tile
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
