@@ -11,19 +11,14 @@ import time
 import warnings
 from collections.abc import Callable
 
-from consissr.config.loading import check_word, read_word
 from consissr.errors import UserError
-from consissr.nano.config import PAPER_STAGES, run_config
-from consissr.nano.config import STAGES as NANO_STAGES
+from consissr.nano.config import run_config
 from consissr.training.checks import check_changes, check_run
 from consissr.training.lock import claimed
-
-STAGES = (*PAPER_STAGES, *NANO_STAGES)
 
 
 def stage_builder(name: str) -> Callable:
     """The class of a stage. Imported here, late, so that --help stays fast and a stage loads only its own needs."""
-    check_word(name, STAGES, "stage")
     if name in ("rclip", "nano_rclip"):
         from consissr.training.rclip import Rclip as Built
     elif name == "tala":
@@ -63,7 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
     # 1x1 convolutions have two names for one layout
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
-        check_word(read_word("stage", options.config, options.overrides) or "nuts", STAGES, "stage")
         config = run_config(options.config, options.overrides)
         if options.dry_run:
             from consissr.training.dry_run import describe

@@ -81,17 +81,6 @@ def seeded_draw(seed: int, keys: Iterable[str | int], repeat: int = 0) -> Draw:
     return draw
 
 
-def recorded_draw(tensors: dict[str, Tensor]) -> Draw:
-    """Noise from named tensors instead of a generator: for conformance with recorded runs."""
-
-    def draw(name: str, shape: Sequence[int]) -> Tensor:
-        if tuple(tensors[name].shape) != tuple(shape):
-            raise ValueError(f"recorded noise {name!r} is {tuple(tensors[name].shape)}, wanted {tuple(shape)}")
-        return tensors[name].float()
-
-    return draw
-
-
 def _noise(identity: str, shape: Sequence[int]) -> Tensor:
     digest = hashlib.blake2b(identity.encode(), digest_size=8).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -134,13 +135,9 @@ def set_scores(key: str, metric: str, sr: list[Path], hr: list[Path], scoring: S
 def score_all(tasks: list[Callable[[], dict[str, float]]], cache: ScoreCache, jobs: int) -> None:
     """Run every task into the cache, over `jobs` processes (in this one when `jobs` is 1)."""
     alone = jobs == 1 or len(tasks) < 2
-    done = (task() for task in tasks) if alone else results(_run, tasks, jobs)
+    done = (task() for task in tasks) if alone else results(operator.call, tasks, jobs)
     for scores in track("scoring", done, len(tasks)):
         cache.put(scores)
-
-
-def _run(task: Callable[[], dict[str, float]]) -> dict[str, float]:
-    return task()
 
 
 @lru_cache

@@ -39,7 +39,8 @@ def unpacked(inputs: Images) -> tuple[list[Tensor | Rows], list[Photo]]:
 def packed(inputs: Images, photos: list[Photo], results: list[Rows]) -> Images:
     """Results as the kind of thing that `inputs` is; a tensor of a GPU where its pixels were worked on."""
     if isinstance(inputs, Tensor):
-        y = stacked([result.whole() for result in results])
+        rows = [result.whole() for result in results]
+        y = torch.cat(rows) if len(rows) > 1 else rows[0]  # a single one is not copied
         return y if works_on_pixels(inputs.device) else y.to("cpu")
     restored = [photo.restored(result) for photo, result in zip(photos, results, strict=True)]
     if isinstance(inputs, Image):
@@ -65,8 +66,3 @@ def network_input(images: Sequence[Prepared], dtype: torch.dtype) -> Tensor:
         for top, bottom in strips(image.shape[0], image.device):
             row[:, top:bottom] = image.rows(top, bottom)[0]
     return x
-
-
-def stacked(rows: list[Tensor]) -> Tensor:
-    """The rows (1,...) as one tensor (B,...); a single one is not copied."""
-    return torch.cat(rows) if len(rows) > 1 else rows[0]

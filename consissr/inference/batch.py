@@ -4,6 +4,8 @@ Files are decoded and encoded in threads while the model computes. Images of equ
 `batch_size` allows. What each image looks like depends on none of this: its noise is named by (seed, key, repeat).
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import os
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
@@ -24,24 +26,14 @@ from consissr.images import codec
 from consissr.images.codec import Photo, Samples
 from consissr.images.inputs import equal_sizes
 from consissr.images.metadata import with_settings
-from consissr.images.rows import Rows
 from consissr.inference.jobs import Job, check_place, reason
 from consissr.models.memory import is_out_of_memory, peak_memory_mb
 
+if TYPE_CHECKING:
+    from consissr.restorer import Restorer
+
 READERS = 2
 WRITERS = 2
-
-
-class Restores(Protocol):
-    """What a run needs of a `Restorer`."""
-
-    device: torch.device
-
-    def __call__(self, photos: list[Photo], **settings: Any) -> list[Photo]:
-        """Photos of equal size, restored; see `Restorer.__call__`."""
-
-    def step_picture(self, z: Tensor, lq: Tensor | Rows, scale: float, longest: int | None) -> Tensor:
-        """What latents (1,C,h,w) of an LQ image (1,3,h,w) show, (1,3,H,W) in [-1, 1]."""
 
 
 @dataclass(kw_only=True)
@@ -99,7 +91,7 @@ class Report:
         self.tell(outcome)
 
 
-def run(restorer: Restores, jobs: Iterable[Job], settings: Settings, report: Report) -> None:
+def run(restorer: Restorer, jobs: Iterable[Job], settings: Settings, report: Report) -> None:
     """Restore and write every job; each one ends in `report` exactly once."""
     jobs = list(jobs)
     for job in jobs:
@@ -144,7 +136,7 @@ def _read_ahead(
 
 
 def _restore_group(
-    restorer: Restores, group: list[Job], futures: list[Future], settings: Settings, report: Report
+    restorer: Restorer, group: list[Job], futures: list[Future], settings: Settings, report: Report
 ) -> list[tuple[Outcome, Samples]]:
     """What to write of a group; files that turn out damaged, or for which memory runs out, are reported."""
     read: list[tuple[Job, Photo]] = []
@@ -174,7 +166,7 @@ def _restore_group(
     return [(Outcome(job, "done", seconds=seconds), samples) for (job, _), samples in zip(read, results, strict=True)]
 
 
-def _restore(restorer: Restores, read: list[tuple[Job, Photo]], settings: Settings, report: Report) -> list[Samples]:
+def _restore(restorer: Restorer, read: list[tuple[Job, Photo]], settings: Settings, report: Report) -> list[Samples]:
     """The model on photos of one size; transparency is enlarged beside it."""
     jobs = [job for job, _ in read]
     photos = restorer(
@@ -207,7 +199,7 @@ def _with_metadata(form: codec.Form, job: Job, settings: Settings) -> codec.Form
     return form
 
 
-def _step_writer(restorer: Restores, job: Job, photo: Photo, settings: Settings) -> Callable:
+def _step_writer(restorer: Restorer, job: Job, photo: Photo, settings: Settings) -> Callable:
     """Writes what each sampling step expects the result to be, as RGB: <target>_steps/00_t999.png, ..."""
 
     def write(index: int, step: Any, eps: Tensor, x0: Tensor) -> None:

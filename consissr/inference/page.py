@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from consissr.errors import UserError
@@ -29,6 +29,9 @@ from consissr.weights.base import SD21
 from consissr.weights.files import BUNDLED
 from consissr.weights.find import here
 from consissr.weights.names import published
+
+if TYPE_CHECKING:
+    from consissr.restorer import Restorer
 
 MOST = 32
 """Photographs in one run."""
@@ -44,7 +47,7 @@ CHOOSE = (
 
 _turn = Lock()  # one run at a time: several would only make each other slow
 
-Load = Callable[[], tuple[batch.Restores, batch.Settings]]
+Load = Callable[[], tuple["Restorer", batch.Settings]]
 """Gives the model, and the settings of a run with it but for the scale."""
 
 

@@ -75,10 +75,6 @@ class Condition:
         """With the tokens (B, N, D) of a soft prompt after the text's; the same where there are none."""
         return self if tokens is None else self.changed(text=torch.cat([self.text, tokens.to(self.text)], dim=1))
 
-    def repeat(self, times: int) -> Condition:
-        """All rows `times` over: row i becomes rows i, B + i, 2 B + i, ..."""
-        return self.map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
-
     def rows(self, index: slice | Tensor) -> Condition:
         """The given rows."""
         return self.map(lambda tensor: tensor[index])

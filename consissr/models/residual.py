@@ -32,8 +32,3 @@ class ResidualDenoiser(Denoiser):
         u_t = z_t - signal * z_lq.float()
         size = ((self.residual * signal) ** 2 + noise**2).sqrt()
         return (noise * u_t + self.residual * signal * size * out) / size**2
-
-
-def denoiser_of(residual: float, *networks: Any) -> Denoiser:
-    """A denoiser of the kind that a model folder's `residual` says; `networks`: the arguments of `Denoiser`."""
-    return ResidualDenoiser(*networks, residual=residual) if residual else Denoiser(*networks)

@@ -19,18 +19,17 @@ from consissr.config.training import TrainConfig
 from consissr.data.settings import MODES
 from consissr.errors import UserError
 
-STAGES = ("autoencoder", "clip", "prior", "nano_rclip", "nano_tala", "nano_nuts", "nano_deft")
-"""Stages whose runs are described by `NanoConfig`; the papers' own (rclip, tala, nuts, deft) by `TrainConfig`."""
-
-
 PAPER_STAGES = ("rclip", "tala", "nuts", "deft")
+"""Stages whose runs are described by `TrainConfig`; those of the others by `NanoConfig`."""
+STAGES = (*PAPER_STAGES, "autoencoder", "clip", "prior", "nano_rclip", "nano_tala", "nano_nuts", "nano_deft")
+"""All stages; their classes: scripts/train.py."""
 
 
 def run_config(path: str | Path | None, overrides: list[str] | None = None) -> TrainConfig:
     """The configuration of a run from a YAML file and `key=value` overrides, by its stage. Raises UserError."""
-    stage = read_word("stage", path, overrides)
-    check_word(stage or "nuts", (*PAPER_STAGES, *STAGES), "stage")
-    return load_config(NanoConfig if stage in STAGES else TrainConfig, path, overrides)
+    stage = read_word("stage", path, overrides) or "nuts"
+    check_word(stage, STAGES, "stage")
+    return load_config(TrainConfig if stage in PAPER_STAGES else NanoConfig, path, overrides)
 
 
 @dataclass(kw_only=True)

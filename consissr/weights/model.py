@@ -12,7 +12,7 @@ from consissr.config.sd21 import SD_BETAS
 from consissr.diffusion.schedule import alpha_bar
 from consissr.models.denoiser import Denoiser
 from consissr.models.image_prompt import ImagePrompt
-from consissr.models.residual import denoiser_of
+from consissr.models.residual import ResidualDenoiser
 from consissr.models.vae.latents import Latents
 
 if TYPE_CHECKING:
@@ -52,5 +52,6 @@ class Model:
 
     def denoiser(self) -> Denoiser:
         """UNet and ControlNet as one network that predicts noise."""
+        networks = self.unet, self.controlnet, self.alpha_bar, self.prediction_type
         residual = self.config.model.residual
-        return denoiser_of(residual, self.unet, self.controlnet, self.alpha_bar, self.prediction_type)
+        return ResidualDenoiser(*networks, residual=residual) if residual else Denoiser(*networks)

@@ -16,7 +16,7 @@ from ccsr.nuts import Nuts
 from ccsr.timesteps import nuts_plan
 from consissr.config.loading import load_config
 from consissr.config.training import TrainConfig
-from consissr.diffusion.sampler import recorded_draw, sample, start_latent
+from consissr.diffusion.sampler import sample, start_latent
 from consissr.diffusion.schedule import Schedule
 from consissr.models.denoiser import Condition, Denoiser
 from tests.training.plain import Recorded, only, start, watched
@@ -208,7 +208,8 @@ def sampled(fixture: Fixture, given: dict[str, Tensor]) -> Tensor:
     schedule = Schedule(fixture.model.alpha_bar)
     z_lq = fixture.latents.encode(pixels(given["lq_uint8"]), "sample", given["post_noise_lq"])
     condition = Condition(given["prompt_embeds"], z_lq)
-    draw = recorded_draw({"init": given["noise_T"], "tmax": given["noise_tmax"]})
+    noises = {"init": given["noise_T"], "tmax": given["noise_tmax"]}
+    draw = lambda name, shape: noises[name].float()  # noqa: E731
     denoiser, begin = fixture.denoiser, start_latent("lq", z_lq, schedule, draw)
     return sample(lambda z, t: denoiser(z, t, condition), nuts_plan(6, 2 / 3, 0.5, "leading"), begin, schedule, draw)
 

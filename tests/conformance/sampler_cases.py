@@ -15,7 +15,6 @@ from torch.nn.modules.module import register_module_forward_hook
 from ccsr.timesteps import nuts_plan
 from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import Step, ddpm_plan
-from consissr.diffusion.sampler import recorded_draw
 from consissr.diffusion.schedule import CLEAN, Schedule
 from consissr.diffusion.tiling import TiledDenoiser, gaussian_weights
 from consissr.images.codec import to_uint8
@@ -89,7 +88,7 @@ def ccsr_run(fixture: Fixture, run: str) -> Iterator[Check | Lack]:
     tiles = restorer.tiles(config, tuple(lq.shape[2:]), 1)
     noises = ccsr_noises(inputs, plan)
     with predictions(TiledDenoiser if tile else Denoiser) as predicted:
-        z = restorer.restore_latent(lq, recorded_draw(noises), config, plan, tiles)
+        z = restorer.restore_latent(lq, lambda name, shape: noises[name].float(), config, plan, tiles)
     yield from compare(run, stored, "final_latent", z)
     for i, (step, eps) in enumerate(zip(plan, predicted, strict=True)):
         yield from compare_like(run, stored, f"net_eps_{i}_t{step.t}", eps)
@@ -249,7 +248,7 @@ def consissr_run(fixture: Fixture) -> Iterator[Check | Lack]:
     )
     plan, tiles = ddpm_plan(config.steps), restorer.tiles(config, tuple(lq.shape[2:]), 1)
     yield Check("timesteps", [step.t for step in plan], said["sampler_timesteps_desc"], 0.0, "exact")
-    z = restorer.restore_latent(lq, recorded_draw(noises), config, plan, tiles)
+    z = restorer.restore_latent(lq, lambda name, shape: noises[name].float(), config, plan, tiles)
     trajectory = torch.stack([z_t for _, z_t, _, _ in schedule.estimates[1:]] + [z])
     yield from compare(file, stored, "sampler_traj", trajectory, GUIDED_LATENT)
     yield from compare(file, stored, "final_latent", z, GUIDED_LATENT)

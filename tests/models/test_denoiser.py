@@ -21,13 +21,12 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def test_conditions_join_and_repeat():
+def test_conditions_join():
     a, b = (Condition(draw(2, 7, 24) + i, draw(2, 4, 8, 8) + i, draw(2, 1, 24) + i) for i in (0, 1))
     both = a.cat(b)
     assert torch.equal(both.text, torch.cat([a.text, b.text]))
     assert torch.equal(both.hint, torch.cat([a.hint, b.hint]))
     assert torch.equal(both.image, torch.cat([a.image, b.image]))
-    assert torch.equal(a.repeat(2).image, torch.cat([a.image, a.image]))
     assert torch.equal(both.rows(slice(2, 4)).hint, b.hint)
     assert a.to(torch.bfloat16).text.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="^only one of two conditions has image tokens"):
@@ -45,7 +44,6 @@ def test_what_was_computed_of_a_prompt_goes_with_it():
     both = a.cat(b)
     assert set(both.cache) == {"text.0", "hint"}, "only what both have"
     assert torch.equal(both.cache["text.0"], torch.cat([a.cache["text.0"], b.cache["text.0"]]))
-    assert torch.equal(a.repeat(2).cache["hint"], torch.cat([a.cache["hint"]] * 2))
     assert torch.equal(a.rows(slice(1, 2)).cache["image.0"], a.cache["image.0"][1:])
     assert set(a.tensors()) == {"text", "hint", "image"} and set(Condition(text, hint).tensors()) == {"text", "hint"}
     assert Condition(text, hint).to(torch.bfloat16).image is None

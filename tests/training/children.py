@@ -20,9 +20,10 @@ import tqdm  # noqa: F401
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel  # noqa: F401
 
 import consissr.training.loop  # noqa: F401
+from consissr.nano.config import STAGES
 from consissr.training.checkpoints import list_checkpoints, save_checkpoint
 from consissr.training.run_log import RunLog
-from scripts.train import STAGES, main, stage_builder
+from scripts.train import main, stage_builder
 
 for stage in STAGES:
     stage_builder(stage)
