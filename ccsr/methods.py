@@ -10,8 +10,8 @@ from ccsr.timesteps import nuts_plan
 from consissr.bench.models import SamplingMethod
 from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import ddpm_plan
-from consissr.weights.released import AS_RELEASED
 from consissr.weights.released_ccsr import AS_RELEASED_V2
+from consissr.weights.released_consissr import AS_RELEASED
 
 
 def guidance(sampler: SamplerConfig) -> dict[str, Any]:

@@ -156,8 +156,8 @@ def test_existing_folders_stay(convert, tmp_path):
 
 def test_released_settings_equal_the_readers(root):
     from ccsr.timesteps import sampler_plan
-    from consissr.weights.released import AS_RELEASED
     from consissr.weights.released_ccsr import AS_RELEASED_V1, AS_RELEASED_V2
+    from consissr.weights.released_consissr import AS_RELEASED
 
     tiles = {"tile": 512, "tile_overlap": 256, "tile_weights": "as_released"}
     tiles |= {"vae_tile": 1792, "vae_tiling": "as_released"}

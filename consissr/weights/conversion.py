@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 
 from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
-from consissr.weights import released, released_ccsr
+from consissr.weights import released_ccsr, released_consissr
 from consissr.weights.base import BASE_NETWORKS
 from consissr.weights.base import choose as choose_base_files
 from consissr.weights.files import read_weights, weight_names
 from consissr.weights.folder import save_base, save_model
 
 if TYPE_CHECKING:
-    from consissr.weights.released import Released
+    from consissr.weights.model import Released
 
 log = logging.getLogger(__name__)
 
@@ -128,8 +128,8 @@ def read(source: Path, clip: Path | None = None, with_base: bool = True) -> Rele
         return released_ccsr.read_v2(source, with_base, dtype=None)
     check_archive(source)
     state = read_weights(source)
-    if released.is_released(state):
-        return released.read(state, None if clip is None else json.loads(clip.read_text()), dtype=None)
+    if released_consissr.is_released(state):
+        return released_consissr.read(state, None if clip is None else json.loads(clip.read_text()), dtype=None)
     if released_ccsr.is_v1(state):
         return released_ccsr.read_v1(state, dtype=None)
     raise UserError(

@@ -1,4 +1,4 @@
-"""Networks from checkpoints in latent-diffusion naming: UNet, autoencoder, text tower, and the schedule's tables."""
+"""Networks from checkpoints in latent-diffusion naming: UNet, ControlNet, autoencoder, text tower; the schedule."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from consissr.config.model import ModelConfig
 from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
+from consissr.models.controlnet import empty_controlnet
 from consissr.models.surgery import replace_blocks
 from consissr.models.text import OpenClipText
 from consissr.models.vae.latents import Latents
@@ -20,7 +21,7 @@ from consissr.weights.files import read_weights
 from consissr.weights.ldm import KeyReport, State
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    from diffusers import ControlNetModel, UNet2DConditionModel
 
 SCHEDULE = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
@@ -117,6 +118,29 @@ def additions(state: State, levels: list[ldm.Level]) -> ModelConfig:
     )
 
 
+def read_controlnet(state: State, unet: UNet2DConditionModel, model: ModelConfig, report: KeyReport) -> ControlNetModel:
+    """The ControlNet of the same sizes as `unet`."""
+    from diffusers import ControlNetModel
+
+    with torch.device("meta"):
+        stock = ControlNetModel.from_unet(
+            unet, load_weights_from_unet=False, conditioning_channels=unet.config.in_channels
+        )
+        controlnet = empty_controlnet(stock.config, model)
+    report.load(controlnet, controlnet_names(state), "controlnet")
+    return controlnet.eval()
+
+
+def controlnet_names(state: State) -> State:
+    """A ControlNet's weights under diffusers' names and ours."""
+    pairs, _ = ldm.encoder_pairs(state)
+    pairs["middle_block_out.0"] = "controlnet_mid_block"
+    pairs["input_hint_block"] = "controlnet_cond_embedding"
+    for index in range(ldm.indices(state, "zero_convs")):
+        pairs[f"zero_convs.{index}.0"] = f"controlnet_down_blocks.{index}"
+    return ldm.rename(state, pairs, ldm.RESNET)
+
+
 def read_latents(state: State, report: KeyReport) -> Latents:
     """The autoencoder."""
     from diffusers import AutoencoderKL
@@ -124,6 +148,26 @@ def read_latents(state: State, report: KeyReport) -> Latents:
     with torch.device("meta"):
         vae = AutoencoderKL(**ldm.vae_config(state))
     report.load(vae, ldm.vae_names(state), "vae")
+    return Latents(vae.eval())
+
+
+def read_hint_encoder(state: State, latents: Latents, report: KeyReport) -> Latents | None:
+    """The encoder of the hint, where the file's copy of the autoencoder's differs from it."""
+    from diffusers import AutoencoderKL
+
+    names = ldm.vae_names(state)
+    own = latents.vae.state_dict()
+    if names.keys() == {n for n in own if n.startswith(("encoder.", "quant_conv."))} and all(
+        torch.equal(own[name].float(), tensor.float()) for name, tensor in names.items()
+    ):
+        report.ignored["hint encoder, equal to the autoencoder's"] = list(state)
+        return None
+    with torch.device("meta"):
+        vae = AutoencoderKL(**latents.vae.config)
+    vae.decoder, vae.post_quant_conv = latents.vae.decoder, latents.vae.post_quant_conv
+    decoder = {name: tensor for name, tensor in own.items() if name not in names}
+    report.load(vae, names | decoder, "hint encoder")
+    report.used["hint encoder"] = len(names)
     return Latents(vae.eval())
 
 

@@ -13,7 +13,9 @@ from consissr.diffusion.schedule import alpha_bar
 from consissr.models.denoiser import Denoiser
 from consissr.models.image_prompt import ImagePrompt
 from consissr.models.residual import ResidualDenoiser
+from consissr.models.text import OpenClipText
 from consissr.models.vae.latents import Latents
+from consissr.weights.ldm import KeyReport
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -55,3 +57,15 @@ class Model:
         networks = self.unet, self.controlnet, self.alpha_bar, self.prediction_type
         residual = self.config.model.residual
         return ResidualDenoiser(*networks, residual=residual) if residual else Denoiser(*networks)
+
+
+@dataclass(kw_only=True)
+class Released(Model):
+    """A published model: what its authors' files hold."""
+
+    kind: str
+    """'ConsisSR', 'ConsisSR's first stage (RCLIP)', 'CCSR v1' or 'CCSR v2'."""
+    text: OpenClipText | None = None
+    """The text encoder that came in the file."""
+    report: KeyReport = field(default_factory=KeyReport)
+    """What became of every key."""

@@ -21,10 +21,17 @@ from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
 from consissr.weights.base import schedule_of
 from consissr.weights.files import read_json, read_network, read_weights
-from consissr.weights.from_ldm import drop_training, read_latents, read_text, read_unet
+from consissr.weights.from_ldm import (
+    drop_training,
+    read_controlnet,
+    read_hint_encoder,
+    read_latents,
+    read_text,
+    read_unet,
+)
 from consissr.weights.ldm import KeyReport, State
+from consissr.weights.model import Released
 from consissr.weights.names import published
-from consissr.weights.released import Released, read_controlnet, read_hint_encoder
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel

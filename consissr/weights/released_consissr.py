@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,23 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from consissr.config.folder import FolderConfig
-from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import ddpm_plan
 from consissr.errors import UserError
-from consissr.models.controlnet import empty_controlnet
 from consissr.models.image_prompt import Adapter, ImagePrompt
 from consissr.models.text import OpenClipText
-from consissr.models.vae.latents import Latents
 from consissr.weights import ldm
 from consissr.weights.files import read_weights
-from consissr.weights.from_ldm import drop_training, read_latents, read_unet
+from consissr.weights.from_ldm import drop_training, read_controlnet, read_hint_encoder, read_latents, read_unet
 from consissr.weights.ldm import KeyReport, State
-from consissr.weights.model import Model
+from consissr.weights.model import Released
 from consissr.weights.names import published
 
 if TYPE_CHECKING:
-    from diffusers import ControlNetModel, UNet2DConditionModel
     from open_clip import CLIP
 
 ADAPTER = {"0": "norm", "1": "linear_1", "4": "linear_2", "6": "linear_3"}
@@ -37,18 +32,6 @@ HEAD_WIDTHS = {1280: 80}
 
 AS_RELEASED = SamplerConfig(**published()["consissr"].sampler, timesteps=[list(step) for step in ddpm_plan(50)])
 """How the authors sample."""
-
-
-@dataclass(kw_only=True)
-class Released(Model):
-    """A published model: what its authors' files hold."""
-
-    kind: str
-    """'ConsisSR', 'ConsisSR's first stage (RCLIP)', 'CCSR v1' or 'CCSR v2'."""
-    text: OpenClipText | None = None
-    """The text encoder that came in the file."""
-    report: KeyReport = field(default_factory=KeyReport)
-    """What became of every key."""
 
 
 def is_released(state: State) -> bool:
@@ -92,49 +75,6 @@ def read(
         text=OpenClipText(encoder).float().eval(),
         report=report,
     )
-
-
-def read_controlnet(state: State, unet: UNet2DConditionModel, model: ModelConfig, report: KeyReport) -> ControlNetModel:
-    """The ControlNet of the same sizes as `unet`."""
-    from diffusers import ControlNetModel
-
-    with torch.device("meta"):
-        stock = ControlNetModel.from_unet(
-            unet, load_weights_from_unet=False, conditioning_channels=unet.config.in_channels
-        )
-        controlnet = empty_controlnet(stock.config, model)
-    report.load(controlnet, controlnet_names(state), "controlnet")
-    return controlnet.eval()
-
-
-def controlnet_names(state: State) -> State:
-    """A ControlNet's weights under diffusers' names and ours."""
-    pairs, _ = ldm.encoder_pairs(state)
-    pairs["middle_block_out.0"] = "controlnet_mid_block"
-    pairs["input_hint_block"] = "controlnet_cond_embedding"
-    for index in range(ldm.indices(state, "zero_convs")):
-        pairs[f"zero_convs.{index}.0"] = f"controlnet_down_blocks.{index}"
-    return ldm.rename(state, pairs, ldm.RESNET)
-
-
-def read_hint_encoder(state: State, latents: Latents, report: KeyReport) -> Latents | None:
-    """The encoder of the hint, where the file's copy of the autoencoder's differs from it."""
-    from diffusers import AutoencoderKL
-
-    names = ldm.vae_names(state)
-    own = latents.vae.state_dict()
-    if names.keys() == {n for n in own if n.startswith(("encoder.", "quant_conv."))} and all(
-        torch.equal(own[name].float(), tensor.float()) for name, tensor in names.items()
-    ):
-        report.ignored["hint encoder, equal to the autoencoder's"] = list(state)
-        return None
-    with torch.device("meta"):
-        vae = AutoencoderKL(**latents.vae.config)
-    vae.decoder, vae.post_quant_conv = latents.vae.decoder, latents.vae.post_quant_conv
-    decoder = {name: tensor for name, tensor in own.items() if name not in names}
-    report.load(vae, names | decoder, "hint encoder")
-    report.used["hint encoder"] = len(names)
-    return Latents(vae.eval())
 
 
 def read_clip(state: State, config: dict[str, Any] | None, report: KeyReport) -> CLIP:

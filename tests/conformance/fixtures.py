@@ -179,7 +179,7 @@ class Fixture:
         weights = self.weights_folder / "weights.safetensors"
         if not weights.is_file():
             raise Missing("controlnet/config.json" if "ccsr" in self.kinds else "weights.safetensors")
-        from consissr.weights.released import read
+        from consissr.weights.released_consissr import read
 
         described = self if self.has("config.json") else Fixture(self.weights_folder)
         return read(weights, dict(described.json("config.json")["clip"]))

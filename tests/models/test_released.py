@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from consissr.config.folder import StoredModelConfig
 from consissr.diffusion.schedule import alpha_bar
 from consissr.errors import UserError
-from consissr.weights import released, released_ccsr
+from consissr.weights import released_ccsr
+from consissr.weights import released_consissr as released
 from consissr.weights.files import read_weights
 
 
