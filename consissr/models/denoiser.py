@@ -142,7 +142,10 @@ class Denoiser(nn.Module):
         return signal * out + noise * z_t
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each (B, 1, 1, 1) float32 on the device of `t`."""
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each (B, 1, 1, 1) float32 on the device of `t`.
+
+        Not a Schedule's, because models know nothing of diffusion/: what a network puts out is turned into noise here.
+        """
         if self.signal_noise is None or self.signal_noise[0].device != t.device:
             a = self.alpha_bar
             self.signal_noise = a.sqrt().float().to(t.device), (1 - a).sqrt().float().to(t.device)
