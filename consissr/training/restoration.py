@@ -44,7 +44,7 @@ def starting_model(config: TrainConfig) -> Model:
     if not config.init or tower_only(config.init):
         return new_model(config.model, tower=config.init)
     model = model_of_init(config, config.model)
-    if not config.stage.endswith("deft") and model.decoder != "base":
+    if model.decoder != "base":
         log.warning(
             "%s: its decoder was tuned on its results and stays: tune it again (stage deft), or use keep_decoder=false",
             config.init,

@@ -94,8 +94,11 @@ def test_the_tower_learns_from_its_frozen_self(base: Path, photos: Path, tmp_pat
     assert run.weights().keys() - two_steps(run) == set()
     assert all(torch.equal(value, frozen(run)[name]) for name, value in before.items())
     run.stage.export(tmp_path)
-    for name, value in load_tower(tmp_path)[0].state_dict().items():
-        assert torch.equal(value, run.stage.student.state_dict()[name]), name
+    words = ["stage=tala", "model.image_prompt=hpa", f"model.image_tokens={tokens}", f"init={tmp_path}", *DDPM]
+    model = starting_model(run_config(None, [f"model.base={base}", *words]))
+    for tower in (load_tower(tmp_path)[0], model.image_prompt.tower):  # what stage 'tala' starts from
+        for name, value in tower.state_dict().items():
+            assert torch.equal(value, run.stage.student.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
@@ -173,7 +176,8 @@ def test_what_a_run_would_lose_or_misread_is_said(
     text = first.stage.text.clone() + 1
     save_prompts(tmp_path / "model", {"": text})
     run = loop(base, photos, tmp_path / "b", *words)
-    assert "its decoder was tuned" in caplog.text and torch.equal(run.stage.text, text)
+    told = f"{tmp_path}/model: its decoder was tuned on its results and stays: tune it again (stage deft), or use keep_"
+    assert f"{told}decoder=false" in caplog.messages and torch.equal(run.stage.text, text)
     assert torch.equal(run.stage.latents.vae.decoder.conv_out.bias, plain + 1)
     run.stage.export(tmp_path / "again")
     assert torch.equal(load_prompts(tmp_path / "again")[""], text) and (tmp_path / "again/vae").is_dir()
@@ -181,8 +185,13 @@ def test_what_a_run_would_lose_or_misread_is_said(
         base, photos, tmp_path / "c", *words, "keep_decoder=false", "model.base=sd21-base"
     )  # the default: init's
     assert torch.equal(run.stage.latents.vae.decoder.conv_out.bias, plain)
+    assert len([message for message in caplog.messages if message.startswith(told)]) == 1
     run.stage.export(tmp_path / "without")
     assert not (tmp_path / "without/vae").exists()
+    save_prompts(tmp_path / "model", {"a photo": text})
+    needed = f"^{tmp_path}/model holds no embedding of the empty prompt, which training needs: convert it again$"
+    with pytest.raises(UserError, match=needed):
+        loop(base, photos, tmp_path / "d", *words)
 
 
 def test_a_trained_adapter_goes_on(base: Path, photos: Path, tmp_path: Path) -> None:
