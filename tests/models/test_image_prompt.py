@@ -53,6 +53,8 @@ def test_clip_input_is_normalised_and_resized_without_antialiasing():
     resized = F.interpolate((large + 1) / 2, (64, 64), mode="bicubic", align_corners=False)
     back = clip_input(large, 64) * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
     assert torch.allclose(back, resized, atol=1e-5)
+    assert clip_input(x.bfloat16(), 64).dtype == torch.bfloat16, "a rounded tower is given what it can read"
+    assert clip_input(x.to("meta"), 64).is_meta
 
 
 @torch.no_grad()
