@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from consissr import Restorer
@@ -17,6 +19,7 @@ from consissr.training.loop import Loop
 from consissr.training.restoration import starting_model
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala
+from consissr.weights.base import load_text
 from consissr.weights.folder import load_prompts, save_prompts
 from consissr.weights.image_encoder import load_tower, save_tower
 from consissr.weights.latents import save_decoder
@@ -192,6 +195,20 @@ def test_what_a_run_would_lose_or_misread_is_said(
     needed = f"^{tmp_path}/model holds no embedding of the empty prompt, which training needs: convert it again$"
     with pytest.raises(UserError, match=needed):
         loop(base, photos, tmp_path / "d", *words)
+
+
+def test_a_run_goes_on_with_its_models_base_or_another(base: Path, photos: Path, tmp_path: Path) -> None:
+    """And with the empty prompt, whichever ones the model restores with."""
+    words, model = VARIANTS["pre-training"], tmp_path / "model"
+    loop(base, photos, tmp_path / "a", *words).stage.export(model)
+    stored = yaml.safe_load((model / "config.yaml").read_text())
+    stored["model"]["base"], stored["sampler"]["positive"], stored["sampler"]["negative"] = "./base", "clean", "blurred"
+    (model / "config.yaml").write_text(yaml.safe_dump(stored))
+    shutil.copytree(base, model / "base")
+    for given, wanted in (("sd21-base", f"{model}/base"), (str(base), str(base))):
+        stage = loop(base, photos, tmp_path / "b", *words, f"init={model}", f"model.base={given}").stage
+        assert Path(stage.model.config.model.base) == Path(wanted)
+        assert torch.equal(stage.text, load_text(base).encode([""]))
 
 
 def test_a_trained_adapter_goes_on(base: Path, photos: Path, tmp_path: Path) -> None:
