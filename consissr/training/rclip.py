@@ -36,7 +36,7 @@ class Rclip(Stage):
         if student is None:
             student = load_tower(Path(config.init))[0] if config.init else deepcopy(self.teacher)
         self.student = student
-        self.networks = nn.ModuleDict({"teacher": self.teacher, "student": self.student})
+        self.networks = nn.ModuleList([self.teacher, self.student])
         self.compile_modules = [self.teacher, self.student]
         self.phases = [Phase("tower", dict(self.student.named_parameters()), self.loss, config.optimizer)]
 

@@ -99,11 +99,7 @@ class Restoration(Stage):
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        model: Model | None = None,
-        soft_prompt: SoftPrompt | None = None,
-        posterior: str = "mode",
+        self, config: TrainConfig, model: Model | None, soft_prompt: SoftPrompt | None, posterior: str
     ) -> None:
         self.model = model = model or starting_model(config)
         check_crop(config.data.crop, model.latents.factor)
@@ -113,9 +109,8 @@ class Restoration(Stage):
         self.latents, self.hint_latents = model.latents, model.hint_latents
         self.image_prompt, self.soft_prompt = model.image_prompt, soft_prompt
         self.text = model.prompts[""]  # both releases train with the empty prompt
-        networks = {"denoiser": self.denoiser, "latents": self.latents, "hint_latents": self.hint_latents}
-        networks |= {"image_prompt": self.image_prompt, "soft_prompt": soft_prompt}
-        self.networks = nn.ModuleDict({name: m for name, m in networks.items() if isinstance(m, nn.Module)})
+        parts = (self.denoiser, self.latents, self.hint_latents, self.image_prompt, soft_prompt)
+        self.networks = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
         self.compile_modules = [model.unet, model.controlnet, model.latents.vae.encoder]
         if config.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
