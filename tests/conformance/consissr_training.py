@@ -15,7 +15,7 @@ from consissr.models.image_prompt import build_tower, tower_features
 from consissr.training.rclip import Rclip
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala
-from consissr.weights import from_ldm, ldm, released
+from consissr.weights import from_ldm, ldm, released_consissr
 from consissr.weights.files import read_weights
 from tests.training.plain import Recorded, only, start, watched
 
@@ -137,9 +137,9 @@ def by_released_name(fixture: Fixture) -> Iterator[tuple[str, nn.Parameter]]:
     model, state = fixture.model, read_weights(fixture.weights_folder / "weights.safetensors")
     parts = {
         "model.diffusion_model.": (from_ldm.unet_names, model.unet),
-        "control_model.": (released.controlnet_names, model.controlnet),
+        "control_model.": (from_ldm.controlnet_names, model.controlnet),
         "cond_stage_model.ft_layers_4.": (
-            lambda weights: ldm.rename(weights, released.ADAPTER, {}),
+            lambda weights: ldm.rename(weights, released_consissr.ADAPTER, {}),
             model.image_prompt.adapter,
         ),
     }
