@@ -161,7 +161,7 @@ class Restoration(Stage):
 
     def export(self, folder: Path) -> None:
         """Write a model folder, which scripts/infer.py restores with as it is."""
-        model = replace(self.model, config=self.folder_config(), latents=self.latents)
+        model = replace(self.model, config=self.folder_config())
         save_model(folder, model, EXPORT[self.config.export_precision])
 
     def folder_config(self) -> FolderConfig:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Encoder
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ccsr.nuts import Nuts
@@ -256,8 +257,10 @@ def test_a_t_max_out_of_range_is_named(base: Path) -> None:
 
 def test_the_result_holds_its_plan(base: Path, tmp_path: Path) -> None:
     """Sampling then needs no knowledge of NUTS: (6, 2/3, 1/2) is 999, re-noised to 666, whose x0 is the result."""
-    stage, *_ = built(base)
+    stage, *_ = built(base, "export_precision=fp16")
     stage.export(tmp_path)
+    stored = load_file(tmp_path / "controlnet/diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert config["sampler"]["timesteps"] == [[999, 666, "renoise"], [666, -1, "x0"]]
     assert config["model"]["base"] == str(base)
