@@ -23,7 +23,7 @@ class ReleasedAdapter(HybridPromptAdapter):
     They start as copies of the text's. (In the authors' own training they are random: a slip of their script.)
     """
 
-    def __init__(self, source: nn.Module, number: int = 0) -> None:
+    def __init__(self, source: nn.Module, number: int) -> None:
         super().__init__(source, number)
         self.to_k_ip, self.to_v_ip = deepcopy(self.to_k), deepcopy(self.to_v)
 
@@ -40,7 +40,7 @@ class IPAdapter(CrossAttention):
 
     reads_image = True
 
-    def __init__(self, source: nn.Module, number: int = 0, several: bool = False) -> None:
+    def __init__(self, source: nn.Module, number: int, several: bool) -> None:
         super().__init__(source, number)
         self.to_k_ip = deepcopy(self.to_k) if several else None
         self.to_v_ip = zeroed(deepcopy(self.to_v))

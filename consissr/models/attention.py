@@ -39,7 +39,7 @@ class CrossAttention(nn.Module):
 
     reads_image = False
 
-    def __init__(self, source: nn.Module, number: int = 0) -> None:
+    def __init__(self, source: nn.Module, number: int) -> None:
         super().__init__()
         self.heads: int = source.heads
         self.number = number
@@ -72,7 +72,7 @@ class HybridPromptAdapter(CrossAttention):
 
     reads_image = True
 
-    def __init__(self, source: nn.Module, number: int = 0) -> None:
+    def __init__(self, source: nn.Module, number: int) -> None:
         super().__init__(source, number)
         weight = self.to_q.weight
         d = weight.shape[0] // self.heads
@@ -166,9 +166,9 @@ class TransformerBlock(nn.Module):
         source: nn.Module,
         attn1: SelfAttention,
         attn2: CrossAttention,
-        attnT: TransposedAttention | None = None,
-        attnI: nn.Module | None = None,
-        one_token: bool = True,
+        attnT: TransposedAttention | None,
+        attnI: nn.Module | None,
+        one_token: bool,
     ) -> None:
         """one_token: the image prompt is a single pooled token, as the layers were made for."""
         super().__init__()
