@@ -5,6 +5,8 @@ tile from its stored input, each tile read with the margin that its convolutions
 segment gets its statistics from a pass over the same tiles that ends at this norm. A map is stored, in 16 bits
 (`Packed`), wherever it is of the latent's size or takes no more memory than a few tiles do; where maps are larger,
 segments grow longer and work is repeated instead.
+
+Maps are numbered: map i is what i operations make of the input, which is map 0. Operation i turns map i into map i + 1.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from consissr.images.moments import Moments
 from consissr.models.vae.operations import Box, Op, Tile, advance, box_before, channels_after, size_after
 
 KEEP_TILES = 4
-"""A map is stored if it is no larger than this many tiles at full resolution."""
+"""A map is stored if it is no larger than this many tiles of the largest map."""
 
 
 class Packed:
@@ -80,74 +82,81 @@ class TileRunner:
     def __init__(self, ops: list[Op], tile: int, latent_size: tuple[int, int]) -> None:
         self.ops, self.tile, self.latent_size = ops, tile, latent_size
         self.statistics: dict[int, tuple[Tensor, Tensor]] = {}
+        """(mean, variance), each (B, groups) float32, by the number of the operation that has the norm."""
 
     def run(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) through all operations; it is left as it is."""
         self.measure(x)
         source, start = Plain(x), 0
-        del x
+        del x  # so that the first map is freed with its source
         for stop in self.cuts():
             source, start = self.segment(source, start, stop), stop
         return source.x
 
     def measure(self, x: Tensor) -> None:
-        """Work out the size and channels of the map after each operation."""
+        """Work out the size and channels of every map; there is one more than operations."""
         self.sizes, self.channels = [tuple(x.shape[2:])], [x.shape[1]]
         for op in self.ops:
             self.sizes.append(size_after(op, self.sizes[-1]))
             self.channels.append(channels_after(op, self.channels[-1]))
-        self.like = x.new_empty(len(x), 0)
+        self.like = x.new_empty(len(x), 0)  # batch size, type and device of all maps
 
     def empty(self, i: int) -> Packed | Plain:
-        """What the map after i operations is stored in."""
+        """What map i is stored in: 16 bits, but the result as it is."""
         shape = (len(self.like), self.channels[i], *self.sizes[i])
         return Plain(self.like.new_empty(shape)) if i == len(self.ops) else Packed(shape, self.side(i), self.like)
 
     def cuts(self) -> list[int]:
-        """Where maps are stored: after these many operations. Never inside a residual block."""
+        """The numbers of the maps that are stored: each ends a segment.
+
+        Never one inside a residual block, whose input would have to be stored as well. Always the last one, and those
+        before and after attention, which needs all positions at once and has the latent's size.
+        """
         values = [channels * prod(size) for channels, size in zip(self.channels, self.sizes, strict=True)]
         budget = KEEP_TILES * max(values) * self.tile**2 / prod(self.latent_size)
-        found, depth = [], 0
-        for i, op in enumerate(self.ops):
-            depth += (op.kind == "push") - (op.kind == "add")
-            stored = values[i + 1] <= budget or self.sizes[i + 1] == self.latent_size
-            following = self.ops[i + 1].kind if i + 1 < len(self.ops) else None
-            if not depth and (stored or following in (None, "attention")):
-                found.append(i + 1)
-        return found
+        stored, open_blocks = [], 0
+        for i, op in enumerate(self.ops, start=1):
+            open_blocks += (op.kind == "push") - (op.kind == "add")
+            small = values[i] <= budget or self.sizes[i] == self.latent_size
+            if not open_blocks and (small or i == len(self.ops) or self.ops[i].kind == "attention"):
+                stored.append(i)
+        return stored
 
     def segment(self, source: Packed | Plain, start: int, stop: int) -> Packed | Plain:
-        """Operations start..stop-1 on a stored map."""
-        whole = Box(0, self.sizes[start][0], 0, self.sizes[start][1])
+        """Map `stop`, stored, from the stored map `start`."""
         if self.ops[start].kind == "attention":  # a segment of its own (see `cuts`): all positions at once
+            whole = Box(0, self.sizes[start][0], 0, self.sizes[start][1])
             tile = advance(Tile(source.read(whole), whole, self.sizes[start]), self.ops[start], None)
             source.write(whole, tile.x)
             return source
-        for i in range(start, stop):
-            if self.ops[i].kind == "norm":
-                self.gather(i, (self.part(source, start, i, box) for box in self.boxes(i)))
-        same = source.shape[1:] == (self.channels[stop], *self.sizes[stop])
-        if 0 < start and stop < len(self.ops) and same:
+        for i in range(start, stop):  # in this order: a norm's tiles pass through the norms before it
+            if self.ops[i].norm is not None:
+                self.set_statistics(i, (self.part(source, start, i, box) for box in self.boxes(i)))
+        same_shape = source.shape[1:] == (self.channels[stop], *self.sizes[stop])
+        if 0 < start and stop < len(self.ops) and same_shape:  # the caller's x stays, and the result is not packed
             return self.overwrite(source, start, stop)
         out = self.empty(stop)
         for box in self.boxes(stop):
             out.write(box, self.part(source, start, stop, box))
         return out
 
-    def gather(self, i: int, parts: Iterable[Tensor]) -> None:
-        """Work out the statistics (mean, variance), each (B, groups) float32, of the norm in operation i."""
-        op = self.ops[i]
-        moments = Moments((op.module if op.kind == "norm" else op.module.group_norm).num_groups)
+    def set_statistics(self, i: int, parts: Iterable[Tensor]) -> None:
+        """Work out the statistics of the norm in operation i from the parts (B,C,h,w) of map i."""
+        moments = Moments(self.ops[i].norm.num_groups)
         for part in parts:
             moments.add(part)
         self.statistics[i] = tuple(moment.float() for moment in moments.result())
 
     def overwrite(self, source: Packed, start: int, stop: int) -> Packed:
-        """The same in place: strips from top to bottom, each read together with the old rows above it."""
+        """Map `stop` in the place of map `start`, which has the same shape: strips of rows, from top to bottom.
+
+        A strip's convolutions reach `margin` rows up, where new values stand already: the last strip's old rows are
+        kept (`above`), of which there are enough, because no strip but the lowest has fewer than `margin`.
+        """
         height, width = self.sizes[stop]
         margin = height - 1 - self.needed(Box(height - 1, height, 0, width), start, stop).top
-        rows = max(self.side(stop) ** 2 // width, margin, 1)
-        above = source.read(Box(0, 0, 0, width))
+        rows = max(self.side(stop) ** 2 // width, margin, 1)  # of about a tile's area
+        above = source.read(Box(0, 0, 0, width))  # none above the first strip
         for top in range(0, height, rows):
             box = Box(top, min(top + rows, height), 0, width)
             needed = self.needed(box, start, stop)
@@ -158,11 +167,11 @@ class TileRunner:
         return source
 
     def side(self, i: int) -> int:
-        """The side of a tile of the map after i operations."""
+        """The side of a tile of map i."""
         return max(self.tile * self.sizes[i][0] // self.latent_size[0], 1)
 
     def boxes(self, i: int) -> list[Box]:
-        """Tiles of the map after i operations."""
+        """Tiles of map i."""
         (height, width), side = self.sizes[i], self.side(i)
         return [
             Box(top, min(top + side, height), left, min(left + side, width))
@@ -171,12 +180,12 @@ class TileRunner:
         ]
 
     def part(self, source: Packed | Plain, start: int, stop: int, box: Box) -> Tensor:
-        """The part `box` (B,C,h,w) of the map after `stop` operations, from the stored map after `start`."""
+        """The part `box` (B,C,h,w) of map `stop`, from the stored map `start`."""
         needed = self.needed(box, start, stop)
         return self.through(Tile(source.read(needed), needed, self.sizes[start]), start, stop, box)
 
     def needed(self, box: Box, start: int, stop: int) -> Box:
-        """What a part of the map after `stop` operations needs of the map after `start`."""
+        """What a part of map `stop` needs of map `start`."""
         for i in reversed(range(start, stop)):
             box = box_before(self.ops[i], box, self.sizes[i])
         return box

@@ -23,6 +23,11 @@ class Op(NamedTuple):
     kind: str
     module: nn.Module | None = None
 
+    @property
+    def norm(self) -> nn.GroupNorm | None:
+        """The GroupNorm that this operation is, or begins with."""
+        return self.module.group_norm if self.kind == "attention" else self.module if self.kind == "norm" else None
+
 
 class Box(NamedTuple):
     """Rows top..bottom-1 and columns left..right-1 of a map."""

@@ -30,9 +30,8 @@ class PooledTiles:
         tiles = [Tile(x, Box(0, x.shape[2], 0, x.shape[3]), tuple(x.shape[2:])) for x in (b.of(z) for b in padded)]
         for op in self.ops:
             pooled = None
-            if op.kind in ("norm", "attention"):
-                norm = op.module if op.kind == "norm" else op.module.group_norm
-                pooled = pooled_statistics([tile.x for tile in tiles], released_groups(norm))
+            if op.norm is not None:
+                pooled = pooled_statistics([tile.x for tile in tiles], released_groups(op.norm))
             tiles = [advance(tile, op, pooled) for tile in tiles]
         factor = tiles[0].size[0] // (padded[0].bottom - padded[0].top)
         out = z.new_empty(len(z), tiles[0].x.shape[1], size[0] * factor, size[1] * factor)

@@ -51,8 +51,8 @@ class SampledTiles(TileRunner):
         """Gather the statistics of every norm from patches, which shrink where convolutions eat their borders."""
         patches = [Tile(source.read(box), box, self.sizes[0]) for box in self.patches()]
         for i, op in enumerate(self.ops):
-            if op.kind in ("norm", "attention"):
-                self.gather(i, (patch.x for patch in patches))
+            if op.norm is not None:
+                self.set_statistics(i, (patch.x for patch in patches))
             patches = [advance(patch, op, self.statistics.get(i)) for patch in patches]
 
     def patches(self) -> list[Box]:
