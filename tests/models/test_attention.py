@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 
@@ -248,6 +249,14 @@ def test_wrong_uses_raise(make_unet):
             unet.mid_block.attentions[0].transformer_blocks[0](draw(1, 9, 64), **{mask: draw(1, 9)})
     with pytest.raises(ValueError, match="^this network needs the latent's size"):
         unet(z, t, text, cross_attention_kwargs={"image": draw(1, 5, 24)})
+    for config in (ModelConfig(position_embedding=16), ModelConfig(transposed_attention=True), OFF):
+        sized = make_unet()
+        replace_blocks(sized, config)
+        assert Denoiser(sized, None, ALPHA_BAR)(z[..., :8, :12], t, Condition(text, z)).shape == (1, 4, 8, 12)
+        with (
+            nullcontext() if config is OFF else pytest.raises(ValueError, match="^this network needs the latent's size")
+        ):
+            sized(z, t, text)
     with pytest.raises(ValueError, match="^no level of a 16x12 latent has 65 positions$"):
         attention.map_size((16, 12), 65)
     pooled = make_unet()
