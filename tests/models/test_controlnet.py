@@ -73,6 +73,9 @@ def test_sizes_survive_saving(make_unet, tmp_path):
     again = empty_controlnet(json.loads((tmp_path / "config.json").read_text()), FEATURES)
     assert again.state_dict().keys() == controlnet.state_dict().keys()
     again.load_state_dict(controlnet.state_dict())
+    assert again.config.conditioning_channels == 4, "what others read of the file"
+    for kind, layers in (("conv", 1), ("stack", 15)):
+        assert len(build_controlnet(make_unet(), ModelConfig(hint=kind)).controlnet_cond_embedding) == layers
 
 
 def test_meta_device(make_unet):
