@@ -48,6 +48,7 @@ def test_ip_adapter_adds_its_branch_as_it_is(make_unet, tokens, kind):
     layer = block_of(make_unet(), image_prompt="ip_adapter", image_tokens=kind).attn2
     x, text, image = draw(*X), draw(*TEXT), draw(2, tokens, 24)
     q = layer.to_q(x)
+    assert (layer.to_k_ip is None) == (tokens == 1), "one token has no use for keys"
     branch = attend(q, layer.to_k_ip(image), layer.to_v_ip(image)) if tokens > 1 else layer.to_v_ip(image)
     want = attend(q, layer.to_k(text), layer.to_v(text)) + branch
     assert torch.allclose(layer(x, text, image), layer.to_out[0](want), atol=1e-5)
@@ -59,7 +60,8 @@ def test_ip_adapter_adds_its_branch_as_it_is(make_unet, tokens, kind):
 def test_the_separate_layer_attends_to_the_image_alone(make_unet, kv, tokens, kind):
     block = block_of(make_unet(), image_prompt="hpa_separate", image_kv=kv, image_tokens=kind)
     layer, x, image = block.attnI, draw(*X), draw(2, tokens, 24)
-    assert [layer.to_q is None, layer.to_k is None] == [tokens == 1, tokens == 1 or kv == "shared"]
+    assert [layer.norm is None, layer.to_q is None] == [tokens == 1] * 2, "one token has no use for them"
+    assert (layer.to_k is None) == (tokens == 1 or kv == "shared")
     own = block.attn2 if kv == "shared" else layer
     want = own.to_v(image)
     if tokens > 1:
