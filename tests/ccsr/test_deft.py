@@ -165,6 +165,7 @@ def test_features_of_equal_images_are_equal(
                 seen = stage.adversary.discriminator(image, batch.cache["summary"], *view)[1]
                 assert torch.equal(features[0], seen[0]), "shifted, cut out and windowed as drawn"
             assert (stage.perceptual(image, batch, view, features) < 1e-6) == equal
+    assert losses(stage, 5)[0]["features"] > 0, "under the view that the logits were drawn for"
 
 
 def test_the_same_batch_gives_the_same_losses(tiny_model: Path, tmp_path: Path, dinos: list[str]) -> None:
