@@ -208,8 +208,13 @@ def test_lpips_is_taken_at_its_weight(tiny_model: Path, tmp_path: Path, monkeypa
             assert not normalize  # images are in [-1, 1] already
             return (image - wanted).abs().mean(dim=(1, 2, 3))[:, None]
 
-    monkeypatch.setattr(deft, "lpips_network", lambda folder: Distance())
-    words = ["deft.perceptual=lpips", "deft.perceptual_weight=3", "deft.adversarial_start=10"]
+    monkeypatch.setattr(deft, "lpips_network", lambda folder: Distance() if folder == tmp_path else None)
+    words = [
+        "deft.perceptual=lpips",
+        f"deft.weights={tmp_path}",
+        "deft.perceptual_weight=3",
+        "deft.adversarial_start=10",
+    ]
     stage = Deft(config(tiny_model, tmp_path, *words))
     assert stage.lpips in list(stage.networks.modules()), "it goes to the device with the others"
     found = losses(stage, 0)[0]

@@ -125,8 +125,11 @@ def test_the_discriminators_loss(base: Path, model: Path) -> None:
     (noise,) = batch.normals
     image = vae.decode(one_step(base, denoiser, batch.lq, noise) / plain.SCALE).sample.detach()
     real, fake = judge(batch.hq)[0], judge(image)[0]
-    loss = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
-    plain.close(found["loss"], loss)
+    of_real, of_fake = (1 - real).clamp(min=0).mean(), (1 + fake).clamp(min=0).mean()
+    loss = (of_real + of_fake) / 2
+    assert found.keys() == {"loss", "loss_real", "loss_fake"}
+    for name, value in (("loss", loss), ("loss_real", of_real), ("loss_fake", of_fake)):
+        plain.close(found[name], value)
     plain.same_gradients(stage.phases[1].parameters, loss)
     assert all(p.grad is None for p in stage.phases[0].parameters.values())
     assert {id(p) for p in stage.phases[1].parameters.values()} == {id(p) for p in judge.parameters()}

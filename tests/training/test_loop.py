@@ -178,7 +178,7 @@ def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path, monkeypatch: pyte
         assert torch.equal(result[name], stage.before[name]) and result[name].dtype == torch.float32
     assert json.loads((tmp_path / "low/run.json").read_text())["autocast"] == "bf16"
 
-    plain = begun(photos, tmp_path / "plain", "precision=auto", "frozen_precision=auto", "engine=zero1")
+    plain = begun(photos, tmp_path / "plain", "precision=bf16", "frozen_precision=auto", "engine=zero1")
     assert sharded == [False, False, True, True]
     assert plain.stage.frozen.weight.dtype == torch.float32, "on a CPU"
     plain.device, plain.autocast = torch.device("cuda"), False
