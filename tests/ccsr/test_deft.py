@@ -208,7 +208,9 @@ def test_lpips_is_taken_at_its_weight(tiny_model: Path, tmp_path: Path, monkeypa
             assert not normalize  # images are in [-1, 1] already
             return (image - wanted).abs().mean(dim=(1, 2, 3))[:, None]
 
-    monkeypatch.setattr(deft, "lpips_network", lambda folder: Distance() if folder == tmp_path else None)
+    folders = []
+    monkeypatch.setattr(deft, "lpips_network", lambda folder: folders.append(folder) or Distance())
+    Deft(config(tiny_model, tmp_path, "deft.perceptual=lpips"))
     words = [
         "deft.perceptual=lpips",
         f"deft.weights={tmp_path}",
@@ -216,6 +218,7 @@ def test_lpips_is_taken_at_its_weight(tiny_model: Path, tmp_path: Path, monkeypa
         "deft.adversarial_start=10",
     ]
     stage = Deft(config(tiny_model, tmp_path, *words))
+    assert folders == [None, tmp_path]
     assert stage.lpips in list(stage.networks.modules()), "it goes to the device with the others"
     found = losses(stage, 0)[0]
     assert found["lpips"].item() == pytest.approx(found["pixel"].item(), rel=1e-6)
@@ -234,3 +237,6 @@ def test_dry_runs_need_no_files(tiny_model: Path, tmp_path: Path) -> None:
         assert vit.patch_embed.proj.kernel_size == (patch, patch) and len(vit.blocks) == 12
         assert {block.attn.num_heads for block in vit.blocks} == {6} and vit.pos_embed.is_meta
         assert hasattr(vit.blocks[0].ls1, "gamma") == (vit is summary), "DINOv2 scales its layers"
+    assert Deft.untrained(config(tiny_model, tmp_path), model).lpips is None
+    nano = config(tiny_model, tmp_path, "stage=nano_deft", "deft.perceptual=vgg")
+    assert next(NanoDeft.untrained(nano, model).lpips.parameters()).is_meta

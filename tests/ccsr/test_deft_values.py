@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ccsr.adversary import PatchGAN
 from consissr.models.denoiser import Condition, Denoiser
-from consissr.models.vae.latents import narrowed
+from consissr.models.vae.latents import LinearPath, narrowed
 from consissr.nano.config import run_config
 from consissr.weights.latents import load_latents
 from scripts.train import stage_builder
@@ -174,6 +174,11 @@ def test_what_is_trained(base: Path, model: Path, tmp_path: Path) -> None:
     config = stage.first.config
     assert [phase.optimizer for phase in stage.phases] == [config.optimizer, config.deft.optimizer]
     assert stage.compile_modules == [denoiser.unet, denoiser.controlnet, vae.encoder, vae.decoder, judge]
+    stage.latents.linear = LinearPath(4, 8)
+    assert stage.decoder_parameters()["synthesis"] is stage.latents.linear.synthesis.weight, (
+        "the bundled models have one"
+    )
+    stage.latents.linear = None
     narrow, wanted = tuning(base, model, "deft.decoder_width=0.5")[0], narrowed(stage.latents, 0.5).vae.decoder
     for name, parameter in wanted.named_parameters():
         assert torch.equal(narrow.phases[0].parameters[name], parameter), name
