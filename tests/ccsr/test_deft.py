@@ -197,6 +197,10 @@ def test_missing_feature_networks_are_named(tiny_model: Path, tmp_path: Path, mo
     monkeypatch.setattr(learned, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs pyiqa"):
         Deft(config(tiny_model, tmp_path, "deft.perceptual=lpips"))
+    with pytest.raises(
+        UserError, match=r"^stage 'deft' tunes .* a trained model: give init=MODEL_FOLDER \(stage 'nuts'\)$"
+    ):
+        Deft(config(tiny_model, tmp_path, "init="))
     missing = tmp_path / "dinov2_vits14_pretrain.pth"
     with pytest.raises(UserError, match="no such file.*deft.dino_v2=FILE"):
         Deft(config(tiny_model, tmp_path, "deft.discriminator=dino", f"deft.dino_v2={missing}"))
