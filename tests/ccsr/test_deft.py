@@ -123,6 +123,10 @@ def test_the_released_losses(tiny_model: Path, tmp_path: Path, dinos: list[str])
     """MSE + 0.05 (-D), from step 101 on; the discriminator learns from the first step; it and the decoder alone do."""
     stage = Deft(config(tiny_model, tmp_path, *dinos, *(f"deft.{word}" for word in AS_RELEASED)))
     assert stage.adversary not in stage.compile_modules and stage.lpips is None
+    judge, stored = stage.adversary.discriminator.vit.state_dict(), torch.load(dinos[0].removeprefix("deft.dino="))
+    assert all(torch.equal(judge[name], value) for name, value in stored.items())
+    augmentation, _ = stage.adversary.view(make_batch())
+    assert not torch.equal(augmentation(make_batch().hq), make_batch().hq), "shifted or cut out"
     spectral = {name: value.clone() for name, value in stage.buffers.items()}
     for step, weight in ((100, 0.0), (101, 0.05)):
         decoder, judge = losses(stage, step)
