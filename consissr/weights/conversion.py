@@ -194,7 +194,8 @@ def write(model: Released, target: Path, name: str, base: str, dtype: torch.dtyp
         save_base(target / "base", model, dtype)
         model.decoder = "base"  # its autoencoder is the base's
         for folder in TEXT_FOLDERS if model.text is None and has_text(source) else ():
-            shutil.copytree(source / folder, target / "base" / folder)
+            copied = shutil.copytree(source / folder, target / "base" / folder, copy_function=shutil.copyfile)
+            copied.chmod(0o755)  # what is read may be read-only, as shared checkpoints are; the copy can be replaced
     model.config = replace(model.config, model=replace(model.config.model, base=base), sampler=sampler)
     card = f"# {name}\n\nConverted from {model.kind} as its authors published it; weights under their licence.\n"
     save_model(target, model, dtype, card)
