@@ -13,6 +13,9 @@ PATHS = ("reference", "ours")
 EQUAL = 0.05
 """Relative difference up to which results are those of the same mathematics in any precision (float32: about 1e-5)."""
 
+WIDE = 160
+"""Columns of a table in a file, in characters: whole words."""
+
 
 def times(value: float | None) -> str:
     """A ratio."""
@@ -74,6 +77,9 @@ def degradation(rows: list[dict[str, Any]], preset: str) -> list[Table | str]:
 
 def show(shown: Iterable[Table | str], measured: Any, file: Path | None) -> None:
     """What was measured, on the terminal, and all of it in `file`."""
-    Console().print(*shown, sep="\n")
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDE
+    console.print(*shown, sep="\n")
     if file:
         file.write_text(json.dumps(measured, indent=1, default=str))
