@@ -41,4 +41,5 @@ def test_adaptive_weight_is_a_ratio_of_gradients():
     ratio = adaptive_weight((4 * weight).sum(), (2 * weight).sum(), weight)
     assert ratio.item() == pytest.approx(2, rel=1e-3)
     assert not ratio.requires_grad
+    assert adaptive_weight(weight.sum(), (4 * weight).sum(), weight).item() == pytest.approx(0.25, rel=1e-3)
     assert adaptive_weight((4 * weight).sum(), (0 * weight).sum(), weight, limit=10).item() == 10
