@@ -59,8 +59,8 @@ class Naming:
             raise UserError(f"--scale {self.scale:g} is out of range: use a number above 0, up to 64")
         if self.longest is not None and self.longest < 1:
             raise UserError(f"--longest-side {self.longest} is out of range: use at least 1")
-        if self.repeat < 1:
-            raise UserError(f"--repeat {self.repeat} is out of range: use at least 1")
+        if not 1 <= self.repeat <= 1000:
+            raise UserError(f"--repeat {self.repeat} is out of range: use 1 to 1000")
         if self.ext != "auto" and f".{self.ext}" not in formats.WRITABLE:
             raise UserError(f"--ext {self.ext} cannot be written here: {formats.how_to_get(f'.{self.ext}')}")
         if self.suffix and ({"/", os.sep, "\0"} & set(self.suffix)):

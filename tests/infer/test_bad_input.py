@@ -61,6 +61,7 @@ def test_result_longer_than_its_format_allows(infer, tmp_path, files):
         (["-i", "{in}", "-s", "nan"], "--scale nan"),
         (["-i", "{in}", "--longest-side", "0"], "--longest-side 0"),
         (["-i", "{in}", "--repeat", "0"], "--repeat 0"),
+        (["-i", "{in}", "--repeat", "100000000"], "use 1 to 1000"),
         (["-i", "{in}", "--batch-size", "0"], "--batch-size 0"),
         (["-i", "{in}", "--quality", "101"], "--quality 101"),
         (["-i", "{in}", "--suffix", "a/b"], "--suffix 'a/b'"),
