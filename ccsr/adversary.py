@@ -15,8 +15,8 @@ class PatchGAN(nn.Module):
     """A small convolutional discriminator with one logit per image patch (the paper: "the same as that of VAE").
 
     Isola et al.'s (2017) with three stride-2 convolutions, and a last layer of 8 times the first's `width`, as in LDM's
-    VAE training. Two things differ from it: group instead of batch normalisation, so that an image's
-    logits do not depend on the batch it is in, and PyTorch's initial weights.
+    VAE training. Three things differ from it: group instead of batch normalisation, so that an image's logits do not
+    depend on the batch it is in, biases in every convolution, and PyTorch's initial weights.
     """
 
     def __init__(self, width: int) -> None:

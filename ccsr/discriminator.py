@@ -49,10 +49,6 @@ class ViT(VisionTransformer):
             tokens.append(block(tokens[-1]))
         return tokens
 
-    def summary(self, x: Tensor) -> Tensor:
-        """The class token after the final norm, (B, D)."""
-        return self(x)
-
 
 class SpectralConv1d(nn.Module):
     """A 1-d convolution divided by its largest singular value, estimated by one power iteration per training pass."""
@@ -124,7 +120,7 @@ class Head(nn.Module):
 
 @dataclass
 class Augmentation:
-    """One draw of shifts and cutouts: (B,) integers each, x along rows and y along columns."""
+    """One draw of shifts and cutouts: (B,) integers each; shift_x moves rows, shift_y columns (the release's names)."""
 
     shift_x: Tensor
     shift_y: Tensor
@@ -284,6 +280,7 @@ def find_dino(name: str) -> Path:
 
 
 def condition_of(dino_v2: ViT, lq: Tensor) -> Tensor:
-    """The frozen DINOv2's summary (B, D) of low-quality images (B,3,H,W) in [-1, 1]; not normalised, as released."""
+    """The frozen DINOv2's class token (B, D), after its final norm, of low-quality images (B,3,H,W) in [-1, 1], which
+    are not normalised, as released."""
     size = (dino_v2.side, dino_v2.side)
-    return dino_v2.summary(F.interpolate(lq / 2 + 0.5, size=size, mode="bilinear", align_corners=False))
+    return dino_v2(F.interpolate(lq / 2 + 0.5, size=size, mode="bilinear", align_corners=False))

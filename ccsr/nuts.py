@@ -40,7 +40,7 @@ def nuts_losses(
     losses: Sequence[str] = LOSSES,
     error: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
 ) -> dict[str, Tensor]:
-    """Eq. 1 to 3 of CCSR: the wanted `losses` by name; for no others the network runs.
+    """Eq. 1 to 3 of CCSR: the wanted `losses` by name; the network runs for them alone.
 
     denoise(z_t, t) -> eps_theta. Latents and noises are (B, C, h, w); t (B,) are l_diff's timesteps; z_start is the
     latent that is noised to T (z_hq in the paper); x0_from_T is noised again to `t_max`. The three noises are for t, T
@@ -115,7 +115,7 @@ class Nuts(Restoration):
         if c.l_diff_t == "interval":  # "when t = T and t falls into the range of [t_max, t_min]" (Sec. III-B, CCSR)
             first = t_max_step(s.steps, s.t_min, s.grid, T) if round(s.steps * s.t_min) else 0
             return min(first, self.t_max), self.t_max + 1
-        return 0, self.t_max if c.l_diff_t == "released" and "l_T" in c.losses else T
+        return 0, self.t_max if c.l_diff_t == "as_released" and "l_T" in c.losses else T
 
     def prepare(self, batch: Batch) -> None:
         """Latents of both images; the hint is z_lq, a sample where that is one (CCSR v2)."""

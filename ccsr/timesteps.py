@@ -3,7 +3,7 @@
 One evaluation at the noisiest timestep (999) gives x0_from_T; it is re-noised to t_max; uniform steps follow towards
 t_min; x0 of the last evaluated step is the result. This is the one place where the paper's fractions become timesteps:
 with k(f) = round(T f), the evaluations after 999 are grid steps k(t_max), ..., k(t_min) + 1, so
-S = k(t_max) - k(t_min) + 1 evaluations in all.
+S = k(t_max) - k(t_min) + 1 evaluations in all (one fewer where t_max is 1: then there is no jump).
 """
 
 from dataclasses import replace

@@ -32,7 +32,7 @@ from consissr.models.memory import pixel_device
 from consissr.models.norms import shared_norms
 from consissr.models.recovery import as_float32, finite, within_memory
 from consissr.models.tiles import OnTile, Tiles, tiles_for
-from consissr.models.vae.latents import Latents
+from consissr.models.vae.latents import Latents, posterior_sample
 from consissr.models.vae.tiling import TiledLatents
 from consissr.weights.find import find_model
 from consissr.weights.folder import load_model
@@ -184,7 +184,7 @@ class Restorer:
         mean = moments[0].float()
         if config.posterior == "sample":
             noise = torch.cat([drawn(draw, name, mean[: len(x)]) for name in names])
-            mean = mean + torch.exp(0.5 * moments[1].float()) * noise
+            mean = posterior_sample(mean, moments[1].float(), noise)
         del moments
         z_lq, z_positive = (mean * latents.scale).split(len(x)) if two_samples else 2 * [mean * latents.scale]
         if self.hint_latents is self.latents:
@@ -228,14 +228,13 @@ class Restorer:
         repeat: int = 0,
         config: SamplerConfig | None = None,
         plan: Sequence[Step] | None = None,
-        draw: Draw | None = None,
         on_step: Callable | None = None,
         on_tile: OnTile | None = None,
     ) -> Tensor:
         """Prepared images (B,3,H,W) in [-1, 1], sides multiples of `multiple` -> decoded (B,3,H,W), where x is.
 
-        Not clamped, colours not transferred. draw: noise other than that of (seed, key, repeat). Where memory runs out
-        the batch is split, then tiles are halved; what has NaN runs again in float32. Never returns NaN.
+        Not clamped, colours not transferred. Where memory runs out the batch is split, then tiles are halved; what has
+        NaN runs again in float32. Never returns NaN.
         """
         config = config or self.sampler
         plan = self.plan(config, plan)
@@ -244,16 +243,16 @@ class Restorer:
 
         @torch.no_grad()
         def attempt(rows: slice, tiles: Tiles) -> Tensor:
-            noise = draw or seeded_draw(seed, keys[rows], repeat)
+            draw = seeded_draw(seed, keys[rows], repeat)
             tiles = tiles.reporting(on_tile, *latent_size, len(plan))
             latents = self.tiled_latents(tiles)
             return latents.decode(  # z has no name here, so that the decoder can let it go
-                self.restore_latent(x[rows], noise, config=config, plan=plan, tiles=tiles, on_step=on_step)
+                self.restore_latent(x[rows], draw, config=config, plan=plan, tiles=tiles, on_step=on_step)
             ).to(place)
 
         def restore() -> Tensor:
             tiles = self.tiles(config, (height, width), len(x))
-            return within_memory(attempt, keys, tiles, latent_size, splits=draw is None)
+            return within_memory(attempt, keys, tiles, latent_size)
 
         return finite(restore, keys, None if self.dtype == torch.float32 else self.in_float32)
 

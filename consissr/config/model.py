@@ -13,8 +13,6 @@ class ModelConfig:
     base: str = "sd21-base"
     """Base model: 'sd21-base' (known mirrors), a bundled name ('nano'), a diffusers folder, a file or a hub id;
     in a model folder's config.yaml "./..." is a folder inside it."""
-    base_sha256: str = ""
-    """Optional SHA-256 of the base's UNet weight file; loading fails when it differs. Empty: not checked."""
     hint: str = "conv"
     """How z_lq enters the ControlNet: 'conv' (CCSR v2, one 3x3 convolution) or 'stack' (ConsisSR, eight)."""
     position_embedding: int = 0
@@ -31,7 +29,7 @@ class ModelConfig:
     """Image branch of the cross-attention: 'none', 'hpa', 'hpa_separate' or 'ip_adapter' (Table 3, ConsisSR)."""
     image_kv: str = "shared"
     """Keys and values of the HPA image branch: 'shared' with the text's (paper) or 'separate', copies of them
-    that are not trained (as released). IP-Adapter's are always its own."""
+    that are not trained (as released). hpa_separate shares them, IP-Adapter has its own."""
     image_tokens: str = "pooled"
     """Image tokens: 'pooled' (one, as released) or 'patches' (one per CLIP patch)."""
     image_encoder: str = "base"

@@ -15,8 +15,8 @@ class NutsConfig:
     start: str = "lq"
     """The latent that is noised to x_T (Eq. 1, CCSR): 'hq' (the paper, whose x_0 is the photograph's, and CCSR v2's
     first stage) or 'lq' (ours: what sampling starts from)."""
-    l_diff_t: str = "released"
-    """Timesteps of l_diff: 'released' (below t_max's where l_T is trained, otherwise all: both releases), 'interval'
+    l_diff_t: str = "as_released"
+    """Timesteps of l_diff: 'as_released' (below t_max's where l_T is trained, otherwise all: both releases), 'interval'
     (from the sampler's t_min to t_max: the paper) or 'all' (with l_T, too: latent augmentation is rare below t_max)."""
     t_max_step: int = 0
     """Timestep that x0_from_T is re-noised to in training; 0: that of the sampler's t_max on its grid. CCSR v2 as
@@ -28,7 +28,7 @@ class NutsConfig:
     def __post_init__(self) -> None:
         check_word(self.start, ("lq", "hq"), "nuts.start")
         check_word(self.posterior, ("mode", "sample"), "nuts.posterior")
-        check_word(self.l_diff_t, ("released", "interval", "all"), "nuts.l_diff_t")
+        check_word(self.l_diff_t, ("as_released", "interval", "all"), "nuts.l_diff_t")
         if not self.losses:
             raise UserError("nuts.losses is empty: name at least one of l_diff, l_T, l_tmax")
         for name in self.losses:

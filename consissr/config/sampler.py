@@ -13,7 +13,7 @@ class SamplerConfig:
     """How images are restored: the model's default, changed by the flags of scripts/infer.py."""
 
     plan: str = "nuts"
-    """Timesteps: 'nuts' (CCSR) or 'ddpm' (ConsisSR, spaced DDPM)."""
+    """Rule that makes the plan: 'nuts' (CCSR) or 'ddpm' (ConsisSR, spaced DDPM)."""
     steps: int = 6
     """Grid steps T: 6 for NUTS (Sec. IV-A, CCSR), 50 for spaced DDPM (Sec. 4.1, ConsisSR)."""
     t_max: float = 2 / 3
@@ -23,7 +23,7 @@ class SamplerConfig:
     grid: str = "trailing"
     """NUTS grid: 'trailing' (ours), 'leading' (CCSR v2 as released) or 'linspace' (CCSR v1)."""
     timesteps: list[Any] = field(default_factory=list)
-    """The plan itself, a list of [t, t_next, kind]; written into model folders by training and conversion. Empty:
+    """The plan written out, a list of [t, t_next, kind]; written into model folders by training and conversion. Empty:
     from `plan`, `steps`, `t_max`, `t_min` and `grid`."""
     start: str = "lq"
     """First latent: 'lq' (z_lq noised to T-1, CCSR v2) or 'noise' (ConsisSR, CCSR v1)."""
@@ -34,9 +34,8 @@ class SamplerConfig:
     negative: str = ""
     """Negative prompt, used when guidance is not 1."""
     first_prompt: str = "positive"
-    """First step under guidance, in plans whose first step is no DDPM step (NUTS; one single step of either kind):
-    'guided' like the others (ConsisSR), or unguided with the 'positive' or the 'negative' prompt (CCSR v2 as released:
-    negative). A DDPM step is always guided."""
+    """Prompts of the first evaluation under guidance: 'guided' (both, as in the others: ConsisSR), the 'positive' one
+    alone (ours) or the 'negative' one alone (CCSR v2 as released). Where a plan begins with a DDPM step, both."""
     posterior: str = "mode"
     """z_lq: 'mode' or 'sample' of the VAE posterior (CCSR v2 samples)."""
     posterior_rows: int = 1

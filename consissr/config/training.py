@@ -41,7 +41,7 @@ class TrainConfig:
     """Several processes: 'ddp' (each holds the optimisers' whole state) or 'zero1' (each holds a part of it, ZeRO stage
     1: 8 bytes per trained parameter are shared out). Alone, both are the same."""
     timeout: float = 10.0
-    """Minutes after which a process that the others do not hear of ends the run."""
+    """Minutes of silence from one process after which the others end the run."""
     skip_not_finite: bool = False
     """Leave out a step whose loss or gradient is not finite, and count it in the log, instead of ending the run."""
     precision: str = "auto"

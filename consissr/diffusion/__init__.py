@@ -1,1 +1,1 @@
-"""Diffusion without networks: schedule, training targets, sampling plans, the sampler, tiles of the latent."""
+"""Diffusion without networks: schedule, p(t), sampling plans, the sampler, tiles of the latent."""

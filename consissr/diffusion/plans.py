@@ -43,7 +43,7 @@ def grid(steps: int, spacing: str = "trailing", T: int = 1000) -> list[int]:
     if spacing == "leading":
         times = [k * (T // steps) + 1 for k in range(steps)]
         if times[-1] >= T:
-            raise UserError(f"{steps} steps on the leading grid reach timestep {times[-1]}; use at most {T // 2}")
+            raise UserError(f"{steps} steps on the leading grid reach timestep {times[-1]}; use at most {T - 1}")
         return times
     if steps == 1:
         return [T - 1]
@@ -60,9 +60,9 @@ def descend(times: Iterable[int]) -> list[Step]:
     return [Step(t, n, "step") for t, n in pairwise(times)] + [Step(times[-1], CLEAN, "x0")]
 
 
-def ddpm_plan(steps: int = 50, T: int = 1000, spacing: str = "linspace") -> list[Step]:
+def ddpm_plan(steps: int = 50, T: int = 1000) -> list[Step]:
     """Spaced DDPM over the whole range, ConsisSR's sampler: 50 steps are 999, 979, ... 20, 0."""
-    return descend(reversed(grid(steps, spacing, T)))
+    return descend(reversed(grid(steps, "linspace", T)))
 
 
 def check_plan(plan: Iterable[Sequence], T: int = 1000) -> list[Step]:

@@ -1,8 +1,8 @@
 """The noise schedule: how much signal is left at timestep t, and the formulas that follow from it.
 
-Notation (both papers): `alpha_bar[t]` is the share of signal power at timestep t, t counts 0..T-1, `eps` is unit
-noise, `z_t = sqrt(alpha_bar[t]) z_0 + sqrt(1 - alpha_bar[t]) eps`. Coefficients are computed in float64 and cast to
-the type of the tensors they meet, as ConsisSR's release does.
+Notation: the papers' x_t is z_t here; `alpha_bar[t]` is the share of signal power at timestep t, t counts 0..T-1 (in
+ConsisSR 1..T), `eps` is unit noise, `z_t = sqrt(alpha_bar[t]) z_0 + sqrt(1 - alpha_bar[t]) eps`. Coefficients are
+computed in float64 and cast to the type of the tensors they meet, as ConsisSR's release does.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-WEIGHTS = ("symmetric", "as_released")
 Sides = tuple[int, int]
 Sharing = Callable[[nn.Module, int, Callable[[], object]], AbstractContextManager]
-"""models/norms.py, shared_norms: (network, images, a call of it on patches) -> the context of calls on windows."""
+"""(network, images, run_on_patches) -> a context in which norms use the statistics that run_on_patches() gathers: see
+models/norms.py, shared_norms."""
 PATCH, PATCHES = 32, 36
 """Side in latent pixels, and number, of the patches that stand for a latent as a whole."""
 
@@ -67,7 +67,7 @@ def patches(height: int, width: int) -> list[Window]:
 
 
 def gaussian_weights(height: int, width: int, form: str = "symmetric") -> Tensor:
-    """Weights (height, width), float64, highest in the middle (CCSR's release): what each window says there.
+    """How much a window counts at each of its pixels (CCSR's release): (height, width), float64, highest in the middle.
 
     `as_released` reproduces CCSR's rows, whose centre lies half a pixel low.
     """

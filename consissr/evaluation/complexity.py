@@ -1,7 +1,8 @@
 """Complexity at full SD2.1 size, computed without weights: steps, multiply-accumulates (MACs) and parameters.
 
 ConsisSR Table 2, CCSR Table VII. The networks are built on the meta device, which holds shapes and no numbers; MACs
-count convolutions and linear layers, as the usual counters do (attention's own products are left out, 2 to 4 %).
+count convolutions and linear layers, as the usual counters do (attention's own products are left out: 16 % of
+UNet and ControlNet, 1 to 3 % of the autoencoder).
 """
 
 from collections.abc import Callable

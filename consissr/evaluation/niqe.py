@@ -81,7 +81,7 @@ def normalized(gray: torch.Tensor) -> torch.Tensor:
 
 
 def asymmetric_gaussian(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Moment fit of the asymmetric generalised Gaussian (Eq. 4).
+    """Moment fit of the asymmetric generalised Gaussian (Eq. 7).
 
     (..., h, w) -> shape, left scale and right scale, each (...).
     """

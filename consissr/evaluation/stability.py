@@ -20,7 +20,7 @@ def global_std(values: np.ndarray) -> float:
 
 def local_std(runs: np.ndarray) -> float:
     """L-STD of one image: (N runs, ...) in [0, 1] -> mean over channels and pixels of the deviation over runs."""
-    # (Eq. 5, CCSR), with the missing square
+    # (Eq. 5, CCSR), with the missing square; range and mean over channels as in CCSR v1's script
     runs = np.asarray(runs, dtype=np.float32)
     if runs.shape[0] < 2:
         raise UserError("L-STD compares repeated runs: give a folder with sample0, sample1, ...")

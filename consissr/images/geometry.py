@@ -1,6 +1,6 @@
 """From a low-quality image to the network's input, and from its output to the restored image: sizes, padding, colours.
 
-`pad`       ours: bicubic to the result's size, reflected around it up to the networks' multiple, cropped back. A result
+`pad`       ours: bicubic to the result's size, padded by reflection to a size the networks take, cropped back. A result
             whose short side is below `short_side` is made that large for the networks, then brought to its size.
 `ccsr`      CCSR v2's test script: short side raised to 512, sides floored to multiples of 8 (slightly distorted),
             colours transferred in 8 bits, bicubic to the final size.

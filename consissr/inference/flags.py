@@ -106,7 +106,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--num_inference_steps",
         type=int,
         metavar="T",
-        help="how many; beside --plan, --t-max, --t-min: of nuts' grid",
+        help="how many evaluations; with --plan, --t-max or --t-min: how many steps nuts' grid has",
     )
     add("--t-max", "--t_max", type=float, help="nuts: where uniform steps begin, 0 to 1")
     add("--t-min", "--t_min", type=float, help="nuts: where sampling ends, 0 to 1")

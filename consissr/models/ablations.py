@@ -33,9 +33,10 @@ class ReleasedAdapter(HybridPromptAdapter):
 
 
 class IPAdapter(CrossAttention):
-    """IP-Adapter's branch ('ip_adapter', Table 3): trained keys and values of its own, the values starting at zero.
+    """IP-Adapter's branch ('ip_adapter', Table 3): trained keys and values of its own.
 
-    Nothing stands between the image branch and the sum. For a pooled token the branch is its value: no keys exist.
+    The values start at zero (ours, so that it begins as a no-op; IP-Adapter copies the text's). Nothing stands between
+    the image branch and the sum. With one image token attention is 1 everywhere, so there are no keys.
     """
 
     reads_image = True
@@ -51,7 +52,8 @@ class IPAdapter(CrossAttention):
         return self.output(attention(q, *self.keys_values(text)) + attention(q, *self.image_keys_values(image)))
 
     def image_keys_values(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of image tokens (B, M, D), each (B, heads, M, d); of one token the values stand for both."""
+        """Keys and values of image tokens (B, M, D), each (B, heads, M, d); of one token the values are both:
+        any keys give the same result."""
         v = split_heads(self.to_v_ip(image), self.heads)
         return (v if self.to_k_ip is None else split_heads(self.to_k_ip(image), self.heads)), v
 
@@ -63,24 +65,22 @@ class IPAdapter(CrossAttention):
 class SeparateAttention(nn.Module):
     """Image cross-attention as a layer of its own ('hpa_separate', Table 3), its output layer starting at zero.
 
-    Own norm, queries copied from the text's layer, keys and values the text's own (`shared`, handed over at each call)
-    or copies. For a pooled token the layer is its value: no norm, queries or keys exist.
+    The paper says that it separates the layers, no more. Our reading: own norm, queries copied from the text's layer,
+    keys and values the text's own (handed over at each call), after the text's layer. With one image token attention is
+    1 everywhere, so there are no norm and no queries.
     """
 
-    def __init__(self, source: nn.Module, norm: nn.LayerNorm, several: bool, shared: bool) -> None:
+    def __init__(self, source: nn.Module, norm: nn.LayerNorm, several: bool) -> None:
         super().__init__()
         self.heads: int = source.heads
         self.norm = fresh_norm(norm) if several else None
         self.to_q = deepcopy(source.to_q) if several else None
-        self.to_k = deepcopy(source.to_k) if several and not shared else None
-        self.to_v = None if shared else deepcopy(source.to_v)
         self.to_out = nn.ModuleList([zeroed(deepcopy(source.to_out[0]))])
 
     def forward(self, x: Tensor, image: Tensor, text_layer: CrossAttention) -> Tensor:
         """What tokens `x` (B, N, C) get from `image` (B, M, D): (B, N or 1, C)."""
-        layer = text_layer if self.to_v is None else self
-        out = split_heads(layer.to_v(image), self.heads)
+        out = split_heads(text_layer.to_v(image), self.heads)
         if self.to_q is not None:
             q = split_heads(self.to_q(self.norm(x)), self.heads)
-            out = attention(q, split_heads(layer.to_k(image), self.heads), out)
+            out = attention(q, split_heads(text_layer.to_k(image), self.heads), out)
         return self.to_out[0](merge_heads(out))

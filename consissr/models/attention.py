@@ -97,8 +97,8 @@ class HybridPromptAdapter(CrossAttention):
 class SelfAttention(nn.Module):
     """Spatial self-attention with "learned absolute positional embeddings" (Sec. 3.3, ConsisSR).
 
-    softmax((q + p)(k + p)^T / sqrt(d)) v, with p made for a map of `side` x `side` and shared by all heads; other map
-    sizes get p by bicubic interpolation. `side` 0: no positions, Stable Diffusion's own layer.
+    softmax((q + p)(k + p)^T / sqrt(d)) v, with p made for a map of `side` x `side` and shared by all heads (as
+    released); other map sizes get p by bicubic interpolation (ours). `side` 0: no positions, Stable Diffusion's layer.
     """
 
     def __init__(self, source: nn.Module, side: int) -> None:
@@ -170,7 +170,7 @@ class TransformerBlock(nn.Module):
         attnI: nn.Module | None,
         one_token: bool,
     ) -> None:
-        """one_token: the image prompt is a single pooled token, as the layers were made for."""
+        """one_token: the layers have no keys for several image tokens: a pooled one is accepted, no others."""
         super().__init__()
         loaded = set(source.state_dict())
         self.norm1, self.norm2, self.norm3, self.ff = source.norm1, source.norm2, source.norm3, source.ff

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 class SoftPrompt(Protocol):
     """Prompt tokens from an image by an encoder of one's own, such as SeeSR's DAPE (Table 3, ConsisSR).
 
-    Its tokens are appended to the text's, and attention treats them alike. To train with one, subclass a stage (Tala,
-    Nuts) and pass it on: `super().__init__(config, soft_prompt=encoder)`; an encoder that is an nn.Module moves to the
-    device with the stage, frozen. A model folder does not store it: set `restorer.soft_prompt = encoder` in use.
+    Its tokens are appended to the text's, and attention treats them alike (ours: the paper does not say how). To train
+    with one, subclass a stage (Tala, Nuts) and pass it on: `super().__init__(config, soft_prompt=encoder)`; an encoder
+    that is an nn.Module moves to the device with the stage, frozen. A model folder does not store it: set
+    `restorer.soft_prompt = encoder` in use.
     """
 
     def encode(self, x: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class Condition:
     image: Tensor | None = None
     """Image tokens (B, N, D), where the model has an image branch."""
     cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """What `Denoiser.prepare` computed of these for all steps, (B, ...); each name begins with its source's."""
+    """What `Denoiser.prepare` computed of these for all steps, (B, ...); names begin with "text", "image" or "hint"."""
     strength: float = 1.0
     """What the ControlNet's residuals are multiplied by."""
 
@@ -155,8 +156,9 @@ class Denoiser(nn.Module):
     def prepare(self, condition: Condition, like: Condition | None = None, hint: bool = True) -> Condition:
         """The condition with everything computed that doesn't depend on the step, for many calls (cached.py).
 
-        That is keys and values of text and image tokens, and the hint's features. `like`: a prepared condition; what
-        it has of the same tensors is taken over. hint: False where the hint differs from call to call (tiles).
+        That is keys and values of text and image tokens, and the hint's features. like: a prepared condition; where
+        text, hint or image is the same tensor, what was computed of it is taken over. hint: False where the hint
+        differs from call to call (tiles).
         """
         if not self.has_blocks:
             return condition

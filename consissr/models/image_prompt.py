@@ -97,15 +97,11 @@ class ImagePrompt(nn.Module):
         pooled, patches = tower_features(self.tower, x)
         return pooled[:, None] if self.tokens == "pooled" else patches
 
-    def forward(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
         """Image tokens (B, N, D) of images (B, 3, H, W) in [-1, 1]; the tower runs without gradients."""
         with torch.no_grad():
             features = self.features(x)
         return self.adapter(features)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """The same as calling the module."""
-        return self(x)
 
 
 def tower_config(tower: VisionTransformer) -> dict[str, Any]:

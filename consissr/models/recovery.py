@@ -19,12 +19,10 @@ Attempt = Callable[[slice, Tiles], Tensor]
 """(rows of a batch, tiles) -> results (rows,3,H,W); may run out of memory or hold NaN."""
 
 
-def within_memory(
-    attempt: Attempt, names: Sequence, tiles: Tiles, latent_size: tuple[int, int], splits: bool
-) -> Tensor:
+def within_memory(attempt: Attempt, names: Sequence, tiles: Tiles, latent_size: tuple[int, int]) -> Tensor:
     """Results (B,3,H,W) of a batch with `names`; where memory runs out, of its halves, then in half the tiles.
 
-    splits: whether a batch may be halved. latent_size: (h, w). UserError if the smallest tiles are too large.
+    latent_size: (h, w). UserError if the smallest tiles are too large.
     """
 
     def run(rows: slice, tiles: Tiles) -> Tensor:
@@ -36,7 +34,7 @@ def within_memory(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         count = rows.stop - rows.start
-        if count > 1 and splits:
+        if count > 1:
             log.warning("out of memory with %d images at once: halving the batch", count)
             middle = rows.start + count // 2
             return torch.cat([run(slice(rows.start, middle), tiles), run(slice(middle, rows.stop), tiles)])

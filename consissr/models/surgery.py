@@ -37,7 +37,7 @@ def replace_blocks(model: nn.Module, config: ModelConfig) -> list[str]:
 
 
 def our_block(source: nn.Module, config: ModelConfig, side: int, number: int) -> TransformerBlock:
-    """The block that `config` describes around the layers of diffusers' `source`; `number`: of those in the network."""
+    """The block that `config` describes around the layers of diffusers' `source`, the network's number `number`."""
     check_source(source)
     several = config.image_tokens == "patches"
     attn1, attn2 = SelfAttention(source.attn1, side), cross_attention(source.attn2, config, number)
@@ -45,7 +45,7 @@ def our_block(source: nn.Module, config: ModelConfig, side: int, number: int) ->
     if config.transposed_attention:
         attnT = TransposedAttention(source.norm1.weight.numel(), attn1.heads, source.attn1.to_q.weight)
     if config.image_prompt == "hpa_separate":
-        attnI = SeparateAttention(source.attn2, source.norm2, several, config.image_kv == "shared")
+        attnI = SeparateAttention(source.attn2, source.norm2, several)
     return TransformerBlock(source, attn1, attn2, attnT, attnI, not several)
 
 
@@ -106,14 +106,13 @@ def trainable_parameters(model: nn.Module) -> list[str]:
     return [name for name in added_parameters(model) if name not in frozen]
 
 
-COPIES = {"attn2.to_k_ip": "attn2.to_k", "attn2.to_v_ip": "attn2.to_v", "attnI.to_q": "attn2.to_q",
-          "attnI.to_k": "attn2.to_k", "attnI.to_v": "attn2.to_v"}  # fmt: skip
-"""Layers of a block that start as copies of the text's. (IP-Adapter's values start at zero.)"""
+COPIES = {"attn2.to_k_ip": "attn2.to_k", "attn2.to_v_ip": "attn2.to_v", "attnI.to_q": "attn2.to_q"}
+"""Layers of a block that start as copies of the text's. (IP-Adapter's values start at zero here.)"""
 
 
 @torch.no_grad()
 def renew_copies(model: nn.Module, fresh: set[str]) -> None:
-    """Those of `added_parameters` in `fresh` that start as copies take what the text's layers hold now, in place."""
+    """Copies that no file held (names in `fresh`) take what the text's layers, which they copy, hold now; in place."""
     for name, block in our_blocks(model):
         zero = "attn2.to_v_ip" if isinstance(block.attn2, IPAdapter) else ""
         for copy, source in COPIES.items():

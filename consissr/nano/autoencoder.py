@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consissr.data.datasets import PhotoDataset
-from consissr.models.vae.latents import Latents, LinearPath
+from consissr.models.vae.latents import Latents, LinearPath, posterior_sample
 from consissr.nano.config import NanoConfig
 from consissr.training.stage import EXPORT, Batch, Phase, Stage, check_crop, held_out
 from consissr.training.validation import VALIDATION_SEED
@@ -91,7 +91,7 @@ class Autoencoder(Stage):
         """Reconstruction of `batch.hq` from a posterior sample."""
         mean, logvar = self.networks.moments(batch.hq)
         mean, logvar = mean.float(), logvar.float()  # (B, C, h, w)
-        z = mean + torch.exp(0.5 * logvar) * batch.randn(*mean.shape[1:])
+        z = posterior_sample(mean, logvar, batch.randn(*mean.shape[1:]))
         difference = self.networks.decode(z).float() - batch.hq
         l1 = difference.abs().mean()
         edges = (difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()) / 2

@@ -7,7 +7,6 @@ launcher's store every few seconds; one that was stopped, or whose machine is go
 
 import contextlib
 import json
-import logging
 import os
 import socket
 import threading
@@ -22,8 +21,6 @@ from torch import Tensor
 from torch import distributed as dist
 
 from consissr.errors import UserError
-
-log = logging.getLogger(__name__)
 
 LONG = timedelta(days=1)
 FAILED = "consissr/failed"

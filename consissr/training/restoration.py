@@ -22,6 +22,7 @@ from consissr.errors import UserError
 from consissr.models.denoiser import Condition, SoftPrompt
 from consissr.models.lora import lora_parameters
 from consissr.models.surgery import added_parameters, trainable_parameters
+from consissr.models.vae.latents import posterior_sample
 from consissr.training.stage import EXPORT, Batch, Phase, Stage, check_crop
 from consissr.weights.files import base_of, read_config
 from consissr.weights.find import find_model
@@ -38,8 +39,8 @@ TEXT_ATTENTION = re.compile(r"transformer_blocks\.\d+\.(attn2|norm2)\.")
 def starting_model(config: TrainConfig) -> Model:
     """The model that a run starts from.
 
-    `init` may be a model folder, whose weights go on, on its base unless the run names one (what `model` adds starts as
-    a no-op); or a folder with nothing but image_encoder/ (stage 'rclip'), whose tower a new model's image branch takes.
+    `init` is a model folder (training goes on from its weights, on its own base unless the run names one; what `model`
+    adds begins as a no-op) or a folder with image_encoder/ alone (stage 'rclip'), which a new model takes.
     """
     if not config.init or tower_only(config.init):
         return new_model(config.model, tower=config.init)
@@ -73,7 +74,7 @@ def tower_only(init: str) -> bool:
 
 
 def learning(model: Model) -> dict[str, nn.Parameter]:
-    """What is trained, by name: the ControlNet, what was added to the UNet, `model.unet_trained`, and the adapter.
+    """What is trained, by name: the ControlNet, what was added to the UNet, `model.unet_trained` or LoRA, the adapter.
 
     With an image branch the ControlNet's text cross-attention stays as it is ("we keep all projection layers fixed in
     our HPA for both denoising UNet and ControlNet", Sec. 3.3, ConsisSR), and the norm before it, as released.
@@ -95,7 +96,8 @@ def learning(model: Model) -> dict[str, nn.Parameter]:
 class Restoration(Stage):
     """A stage whose networks restore images. Subclasses give `loss` and `restore`.
 
-    posterior: z_hq and z_lq are the 'mode' or a 'sample' of the VAE posterior; the hint is the mode.
+    posterior: z_hq and z_lq are the 'mode' or a 'sample' of the VAE posterior; the hint is the mode (stage 'nuts': it
+    is z_lq).
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Restoration(Stage):
         batch.cache["hint"] = z.chunk(2)[1] if self.hint_latents is None else self.hint_latents.encode(batch.lq).float()
         if self.posterior == "sample":
             noise = torch.cat([batch.randn(*mean.shape[1:]) for _ in range(2)])
-            z = (mean + torch.exp(0.5 * logvar) * noise) * self.latents.scale
+            z = posterior_sample(mean, logvar, noise) * self.latents.scale
         batch.cache["z_hq"], batch.cache["z_lq"] = z.chunk(2)
         if self.image_prompt is not None:
             batch.cache["features"] = self.image_prompt.features(batch.lq)  # (B, N, E): the tower is frozen

@@ -20,7 +20,7 @@ from consissr.config.loading import nearest
 from consissr.config.sd21 import SD_BETAS
 from consissr.errors import UserError, reason_of
 from consissr.models.vae.latents import Latents
-from consissr.weights.cache import by_hand_folder, sha256_of
+from consissr.weights.cache import by_hand_folder
 from consissr.weights.files import (
     ASSETS,
     BUILD_ERRORS,
@@ -99,16 +99,14 @@ def find_base(name: str) -> list[str]:
     )
 
 
-def load_base(name: str, dtype: torch.dtype = torch.float32, sha256: str = "", prompts: Sequence[str] = ()) -> Base:
+def load_base(name: str, dtype: torch.dtype = torch.float32, prompts: Sequence[str] = ()) -> Base:
     """Load the base `name`: 'sd21-base', a bundled name, a diffusers folder, a .ckpt/.safetensors file or a hub id.
 
-    sha256 pins the UNet's weight file. The text encoder is read for the embeddings of `prompts` alone and let go,
-    before the other networks are read where it has files of its own: a fifth of the memory. Raises UserError when it
-    cannot be found, saying what to download and where to put it.
+    The text encoder is read for the embeddings of `prompts` alone and let go, before the other networks are read where
+    it has files of its own: a fifth of the memory. Raises UserError when the base cannot be found, saying what to
+    download and where to put it.
     """
     path = Path(base_path(name, half=dtype != torch.float32))
-    if sha256:
-        check_sha256(path, sha256)
     base = load_file(path, dtype, prompts) if path.is_file() else load_folder(path, dtype, prompts)
     log.debug("base model from %s", path)
     return base
@@ -222,13 +220,3 @@ def schedule_of(path: Path) -> tuple[tuple[int, float, float], str]:
     if predicted not in ("epsilon", "v_prediction"):
         raise UserError(f"{path}: prediction_type is '{predicted}': it must be 'epsilon' or 'v_prediction'")
     return (T, first, last), predicted
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Compare the UNet's weight file of a base with a pinned digest; UserError if it differs or there is none."""
-    file = path if path.is_file() else weights_file(path / "unet")
-    if (digest := sha256_of(file)) != expected.lower():
-        raise UserError(
-            f"{file} has SHA-256 {digest}, not the pinned {expected}: it is another file; fetch it again, or correct "
-            "model.base_sha256"
-        )

@@ -70,9 +70,7 @@ def load_model(
         base = base or additions.base
     known = load_prompts(folder)
     wanted = (sampler.positive, sampler.negative) if prompts is None else prompts
-    base_model = load_base(
-        base or base_of(folder, config), dtype, config.model.base_sha256, wanted if known is None else ()
-    )
+    base_model = load_base(base or base_of(folder, config), dtype, wanted if known is None else ())
     controlnet = load_controlnet(folder, config.model, dtype, before)
     check_fit(folder, controlnet, base_model.unet, known or {})
     load_unet_additions(folder, base_model.unet, config.model, before)
@@ -103,7 +101,7 @@ def new_model(config: ModelConfig, tower: str = "") -> Model:
 
     tower: a folder with the image tower that its image branch takes; empty: the one that `config` names.
     """
-    base = load_base(config.base, sha256=config.base_sha256, prompts=[""])
+    base = load_base(config.base, prompts=[""])
     return untrained(config, base, lambda: load_tower(Path(tower))[0] if tower else find_tower(config))
 
 

@@ -133,7 +133,7 @@ def test_a_vit_is_its_formula():
         wanted.append(y)
     for got, want in zip(vit.tokens(x), wanted, strict=True):
         assert torch.allclose(got, want, atol=1e-4)
-    assert torch.allclose(vit.summary(x), F.layer_norm(y, (8,), vit.norm.weight, vit.norm.bias, 1e-6)[:, 0], atol=1e-4)
+    assert torch.allclose(vit(x), F.layer_norm(y, (8,), vit.norm.weight, vit.norm.bias, 1e-6)[:, 0], atol=1e-4)
 
 
 @torch.no_grad()
@@ -182,12 +182,12 @@ def test_sizes_come_from_the_weights(vit, tmp_path):
     again = build_vit(vit.state_dict() | {"mask_token": torch.zeros(1)}, heads=2)
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     x = torch.rand(1, 3, 32, 32)
-    assert torch.equal(again.summary(x), vit.eval().summary(x))
+    assert torch.equal(again(x), vit.eval()(x))
     torch.save(vit.state_dict(), tmp_path / "dino.pth")
-    assert torch.equal(read_dino(tmp_path / "dino.pth", 2).summary(x), vit.summary(x))
+    assert torch.equal(read_dino(tmp_path / "dino.pth", 2)(x), vit(x))
     small = torch.rand(2, 3, 17, 9) * 2 - 1
     shown = F.interpolate(small / 2 + 0.5, size=(32, 32), mode="bilinear", align_corners=False)
-    assert torch.allclose(condition_of(again, small), vit.summary(shown), atol=1e-5)
+    assert torch.allclose(condition_of(again, small), vit(shown), atol=1e-5)
 
 
 def test_dino_has_six_heads(tmp_path):
@@ -228,7 +228,7 @@ def test_weights_come_from_the_hub_by_timms_names(vit, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or tmp_path / names[1])
     x = torch.rand(1, 3, 32, 32)
-    assert torch.equal(read_dino("timm/vit", 2).summary(x), vit.eval().summary(x))
+    assert torch.equal(read_dino("timm/vit", 2)(x), vit.eval()(x))
     assert asked == [("timm/vit", "model.safetensors")]
 
     def refuse(*names):

@@ -185,3 +185,29 @@ def test_exit_status(tmp_path, capsys):
     assert check.main([str(tmp_path / "absent")]) == 2
     assert check.main([str(tmp_path)]) == 1, "a folder that holds nothing to compare is no success"
     assert "of no known kind" in capsys.readouterr().out
+
+
+def test_what_fails_is_tried_once_more(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A quantity must fail under both arithmetics; equal names are told apart by their order."""
+    told = [
+        "a:x  1 1 rel FAIL",
+        "a:x  1 1 rel pass",
+        "b:y  1 1 rel FAIL",
+        "# 3 compared, 2 failed, 0 lacking, 0 unchecked",
+    ]
+    again = [
+        "a:x  0 0 rel pass",
+        "a:x  0 0 rel FAIL",
+        "b:y  2 2 rel FAIL",
+        "# 3 compared, 2 failed, 0 lacking, 0 unchecked",
+    ]
+    monkeypatch.setattr(check, "run", lambda folder, write: ([write(text) for text in told], (3, 2))[1])
+    done = type("Done", (), {"stdout": "\n".join(again)})
+    environment = []
+    monkeypatch.setattr(check.subprocess, "run", lambda call, env, **_: environment.append(env) or done)
+    assert check.twice(str(tmp_path)) == (3, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[:3]] == ["again", "pass", "again"]
+    assert lines[3:] == ["# 3 compared, 2 to try again, 0 lacking", again[0], again[2],
+                         "# 3 compared, 1 failed, 0 lacking"]  # fmt: skip
+    assert environment[0]["MKL_ENABLE_INSTRUCTIONS"] == "AVX512"

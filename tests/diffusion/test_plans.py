@@ -21,7 +21,7 @@ def test_leading_grid_refuses_to_leave_the_table():
     for steps, reached in ((1000, 1000), (7, 7)):
         T = 1000 if steps == 1000 else 7
         with pytest.raises(
-            UserError, match=f"^{steps} steps on the leading grid reach timestep {reached}; .* {T // 2}$"
+            UserError, match=f"^{steps} steps on the leading grid reach timestep {reached}; .* {T - 1}$"
         ):
             grid(steps, "leading", T)
 
@@ -45,7 +45,6 @@ def test_spaced_ddpm_of_the_release():
     assert all(step.t_next == after.t for step, after in zip(plan, plan[1:], strict=False))
     assert check_plan([list(step) for step in plan]) == plan
     assert ddpm_plan(3, T=101) == [Step(100, 50, "step"), Step(50, 0, "step"), Step(0, -1, "x0")]
-    assert [step.t for step in ddpm_plan(4, spacing="trailing")] == [999, 749, 499, 249]
 
 
 @pytest.mark.parametrize(

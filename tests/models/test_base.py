@@ -1,6 +1,5 @@
 """Where a base model comes from: one file, mirrors in order, a pinned digest, and what is said when there is none."""
 
-import hashlib
 import json
 import shutil
 
@@ -89,15 +88,6 @@ def test_a_name_that_can_be_none_gets_one_line():
     for name, said in (("sd21base", "did you mean 'sd21-base'"), ("a b/c d", "nor a known name")):
         with pytest.raises(UserError, match=said):
             load_base(name)
-
-
-def test_a_pinned_digest_is_checked(state, tmp_path):
-    path = tmp_path / "sd21.safetensors"
-    save_file(state, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert load_base(str(path), sha256=digest.upper()).prediction_type == "epsilon"
-    with pytest.raises(UserError, match="it is another file"):
-        load_base(str(path), sha256="0" * 64)
 
 
 def test_a_folder_that_lacks_its_text_encoder_is_refused(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 
 import torch
 
@@ -15,8 +14,8 @@ from consissr.models.surgery import added_parameters, replace_blocks
 ALPHA_BAR = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
 FORMS = [ModelConfig()] + [
     ModelConfig(image_prompt=prompt, image_kv=kv, image_tokens=tokens)
-    for prompt in ("hpa", "hpa_separate", "ip_adapter")
-    for kv, tokens in product(("shared", "separate"), ("pooled", "patches"))
+    for prompt, kv in (("hpa", "shared"), ("hpa", "separate"), ("hpa_separate", "shared"), ("ip_adapter", "shared"))
+    for tokens in ("pooled", "patches")
 ]
 
 

@@ -76,7 +76,6 @@ def test_tokens_and_gradients(tower, kind, count):
     tokens.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in prompt.adapter.parameters())
     assert all(p.grad is None for p in tower.parameters()), "the tower is not trained through its tokens"
-    assert torch.equal(prompt(images(2, 3, 100, 70)), tokens)
     if kind == "pooled":
         assert torch.equal(ImagePrompt(tower, prompt.adapter).encode(images(2, 3, 100, 70)), tokens), "the default"
     if kind == "patches":

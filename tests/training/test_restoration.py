@@ -273,7 +273,7 @@ def test_the_literal_paper_has_no_adapter(base: Path, photos: Path, tmp_path: Pa
     run.stage.export(tmp_path / "model")
     restorer = Restorer.load(str(tmp_path / "model"), device="cpu")
     x = torch.rand(1, 3, 10, 12)
-    torch.testing.assert_close(restorer.image_prompt(x), run.stage.image_prompt(x))
+    torch.testing.assert_close(restorer.image_prompt.encode(x), run.stage.image_prompt.encode(x))
     assert restorer(x, scale=2).isfinite().all()
 
 

@@ -61,7 +61,7 @@ def test_the_loss_is_that_of_algorithm_1(base: Path, words: str) -> None:
     z_hq, z_lq, (eps,) = plain.latent(base, batch.hq), plain.latent(base, batch.lq), batch.normals
     text = plain.text(base, 4)
     adapted = torch.tensor(ADAPTED[words], dtype=torch.bool)
-    condition = Condition(text, z_lq, prompt(batch.lq))
+    condition = Condition(text, z_lq, prompt.encode(batch.lq))
     wanted = tala_loss(z_hq, z_lq, TIMES, eps, adapted, lambda z, t: denoiser(z, t, condition))
     plain.close(found["loss"], wanted)
     plain.same_gradients(phase.parameters, wanted)
@@ -75,7 +75,7 @@ def test_a_posterior_sample_is_taken_of_both_images_and_the_mode_shown_to_the_co
     found = plain.learnt(stage, phase, batch)["loss"]
     of_hq, of_lq, eps = batch.normals
     text = plain.text(base, 4)
-    condition = Condition(text, plain.latent(base, batch.lq), prompt(batch.lq))
+    condition = Condition(text, plain.latent(base, batch.lq), prompt.encode(batch.lq))
     z_hq, z_lq = plain.latent(base, batch.hq, of_hq), plain.latent(base, batch.lq, of_lq)
     adapted = torch.tensor(ADAPTED[""], dtype=torch.bool)
     plain.close(found, tala_loss(z_hq, z_lq, TIMES, eps, adapted, lambda z, t: denoiser(z, t, condition)))
@@ -106,7 +106,7 @@ def test_what_each_network_is_given(base: Path) -> None:
         assert torch.equal(call["timestep"], TIMES)
         plain.close(call["encoder_hidden_states"], text)
         with torch.no_grad():
-            plain.close(call["cross_attention_kwargs"]["image"], prompt(batch.lq))
+            plain.close(call["cross_attention_kwargs"]["image"], prompt.encode(batch.lq))
     plain.close(given["controlnet"][0]["controlnet_cond"], z_lq)
 
 
@@ -178,7 +178,7 @@ def test_restoring_is_spaced_ddpm(base: Path) -> None:
     z_lq, noises = plain.latent(base, batch.lq), [noise.double() for noise in batch.normals]
     text = plain.text(base, 2)
     with torch.no_grad():
-        condition = Condition(text, z_lq, prompt(batch.lq))
+        condition = Condition(text, z_lq, prompt.encode(batch.lq))
         z = noises[0]
         for t, t_next, noise in ((999, 500, noises[1]), (500, 0, noises[2]), (0, -1, None)):
             eps = denoiser(z.float(), torch.full((2,), t), condition).double()

@@ -21,7 +21,7 @@ WIDTH = "decoder_width"
 
 
 class LinearPath(nn.Module):
-    """The part of the code that is linear in f x f blocks of pixels, beside the autoencoder's networks.
+    """The part of the latent that is linear in f x f blocks of pixels, beside the autoencoder's networks.
 
     A small network learns natural images' principal components slowly, so `nano` is given them: its encoder and decoder
     only learn what is to be added. Both directions are trained on.
@@ -40,6 +40,11 @@ class LinearPath(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, 3, h f, w f)."""
         return F.pixel_shuffle(self.synthesis(z), self.factor)
+
+
+def posterior_sample(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """A draw (B, C, h, w) from the autoencoder's posterior by standard normal `noise`, not scaled."""
+    return mean + torch.exp(0.5 * logvar) * noise
 
 
 class Latents(nn.Module):
@@ -81,7 +86,7 @@ class Latents(nn.Module):
             return mean * self.scale
         if noise is None:
             raise ValueError("a posterior sample needs its noise: pass `noise` of the latent's shape")
-        return (mean + torch.exp(0.5 * logvar) * noise) * self.scale
+        return posterior_sample(mean, logvar, noise) * self.scale
 
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, h f, w f), about [-1, 1], not clamped, of scaled latents `z` (B, C, h, w)."""
