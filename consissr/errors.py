@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 
 class UserError(Exception):
@@ -16,11 +17,12 @@ def exit_status(work: Callable[[], int], interrupted: str = "the same command go
     try:
         return work()
     except (UserError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        status, told = 2, f"error: {error}\n"
     except KeyboardInterrupt:
-        sys.stderr.write(f"interrupted; {interrupted}\n")
-        return 130
+        status, told = 130, f"interrupted; {interrupted}\n"
+    with suppress(OSError):  # a full disk or closed pipe does not change the status
+        sys.stderr.write(told)
+    return status
 
 
 def reason_of(error: BaseException) -> str:

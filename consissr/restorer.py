@@ -24,7 +24,7 @@ from consissr.errors import UserError
 from consissr.images.device import to_device
 from consissr.images.formats import output_size
 from consissr.images.geometry import Prepared, finish, finished, prepare
-from consissr.images.inputs import Images, equal_sizes, network_input, packed, unpacked
+from consissr.images.inputs import Images, check_numbers, equal_sizes, network_input, packed, unpacked
 from consissr.images.rows import Rows
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
 from consissr.models.fast import compile_all, for_inference
@@ -40,6 +40,8 @@ from consissr.weights.precision import PRECISIONS, choose_precision
 
 Inputs = Tensor | Sequence[Prepared]
 """Prepared images: their pixels (B,3,H,W), or what makes these when they are needed."""
+RULES = {"plan", "steps", "t_max", "t_min", "grid"}
+"""Settings from which a plan is made where none is written out (`timesteps`)."""
 
 
 class Restorer:
@@ -87,6 +89,8 @@ class Restorer:
         the CPU). base: another place of the base model. settings: fields of SamplerConfig; prompts must be set here,
         because the text encoder is let go.
         """
+        if RULES & settings.keys() and "timesteps" not in settings:
+            settings["timesteps"] = []  # the model's own plan, written out, would win
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         precision = choose_precision(precision, device)
         model = load_model(find_model(name, precision != "fp32"), base, PRECISIONS[precision], **settings)
@@ -125,8 +129,7 @@ class Restorer:
         """
         config = changed(self.sampler, settings)
         steps = self.plan(config, plan, settings)
-        if not scale > 0 or (longest is not None and longest < 1):
-            raise UserError(f"scale {scale} (longest side {longest}): use a number above 0")
+        check_numbers(scale=scale, longest=1 if longest is None else longest, batch_size=batch_size)
         lqs, photos = unpacked(inputs)
         keys = list(range(len(lqs))) if keys is None else list(keys)
         if len(set(keys)) != len(lqs):
@@ -301,7 +304,7 @@ class Restorer:
         """The plan given, else the configuration's, checked."""
         if plan is None:
             changed_here = set(settings or {})
-            stale = sorted({"plan", "steps", "t_max", "t_min", "grid"} & changed_here - {"timesteps"})
+            stale = sorted(RULES & changed_here)
             if config.timesteps and ("timesteps" in changed_here or not stale):
                 plan = config.timesteps
             elif config.plan == "nuts":

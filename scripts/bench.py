@@ -9,7 +9,7 @@ from typing import Any
 
 from consissr.bench import report
 from consissr.bench.commandline import check, parser
-from consissr.errors import UserError
+from consissr.errors import exit_status
 
 
 def inference(args: argparse.Namespace) -> tuple[Any, Iterable]:
@@ -85,18 +85,19 @@ def gpu(args: argparse.Namespace) -> tuple[Any, Iterable]:
     return measure(listed, args.minutes, args.json, lambda line: print(line, flush=True)), []
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     measurements = (inference, gpu, tiles, fidelity, training, sizes, degradation)
     commands = {function.__name__.replace("_", "-"): function for function in measurements}
     args = parser(__doc__, commands).parse_args(arguments)
-    try:
+
+    def bench() -> int:
         check(args)
         measured, shown = args.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    report.show(shown, measured, args.json)
+        report.show(shown, measured, args.json)
+        return 0
+
+    return exit_status(bench, "nothing is kept of a measurement that was stopped")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -45,7 +46,7 @@ def restore(args: argparse.Namespace) -> int:
     from consissr.inference import batch, progress
 
     settings = batch.Settings(**sizes, **given(args, SETTINGS), made_with=given(args, MADE_WITH))
-    log, restorer = batch.open_log(args.json, vars(args)) if args.json else None, None
+    log, restorer = batch.open_log(args.json, vars(args), mine) if args.json else None, None
     if sizes := {(job.out_height, job.out_width) for job in missing if not job.error}:
         restorer = load(args, local_rank, one_size=len(sizes) == 1)
         settings = replace(settings, plan=sampling_plan(args, restorer))
@@ -59,7 +60,8 @@ def restore(args: argparse.Namespace) -> int:
         batch.run(restorer, missing, settings, report)
     process = f"process {rank + 1} of {world}: " if world > 1 else ""
     if not args.quiet:
-        out.print(process + terminal.summary(report.counts, restorer.precision if restorer else ""), markup=False)
+        with suppress(OSError, SystemExit):  # everything is written, whether or not this can be said
+            out.print(process + terminal.summary(report.counts, restorer.precision if restorer else ""), markup=False)
     failed = report.counts["failed"] > 0
     processes.finish(failed, world)
     return 1 if failed else 0

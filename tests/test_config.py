@@ -62,6 +62,7 @@ def test_training_configs_load(root: Path) -> None:
         (["deft.reconstruction=l3"], "deft.reconstruction is 'l3'"),
         (["nuts.losses=[]"], "nuts.losses is empty: name at least one"),
         (["nuts.losses=l_T"], r"nuts.losses: a list is needed: write it in brackets, such as \[one,two\]"),
+        (["nuts.losses.x=1"], r"nuts.losses: a list is needed: write it in brackets, such as \[one,two\]"),
         (["data.crop_rule=centre"], "data.crop_rule is 'centre'"),
         (["data.flips=vertical"], "data.flips is 'vertical'"),
         (["nuts.l_diff_t=paper"], "nuts.l_diff_t is 'paper'"),

@@ -104,7 +104,10 @@ def test_steps_alone_cannot_make_a_nuts_plan(restorer):
     [
         ({"guidence": 2}, "guidance"),
         ({"color_fix": "adane"}, "adain"),
-        ({"scale": 0}, "scale 0"),
+        ({"scale": 0}, "scale is 0"),
+        ({"scale": "4"}, "scale is '4'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"longest": 2.5}, "longest is 2.5"),
         ({"keys": ["a", "b"]}, "keys"),
         ({"positive": "sharp"}, "sharp"),
         ({"tile": 1}, "tile 1"),
@@ -125,6 +128,9 @@ def test_mistakes_are_named(restorer, settings, said):
         (torch.zeros(1, 4, 8, 8), r"\(1, 4, 8, 8\)"),
         (torch.zeros(0, 3, 8, 8), r"\(0, 3, 8, 8\)"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"),
+        (torch.zeros(1, 3, 0, 8), r"\(1, 3, 0, 8\)"),
+        (torch.full((1, 3, 8, 8), 255.0), "values up to 255: give floats in"),
+        ((x for x in ()), "restore a generator: give"),
     ],
 )
 def test_what_is_not_an_image_is_named(restorer, wrong, said):
@@ -336,3 +342,12 @@ def test_tensors_of_other_types_and_devices_come_back_as_float32(restorer):
     x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     whole = restorer(x.bfloat16(), 2)
     assert whole.dtype == torch.float32 and torch.equal(whole, restorer(x.bfloat16().float(), 2))
+
+
+def test_settings_of_loading_are_followed():
+    """The model's own plan, written out in its folder, does not win over them."""
+    own, other = (Restorer.load("nano-ccsr", "cpu", "fp32", **words) for words in ({}, {"plan": "ddpm", "steps": 2}))
+    x = torch.zeros(1, 3, 8, 8)
+    assert not torch.equal(own(x, 2), other(x, 2))
+    with pytest.raises(UserError, match="nuts_plan"):
+        Restorer.load("nano-ccsr", "cpu", "fp32", steps=2)(x, 2)

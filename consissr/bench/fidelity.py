@@ -32,15 +32,16 @@ def curve(
     """
     import torch
 
+    from consissr.evaluation.folders import list_images, pair
     from consissr.evaluation.metrics import psnr
     from consissr.evaluation.niqe import niqe
     from consissr.images import codec
     from consissr.images.resize import resize
     from consissr.restorer import Restorer
 
-    paths = list(zip(*(sorted(path for path in Path(folder).iterdir())[:limit] for folder in (lq, hq)), strict=False))
-    if not paths:
-        raise UserError(f"no images in {lq} and {hq}: name two folders with images in the same order")
+    names = pair({"HR": Path(hq)}, Path(hq), Path(lq)).images[:limit]
+    files = [list_images(Path(folder)) for folder in (lq, hq)]
+    paths = [tuple(folder[name] for folder in files) for name in names]
     restorer = Restorer.load(model, **load)
     rows, scores = [], {value: [] for value in values}
     for low, high in paths:

@@ -107,6 +107,8 @@ def check_keys(cls: type, given: Any, source: str, prefix: str = "") -> None:
         if key not in fields:
             raise UserError(f"{source}: unknown key '{prefix}{key}'{nearest(str(key), list(fields))}")
         default = fields[key].default_factory
+        if isinstance(value, dict) and default is not dataclasses.MISSING and isinstance(default(), list):
+            raise UserError(f"{source}: {prefix}{key}: a list is needed: write it in brackets, such as [one,two]")
         if dataclasses.is_dataclass(default) and value is not None:
             check_keys(default, value, source, f"{prefix}{key}.")
 

@@ -25,10 +25,14 @@ def block_std(image: torch.Tensor) -> np.ndarray:
 
 
 def flat_block_ratio(sr: Iterable[torch.Tensor], hr: Iterable[torch.Tensor]) -> float:
-    """The ratio (see above) of two sets of images (N, 3, H, W) in [0, 1], which come in the same order."""
+    """The ratio (see above) of two sets of images (N, 3, H, W) in [0, 1], which come in the same order.
+
+    NaN where the photographs' smoothest blocks are constant.
+    """
     result = np.concatenate([block_std(image) for image in sr])
     photograph = np.concatenate([block_std(image) for image in hr])
     if result.shape != photograph.shape:
         raise UserError(f"{result.size} blocks of results do not match {photograph.size} blocks of HR images")
     flat = np.argsort(photograph, kind="stable")[: max(1, round(FLATTEST * photograph.size))]
-    return float(result[flat].mean() / photograph[flat].mean())
+    smooth = photograph[flat].mean()
+    return float(result[flat].mean() / smooth) if smooth else float("nan")

@@ -157,8 +157,16 @@ def _reservations(evaluation: Evaluation, metrics: list[str] | None = None) -> l
 
 def lacking(evaluation: Evaluation, metrics: list[str] | None = None) -> list[str]:
     """A line for each of `metrics` (None: all) that has no values, and why."""
-    reasons = evaluation.unavailable.items()
-    return [f"{name} is not computed: {why}" for name, why in reasons if metrics is None or name in metrics]
+    reasons = dict(evaluation.unavailable)
+    for name in set().union(*(table.keys() for table in _tables(evaluation))):
+        if all(np.isnan(table[name]).all() for table in _tables(evaluation) if name in table):
+            reasons[name] = "it is undefined for these images"
+    return [f"{name} is not computed: {why}" for name, why in reasons.items() if metrics is None or name in metrics]
+
+
+def _tables(evaluation: Evaluation) -> list[dict[str, np.ndarray]]:
+    """Every method's values by metric."""
+    return [evaluation.values[name] | evaluation.set_values[name] for name in evaluation.values]
 
 
 def _undefined(evaluation: Evaluation) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from PIL.Image import Image
@@ -24,16 +25,28 @@ def unpacked(inputs: Images) -> tuple[list[Tensor | Rows], list[Photo]]:
     UserError for what is no image, and for a tensor of another shape, of whole numbers or of no image at all.
     """
     if isinstance(inputs, Tensor):
-        if inputs.ndim != 4 or inputs.shape[1] != 3 or not len(inputs) or not inputs.is_floating_point():
+        if inputs.ndim != 4 or inputs.shape[1] != 3 or not inputs.numel() or not inputs.is_floating_point():
             found = f"{inputs.dtype} {tuple(inputs.shape)}"
             raise UserError(f"cannot restore a tensor of {found}: give floats (B, 3, H, W) in [-1, 1]")
+        if inputs.abs().max() > 2:  # what resampling overshoots by stays below
+            raise UserError(f"a tensor has values up to {inputs.abs().max():g}: give floats in [-1, 1]")
         return list(inputs.detach().float().split(1)), []
+    if not isinstance(inputs, (Image, list, tuple)):
+        raise UserError(f"cannot restore a {type(inputs).__name__}: give a PIL image, a list of them or a tensor")
     listed = [inputs] if isinstance(inputs, Image) else list(inputs)
     for item in listed:
         if not isinstance(item, (Image, Photo)):
             raise UserError(f"cannot restore a {type(item).__name__}: give a PIL image, a list of them or a tensor")
     photos = [item if isinstance(item, Photo) else codec.from_pil(item) for item in listed]
     return [photo.image for photo in photos], photos
+
+
+def check_numbers(scale: float, **whole: int) -> None:
+    """UserError for a scale that is no number above 0, and for others that are no whole numbers above 0."""
+    for name, value in {"scale": scale, **whole}.items():
+        kind = Real if name == "scale" else Integral
+        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+            raise UserError(f"{name} is {value!r}: use a {'number' if name == 'scale' else 'whole number'} above 0")
 
 
 def packed(inputs: Images, photos: list[Photo], results: list[Rows]) -> Images:

@@ -244,13 +244,15 @@ def _logged(outcome: Outcome, seed: int) -> dict:
     }
 
 
-def open_log(path: Path, settings: dict[str, Any]) -> TextIO:
+def open_log(path: Path, settings: dict[str, Any], jobs: Iterable[Job]) -> TextIO:
     """A log to append to, so that several processes can share it; begins with the settings of the run.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or is the result of one of the jobs.
     """
     check_place(path, "--json")
+    if os.path.abspath(path) in {os.path.abspath(job.target) for job in jobs if job.target}:
+        raise UserError(f"--json {path} is a result's name, too: name another file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and path.stat().st_size:

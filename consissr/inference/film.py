@@ -1,5 +1,6 @@
 """Films: ffmpeg takes them apart into frames, these are restored like any folder, and get the film's sound again."""
 
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ _VIDEO = {".webm": ("-c:v", "libvpx-vp9", "-b:v", "0", "-crf", "20")}
 _COLOURS = ("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709")
 _FILTERS = "crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv"
 """Sides that are even, and the matrix that players expect: ffmpeg's own is that of small pictures."""
+_SAME_FRAMES = ("output", "skip_existing", "overwrite", "quiet", "json", "dry_run", "frames", "batch_size")
+"""Flags with which frames are what they would be without."""
 
 
 def is_film(inputs: Sequence[str]) -> bool:
@@ -31,7 +34,8 @@ def is_film(inputs: Sequence[str]) -> bool:
 def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
     """Restore the film that is args.input with `restore`, which does so with a folder of frames; the exit status.
 
-    Frames stand in a folder beside the result until that is whole: --skip-existing goes on with them.
+    Frames stand in a folder beside the result until that is whole: the same command with --skip-existing goes on with
+    them.
 
     Raises:
         UserError: no ffmpeg, a film that it does not read, HDR, a result that exists or cannot be.
@@ -58,7 +62,8 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
         if not args.quiet:
             sys.stderr.write(f"{words}\n")
 
-    frames = target.with_name(f"{target.stem}_frames")
+    frames = target.with_name(f"{target.name}_frames")
+    begin(frames, source, args)
     made, results = frames / "in", frames / "out"
     if not made.is_dir():
         say(f"{source}: taking it apart into {made} ...")
@@ -79,6 +84,23 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
         ffmpeg(*pictures, "-vf", _FILTERS, "-pix_fmt", "yuv420p", *_COLOURS, *video, *sound, part)
     shutil.rmtree(frames)
     return 0
+
+
+def begin(frames: Path, film: Path, args: Namespace) -> None:
+    """Make the folder of frames, with a record of whose they are.
+
+    UserError where it has frames of another film or of other settings.
+    """
+    state = film.stat()
+    told = {name: value for name, value in vars(args).items() if name not in _SAME_FRAMES}
+    told |= {"input": os.path.abspath(film), "bytes": state.st_size, "changed": state.st_mtime_ns}
+    text, record = json.dumps(told, default=str, sort_keys=True), frames / "film.json"
+    if frames.is_dir() and not (record.is_file() and record.read_text() == text):
+        if not args.overwrite:
+            raise UserError(f"{frames} has frames of another film or of other settings: remove it, or use --overwrite")
+        shutil.rmtree(frames)
+    frames.mkdir(parents=True, exist_ok=True)
+    record.write_text(text)
 
 
 def frame_rate(film: Path) -> Fraction:

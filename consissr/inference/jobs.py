@@ -87,7 +87,7 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_re
     if to_file and (not single or naming.repeat > 1):
         raise UserError(f"--output {naming.output} names one file, but there are several results: give a folder")
     if not os.path.isdir(naming.output) and not to_file:
-        if os.path.exists(naming.output) or naming.output.suffix.lower() in formats.READABLE:
+        if os.path.exists(naming.output) or naming.output.suffix.lower() in (*formats.READABLE, *formats.PLUGINS):
             known = " ".join(formats.WRITABLE)
             raise UserError(f"--output {naming.output} is neither a folder nor an image file that is written ({known})")
 
@@ -182,6 +182,8 @@ def drop_existing(jobs: Iterable[Job], skip: bool, overwrite: bool) -> tuple[lis
 
 def _find(text: str, recursive: bool, output: Path) -> list[Job]:
     """The images that one --input word names: a file, a list of files, a folder, or a pattern."""
+    if not text:
+        raise UserError("--input has an empty word: name a file, a folder or a list")
     path = Path(text)
     try:
         if path.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -30,7 +31,7 @@ class Terminal:
         self.progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
         self.total, self.ended = total, 0
         if remark and not quiet:
-            console.print(remark, markup=False)
+            self.say(remark)
         self.task = self.progress.add_task(f"restoring 0/{total}", total=total)
         self.begin = self.spoke = time.perf_counter()
         self.model_seconds: list[float] = []
@@ -45,11 +46,11 @@ class Terminal:
     def tell(self, outcome: Outcome) -> None:
         """Take note of one finished image."""
         if outcome.status == "done" and outcome.job.note and not self.quiet:
-            self.console.print(f"note: {outcome.job.source}: {outcome.job.note}", markup=False)
+            self.say(f"note: {outcome.job.source}: {outcome.job.note}")
         if outcome.status == "done":
             self.model_seconds.append(outcome.seconds)
         if outcome.status == "failed":
-            self.console.print(f"failed: {outcome.job.source}: {outcome.error}", markup=False)
+            self.say(f"failed: {outcome.job.source}: {outcome.error}")
         if outcome.status != "skipped":
             self.ended += 1
             self.progress.update(self.task, completed=self.ended, description=f"restoring {self.ended}/{self.total}")
@@ -67,6 +68,11 @@ class Terminal:
         now = time.perf_counter()
         if not self.quiet and not self.console.is_terminal and now - self.spoke > SILENCE:
             self.spoke = now
+            self.say(words)
+
+    def say(self, words: str) -> None:
+        """Print a line, if that can be: results matter more than what is said of them."""
+        with suppress(OSError, SystemExit):  # a full disk; rich leaves the program where nobody reads any more
             self.console.print(words, markup=False)
 
     def summary(self, counts: dict[str, int], precision: str = "") -> str:

@@ -194,6 +194,8 @@ def check_output(config: TrainConfig, resume: str) -> None:
             raise UserError(f"{output} holds a run: go on with --resume latest, or choose another output_dir")
         return
     step = step_of(find_checkpoint(output, resume))
+    if step > config.steps:
+        raise UserError(f"--resume {resume}: {output} is at step {step}, beyond steps={config.steps}: use more steps")
     newer = [str(path) for path in list_checkpoints(output) if step_of(path) > step]
     if newer:
         raise UserError(f"--resume {resume}: newer checkpoints stand beside it: first remove {', '.join(newer)}")

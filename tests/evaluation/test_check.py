@@ -1,5 +1,6 @@
 """The check's figures and its baselines."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,11 @@ def test_flat_blocks_pool_over_images() -> None:
     assert pooled == 1.0, "the flattest tenth lies wholly in the quiet image"
     with pytest.raises(UserError, match="do not match"):
         flat.flat_block_ratio([hr], [busy])
+
+
+@pytest.mark.filterwarnings("error")
+def test_flat_blocks_of_constant_photographs_do_not_exist() -> None:
+    assert math.isnan(flat.flat_block_ratio([half_flat()], [torch.full((1, 3, 64, 160), 0.5)]))
 
 
 def test_baselines() -> None:

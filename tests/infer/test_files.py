@@ -101,6 +101,12 @@ def test_inputs_are_never_replaced(infer, folder):
     assert (folder / "a.png").read_bytes() == before
 
 
+def test_the_log_is_no_picture(infer, folder, tmp_path):
+    for log, said in ((folder / "a.png", "is no log"), (tmp_path / "out" / "a.png", "is a result's name, too")):
+        status, _, err = infer("-i", folder, "-o", tmp_path / "out", "--json", log)
+        assert status == 2 and said in err
+
+
 def test_no_repeat_replaces_an_input(infer, folder, tmp_path):
     out = tmp_path / "out"
     assert infer("-i", folder / "a.png", "-o", out, "--repeat", 2)[0] == 0

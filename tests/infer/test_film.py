@@ -54,11 +54,25 @@ def test_a_film_goes_on_where_it_stopped(infer, model, tmp_path, calls, files):
     status, _, err = infer("-i", tmp_path / "a.mov", "-o", tmp_path / "b.mov", "-s", 2)
     assert status == 1 and "not put together; its frames are in" in err and not (tmp_path / "b.mov").exists()
     model.spoil = {}
-    (tmp_path / "b_frames" / "out").mkdir()
-    shutil.copy(tmp_path / "b_frames" / "in" / "000002.png", tmp_path / "b_frames" / "out" / "000002.png")
+    frames = tmp_path / "b.mov_frames"
+    (frames / "out").mkdir()
+    shutil.copy(frames / "in" / "000002.png", frames / "out" / "000002.png")
     status, out, _ = infer("-i", tmp_path / "a.mov", "-o", tmp_path / "b.mov", "-s", 2, "--skip-existing")
     assert status == 0 and "done 2, skipped 1" in out and files(tmp_path) == {"a.mov", "b.mov"}
     assert sum("fps=30000/1001" in call for call in calls) == 1
+
+
+def test_frames_of_another_film_or_of_other_settings_are_not_taken(infer, model, tmp_path, calls, files):
+    (tmp_path / "a.mov").write_bytes(b"x")
+    model.spoil = {"frame": "memory"}
+    assert infer("-i", tmp_path / "a.mov", "-o", tmp_path / "b.mov", "-s", 2)[0] == 1
+    model.spoil = {}
+    (tmp_path / "c.mov").write_bytes(b"another")
+    for source, scale in (("c.mov", 2), ("a.mov", 3)):
+        status, _, err = infer("-i", tmp_path / source, "-o", tmp_path / "b.mov", "-s", scale, "--skip-existing")
+        assert status == 2 and "b.mov_frames has frames of another film or of other settings" in err
+    assert infer("-i", tmp_path / "c.mov", "-o", tmp_path / "b.mov", "-s", 2, "--overwrite")[0] == 0
+    assert sum("fps=30000/1001" in call for call in calls) == 2 and "b.mov" in files(tmp_path)
 
 
 def test_what_is_no_film_or_cannot_be_one(infer, tmp_path, calls, monkeypatch):

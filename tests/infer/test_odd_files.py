@@ -282,6 +282,22 @@ def test_redirected_runs_tell_how_far_they_are(monkeypatch):
     assert out.getvalue() == "restored 2 of 4, 40 s left\n"
 
 
+def test_results_matter_more_than_what_is_said_of_them():
+    """A log on a full disk; a pipe that nobody reads any more."""
+    from rich.console import Console
+
+    from consissr.inference.batch import Outcome
+    from consissr.inference.jobs import Job
+    from consissr.inference.progress import Terminal
+
+    for error in (OSError(28, "No space left on device"), BrokenPipeError()):
+        out = io.StringIO()
+        out.write = out.flush = lambda *_, error=error: (_ for _ in ()).throw(error)
+        terminal = Terminal(Console(file=out), 1, remark="not read: 1 .heic")
+        terminal.tell(Outcome(Job(source=None, key="a"), "failed", error="truncated"))
+        assert terminal.ended == 1
+
+
 def test_without_the_modules_that_windows_lacks(monkeypatch):
     import sys
 

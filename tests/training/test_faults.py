@@ -297,3 +297,6 @@ def test_going_back_in_time_asks_first(photos: Path, tmp_path: Path, caplog: pyt
     first = tmp_path / "autoencoder/checkpoint-1"
     assert main(["--resume", str(first), *arguments]) == 2
     assert "newer checkpoints stand beside it" in one_line(caplog) and "checkpoint-2" in caplog.text
+    caplog.clear()
+    assert main(["--resume", "latest", *arguments, "steps=1"]) == 2
+    assert "is at step 2, beyond steps=1: use more steps" in one_line(caplog)
