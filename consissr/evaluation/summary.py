@@ -158,15 +158,11 @@ def _reservations(evaluation: Evaluation, metrics: list[str] | None = None) -> l
 def lacking(evaluation: Evaluation, metrics: list[str] | None = None) -> list[str]:
     """A line for each of `metrics` (None: all) that has no values, and why."""
     reasons = dict(evaluation.unavailable)
-    for name in set().union(*(table.keys() for table in _tables(evaluation))):
-        if all(np.isnan(table[name]).all() for table in _tables(evaluation) if name in table):
+    tables = [evaluation.values[method] | evaluation.set_values[method] for method in evaluation.values]
+    for name in dict.fromkeys(name for table in tables for name in table):
+        if all(np.isnan(table[name]).all() for table in tables if name in table):
             reasons[name] = "it is undefined for these images"
     return [f"{name} is not computed: {why}" for name, why in reasons.items() if metrics is None or name in metrics]
-
-
-def _tables(evaluation: Evaluation) -> list[dict[str, np.ndarray]]:
-    """Every method's values by metric."""
-    return [evaluation.values[name] | evaluation.set_values[name] for name in evaluation.values]
 
 
 def _undefined(evaluation: Evaluation) -> list[str]:

@@ -37,7 +37,7 @@ def replace_blocks(model: nn.Module, config: ModelConfig) -> list[str]:
 
 
 def our_block(source: nn.Module, config: ModelConfig, side: int, number: int) -> TransformerBlock:
-    """The block that `config` describes around the layers of diffusers' `source`, the network's number `number`."""
+    """The block that `config` describes around the layers of diffusers' `source`, by its `number` in the network."""
     check_source(source)
     several = config.image_tokens == "patches"
     attn1, attn2 = SelfAttention(source.attn1, side), cross_attention(source.attn2, config, number)
