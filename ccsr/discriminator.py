@@ -151,8 +151,7 @@ class Augmentation:
         place = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
         x = x[torch.arange(len(x), device=x.device)[:, None, None], :, *place].permute(0, 3, 1, 2) * inside
         hole = [
-            ((position - centre.to(position)[:, None] + size // 2) >= 0)
-            & ((position - centre.to(position)[:, None] + size // 2) < size)
+            _between(position - centre.to(position)[:, None] + size // 2, size)
             for position, centre, size in (
                 (row, self.centre_x, int(height * CUTOUT + 0.5)),
                 (column, self.centre_y, int(width * CUTOUT + 0.5)),

@@ -57,6 +57,7 @@ def test_augmentation_pixel_by_pixel():
                 if 0 <= r + down < 20 and 0 <= c + across < 31 and not hole:
                     wanted[image, :, r, c] = x[image, :, r + down, c + across]
     assert torch.equal(Augmentation(*draws)(x), wanted)
+    assert Augmentation(*draws)(x.to("meta")).is_meta, "draws are of the CPU, images of any device"
 
 
 def test_draws_reach_their_limits():
@@ -208,7 +209,10 @@ def test_layer_scales_of_dino_v2():
 def test_missing_or_foreign_weights_are_named(tmp_path):
     for name in (tmp_path / "none.pth", "owner/none.pth", "./none", "/none", "~/none", "none", "a/b/none"):
         with pytest.raises(
-            UserError, match=rf"^DINO weights '{name}' cannot be had \(there is no such file\): download"
+            UserError,
+            match=rf"^DINO weights '{name}' cannot be had \(there is no such file\): download "
+            r"dino_deitsmall16_pretrain\.pth and dinov2_vits14_pretrain\.pth \(or timm's model\.safetensors\) "
+            "where there is a network, copy them here, and name them: deft.dino=FILE deft.dino_v2=FILE$",
         ):
             read_dino(name)
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")

@@ -109,7 +109,9 @@ def test_without_an_adapter_the_embedding_is_the_token(tower):
     again = build_image_prompt(json.loads(json.dumps(prompt_config(prompt))), config).eval()
     again.load_state_dict(prompt.state_dict())
     assert torch.equal(again.encode(x), prompt.encode(x))
-    with pytest.raises(UserError, match="has 20 channels and the text's 24"):
+    with pytest.raises(
+        UserError, match="has 20 channels and the text's 24: use model.adapter=mlp, or an encoder of that width$"
+    ):
         new_adapter(20, 24, config)
 
 
