@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from ccsr.adversary import DinoAdversary
+from ccsr.adversary import DinoAdversary, build_adversary
 from ccsr.discriminator import (
     Augmentation,
     ProjectedDiscriminator,
@@ -246,8 +246,12 @@ def test_weights_come_from_the_hub_by_timms_names(vit, tmp_path, monkeypatch):
 def test_untrained_adversaries_have_the_released_sizes():
     """Dry runs: DINOv2's ViT-S/14 for 518 pixels, which tells, and DINO's ViT-S/16 for 224, which judges."""
     with torch.device("meta"):
-        adversary = DinoAdversary(DeftConfig(), untrained=True)
+        adversary = build_adversary(DeftConfig(discriminator="dino"), untrained=True)
     for vit, side, patch, scaled in ((adversary.summary, 518, 14, True), (adversary.discriminator.vit, 224, 16, False)):
         assert (vit.side, vit.blocks[0].attn.num_heads, len(vit.blocks)) == (side, 6, 12)
         assert vit.cls_token.shape[-1] == 384 and vit.patch_embed.proj.kernel_size == (patch, patch)
         assert any("ls1.gamma" in name for name, _ in vit.named_parameters()) == scaled
+    nowhere = DeftConfig(discriminator="dino", dino="none.pth", dino_v2="none.pth")
+    for build in (DinoAdversary, build_adversary):
+        with pytest.raises(UserError, match="DINO weights 'none.pth' cannot be had"):
+            build(nowhere)
