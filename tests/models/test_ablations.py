@@ -63,7 +63,8 @@ def test_the_separate_layer_attends_to_the_image_alone(make_unet, tokens, kind):
     want = block.attn2.to_v(image)
     if tokens > 1:
         want = attend(layer.to_q(layer.norm(x)), block.attn2.to_k(image), want)
-    assert torch.allclose(layer(x, image, block.attn2), layer.to_out[0](want), atol=1e-5)
+    output = layer.to_out[0]
+    assert torch.allclose(layer(x, image, block.attn2), want @ output.weight.T + output.bias, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", ["hpa", "hpa_separate"])

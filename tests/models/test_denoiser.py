@@ -107,23 +107,6 @@ def test_preparing_computes_what_a_prepared_condition_lacks(make_unet):
     }
 
 
-@torch.no_grad()
-def test_what_was_prepared_is_read(make_unet, fill):
-    """And not computed at every step: a change of it changes the prediction."""
-    unet, config = make_unet(), ModelConfig(image_prompt="hpa")
-    replace_blocks(unet, config)
-    controlnet = build_controlnet(unet, config)
-    fill(controlnet)
-    for parameter in [p for p in unet.parameters() if not p.any()]:
-        parameter.normal_(std=0.1)  # the image branch's last layer among them
-    denoiser, z, t = Denoiser(unet, controlnet, ALPHA_BAR), draw(1, 4, 8, 8), torch.tensor([500])
-    prepared = denoiser.prepare(Condition(draw(1, 7, 24), draw(1, 4, 8, 8), draw(1, 1, 24)))
-    eps = denoiser(z, t, prepared)
-    for kind in ("hint", "text", "image"):
-        cache = {name: value + 3 * name.startswith(kind) for name, value in prepared.cache.items()}
-        assert (denoiser(z, t, replace(prepared, cache=cache)) - eps).abs().max() > 1e-3, kind
-
-
 def test_guidance_by_hand():
     """Negative 1 and positive 3 at a guidance of 5: 1 + 5 (3 - 1) = 11; guidance 1 asks for the positive alone."""
     calls = []
