@@ -56,8 +56,8 @@ def windows(height: int, width: int, tile: int | Sides, stride: int | Sides) -> 
 
 def patches(height: int, width: int) -> list[Window]:
     """At most PATCHES windows of side PATCH, centred in equal parts of a latent of height x width."""
-    across = max(round((PATCHES * width / height) ** 0.5), 1)
-    down = max(PATCHES // across, 1)
+    across = min(max(round((PATCHES * width / height) ** 0.5), 1), PATCHES)
+    down = PATCHES // across
     h, w = min(PATCH, height), min(PATCH, width)
     tops, lefts = (
         [round((i + 0.5) * (length - side) / count) for i in range(count)]

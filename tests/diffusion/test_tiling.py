@@ -1,11 +1,12 @@
 """Windows of the latent, and a denoiser through them."""
 
+from contextlib import contextmanager
 from statistics import NormalDist
 
 import pytest
 import torch
 
-from consissr.diffusion.tiling import TiledDenoiser, even_chunks, gaussian_weights, starts, windows
+from consissr.diffusion.tiling import TiledDenoiser, even_chunks, gaussian_weights, patches, starts, windows
 from consissr.models.denoiser import Condition
 
 
@@ -181,3 +182,34 @@ def test_no_window_copies_the_whole_hint():
     z, t = torch.zeros(1, 4, 40, 40), torch.tensor([5])
     assert torch.equal(TiledDenoiser(Pointwise(), 16, 8)(z, t, watched), TiledDenoiser(Pointwise(), 16, 8)(z, t, given))
     assert copied and max(copied) <= 4 * 16 * 16
+
+
+def test_patches_stand_in_the_middle_of_equal_parts():
+    """At most 36, each 32 wide and high where the latent is, more of them along the longer side."""
+    square = [24, 72, 120, 168, 216, 264]  # (i + 0.5) (320 - 32) / 6
+    assert patches(320, 320) == [(top, left, 32, 32) for top in square for left in square]
+    assert patches(100, 400) == [(top, round((i + 0.5) * 368 / 12), 32, 32) for top in (11, 34, 57) for i in range(12)]
+    assert patches(20, 2000) == [(0, round((i + 0.5) * 1968 / 36), 20, 32) for i in range(36)]
+    assert patches(2000, 20) == [(round((i + 0.5) * 1968 / 36), 0, 32, 20) for i in range(36)]
+    assert patches(8, 8) == 36 * [(0, 0, 8, 8)]
+
+
+def test_what_windows_share_is_measured_on_patches_before_them():
+    """The context is given the network, the number of images and a run on patches; windows run within it."""
+    inner, events = Pointwise(), []
+
+    @contextmanager
+    def sharing(network, images, run):
+        assert network is inner and images == 2
+        z_t = run()
+        events.append(z_t)
+        inner.shapes.clear()
+        yield
+        events.append(list(inner.shapes))
+
+    given, t = condition(2, 40, 50), torch.tensor([5, 7])
+    z = torch.randn(2, 4, 40, 50, generator=torch.Generator().manual_seed(0))
+    out = TiledDenoiser(inner, 16, 8, sharing=sharing)(z, t, given)
+    wanted = torch.cat([out[..., top : top + h, left : left + w] for top, left, h, w in patches(40, 50)])
+    assert torch.allclose(events[0], wanted, atol=1e-5), "each patch with its image's time, tokens and part of the hint"
+    assert sum(shape[0] for shape in events[1]) == 2 * len(windows(40, 50, 16, 8)), "all windows within the context"

@@ -13,10 +13,11 @@ from diffusers.models.attention_processor import Attention
 from torch.nn import functional as F
 
 from consissr.config.model import ModelConfig
+from consissr.errors import UserError
 from consissr.models import attention
 from consissr.models.controlnet import build_controlnet
 from consissr.models.denoiser import Condition, Denoiser
-from consissr.models.surgery import added_parameters, replace_blocks, trainable_parameters
+from consissr.models.surgery import added_parameters, our_blocks, replace_blocks, trainable_parameters
 
 ALPHA_BAR = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
 OFF = ModelConfig()
@@ -136,6 +137,33 @@ def test_positions_are_exact_at_their_size_and_interpolated_elsewhere(make_unet)
     inner = taller[4:12, 0, 0]
     assert torch.allclose(inner, torch.arange(1.75, 5.5, 0.5), atol=0.06), "rows must vary along the height"
     assert torch.allclose(taller[:, :1], taller[:, 4:], atol=1e-5), "and not along the width"
+
+
+def test_positions_halve_with_the_map(make_unet):
+    """Of a 16x16 latent: as many at every level as it has pixels there, on the way down, in the middle, and up."""
+    unet = make_unet()
+    replace_blocks(unet, ModelConfig(position_embedding=16))
+    sides = {name: block.attn1.side for name, block in our_blocks(unet)}
+    wanted = {"down_blocks.0": 16, "down_blocks.1": 8, "mid_block": 4, "up_blocks.1": 8, "up_blocks.2": 16}
+    assert sides == {name: next(s for start, s in wanted.items() if name.startswith(start)) for name in sides}
+    assert {name.split(".attentions")[0] for name in sides} == set(wanted)
+
+
+def test_blocks_that_are_not_stable_diffusions_are_refused(make_unet):
+    message = (
+        r"^the base's transformer blocks are not Stable Diffusion's \(self, cross, feed-forward\): use SD2.1-base$"
+    )
+    for name, value in (
+        ("norm_type", "ada_norm"),
+        ("norm_type", None),
+        ("only_cross_attention", True),
+        ("attn2", None),
+    ):
+        unet = make_unet()
+        block = unet.mid_block.attentions[0].transformer_blocks[0]
+        setattr(block, name, value)
+        with pytest.raises(UserError, match=message):
+            replace_blocks(unet, ModelConfig())
 
 
 @torch.no_grad()
