@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from ccsr import deft
 from ccsr.deft import Deft
 from ccsr.discriminator import ViT, condition_of
 from ccsr.nano import NanoDeft
+from consissr.config.folder import FolderConfig
+from consissr.config.model import ModelConfig
+from consissr.config.sampler import SamplerConfig
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation import learned
@@ -29,6 +34,15 @@ def config(tiny_model: Path, tmp_path: Path, *words: str) -> TrainConfig:
     path.write_text("stage: deft\n")
     own = [f"init={tiny_model}", f"model.base={tiny_model.parent / 'base'}", "model.hint=conv", "sampler.plan=nuts"]
     return run_config(path, [*own, "deft.discriminator_width=8", "deft.perceptual=none", *words])
+
+
+def test_the_first_stages_settings_are_its_own(tiny_model, tmp_path):
+    """Networks, plan and kind of latent are those that stage 1 was trained with, not this run's defaults."""
+    stored = FolderConfig(model=ModelConfig(hint="stack"), sampler=SamplerConfig(steps=7, posterior="sample"))
+    run = config(tiny_model, tmp_path)
+    frozen = deft.first_stage(run, SimpleNamespace(config=stored))
+    assert (frozen.model, frozen.sampler, frozen.nuts.posterior) == (stored.model, stored.sampler, "sample")
+    assert replace(frozen, model=run.model, sampler=run.sampler, nuts=run.nuts) == run, "all else is the run's"
 
 
 @pytest.fixture
