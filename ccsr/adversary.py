@@ -12,7 +12,7 @@ from consissr.training.stage import Batch
 
 
 class PatchGAN(nn.Module):
-    """A small convolutional discriminator with one logit per image patch (the paper: "the same as that of VAE").
+    """A small convolutional discriminator with one logit per image patch (LDM's; the paper names no other).
 
     Isola et al.'s (2017) with three stride-2 convolutions, and a last layer of 8 times the first's `width`, as in LDM's
     VAE training. Three things differ from it: group instead of batch normalisation, so that an image's logits do not

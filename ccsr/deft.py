@@ -1,7 +1,7 @@
 """Stage 'deft': the VAE decoder tuned adversarially on stage-1 outputs (Sec. III-C, CCSR).
 
-Everything but the decoder is frozen. The decoder's input is x0_from_T, the one-step result, which serves any number
-of steps: later steps' latents are of the same kind.
+All of the first stage is frozen. The decoder's input is x0_from_T, the one-step result ("set as the input of Stage 2",
+Sec. III-D); as in CCSR v2, the decoder that is tuned on it serves any number of steps.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Deft(Stage):
     def decoder_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss "the same as that of VAE" (Sec. III-C, CCSR): |D(z) - x| + LPIPS + weight * adversarial.
 
-        LDM's VAE training scales the adversarial term to the other two's gradient (`deft.adaptive`).
+        LDM's VAE training scales the adversarial term to the other two's gradient (`deft.adaptive`); its KL term
+        belongs to the encoder, which is frozen here, and its variance stays 1. CCSR v2: 'l2' and `deft.clamp`.
         """
         c = self.config
         image = self.latents.decode(batch.cache["x0_T"]).float()  # (B, 3, S, S)
@@ -87,7 +88,7 @@ class Deft(Stage):
     def discriminator_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Hinge loss on the logits of photographs and of the decoder's images of this step.
 
-        The hinge and its half are those of LDM's VAE training, which the paper points to, and of both releases.
+        The hinge and its half are those of LDM's VAE training, which the paper points to, and of CCSR v1 and v2.
         """
         real, _ = self.adversary(batch.hq, batch, self.adversary.view(batch))
         fake, _ = self.adversary(batch.cache["image"], batch, self.adversary.view(batch))

@@ -1,6 +1,6 @@
 """Stage 'nuts': non-uniform timestep sampling in training (Sec. III-B, CCSR). Its plan in sampling: timesteps.py.
 
-What is trained stands in consissr/training/restoration.py: the ControlNet (as in both releases), what the model config
+What is trained stands in consissr/training/restoration.py: the ControlNet (as in CCSR v1 and v2), what the model config
 adds (ConsisSR's image branch, position embedding, transposed attention), and the parts of the UNet that
 `model.unet_trained` names. With `nuts.losses: [l_diff]` this is ordinary ControlNet pre-training, which CCSR v2 starts
 from.
@@ -17,6 +17,7 @@ from ccsr.timesteps import sampler_plan, t_max_step, with_plan
 from consissr.config.folder import FolderConfig
 from consissr.config.training import TrainConfig
 from consissr.diffusion.augmentation import probability
+from consissr.diffusion.sampler import start_latent
 from consissr.diffusion.schedule import Schedule
 from consissr.errors import UserError
 from consissr.models.denoiser import SoftPrompt
@@ -79,7 +80,11 @@ class Nuts(Restoration):
             log.warning("latent augmentation is rare at t < %d: nuts.l_diff_t=all draws every timestep", self.t_end)
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The configured losses (`nuts_losses`), each with weight 1."""
+        """The configured losses (`nuts_losses`) of every batch, summed with weight 1 each as in CCSR v2.
+
+        In the paper l_diff is the loss at other timesteps than T, and l_T + l_tmax the one at T (Eq. 3); how often each
+        is drawn it leaves open.
+        """
         c = self.config.nuts
         z_hq, z_lq = batch.cache["z_hq"], batch.cache["z_lq"]
         condition = self.condition(batch)
@@ -124,10 +129,11 @@ class Nuts(Restoration):
             batch.cache["hint"] = batch.cache["z_lq"]
 
     def one_step(self, batch: Batch) -> Tensor:
-        """x0_from_T (B, C, h, w): the latent that one evaluation at the noisiest timestep gives."""
+        """x0_from_T (B, C, h, w): what one evaluation at the noisiest timestep gives, from where sampling starts."""
         z_lq = batch.cache["z_lq"]
         T = torch.full((len(z_lq),), len(self.schedule) - 1, device=z_lq.device)
-        z_T = self.schedule.add_noise(z_lq, batch.randn(*z_lq.shape[1:]), T)
+        start = self.config.sampler.start
+        z_T = start_latent(start, z_lq, self.schedule, lambda _, shape: batch.randn(*shape[1:]))
         return self.schedule.x0_from_eps(z_T, self.denoiser(z_T, T, self.condition(batch)), T)
 
     def restore(self, batch: Batch) -> Tensor:

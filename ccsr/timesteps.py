@@ -1,9 +1,10 @@
 """Non-uniform timestep sampling (Sec. III-B, CCSR): the plan for (T, t_max, t_min).
 
 One evaluation at the noisiest timestep (999) gives x0_from_T; it is re-noised to t_max; uniform steps follow towards
-t_min; x0 of the last evaluated step is the result. This is the one place where the paper's fractions become timesteps:
-with k(f) = round(T f), the evaluations after 999 are grid steps k(t_max), ..., k(t_min) + 1, so
-S = k(t_max) - k(t_min) + 1 evaluations in all (one fewer where t_max is 1: then there is no jump).
+t_min; x0 of the last evaluated step is the result. With k(f) = round(T f), the evaluations after 999 are grid steps
+k(t_max), ..., k(t_min) + 1: S = (t_max - t_min) T + 1 in all (Sec. III-D), one fewer where t_max is 1 (there is no
+jump). So t_min itself is not evaluated, nor is it in CCSR v1 and v2: with it, "the estimated result from x_tmin"
+(Sec. III-B), there would be one more than the paper's S.
 """
 
 from dataclasses import replace
@@ -24,8 +25,9 @@ def nuts_plan(
     """The plan of (T, t_max, t_min), e.g. (6, 2/3, 1/2) evaluates {999, 666}, or {999, 499} on the `leading` grid.
 
     T: steps of the uniform grid, 1..train_steps. 0 <= t_min <= t_max <= 1. One evaluation (S = 1) when T is 1 or t_max
-    and t_min fall on the same grid step. When t_max falls on the noisiest timestep itself (always for t_max = 1) there
-    is no jump: plain uniform steps from there. Raises UserError naming the value that breaks a rule.
+    and t_min fall on the same grid step. When t_max is 1 or falls on the noisiest timestep itself there is no jump:
+    plain uniform steps from there (on the `leading` grid their first lies below 999, as in CCSR v2). Raises UserError
+    naming the value that breaks a rule.
     """
     times = grid(T, grid_spacing, train_steps)
     k_max, k_min = _grid_step(T, t_max, "t_max"), _grid_step(T, t_min, "t_min")

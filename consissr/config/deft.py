@@ -26,7 +26,8 @@ class DeftConfig:
     weights: str = ""
     """Folder with LPIPS's weight files; empty: the folders where torchvision and pyiqa keep theirs."""
     discriminator: str = "patchgan"
-    """'patchgan' (paper: "the same as that of VAE") or 'dino' (heads on a frozen DINO, as released)."""
+    """'patchgan' (LDM's VAE training, whose loss the paper takes over; CCSR v1) or 'dino' (heads on a frozen DINO:
+    CCSR v2)."""
     dino: str = "timm/vit_small_patch16_224.dino"
     """DINO ViT-S/16 that the discriminator judges by: a file (dino_deitsmall16_pretrain.pth) or timm's hub id."""
     dino_v2: str = "timm/vit_small_patch14_dinov2.lvd142m"

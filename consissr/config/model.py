@@ -19,7 +19,7 @@ class ModelConfig:
     """Side of the latent that learned self-attention positions are made for (ConsisSR: 64); 0 turns them off."""
     unet_trained: list[str] = field(default_factory=list)
     """Parts of the base's UNet (prefixes of names) that are trained and stored with the ControlNet ("we first finetune
-    the pre-trained SD", Sec. IV-A, CCSR); empty: the UNet stays as it is (both releases)."""
+    the pre-trained SD", Sec. IV-A, CCSR); empty: the UNet stays as it is (CCSR v1 and v2)."""
     unet_lora: int = 0
     """Rank of low-rank adapters (LoRA) of the UNet's attention that are trained and stored with the ControlNet, in
     diffusers' format (needs peft to train): fits 24 GB where `unet_trained` does not; 0: none (both papers)."""
@@ -31,7 +31,8 @@ class ModelConfig:
     """Keys and values of the HPA image branch: 'shared' with the text's (paper) or 'separate', copies of them
     that are not trained (as released). hpa_separate shares them, IP-Adapter has its own."""
     image_tokens: str = "pooled"
-    """Image tokens: 'pooled' (one, as released) or 'patches' (one per CLIP patch)."""
+    """Image tokens: 'pooled' (one, as released: attention to it has weight 1 whatever the query) or 'patches' (ours:
+    one per CLIP patch). The paper says "image embedding" (Sec. 3.3)."""
     image_encoder: str = "base"
     """Where a new image branch takes CLIP's image tower from: 'base' (image_encoder/ of the base's folder), a folder
     with image_encoder/ (a run of stage 'rclip') or a bundled model (its tower alone: 'nano-consissr'), or

@@ -11,13 +11,15 @@ class NutsConfig:
     """Stage 'nuts' (Sec. III-B, CCSR). Where its uniform steps begin and end, the sampler's t_max and t_min say."""
 
     losses: list[str] = field(default_factory=lambda: ["l_diff", "l_T", "l_tmax"])
-    """Losses summed with weight 1 (Eq. 2 and 3, CCSR); l_diff alone is ControlNet pre-training."""
+    """Losses (Eq. 2 and 3, CCSR) of every batch, summed with weight 1 as in CCSR v2; l_diff alone is ControlNet
+    pre-training."""
     start: str = "lq"
     """The latent that is noised to x_T (Eq. 1, CCSR): 'hq' (the paper, whose x_0 is the photograph's, and CCSR v2's
     first stage) or 'lq' (ours: what sampling starts from)."""
     l_diff_t: str = "as_released"
-    """Timesteps of l_diff: 'as_released' (below t_max's where l_T is trained, otherwise all: both releases), 'interval'
-    (from the sampler's t_min to t_max: the paper) or 'all' (with l_T, too: latent augmentation is rare below t_max)."""
+    """Timesteps of l_diff: 'as_released' (below t_max's where l_T is trained, otherwise all: CCSR v1 and v2),
+    'interval' (from the sampler's t_min to t_max: the paper) or 'all' (with l_T, too: latent augmentation is rare below
+    t_max)."""
     t_max_step: int = 0
     """Timestep that x0_from_T is re-noised to in training; 0: that of the sampler's t_max on its grid. CCSR v2 as
     released: 667, while its sampler uses 499."""

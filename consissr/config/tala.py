@@ -11,8 +11,9 @@ class TalaConfig:
     """Stage 'tala' (Algorithm 1, ConsisSR), and time-aware latent augmentation of l_diff in stage 'nuts'."""
 
     probability: str = "default"
-    """p(t): 'power' ((t+1)/T)^gamma, 'as_released' (t/T)^gamma, 'linear' or 'off' (Table 4, ConsisSR); 'default' is
-    'power' in stage 'tala' and 'off' in stage 'nuts', where it acts on l_diff (a hybrid of ours)."""
+    """p(t), t counted from 0: 'power' ((t+1)/T)^gamma (the paper's (t/T)^gamma, which counts from 1), 'as_released'
+    (t/T)^gamma, 'linear' or 'off' (Table 4, ConsisSR); 'default' is 'power' in stage 'tala' and 'off' in stage 'nuts',
+    where it acts on l_diff (a hybrid of ours)."""
     gamma: float = 10.0
     """Exponent of p(t) (Table 4, ConsisSR: 5, 10 or 20)."""
     shared_draw: bool = False

@@ -30,7 +30,7 @@ def grid(steps: int, spacing: str = "trailing", T: int = 1000) -> list[int]:
     """`steps` timesteps out of 0..T-1, ascending; entry k-1 is the k-th grid step, k = 1..steps.
 
     `trailing`  round(T k / steps) - 1: ends at T-1 (ours)
-    `leading`   (k - 1) (T // steps) + 1: starts at 1 (CCSR's release, diffusers' default for SD2.1)
+    `leading`   (k - 1) (T // steps) + 1: starts at 1 (CCSR v2, diffusers' default for SD2.1)
     `linspace`  0 to T-1 in equal strides accumulated in floating point (ConsisSR's release, CCSR v1); one step is T-1
     """
     if spacing not in GRIDS:

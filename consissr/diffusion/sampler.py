@@ -33,7 +33,7 @@ def sample(
 ) -> Tensor:
     """Run `plan` from latent z (B,C,h,w), float32, at the noise level of its first timestep -> x0 (B,C,h,w).
 
-    `first`: another denoiser for the first evaluation (CCSR's release takes its first step without guidance).
+    `first`: another denoiser for the first evaluation (CCSR v2 takes its first step without guidance).
     `on_step(i, step, eps, x0)` is called after each evaluation.
     """
     for i, step in enumerate(plan):

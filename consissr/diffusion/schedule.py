@@ -1,8 +1,9 @@
 """The noise schedule: how much signal is left at timestep t, and the formulas that follow from it.
 
-Notation: the papers' x_t is z_t here; `alpha_bar[t]` is the share of signal power at timestep t, t counts 0..T-1 (in
-ConsisSR 1..T), `eps` is unit noise, `z_t = sqrt(alpha_bar[t]) z_0 + sqrt(1 - alpha_bar[t]) eps`. Coefficients are
-computed in float64 and cast to the type of the tensors they meet, as ConsisSR's release does.
+Notation: the papers' x_t is z_t here, but for estimates of the clean latent: x0 (CCSR's x0_from_T). `alpha_bar[t]` is
+the share of signal power at timestep t, t counts 0..T-1 (in ConsisSR 1..T), `eps` is unit noise,
+`z_t = sqrt(alpha_bar[t]) z_0 + sqrt(1 - alpha_bar[t]) eps`. Coefficients are computed in float64 and cast to the type
+of the tensors they meet, as ConsisSR's release does.
 """
 
 from __future__ import annotations
@@ -56,12 +57,15 @@ class Schedule:
         return (a.sqrt().to(z0.dtype) * z0).add_((1 - a).sqrt().to(z0.dtype) * eps)
 
     def x0_from_eps(self, z_t: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """z_0 = (z_t - sqrt(1 - a) eps) / sqrt(a)  (Sec. III-B, CCSR). Not clipped."""
+        """x0 = (z_t - sqrt(1 - a) eps) / sqrt(a)  (Sec. III-B, CCSR). Not clipped."""
         a = self._at(t, z_t.device)
         return ((1 / a).sqrt().to(z_t.dtype) * z_t).sub_((1 / a - 1).sqrt().to(z_t.dtype) * eps)
 
     def eps_from_x0(self, z_t: Tensor, z0: Tensor, t: int | Tensor) -> Tensor:
-        """eps = (z_t - sqrt(a) z_0) / sqrt(1 - a): the noise that leads from z_t to z_0  (Eq. 4, ConsisSR)."""
+        """eps = (z_t - sqrt(a) z_0) / sqrt(1 - a): the noise that leads from z_t to z_0  (Eq. 4, ConsisSR).
+
+        Where z_t is z_lq under noise eps', it is eps' + sqrt(a) (z_lq - z_0) / sqrt(1 - a), as Eq. 4 goes on.
+        """
         a = self._at(t, z_t.device)
         return (z_t - a.sqrt().to(z_t.dtype) * z0) / (1 - a).sqrt().to(z_t.dtype)
 

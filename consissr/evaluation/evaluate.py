@@ -52,7 +52,7 @@ class Evaluation:
     def mean(self, method: str, metric: str) -> float:
         """Average over images and runs; NaN where the metric is unavailable."""
         table = self.values[method] | self.set_values[method]
-        if metric == "delta-clip-i" and metric in table:  # (Eq. 5, ConsisSR); over a set the ratio of the means (ours)
+        if metric == "delta-clip-i" and metric in table:  # over a set: the ratio of the means (ours)
             return float(table["clip-i"].mean() / self.lr_similarity.mean() - 1)
         return float(table[metric].mean()) if metric in table else float("nan")
 

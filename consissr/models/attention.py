@@ -1,4 +1,4 @@
-"""The transformer block of ConsisSR (Sec. 3.3, Fig. 5), layer by layer as the paper has it.
+"""The transformer block of ConsisSR (Sec. 3.3, Fig. 5), layer by layer; what the paper leaves open is the release's.
 
 Every class takes over the layers of the diffusers module it stands for (`source`), under their names, and adds its own:
 
@@ -65,8 +65,9 @@ class CrossAttention(nn.Module):
 class HybridPromptAdapter(CrossAttention):
     """HPA (Sec. 3.3, ConsisSR): the same queries attend to the text and to the low-quality image, decoupled.
 
-    Both prompts pass "the original linear layers" for keys and values, which stay fixed. The image branch is added to
-    the text branch "after passing through a trainable zero-initialized linear layer", `to_out_ip`. (Its size is the
+    Both prompts pass "the original linear layers" for keys and values, which stay fixed. (With one image token, as
+    released, attention to it is 1 whatever the query: the branch adds one vector everywhere.) The image branch is added
+    to the text branch "after passing through a trainable zero-initialized linear layer", `to_out_ip`. (Its size is the
     release's, the paper leaves it open: one d x d layer per block, applied to each head before the heads merge.)
     """
 
@@ -97,8 +98,9 @@ class HybridPromptAdapter(CrossAttention):
 class SelfAttention(nn.Module):
     """Spatial self-attention with "learned absolute positional embeddings" (Sec. 3.3, ConsisSR).
 
-    softmax((q + p)(k + p)^T / sqrt(d)) v, with p made for a map of `side` x `side` and shared by all heads (as
-    released); other map sizes get p by bicubic interpolation (ours). `side` 0: no positions, Stable Diffusion's layer.
+    softmax((q + p)(k + p)^T / sqrt(d)) v, with p made for a map of `side` x `side`, added behind the projections and
+    shared by all heads (as released); other map sizes get p by bicubic interpolation (ours). `side` 0: no positions,
+    Stable Diffusion's layer.
     """
 
     def __init__(self, source: nn.Module, side: int) -> None:

@@ -1,4 +1,5 @@
-"""Image tokens for the hybrid prompt adapter: CLIP's image tower on the LQ image, then an adapter (Sec. 3.3)."""
+"""Image tokens for the hybrid prompt adapter: CLIP's image tower on the LQ image (Sec. 3.3, ConsisSR), then the
+release's adapter."""
 
 from __future__ import annotations
 

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class Rclip(Stage):
-    """Squared error between the two towers' features, not L2-normalised: the pooled one, and every patch's."""
+    """Squared error between the two towers' pooled features (Eq. 3, ConsisSR), and between their patches' (ours).
+
+    Features are not L2-normalised, as in the release; the paper is silent.
+    """
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class Rclip(Stage):
         batch.cache["pooled"], batch.cache["patches"] = tower_features(self.teacher, batch.hq)
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Mean over elements; `patches` is there (and counts) where the model attends to patch tokens."""
+        """Mean over elements; `patches` (ours) is there, and counts, where the model attends to patch tokens."""
         pooled, patches = tower_features(self.student, batch.lq)
         # |RCLIP(x_LQ) - CLIP(x_HQ)|^2  (Eq. 3, ConsisSR), a mean over elements as in the release
         losses = {"pooled": F.mse_loss(pooled.float(), batch.cache["pooled"].float())}

@@ -217,15 +217,16 @@ def test_what_is_trained(base: Path) -> None:
     assert {id(p) for p in phase.parameters.values()} == {id(p) for p in wanted}
 
 
-def test_one_step_is_restored_where_it_is_trained(base: Path) -> None:
-    """x0_from_T from the noised LQ latent, decoded."""
-    stage, denoiser, _ = built(base)
+@pytest.mark.parametrize("start", ["lq", "noise"])
+def test_one_step_is_restored_where_it_is_trained(base: Path, start: str) -> None:
+    """x0_from_T, decoded, from where sampling starts: the noised LQ latent, or pure noise (the paper and CCSR v1)."""
+    stage, denoiser, _ = built(base, f"sampler.start={start}")
     batch = plain.recorded(2)
     with torch.no_grad():
         stage.prepare(batch)
         image = stage.restore(batch)
         z_lq, (noise,) = plain.latent(base, batch.lq), batch.normals
-        z_T = plain.noised(z_lq.double(), noise.double(), LAST)
+        z_T = plain.noised(z_lq.double(), noise.double(), LAST) if start == "lq" else noise.double()
         x0 = plain.clean(z_T, predictor(denoiser, Condition(plain.text(base, 2), z_lq))(z_T, LAST), LAST)
     plain.close(image, plain.decoded(base, x0))
 

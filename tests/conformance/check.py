@@ -9,29 +9,30 @@ fails both times, if a folder holds none, or if it holds none of a kind that its
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tarfile
 import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
-PLAIN = {"OMP_NUM_THREADS": "1", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
-"""Before torch loads: one thread, as the fixtures were made, and sums in plain order."""
-USUAL = {"OMP_NUM_THREADS": "1", "MKL_ENABLE_INSTRUCTIONS": "AVX512", "ONEDNN_MAX_CPU_ISA": "DEFAULT"}
-"""Sums as the processor likes best.
+USUAL = {"MKL_ENABLE_INSTRUCTIONS": "AVX512", "ONEDNN_MAX_CPU_ISA": "DEFAULT"}
+"""Sums as the processor likes best. Torch's libraries ask for this at their first sum, not when they are loaded."""
+PLAIN = {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+"""Sums in plain order, about half as fast.
 
 Recorded float32 results are rounded themselves, and CCSR's networks on random weights amplify that: against float64 the
 recorded x0_T of a fixture is off by 2.4e-5, a gradient by 2.5e-3, more than the tolerances. They agree with what is
-rounded alike, and how that was differs from quantity to quantity: one that fails under PLAIN is tried under USUAL."""
-if __name__ == "__main__":
-    os.environ.update({name: os.environ.get(name, value) for name, value in PLAIN.items()})
+rounded alike, and how that was differs from quantity to quantity: one that fails under USUAL is tried under PLAIN."""
 
 import ccsr_networks  # noqa: E402
 import ccsr_training  # noqa: E402
@@ -187,20 +188,43 @@ def twice(folder: str) -> tuple[int, int]:
         text = re.sub("FAIL$", "again", text)
         print(re.sub(", ([1-9][0-9]*) failed", r", \1 to try again", text), flush=True)
 
-    compared, failed = run(folder, write)
+    compared, failed = apart(folder, USUAL, write)
     if not failed:
         return compared, 0
-    call = [sys.executable, "-c", f"import check; check.run({folder!r})"]
-    other = PLAIN if USUAL.items() <= os.environ.items() else USUAL
-    where = os.environ | other | {"PYTHONPATH": os.pathsep.join(sys.path[:2])}
-    second = verdicts(subprocess.run(call, env=where, stdout=subprocess.PIPE, text=True).stdout.splitlines())
-    known = verdicts(first)
+    lines: list[str] = []
+    apart(folder, PLAIN, lines.append)
+    second, known = verdicts(lines), verdicts(first)
     again = {key: second.get(key, text) for key, text in known.items() if text.endswith("FAIL")}
     for text in again.values():
         print(text)
     failed = sum(text.endswith("FAIL") for text in again.values())
     print(re.sub(r", \d+ failed", f", {failed} failed", first[-1]))
     return compared, failed
+
+
+def apart(folder: str, arithmetic: dict[str, str], write: Callable[[str], None]) -> tuple[int, int]:
+    """`run` in a process of its own, which sums in this way, in one thread, as the fixtures were made."""
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=tell, args=(folder, arithmetic, writer))
+    process.start()
+    writer.close()
+    try:
+        while isinstance(told := reader.recv(), str):
+            write(told)
+    except EOFError:
+        told = 0, 1
+        write(f"{folder}: the process that checked it ended FAIL")
+        write("# 0 compared, 1 failed, 0 lacking, 0 unchecked")
+    process.join()
+    return told
+
+
+def tell(folder: str, arithmetic: dict[str, str], writer: Connection) -> None:
+    """In that process: send `run`'s lines, then what it returns."""
+    os.environ.update(arithmetic)
+    torch.set_num_threads(1)
+    writer.send(run(folder, writer.send))
 
 
 def verdicts(lines: Iterable[str]) -> dict[tuple[str, int], str]:

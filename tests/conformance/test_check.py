@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -201,13 +202,19 @@ def test_what_fails_is_tried_once_more(tmp_path: Path, monkeypatch, capsys) -> N
         "b:y  2 2 rel FAIL",
         "# 3 compared, 2 failed, 0 lacking",
     ]
-    monkeypatch.setattr(check, "run", lambda folder, write: ([write(text) for text in told], (3, 2))[1])
-    done = type("Done", (), {"stdout": "\n".join(again)})
-    environment = []
-    monkeypatch.setattr(check.subprocess, "run", lambda call, env, **_: environment.append(env) or done)
+    of = {"DEFAULT": told, "SSE41": again}
+    monkeypatch.setattr(
+        check, "run", lambda folder, write: ([write(text) for text in of[os.environ["ONEDNN_MAX_CPU_ISA"]]], (3, 2))[1]
+    )
     assert check.twice(str(tmp_path)) == (3, 1)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[:3]] == ["again", "pass", "again"]
     assert lines[3:] == ["# 3 compared, 2 to try again, 0 lacking", again[0], again[2],
                          "# 3 compared, 1 failed, 0 lacking"]  # fmt: skip
-    assert environment[0]["MKL_ENABLE_INSTRUCTIONS"] == "AVX512"
+    assert "ONEDNN_MAX_CPU_ISA" not in os.environ
+
+
+def test_a_check_that_dies_fails(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(check, "run", lambda folder, write: os._exit(1))
+    assert check.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "# 0 compared, 1 failed, 0 lacking, 0 unchecked"
