@@ -143,7 +143,7 @@ def test_inference_from_the_command_line(script, tiny_model, tmp_path, capsys):
 def test_random_weights(script, monkeypatch, tmp_path, method):
     """The path of `--size sd21 --random-weights`, with smaller numbers in place of SD2.1's."""
     small = {
-        "UNET": {"block_out_channels": (32, 64, 64, 64), "attention_head_dim": [2, 4, 4, 4]},
+        "UNET": {"block_out_channels": (32, 64, 64, 64), "attention_head_dim": [2, 4, 4, 4], "layers_per_block": 1},
         "VAE": {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1},
         "TEXT": {"vocab_size": 200, "intermediate_size": 64, "num_hidden_layers": 1},
         "TOWER": {"image_size": 28, "layers": 1, "width": 80},

@@ -71,7 +71,7 @@ def test_no_frame_on_dark_pictures(restorer):
 def test_norms_from_a_sample_change_little(restorer, root):
     """The autoencoder in one pass of tiles, with the statistics of a quarter of the image: a level on average."""
     photo = codec.from_pil(Image.open(root / "consissr" / "assets" / "samples" / "dahlia.jpg").convert("RGB"))
-    x = resize(photo.pixels[None], (512, 768))
+    x = resize(photo.pixels[None], (384, 512))
     z = restorer.latents.encode(x)
     whole = restorer.latents.decode(z)
     results = []

@@ -17,10 +17,10 @@ from consissr.training.checkpoints import list_checkpoints, load_checkpoint
 from consissr.training.run_log import read_log
 from tests.training.children import finish, forkserver, start, start_several, world
 from tests.training.test_processes import MORE, assert_same_figures
-from tests.training.tiny import beside, words
+from tests.training.tiny import beside, slow_but, words
 
 
-@pytest.mark.parametrize("stage", ["nuts", pytest.param("deft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", slow_but("autoencoder"))
 def test_shared_out_moments_change_nothing(runs: Path, photos: Path, tmp_path: Path, stage: str) -> None:
     """ZeRO's two processes train like one, resume bit for bit, and leave checkpoints that one process goes on with."""
     one, two = (beside(runs, tmp_path / name, stage) for name in ("one", "two"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,25 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from consissr.weights import find
-from consissr.weights.names import published
-from tests.weights.standin import Hub, v1_state
+from tests.weights.standin import Hub, turn_to, v1_state
 
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A machine with empty caches, and the hub it asks: `machine.root` holds the repositories."""
-    from huggingface_hub import constants
-
     hub_ = Hub(tmp_path / "hub")
-    monkeypatch.setattr(constants, "ENDPOINT", hub_.address)
-    template = hub_.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("CONSISSR_HOME", str(tmp_path / "home"))
-    for name, entry in published().items():  # the digests are those of the real files
-        sources = [replace(source, sha256={}) for source in entry.sources]
-        monkeypatch.setitem(published(), name, replace(entry, sources=sources))
+    turn_to(hub_.address, tmp_path, monkeypatch)
     yield hub_
     hub_.gone()
 

@@ -7,12 +7,29 @@ import json
 import re
 import shutil
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import pytest
 import torch
+from huggingface_hub import constants
 from torch import Tensor
+
+from consissr.weights.names import published
+
+
+def turn_to(address: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let this process ask the hub at `address`, with its caches below `folder`."""
+    patch.setattr(constants, "ENDPOINT", address)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hf"))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setenv("CONSISSR_HOME", str(folder / "home"))
+    for name, entry in published().items():  # the digests are those of the real files
+        sources = [replace(source, sha256={}) for source in entry.sources]
+        patch.setitem(published(), name, replace(entry, sources=sources))
 
 
 class Hub(ThreadingHTTPServer):

@@ -22,7 +22,8 @@ from consissr.config.loading import save_config
 from consissr.config.machine import cache_folder
 from consissr.weights.cache import by_hand_folder
 from consissr.weights.files import read_config
-from tests.weights.standin import Hub, serve
+from tests.training.children import finish, forkserver
+from tests.weights.standin import Hub, serve, turn_to
 
 V2, KIJAI, CAMENDURU, MIRROR = (
     "kharma1/ccsr_v2_repost", "Kijai/ccsr-safetensors", "camenduru/CCSR", "Manojb/stable-diffusion-2-1-base",
@@ -172,25 +173,32 @@ def test_half_precision_is_fetched_where_it_will_do_and_serves_offline(machine, 
     assert status == 0 and pixels is not None
 
 
-def processes(machine: Hub, tmp_path: Path, *command: str, count: int = 1) -> list[subprocess.Popen]:
-    """Processes with the environment that people set."""
-    environment = os.environ | {"HF_ENDPOINT": machine.address, "HF_HUB_CACHE": str(tmp_path / "hf")}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    return [subprocess.Popen([sys.executable, *command], **pipes) for _ in range(count)]
+def infer_apart(arguments: list[str], address: str, folder: Path, log: Path) -> None:
+    """scripts/infer.py as this process, on the machine that fixture `machine` makes."""
+    from scripts.infer import main
+
+    turn_to(address, folder, pytest.MonkeyPatch())
+    torch.set_num_threads(1)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.exit(main(arguments))
 
 
-def test_two_processes_fetch_and_convert_once(machine, v1, restore, root, tmp_path):
+def test_two_processes_fetch_and_convert_once(machine, v1, restore, tmp_path):
     """Both restore; the file was downloaded once, and converted once."""
     serve(machine, CAMENDURU, v1["ckpt"])
     Image.new("RGB", (8, 8), "red").save(tmp_path / "p.png")
-    command = [str(root / "scripts" / "infer.py"), "-m", "ccsr-v1", "-i", str(tmp_path / "p.png"), "--device", "cpu"]
-    command += ["--precision", "fp32", "--config", str(tmp_path / "quick.yaml"), "--plan", "nuts", "--steps", "1"]
-    command += ["--t-min", "0", "--overwrite", "-o", str(tmp_path / "both")]
-    both = processes(machine, tmp_path, *command, count=2)
-    told = [process.communicate(timeout=900) for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    assert sum(said.count("converting ccsr-v1") for _, said in told) == 1
+    command = ["-m", "ccsr-v1", "-i", str(tmp_path / "p.png"), "--device", "cpu", "--precision", "fp32"]
+    command += ["--config", str(tmp_path / "quick.yaml"), "--plan", "nuts", "--steps", "1", "--t-min", "0"]
+    command += ["--overwrite", "-o", str(tmp_path / "both")]
+    logs = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    places = [(command, machine.address, tmp_path, log) for log in logs]
+    both = [forkserver().Process(target=infer_apart, args=place) for place in places]
+    for process in both:
+        process.start()
+    assert finish(*both, seconds=900) == [0, 0], [log.read_text()[-3000:] for log in logs]
+    assert sum(log.read_text().count("converting ccsr-v1") for log in logs) == 1
     gets = [path for method, path in machine.asked if method == "GET" and "resolve" in path]
     assert len(gets) == 1 and (tmp_path / "both" / "p.png").is_file()
 
@@ -204,7 +212,9 @@ def test_a_download_that_was_cut_off_is_started_again(machine, v1, restore, tmp_
         "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 1000; from consissr.weights import hub"
     )
     code += "; hub.LARGE = 1000; hub.fetch('camenduru/CCSR', lambda files, half: list(files))"
-    (process,) = processes(machine, tmp_path, "-c", code)
+    environment = os.environ | {"HF_ENDPOINT": machine.address, "HF_HUB_CACHE": str(tmp_path / "hf")}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}  # what people set
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
     assert machine.halfway.wait(600)
     parts: list[Path] = []
     while not parts or parts[0].stat().st_size < size // 2 - 20_000:  # what was sent has yet to be written
