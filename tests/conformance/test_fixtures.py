@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.training.children import finish, forkserver, say_into
 
 CCSR_REST = [
     "lacks    tiled_vae.safetensors",
@@ -25,18 +26,25 @@ LARGE = {"ccsr_A": 307, "consissr_A": 83, "consissr_train_A": 304, "consissr_com
 """Folders, and how many quantities each has at least."""
 
 
-@pytest.fixture(scope="module")
-def told(root: Path) -> dict[str, tuple[int, list[str]]]:
-    """The command on all folders that are there: quantities compared, and lines on what is lacking or unchecked.
+def check_apart(folders: list[Path], log: Path) -> None:
+    """tests/conformance/check.py as this process, which has not summed anything yet."""
+    say_into(log)
+    sys.path.insert(0, str(Path(__file__).parent))
+    import check
 
-    In a process of its own: how torch sums is settled there before its first sum.
-    """
+    sys.exit(check.main([str(folder) for folder in folders]))
+
+
+@pytest.fixture(scope="module")
+def told(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str]]]:
+    """The command on all folders that are there: quantities compared, and lines on what is lacking or unchecked."""
     folders = [root / "tests/conformance/small" / f"{name}.tar.xz" for name in SMALL]
     folders += [folder for name in LARGE if (folder := root.parent / "shared" / "conformance" / name).is_dir()]
-    call = [sys.executable, str(root / "tests/conformance/check.py"), *map(str, folders)]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=1800)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, "\n".join(line for line in lines if line.endswith("FAIL")) or done.stderr
+    log = tmp_path_factory.mktemp("told") / "log.txt"
+    process = forkserver().Process(target=check_apart, args=(folders, log))
+    process.start()
+    status, lines = finish(process, seconds=1800), log.read_text().splitlines()
+    assert status == [0], "\n".join(line for line in lines if line.endswith("FAIL")) or "\n".join(lines[-20:])
     counts, rest = [], []
     for line in lines:
         if line.startswith(("lacks", "unchecked")):

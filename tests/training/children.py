@@ -47,10 +47,15 @@ def train(arguments: list[str], log: Path, environment: dict[str, str], last: in
     if last is not None:
         hold_after(last)
     torch.set_num_threads(1)
+    say_into(log)
+    sys.exit(main(arguments))
+
+
+def say_into(log: Path) -> None:
+    """Add this process's output to `log`."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    sys.exit(main(arguments))
 
 
 def save(folder: Path, saved: Event) -> None:

@@ -22,7 +22,7 @@ from consissr.config.loading import save_config
 from consissr.config.machine import cache_folder
 from consissr.weights.cache import by_hand_folder
 from consissr.weights.files import read_config
-from tests.training.children import finish, forkserver
+from tests.training.children import finish, forkserver, say_into
 from tests.weights.standin import Hub, serve, turn_to
 
 V2, KIJAI, CAMENDURU, MIRROR = (
@@ -179,9 +179,7 @@ def infer_apart(arguments: list[str], address: str, folder: Path, log: Path) -> 
 
     turn_to(address, folder, pytest.MonkeyPatch())
     torch.set_num_threads(1)
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
+    say_into(log)
     sys.exit(main(arguments))
 
 
