@@ -1,7 +1,8 @@
 """Stage 'deft': the VAE decoder tuned adversarially on stage-1 outputs (Sec. III-C, CCSR).
 
-All of the first stage is frozen. The decoder's input is x0_from_T, the one-step result ("set as the input of Stage 2",
-Sec. III-D); as in CCSR v2, the decoder that is tuned on it serves any number of steps.
+Of the first stage all but the decoder is frozen (`decoder_parameters` says what counts as it). Its input is x0_from_T,
+the one-step result ("set as the input of Stage 2", Sec. III-D); as in CCSR v2, the decoder that is tuned on it serves
+any number of steps.
 """
 
 from __future__ import annotations

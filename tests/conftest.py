@@ -20,7 +20,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for jobs in background, whose trainings ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What is imported stays: looking for garbage among a million such objects took a third of the collection's time.
+# What is imported stays: looking for garbage among a million such objects took more than half of the collection's time.
 gc.disable()
 
 ROOT = Path(__file__).resolve().parent.parent
