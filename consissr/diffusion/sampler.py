@@ -31,7 +31,7 @@ def sample(
     first: Denoise | None = None,
     on_step: Callable[[int, Step, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Run `plan` from latent z (B,C,h,w), float32, at the noise level of its first timestep -> x0 (B,C,h,w).
+    """Run `plan` from latent z (B,C,h,w), float32, as `start_latent` makes it -> x0 (B,C,h,w).
 
     `first`: another denoiser for the first evaluation (CCSR v2 takes its first step without guidance).
     `on_step(i, step, eps, x0)` is called after each evaluation.
@@ -76,12 +76,12 @@ def seeded_draw(seed: int, keys: Iterable[str | int], repeat: int = 0) -> Draw:
         if shape[0] != len(keys):
             raise ValueError(f"noise for {shape[0]} images, but {len(keys)} keys")
         rows = [_noise(json.dumps([seed, key, repeat, name]), (1, *shape[1:])) for key in keys]
-        return torch.cat(rows) if len(rows) > 1 else rows[0]
+        return torch.cat(rows)
 
     return draw
 
 
 def _noise(identity: str, shape: Sequence[int]) -> Tensor:
     digest = hashlib.blake2b(identity.encode(), digest_size=8).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.randn(tuple(shape), generator=generator)
