@@ -21,7 +21,7 @@ from consissr.config.machine import cores
 from consissr.errors import UserError
 from consissr.evaluation import provenance
 from consissr.evaluation.folders import list_images, list_runs, pair
-from consissr.evaluation.progress import duration
+from consissr.evaluation.progress import EVERY, duration
 from consissr.evaluation.workers import end_with_parent
 from consissr.studies.spec import Study
 from consissr.weights.base import BUNDLED_BASES
@@ -119,6 +119,11 @@ class Command:
     def log(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.log")
 
+    def last_line(self) -> str:
+        """What its log ends with: how far it is, or why it failed."""
+        text = self.log.read_text(errors="replace").replace("\r", "\n").split("\n")
+        return next((line.strip() for line in reversed(text) if line.strip()), "no output")
+
 
 def stages(work: Work, rows: list[str], restoring: bool = True) -> Iterator[list[Command]]:
     """Lists of commands, to run one list after the other; a training that was stopped goes on from its checkpoint."""
@@ -180,13 +185,14 @@ def write_test_set(work: Work, name: str) -> None:
 
 
 def run_commands(commands: list[Command], count: int) -> dict[str, str]:
-    """Run commands, `count` at a time, telling each one's end; returns the last line of the log of those that failed.
+    """Run commands, `count` at a time, telling how far they are; returns the last line of the log of those that failed.
 
     An interrupt ends the children (SIGTERM: a training saves its step); so does the end of this process, on Linux.
     """
     waiting, failed = list(reversed(commands)), {}
     running: list[tuple[Command, subprocess.Popen, float]] = []
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // count))}
+    told = time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < count:
@@ -195,14 +201,17 @@ def run_commands(commands: list[Command], count: int) -> dict[str, str]:
                     process = subprocess.Popen(command.words, stdout=log, stderr=subprocess.STDOUT, env=environment,
                                                start_new_session=True, preexec_fn=end_with_parent)  # fmt: skip
                 running.append((command, process, time.monotonic()))
+                sys.stderr.write(f"begun: {command.name}; its log: {command.log}\n")
             for command, process, began in [entry for entry in running if entry[1].poll() is not None]:
                 running.remove((command, process, began))
                 seconds = note_time(command, began, done=process.returncode == 0)
                 if process.returncode != 0:
-                    text = command.log.read_text(errors="replace").replace("\r", "\n").split("\n")
-                    failed[command.name] = next((line for line in reversed(text) if line.strip()), "no output")
+                    failed[command.name] = command.last_line()
                 ended = "failed" if command.name in failed else "done"
                 sys.stderr.write(f"{ended}: {command.name} ({duration(seconds)}); {len(waiting) + len(running)} left\n")
+            if time.monotonic() - told >= EVERY:
+                told = time.monotonic()
+                sys.stderr.writelines(f"{command.name}: {command.last_line()}\n" for command, _, _ in running)
             time.sleep(0.1)
     finally:
         for _, process, _ in running:

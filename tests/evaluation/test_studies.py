@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,36 @@ def test_a_study_from_training_to_verdict(small: run.Work) -> None:
     assert other.results("a", 1, "realsr") != small.results("a", 1, "realsr")
     (anew, *_) = run.stages(other, list(other.study.rows))
     assert [job.name for job in anew] == ["train start, seed 7"], "what is made of other photographs is made anew"
+
+
+def test_how_far_each_command_is_is_told_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, told = tmp_path / "gate", []
+
+    class Terminal:
+        def write(self, text: str) -> None:
+            told.append(text)
+            if text == "long: half way\n":
+                gate.touch()
+
+        def writelines(self, lines: Iterable[str]) -> None:
+            for line in lines:
+                self.write(line)
+
+    script, folder = tmp_path / "long.py", provenance.folder_of(tmp_path, "made")
+    script.write_text("""
+import pathlib, sys, time
+
+print("begin\\rhalf way", flush=True)
+gate, end = pathlib.Path(sys.argv[1]), time.time() + 60
+while time.time() < end and not gate.exists():
+    time.sleep(0.05)
+sys.exit(not gate.exists())
+""")
+    monkeypatch.setattr(run, "EVERY", 0)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    command = run.Command("long", folder, [sys.executable, str(script), str(gate)])
+    assert run.run_commands([command], 1) == {}
+    assert told[0] == f"begun: long; its log: {command.log}\n" and told[-1].startswith("done: long (")
 
 
 def test_a_failed_training_is_named_and_holds_up_its_own_alone(
