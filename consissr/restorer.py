@@ -24,7 +24,7 @@ from consissr.errors import UserError
 from consissr.images.device import to_device
 from consissr.images.formats import output_size
 from consissr.images.geometry import Prepared, finish, finished, prepare
-from consissr.images.inputs import Images, check_numbers, equal_sizes, network_input, packed, unpacked
+from consissr.images.inputs import Images, check_numbers, equal_sizes, network_input, noise_names, packed, unpacked
 from consissr.images.rows import Rows
 from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
 from consissr.models.fast import compile_all, for_inference
@@ -131,7 +131,7 @@ class Restorer:
         steps = self.plan(config, plan, settings)
         check_numbers(scale=scale, longest=1 if longest is None else longest, batch_size=batch_size)
         lqs, photos = unpacked(inputs)
-        keys = list(range(len(lqs))) if keys is None else list(keys)
+        seed, repeat, keys = noise_names(seed, repeat, range(len(lqs)) if keys is None else keys)
         if len(set(keys)) != len(lqs):
             raise UserError(f"{len(lqs)} images have {len(set(keys))} different keys: give each image its own")
 

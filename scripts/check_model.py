@@ -28,21 +28,19 @@ def plans_of(config) -> dict:
     return plans if own in plans.values() else plans | {f"{len(own)} steps": None}
 
 
-def check_pairs(args: argparse.Namespace, model: Path, plans: dict) -> str:
+def check_pairs(args: argparse.Namespace, weights: list[Path], plans: dict) -> str:
     """The table of real pairs: by every plan, under another image's condition, and without image tokens."""
     from consissr.evaluation import folders
     from consissr.evaluation.check import as_text, check, mean_change
-    from consissr.evaluation.restorations import changed, companions, restore, results_folder
+    from consissr.evaluation.restorations import companions, restore, results_folder, told_otherwise
     from consissr.restorer import Restorer
 
     lr, hr, out = args.realsr / "LR", args.realsr / "HR", args.output / "realsr"
     folders.pair({"HR": hr}, hr, lr)  # what does not pair is said before anything is restored
-    groups, folder = companions(lr), results_folder(out, args.model, model, args.base, lr)
+    groups, folder = companions(lr), results_folder(out, args.model, weights, lr)
     restorer, swapped, blind = (Restorer.load(args.model, base=args.base) for _ in range(3))
-    swapped.hint_latents = changed(swapped.hint_latents, lambda z: z.roll(1, 0))  # the next image's condition
-    if restorer.image_prompt is not None:
-        swapped.image_prompt = changed(swapped.image_prompt, lambda tokens: tokens.roll(1, 0))
-        blind.image_prompt = changed(blind.image_prompt, lambda tokens: 0 * tokens)
+    told_otherwise(swapped, hint=lambda z: z.roll(1, 0), image=lambda tokens: tokens.roll(1, 0))  # the next image's
+    told_otherwise(blind, image=lambda tokens: 0 * tokens)
     results, wrong, without = {}, {}, ""
     for s, plan in plans.items():
         name = s.replace("=", "").replace(" ", "-")
@@ -55,7 +53,7 @@ def check_pairs(args: argparse.Namespace, model: Path, plans: dict) -> str:
     return f"\n## Real pairs ({args.realsr.name})\n\n{as_text(check(results, hr, lr, out, wrong))}\n{without}"
 
 
-def check_photos(args: argparse.Namespace, model: Path, plans: dict, base: str) -> str:
+def check_photos(args: argparse.Namespace, weights: list[Path], plans: dict, base: str) -> str:
     """The table of degraded photographs: by the first plan, with the model's decoder and with that of its base."""
     from consissr.data.testset import write_testset
     from consissr.evaluation.check import as_text, check
@@ -66,7 +64,7 @@ def check_photos(args: argparse.Namespace, model: Path, plans: dict, base: str) 
     out = args.output / "photos"
     testset = testset_folder(out, args.photos, lambda folder: write_testset([args.photos], folder, 0, 256, "ccsr", 0))
     lr, (name, plan) = testset / "LR", next(iter(plans.items()))
-    folder = results_folder(out, args.model, model, args.base, lr)
+    folder = results_folder(out, args.model, weights, lr)
     restorer, plain = (Restorer.load(args.model, base=args.base) for _ in range(2))
     shared, bare = plain.hint_latents is plain.latents, load_base(base).latents.eval().to(plain.device, plain.dtype)
     plain.latents, plain.hint_latents = bare, bare if shared else plain.hint_latents
@@ -80,15 +78,15 @@ def check_model(args: argparse.Namespace) -> int:
     """Restore, check, print two tables."""
     if not args.realsr and not args.photos:
         raise UserError("nothing to check: give --realsr DIR (with LR/ and HR/), --photos DIR, or both")
-    from consissr.weights.find import base_of, find_model, read_config
+    from consissr.weights.find import base_of, find_model, places, read_config
 
-    model = find_model(args.model)
+    model, weights = find_model(args.model), places(args.model, args.base)
     config = read_config(model)
     plans = plans_of(config.sampler)
     if args.realsr:
-        print(check_pairs(args, model, plans))
+        print(check_pairs(args, weights, plans))
     if args.photos:
-        print(check_photos(args, model, plans, args.base or base_of(model, config)))
+        print(check_photos(args, weights, plans, args.base or base_of(model, config)))
     return 0
 
 

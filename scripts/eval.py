@@ -19,7 +19,7 @@ from consissr.evaluation import check as checks
 from consissr.evaluation import complexity, figures, folders, listings, output, produce, protocols, summary, tables
 from consissr.evaluation.commandline import parse_box, parser
 from consissr.evaluation.evaluate import Evaluation, evaluate
-from consissr.weights.find import BUNDLED, find_model
+from consissr.weights.find import BUNDLED, places
 
 TABLES, INFER = (Path(__file__).resolve().parents[1] / place for place in ("configs/tables", "scripts/infer.py"))
 
@@ -45,7 +45,7 @@ def evaluate_folders(args: argparse.Namespace) -> int:
     if not (args.sr or args.run):
         raise UserError("nothing to evaluate: give result folders with --sr or models with --run (or --table)")
     metrics = (args.metrics or ("psnr,ssim,niqe" if args.hr else "niqe")).split(",")
-    results, small = produce.results_of(args, None, INFER, find_model, BUNDLED)
+    results, small = produce.results_of(args, None, INFER, places, BUNDLED)
     done = measure(args, results, metrics, args.protocol or "ccsr", small)
     print(output.markdown(done))
     return tell_lacking(done, args.metrics)
@@ -54,7 +54,7 @@ def evaluate_folders(args: argparse.Namespace) -> int:
 def print_table(args: argparse.Namespace) -> int:
     table = tables.load_table(args.table, TABLES)
     if table.kind == "figure":
-        results, _ = produce.results_of(args, None, INFER, find_model)
+        results, _ = produce.results_of(args, None, INFER, places)
         print("\n".join(map(str, figures.draw(table, results, args, parse_box(args.box)))))
         return 0
     dataset, status = table.dataset(args.dataset), 0
@@ -62,7 +62,7 @@ def print_table(args: argparse.Namespace) -> int:
         text = complexity.comparison(table, dataset, produce.timer(table, args.run, INFER))
     elif args.sr or args.run:
         metrics = args.metrics.split(",") if args.metrics else list(table.metrics)
-        results, small = produce.results_of(args, table, INFER, find_model, BUNDLED)
+        results, small = produce.results_of(args, table, INFER, places, BUNDLED)
         metrics += ["st-lpips"] * bool(small)  # PSNR, SSIM and NIQE flatter a model that draws little
         done = measure(args, results, metrics, args.protocol or table.protocol, small)
         cells, notes = summary.measured_cells(done, table.metrics), summary.table_notes(done, table, dataset, args.hr)
@@ -80,7 +80,7 @@ def check(args: argparse.Namespace) -> int:
     if not (args.hr and args.lr):
         raise UserError("--check compares with --hr and builds its baselines from --lr: give both folders")
     checks.check_names([*folders.parse_methods(args.sr), *produce.models_by_row(None, args.run)])
-    results, _ = produce.results_of(args, None, INFER, find_model)
+    results, _ = produce.results_of(args, None, INFER, places)
     wrong = folders.parse_methods(args.wrong_condition)
     rows = checks.check(results, args.hr, args.lr, args.output, wrong, args.jobs)
     output.write_text(args.output / "check.md", checks.as_text(rows) + "\n")

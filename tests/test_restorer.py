@@ -1,6 +1,7 @@
 """Restorer with a small model of random weights: inputs, noise, tiles, and what goes wrong."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,8 @@ def test_noise_depends_on_seed_key_and_repeat_only(restorer):
     assert torch.equal(alone, restorer(x[1:2], 2, keys=["b"]))
     for changes in ({"keys": ["x"]}, {"seed": 1}, {"repeat": 1}):
         assert not torch.allclose(restorer(x[1:2], 2, **({"keys": ["b"]} | changes)), alone, atol=1e-3)
+    numbered = restorer(x[1:2], 2, seed=3, keys=[7])
+    assert torch.equal(restorer(x[1:2], 2, seed=np.int64(3), keys=np.array([7])), numbered), "a number is a number"
 
 
 def test_fidelity(restorer):
@@ -109,6 +112,9 @@ def test_steps_alone_cannot_make_a_nuts_plan(restorer):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"longest": 2.5}, "longest is 2.5"),
         ({"keys": ["a", "b"]}, "keys"),
+        ({"keys": [Path("a")]}, "key .*Path.* use text or whole numbers"),
+        ({"seed": 1.0}, "seed is 1.0: use a whole number"),
+        ({"repeat": "0"}, "repeat is '0'"),
         ({"positive": "sharp"}, "sharp"),
         ({"tile": 1}, "tile 1"),
         ({"guidance": float("inf")}, "guidance is inf"),

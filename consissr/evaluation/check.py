@@ -74,7 +74,7 @@ def write_baselines(lr: Path, output: Path, scale: int = 4) -> dict[str, Path]:
                 continue
             image = folders.read_image(path)
             result = bicubic_baseline(image, scale) if name == BICUBIC else bicubic_plus_grain(image, scale, seed=seed)
-            codec.write(target, codec.Photo(result[0] * 2 - 1, None, codec.read(path).form))
+            codec.write(target, codec.opaque(result[0] * 2 - 1, codec.read(path).form))
     return written
 
 

@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from consissr.errors import UserError
 from consissr.images import formats
+from consissr.images.metadata import orientation
 
 if TYPE_CHECKING:
     import torch
@@ -49,12 +50,13 @@ class Pairs:
 
 
 def list_images(folder: Path) -> dict[str, Path]:
-    """Image files below `folder`, by path without extension; hidden files and step pictures are left out."""
+    """Image files below `folder`, by path without extension; what is hidden and step pictures are left out."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     files = [
         path for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in EXTENSIONS and path.is_file() and not path.name.startswith(".")
+        if path.suffix.lower() in EXTENSIONS and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and not any(part.endswith(STEPS) for part in path.relative_to(folder).parts[:-1])
     ]  # fmt: skip
     if not files:
@@ -132,7 +134,7 @@ class Listing:
         for name, path in self.files.items():
             try:
                 with Image.open(path) as image:
-                    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+                    turned = orientation(image) >= 5 and image.format != "TIFF"  # Pillow swaps TIFF's sides itself
                     self.sizes[name], self.formats[name] = image.size[::-1] if turned else image.size, image.format
             except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
                 self.unreadable.append(f"{path} cannot be read as an image ({type(error).__name__})")

@@ -26,13 +26,13 @@ def results_of(
     args: argparse.Namespace,
     table: Table | None,
     script: Path,
-    find: Callable[[str], Path] = Path,
+    find: Callable[[str], list[Path]] = lambda name: [Path(name)],
     bundled: Collection[str] = (),
 ) -> tuple[dict[str, Path], list[str]]:
     """Result folders by row: those of --sr, then what --run restores from --lr; and which rows are not to be ranked.
 
-    find: model name -> its folder (`weights.find_model`); by default names are folders. bundled: the small models,
-    which are not ranked beside others or a table's.
+    find: model name -> where its weights lie (`weights.find.places`); by default names are folders. bundled: the small
+    models, which are not ranked beside others or a table's.
     """
     results, models = parse_methods(args.sr), models_by_row(table, args.run)
     if not models:
@@ -83,7 +83,7 @@ def produce(
     script: Path,
     repeat: int,
     flags: list[str],
-    find: Callable[[str], Path] = Path,
+    find: Callable[[str], list[Path]] = lambda name: [Path(name)],
 ) -> dict[str, Path]:
     """Restore the LR folder once per row, `repeat` times with different noise; files of the same origin are kept.
 
@@ -92,9 +92,11 @@ def produce(
     results, images = {}, provenance.fingerprint(lr, EXTENSIONS)
     for row, model in models.items():
         words = [*(table.ours[row].get("flags", []) if table else []), *flags]
-        made_of = {"model": model, "weights": contents(find(model)), "images": images, "flags": words}
+        weights = "-".join(map(contents, find(model)))
+        made_of = {"model": model, "weights": weights, "images": images, "flags": words}
         folder = provenance.folder_of(output / "results", re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-"), **made_of)
-        call = [script, "-i", lr, "-o", folder, "-m", model, "--skip-existing", "--repeat", repeat, *words]
+        call = [script, "-i", lr, "-o", folder, "-m", model, "--skip-existing", "--repeat", repeat]
+        call += ["--ext", "png", "--recursive", *words]  # as pairs are found, and without JPEG's loss
         run_script(call, f"{row} could not be restored")
         results[row] = folder
     return results

@@ -10,16 +10,14 @@ from consissr.evaluation.progress import track
 from consissr.images import codec
 
 
-def results_folder(output: Path, name: str, model: Path, base: str | None, lr: Path) -> Path:
+def results_folder(output: Path, name: str, weights: Sequence[Path], lr: Path) -> Path:
     """Below `output`, a folder for the results of these weights and these images.
 
-    name: what the user called the model; model: its folder; base: another place of the base model, where one is given.
+    name: what the user called the model; weights: where its own and its base's lie.
     """
-    weights = provenance.fingerprint(model, provenance.MODEL_FILES)
+    told = "-".join(provenance.fingerprint(place, provenance.MODEL_FILES) for place in weights)
     images = provenance.fingerprint(lr, folders.EXTENSIONS)
-    return provenance.folder_of(
-        output, Path(name).resolve().name, model=name, weights=weights, base=base, images=images
-    )
+    return provenance.folder_of(output, Path(name).resolve().name, model=name, weights=told, images=images)
 
 
 def testset_folder(output: Path, photos: str, write: Callable[[Path], object]) -> Path:
@@ -69,16 +67,16 @@ def restore(
         x = torch.stack([photo.pixels for photo in photos])
         y = restorer(x, keys=names, plan=plan, batch_size=len(names))
         for name, photo, result in zip(names, photos, y, strict=True):
-            codec.write(folder / f"{name}.png", codec.Photo(result, None, photo.form))
+            codec.write(folder / f"{name}.png", codec.opaque(result, photo.form))
     return folder
 
 
-def changed(part, change: Callable):
-    """A part of a model (autoencoder or image prompt) whose `encode` is changed by `change`."""
-    from torch import nn
+def told_otherwise(restorer, **changes: Callable) -> None:
+    """Let the networks of a `Restorer` be told something else of each batch: `hint` or `image` (tokens), changed."""
+    conditions = restorer.conditions
 
-    class Changed(nn.Module):
-        def encode(self, x):
-            return change(part.encode(x))
+    def changed(condition):
+        there = condition.tensors()
+        return condition.changed(**{name: change(there[name]) for name, change in changes.items() if name in there})
 
-    return Changed()
+    restorer.conditions = lambda *args: tuple(one and changed(one) for one in conditions(*args))

@@ -37,6 +37,7 @@ from consissr.images.rows import Rows, rows_of, strips
 from consissr.images.transparency import fill_hidden
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
+_PHOTOMETRIC = 262  # a TIFF tag: 0 where white is 0
 
 
 @dataclass
@@ -59,6 +60,11 @@ class Photo:
         """In the same form with other pixels (3, H', W'); transparency is resized along."""
         alpha = None if self.alpha is None else resize(self.alpha, tuple(pixels.shape[-2:]), (0.0, 1.0))
         return replace(self, pixels=pixels, alpha=alpha)
+
+
+def opaque(pixels: Tensor, form: Form) -> Photo:
+    """Pixels (3, H, W) in [-1, 1], stored like `form` but without its transparency, if it has any."""
+    return Photo(pixels, None, replace(form, alpha=False))
 
 
 # --- files ---
@@ -193,7 +199,10 @@ def _samples(image: Image.Image, form: Form) -> np.ndarray:
         samples = np.asarray(image)
         if samples.min() < 0 or samples.max() > 65535:
             raise UserError("32-bit integer pixels beyond 0..65535 are not supported; save as 16 bits first")
-        return _keyed(samples.astype(np.uint16)[..., None], image, form)
+        samples = samples.astype(np.uint16)
+        if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:  # white is 0; Pillow turns 8 bits only
+            samples = 65535 - samples
+        return _keyed(samples[..., None], image, form)
     if form.cmyk:
         return np.asarray(convert_cmyk(image, form.profile, to="RGB"))
     if image.mode == "LAB":
@@ -215,7 +224,8 @@ def _deep_samples(path: str | Path) -> np.ndarray:
     """16-bit colour samples, (H, W, C) uint16.
 
     Pillow knows no 16-bit colour: it unpacks the high byte of each sample. Told that the samples stand in the
-    other byte order it unpacks the low byte, so two passes give both, for every compression that it reads.
+    other byte order it unpacks the low byte, so two passes give both, for every compression that it reads. Colours
+    that are stored multiplied with alpha are divided by it here, in 16 bits.
     """
     planes = []
     for swapped in (False, True):
@@ -224,17 +234,25 @@ def _deep_samples(path: str | Path) -> np.ndarray:
                 image.tile = [tile._replace(args="RGBA") for tile in image.tile]
                 four = np.asarray(image).astype(np.uint16)
                 return four[..., 0::2] << 8 | four[..., 1::2]
-            if swapped:
-                image.tile = [tile._replace(args=_swapped(tile.args)) for tile in image.tile]
+            multiplied = "RGBa" in str(image.tile[0].args)
+            image.tile = [tile._replace(args=_packing(tile.args, swapped)) for tile in image.tile]
             planes.append(np.asarray(image).astype(np.uint16))
-    return planes[0] << 8 | planes[1]
+    samples = planes[0] << 8 | planes[1]
+    if multiplied:
+        alpha = np.maximum(samples[..., 3:], 1)
+        samples[..., :3] = np.minimum((samples[..., :3] * np.uint32(65535) + alpha // 2) // alpha, 65535)
+    return samples
 
 
-def _swapped(arguments: str | tuple) -> str | tuple:
-    """Decoder arguments with the raw mode's byte order ("RGB;16B": big, L: little, N: the machine's) swapped."""
+def _packing(arguments: str | tuple, swapped: bool) -> str | tuple:
+    """Decoder arguments with the raw mode's byte order ("RGB;16B": big, L: little, N: the machine's) `swapped` or not.
+
+    Alpha is that of colours which were not multiplied with it.
+    """
     if isinstance(arguments, tuple):
-        return (_swapped(arguments[0]), *arguments[1:])
-    return arguments[:-1] + ("L" if arguments.endswith("B") else "B")
+        return (_packing(arguments[0], swapped), *arguments[1:])
+    order = ("L" if arguments.endswith("B") else "B") if swapped else arguments[-1]
+    return arguments[:-1].replace("RGBa", "RGBA") + order
 
 
 def _quantised(photo: Photo) -> Samples:

@@ -49,6 +49,16 @@ def check_numbers(scale: float, **whole: int) -> None:
             raise UserError(f"{name} is {value!r}: use a {'number' if name == 'scale' else 'whole number'} above 0")
 
 
+def noise_names(seed: int, repeat: int, keys: Sequence[str | int]) -> tuple[int, int, list[str | int]]:
+    """What names the noise, as Python's own numbers and text. UserError for others: 1.0 would draw other noise."""
+    for name, value in {"seed": seed, "repeat": repeat}.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise UserError(f"{name} is {value!r}: use a whole number")
+    if odd := [key for key in keys if not isinstance(key, (str, Integral)) or isinstance(key, bool)]:
+        raise UserError(f"key {odd[0]!r} is a {type(odd[0]).__name__}: use text or whole numbers, such as str(path)")
+    return int(seed), int(repeat), [key if isinstance(key, str) else int(key) for key in keys]
+
+
 def packed(inputs: Images, photos: list[Photo], results: list[Rows]) -> Images:
     """Results as the kind of thing that `inputs` is; a tensor of a GPU where its pixels were worked on."""
     if isinstance(inputs, Tensor):

@@ -20,6 +20,8 @@ SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 _VIDEO = {".webm": ("-c:v", "libvpx-vp9", "-b:v", "0", "-crf", "20")}
 """Encoders by suffix; x264 for the others."""
 _COLOURS = ("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709")
+_SQUARE = "scale=round(iw*max(sar\\,1)):round(ih/min(sar\\,1)),setsar=1"
+"""Pixels that are not square (DVD, DV) made so, by the side that grows: frames do not keep their shape."""
 _FILTERS = "crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv"
 """Sides that are even, and the matrix that players expect: ffmpeg's own is that of small pictures."""
 _SAME_FRAMES = ("output", "skip_existing", "overwrite", "quiet", "json", "dry_run", "frames", "batch_size")
@@ -70,7 +72,7 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
         part = frames / "part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        ffmpeg("-i", source, "-map", "0:v:0", "-vf", f"fps={rate}", part / "%06d.png")
+        ffmpeg("-i", source, "-map", "0:v:0", "-vf", f"fps={rate},{_SQUARE}", part / "%06d.png")
         part.rename(made)
     of_frames = {"input": [str(made)], "output": results, "ext": "png", "suffix": "", "frames": True}
     if status := restore(Namespace(**vars(args) | of_frames)):

@@ -5,10 +5,11 @@ distributed run makes the same plan and takes its share of it.
 """
 
 import glob
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,8 @@ in float32 where they see an image as a whole, and up to how many pixels they do
 megapixels took 18 bytes each above a small picture's peak."""
 
 _LISTS = (".txt", ".lst")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +79,8 @@ class Naming:
 def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_results: bool = False) -> list[Job]:
     """Every job of a run, in a fixed order; jobs whose file cannot be read carry the reason.
 
-    skip_results: what would be another input's result is taken for it, and is no input (beside its input, a result of
-    an earlier run is found with the inputs).
+    skip_results: what would be another input's result is taken for it, and is no input. Where results go beside their
+    inputs, those of earlier runs are found with the inputs and left out, unless the user named them.
 
     Raises:
         UserError: no images; an input that does not exist; an output that would replace an input, or another output.
@@ -92,12 +95,17 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_re
             raise UserError(f"--output {naming.output} is neither a folder nor an image file that is written ({known})")
 
     formats.quiet()
-    found = {}  # absolute path -> job; a file named twice is restored once
+    found, named = {}, set()  # absolute path -> job; a file named twice is restored once
     for text in inputs:
         for job in _find(text, recursive, naming.output):
-            found.setdefault(os.path.abspath(job.source), job)
-    fresh = without_earlier_results(found.values(), inputs)
+            path = os.path.abspath(job.source)
+            found.setdefault(path, job)
+            if os.path.isfile(text):  # an image, or a list
+                named.add(path)
+    fresh = without_earlier_results(found, named, naming)
     earlier = [] if skip_results else [job for job in found.values() if job not in fresh]
+    if left := len(found) - len(fresh):
+        log.warning("%d left out as results of earlier runs, by their names (such as a_x4 beside a)", left)
     jobs = [_measured(job, naming) for job in fresh]
     if not jobs:
         hint = "" if recursive else " (sub-folders are searched with --recursive)"
@@ -126,7 +134,7 @@ def check_place(path: Path, flag: str) -> None:
     first = next((place for place in (path, *path.absolute().parents) if os.path.lexists(place)), None)
     if first == path and os.path.islink(path) and not os.path.exists(path):
         raise UserError(f"{flag} {path}: a link that leads nowhere; use another name")
-    if first is None or first == path:
+    if first is None or (first == path and not os.path.isdir(path)):
         return
     if not os.path.isdir(first):
         raise UserError(f"{flag} {path}: {first} is no folder; use another name")
@@ -233,8 +241,9 @@ def _in_list(path: Path) -> list[Job]:
     for line in map(str.strip, text.splitlines()):
         if line and not line.startswith("#"):
             source = path.parent / line
-            inside = Path(os.path.realpath(source)).is_relative_to(os.path.realpath(path.parent))
-            key = Path(os.path.relpath(source, path.parent)).as_posix() if inside else source.name
+            folder, top = (Path(os.path.realpath(place)) for place in (source.parent, path.parent))
+            inside = folder.is_relative_to(top)  # links resolved: a key with ".." would lead out of the output folder
+            key = (folder.relative_to(top) / source.name).as_posix() if inside else source.name
             jobs.append(Job(source=source, key=key))
     return jobs
 
@@ -270,28 +279,31 @@ def _named(jobs: list[Job], naming: Naming) -> list[Job]:
     """Jobs with their full targets: the key's folders and stem below the output folder."""
 
     def target(job: Job, with_old_suffix: bool) -> Path:
-        folder = naming.output / Path(job.key).parent
-        beside = os.path.realpath(folder) == os.path.realpath(job.source.parent) and naming.repeat == 1
-        mark = naming.suffix if naming.suffix is not None else naming.label if beside else ""
+        mark = naming.suffix if naming.suffix is not None else naming.label if _is_beside(job, naming) else ""
         old = f"_{job.source.suffix.removeprefix('.')}" if with_old_suffix else ""
-        return folder / f"{job.source.stem}{old}{mark}{job.ext}"
+        return naming.output / Path(job.key).parent / f"{job.source.stem}{old}{mark}{job.ext}"
 
     taken = Counter(target(job, False) for job in jobs if job.ext)
     return [replace(job, target=target(job, taken[target(job, False)] > 1)) if job.ext else job for job in jobs]
 
 
-def without_earlier_results(jobs: Iterable[Job], named: Sequence[str]) -> list[Job]:
-    """`jobs` less files like a_x2.png beside a.png: what an earlier run put there, at whatever scale.
+def _is_beside(job: Job, naming: Naming) -> bool:
+    """Whether the result goes to the folder that its input is in."""
+    folder = naming.output / Path(job.key).parent
+    return os.path.realpath(folder) == os.path.realpath(job.source.parent) and naming.repeat == 1
 
-    Files that the user named are no such.
+
+def without_earlier_results(found: Mapping[str, Job], named: Collection[str], naming: Naming) -> list[Job]:
+    """The jobs found, by absolute path, less files like a_x2.png beside a.png: what an earlier run put there.
+
+    Only where results go beside their inputs; files that the user named are no such.
     """
-    jobs = list(jobs)
-    stems = {(os.path.dirname(os.path.abspath(job.source)), job.source.stem) for job in jobs}
+    stems = {(os.path.dirname(path), job.source.stem) for path, job in found.items()}
     kept = []
-    for job in jobs:
+    for path, job in found.items():
         mark = re.fullmatch(r"(.+)_(?:x[\d.]+|\d+px)", job.source.stem)
-        earlier = mark and (os.path.dirname(os.path.abspath(job.source)), mark[1]) in stems
-        if not earlier or str(job.source) in named:
+        earlier = mark and (os.path.dirname(path), mark[1]) in stems and _is_beside(job, naming)
+        if not earlier or path in named:
             kept.append(job)
     return kept
 

@@ -14,7 +14,11 @@ _ENVIRONMENT = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 
 def numbers() -> tuple[int, int, int]:
     """(rank, local rank, number of processes), as `accelerate launch` and `torchrun` pass them on; (0, 0, 1) alone."""
-    rank, local, world = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
+    try:
+        rank, local, world = (int(os.environ.get(name) or default) for name, default in _ENVIRONMENT)
+    except ValueError:
+        told = " ".join(f"{name}={os.environ.get(name, '')}" for name, _ in _ENVIRONMENT)
+        raise UserError(f"{told} in the environment are not whole numbers: unset them, or use torchrun") from None
     if not 0 <= rank < world:
         raise UserError(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit: use torchrun")
     return rank, local, world

@@ -127,7 +127,7 @@ def compare(study: Study, scores: Scores, published: dict) -> list[Finding]:
         for metric, expected in comparison.expect.items() if common else ():
             if not all(metric in scores.values[row] for row in rows):
                 continue
-            chosen = [[i for i, seed in enumerate(scores.seeds[row]) if seed in common] for row in rows]
+            chosen = [[scores.seeds[row].index(seed) for seed in sorted(common)] for row in rows]
             a, b = (scores.values[row][metric][which] for row, which in zip(rows, chosen, strict=True))
             difference = paired(a, b)
             told = [published.get(row, {}).get(metric, math.nan) for row in rows]

@@ -12,7 +12,7 @@ from typing import Any
 from consissr.config.loading import nearest
 from consissr.config.machine import cache_folder, whole
 from consissr.errors import UserError
-from consissr.weights.base import BASE_NETWORKS, SD21, base_path
+from consissr.weights.base import BASE_NETWORKS, SD21, base_path, find_base
 from consissr.weights.base import choose as choose_base
 from consissr.weights.cache import by_hand_folder, check_free, locked, stamp_of, unchanged
 from consissr.weights.conversion import CONVERTER, ForeignError, choose_released, convert, release_in
@@ -207,6 +207,13 @@ def ready_model(name: str, half: bool) -> Path | None:
         if origin.get("name") == name and (half or not origin.get("half")) and intact(folder):
             return folder
     return None
+
+
+def places(name: str, base: str | None = None) -> list[Path]:
+    """Where the weights of a model lie: its folder, and its base (or `base`) where that is here without a download."""
+    folder = find_model(name)
+    bases = map(Path, find_base(base or base_of(folder, read_config(folder))))
+    return [folder, *(place for place in bases if place.exists())]
 
 
 def prefetch(name: str, half: bool = False) -> str:

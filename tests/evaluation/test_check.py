@@ -103,3 +103,11 @@ def test_mean_change(tmp_path: Path) -> None:
         Image.new("RGB", (8, 2), (7, 7, 7)).save(tmp_path / name / "b.png")
     assert check.mean_change(tmp_path / "one", tmp_path / "other") == pytest.approx(0.5)
     assert check.mean_change(tmp_path / "one", tmp_path / "one") == 0
+
+
+def test_low_quality_images_with_an_alpha_channel(sets: dict[str, Path], tmp_path: Path) -> None:
+    plain = check.write_baselines(sets["lr"], tmp_path / "plain")["bicubic"]
+    for path in sets["lr"].iterdir():
+        Image.open(path).convert("RGBA").save(path)
+    opaque = check.write_baselines(sets["lr"], tmp_path / "opaque")["bicubic"]
+    assert Image.open(opaque / "a.png").mode == "RGB" and check.mean_change(plain, opaque) == 0

@@ -13,6 +13,7 @@ from consissr.errors import UserError
 from consissr.evaluation import restorations, workers
 from consissr.images import codec
 from consissr.weights.files import read_weights, write_weights
+from consissr.weights.find import places
 from consissr.weights.released_ccsr import AS_RELEASED_V1, AS_RELEASED_V2
 
 
@@ -141,3 +142,30 @@ def test_plans_are_on_the_models_grid(script) -> None:
     two = [[999, 666, "step"], [666, -1, "x0"]]
     assert times(SamplerConfig(plan="ddpm", timesteps=two)) == {"2 steps": None}
     assert times(SamplerConfig(plan="ddpm", steps=50)) == {"50 steps": None}
+
+
+def test_told_otherwise_in_tiles(tiny_model: Path) -> None:
+    """Another image's condition reaches the networks, and nothing else of the model changes; in tiles, too."""
+    from consissr.restorer import Restorer
+
+    restorer, swapped = (Restorer.load(str(tiny_model), vae_tile=64) for _ in range(2))
+    hints = []
+    restorations.told_otherwise(swapped, hint=lambda z: hints.append(z) or z.roll(1, 0))
+    x = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    own, other = restorer(x, batch_size=2), swapped(x, batch_size=2)
+    assert len(hints) == 1 and len(hints[0]) == 2 and not torch.equal(own, other)
+    assert torch.equal(swapped(torch.cat([x[:1], x[:1]]), keys="ab", batch_size=2),
+                       restorer(torch.cat([x[:1], x[:1]]), keys="ab", batch_size=2))  # fmt: skip
+
+
+def test_results_are_kept_for_weights_of_model_and_base(tmp_path: Path, tiny_model: Path) -> None:
+    """A base that was trained on in place is another model."""
+    lr, base = tmp_path / "lr", tmp_path / "base"
+    for folder in (lr, base):
+        folder.mkdir()
+    (lr / "a.png").write_bytes(b"x")
+    folders = set()
+    for text in ("one", "two"):
+        (base / "weights.safetensors").write_text(text)
+        folders.add(restorations.results_folder(tmp_path, "m", places(str(tiny_model), str(base)), lr))
+    assert len(folders) == 2

@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from consissr.errors import UserError
 from consissr.evaluation.datasets import check_test_set
@@ -54,6 +55,12 @@ def test_our_rows_are_restored_and_measured(
     from consissr.evaluation import produce
 
     monkeypatch.setattr(produce, "run_script", lambda words, _: script("infer").main([str(w) for w in words[1:]]))
+    (sets["lr"] / "sub").mkdir()
+    (sets["hr"] / "sub").mkdir()
+    (sets["lr"] / "c.png").rename(sets["lr"] / "sub" / "c.png")  # pairs below sub-folders, and LR of another format
+    (sets["hr"] / "c.png").rename(sets["hr"] / "sub" / "c.png")
+    Image.open(sets["lr"] / "b.png").save(sets["lr"] / "b.jpg")
+    (sets["lr"] / "b.png").unlink()
     common = ("--hr", sets["hr"], "--lr", sets["lr"], "--metrics", "psnr", "-o", tmp_path / "out", "--jobs", 1)
     run = ("--run", f"CCSR-S1={tiny_model}", "--repeat", 3, "--infer-flags", "--device cpu")
     status, text, errors = call("--table", "ccsr/table4", "--dataset", "RealSR", *run, *common)
@@ -62,7 +69,7 @@ def test_our_rows_are_restored_and_measured(
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     value, spread = map(float, cells[2].split("/"))
     assert 3 < value < 40 and spread > 0 and float(cells[-1]) > 0
-    assert len(list((tmp_path / "out" / "results").glob("CCSR-S1-*/sample*/*.png"))) == 9
+    assert len(list((tmp_path / "out" / "results").glob("CCSR-S1-*/sample*/**/*.png"))) == 9
     assert "- CCSR-S1: 3 runs, the published values are of 10;" in text
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from consissr.errors import UserError
-from consissr.evaluation.folders import list_runs, pair, parse_methods, read_image
+from consissr.evaluation.folders import Listing, list_images, list_runs, pair, parse_methods, read_image
 
 
 def problems(sets: dict[str, Path], **kwargs) -> list[str]:
@@ -99,3 +99,26 @@ def test_names_of_methods() -> None:
 def test_eight_bit_samples_are_exact(sets: dict[str, Path]) -> None:
     levels = np.asarray(Image.open(sets["hr"] / "a.png"))
     assert (read_image(sets["hr"] / "a.png")[0].permute(1, 2, 0).numpy() == levels / np.float32(255)).all()
+
+
+def test_sizes_are_those_after_rotation(sets: dict[str, Path]) -> None:
+    """A picture that its EXIF tag turns pairs with an upright one; Pillow turns TIFF's sides itself."""
+    upright = Image.open(sets["good"] / "a.png")
+    turned = upright.transpose(Image.Transpose.ROTATE_90)  # orientation 6 says: turn clockwise to see it
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (sets["good"] / "a.png").unlink()
+    for ending in (".tif", ".webp"):
+        folder = sets["good"].with_name(f"turned{ending}")
+        folder.mkdir()
+        turned.save(folder / f"a{ending}", exif=exif)
+        assert Listing(folder).sizes == {"a": upright.size}
+        assert read_image(folder / f"a{ending}").shape[2:] == upright.size[::-1]
+
+
+def test_what_is_hidden_is_no_image(sets: dict[str, Path]) -> None:
+    """Jupyter's .ipynb_checkpoints, macOS' ._a.png."""
+    (sets["good"] / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/a-checkpoint.png", "._a.png"):
+        (sets["good"] / name).write_bytes((sets["good"] / "a.png").read_bytes())
+    assert sorted(list_images(sets["good"])) == ["a", "b", "c"]

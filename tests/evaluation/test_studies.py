@@ -155,6 +155,16 @@ sys.exit(not gate.exists())
     assert told[0] == f"begun: long; its log: {command.log}\n" and told[-1].startswith("done: long (")
 
 
+def test_rows_are_paired_by_training_seed_in_whatever_order_they_list_them() -> None:
+    """Seed 1 is 1 better and seed 2 is 3 better, in every image: crosswise the differences would be 13 and -9."""
+    comparison = spec.Comparison(rows=["b", "a"], claim="better", expect={"psnr": "higher"})
+    study = spec.Study(comparisons=[comparison])
+    a, b = np.array([[10.0] * 4, [20.0] * 4]), np.array([[23.0] * 4, [11.0] * 4])
+    scores = report.Scores("s", list("wxyz"), {"a": {"psnr": a}, "b": {"psnr": b}}, {"a": [1, 2], "b": [2, 1]})
+    (finding,) = report.compare(study, scores, {})
+    assert list(finding.difference.seeds) == [1.0, 3.0]
+
+
 def test_a_failed_training_is_named_and_holds_up_its_own_alone(
     small: run.Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:

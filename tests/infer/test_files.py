@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from consissr.inference import jobs
+
 
 def test_folder(infer, folder, tmp_path, files):
     status, out, err = infer("-i", folder, "-o", tmp_path / "out")
@@ -167,3 +169,41 @@ def test_longest_side(infer, folder, tmp_path):
     assert infer("-i", folder / "a.png", "-o", tmp_path / "out", "--longest-side", 50)[0] == 0
     with Image.open(tmp_path / "out" / "a.png") as image:
         assert image.size == (38, 50)
+
+
+def test_names_like_results_are_inputs_where_results_go_elsewhere(infer, tmp_path, files, caplog):
+    """icon.png and icon_x2.png, a designer's: only beside their inputs are such names those of earlier results."""
+    folder = tmp_path / "icons"
+    folder.mkdir()
+    names = {"icon.png", "icon_x2.png", "icon_1080px.png"}
+    for name in names:
+        Image.new("RGB", (8, 8), "teal").save(folder / name)
+    (tmp_path / "list.txt").write_text("".join(f"icons/{name}\n" for name in sorted(names)))
+    for source, place in ((folder, "a"), (folder / "*.png", "b")):
+        assert infer("-i", source, "-o", tmp_path / place)[0] == 0
+        assert files(tmp_path / place) == names
+    assert infer("-i", folder, "-o", folder, "-s", 3)[0] == 0
+    assert files(folder) == names | {"icon_x3.png"} and "2 left out as results of earlier runs" in caplog.text
+    assert infer("-i", tmp_path / "list.txt", "-o", tmp_path, "-s", 5)[0] == 0  # a list names them
+    assert files(folder) == names | {"icon_x3.png", "icon_x5.png", "icon_x2_x5.png", "icon_1080px_x5.png"}
+
+
+def test_a_list_s_results_stay_below_the_output_folder(infer, tmp_path, files, monkeypatch):
+    """Called from a folder that is also reached through a link, with absolute paths over that link."""
+    (tmp_path / "real" / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for name in ("a.png", "sub/b.png"):
+        Image.new("RGB", (8, 8), "teal").save(tmp_path / "real" / "data" / name)
+    monkeypatch.chdir(tmp_path / "real" / "data")
+    (tmp_path / "real" / "data" / "list.txt").write_text(
+        f"{tmp_path}/link/data/a.png\n{tmp_path}/link/data/sub/b.png\n"
+    )
+    assert infer("-i", "list.txt", "-o", "results")[0] == 0
+    assert files(tmp_path / "real" / "data" / "results") == {"a.png", "sub/b.png"}
+
+
+def test_an_output_folder_that_may_not_be_written_to_is_refused_at_once(infer, folder, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(jobs.os, "access", lambda path, mode: str(path) != str(tmp_path / "out"))  # root may write all
+    status, _, err = infer("-i", folder, "-o", tmp_path / "out")
+    assert status == 2 and "may not be written to; use another place" in err and not infer.loads

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from consissr.errors import UserError
+from consissr.inference import processes
+
 SIZES = {"a.png": (20, 28), "b.png": (20, 28), "c.png": (1, 1), "d.png": (13, 40)}
 
 
@@ -55,6 +58,16 @@ def test_batches_and_processes_change_rounding_only(infer, monkeypatch):
         assert (image == shared[name]).all()
         close = np.abs(image.astype(int) - batched[name]) <= 1
         assert close.mean() >= 0.999
+
+
+def test_numbers_of_processes_that_are_none(monkeypatch):
+    """A shell that exports RANK= is one process; RANK=x is told in one line."""
+    monkeypatch.setenv("RANK", "")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert processes.numbers() == (0, 0, 1)
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(UserError, match="RANK=x .* are not whole numbers: unset them, or use torchrun"):
+        processes.numbers()
 
 
 def test_flags_reach_the_model(infer, folder):

@@ -328,3 +328,31 @@ def test_long_paths_on_windows():
     assert formats.reachable(f"\\\\server\\share\\{long}", windows=True) == f"\\\\?\\UNC\\server\\share\\{long}"
     assert formats.reachable(formats.reachable(f"C:\\{long}", windows=True), windows=True) == f"\\\\?\\C:\\{long}"
     assert formats.reachable(f"/{long}", windows=False) == f"/{long}"
+
+
+def test_deep_grey_whose_white_is_zero_is_no_negative(tmp_path, rng):
+    """Scanners' and microscopes' TIFF: PhotometricInterpretation 0, which Pillow turns for 8 bits only."""
+    for kind in (np.uint8, np.uint16):
+        top = np.iinfo(kind).max
+        dark = np.array([[0, top // 10], [top // 3, top]], kind)
+        tifffile.imwrite(tmp_path / "a.tif", top - dark, photometric="miniswhite")
+        photo = codec.read(tmp_path / "a.tif")
+        codec.write(tmp_path / "b.tif", photo)
+        assert np.array_equal(tifffile.imread(tmp_path / "b.tif"), dark)
+        assert tifffile.TiffFile(tmp_path / "b.tif").pages[0].photometric == tifffile.PHOTOMETRIC.MINISBLACK
+
+
+def test_deep_colours_stored_multiplied_with_alpha(tmp_path, rng):
+    """16-bit TIFF with associated alpha: divided in 16 bits, to within what the stored product tells."""
+    colours = rng.integers(0, 65536, (6, 8, 3)).astype(np.uint16)
+    alpha = rng.integers(3000, 65536, (6, 8, 1)).astype(np.uint16)
+    alpha[0] = 65535
+    stored = np.rint(colours * (alpha / 65535)).astype(np.uint16)
+    for order in "<>":
+        rgba = np.concatenate([stored, alpha], 2)
+        tifffile.imwrite(tmp_path / "a.tif", rgba, photometric="rgb", extrasamples=["assocalpha"], byteorder=order)
+        photo = codec.read(tmp_path / "a.tif")
+        seen = (photo.pixels.numpy() + 1) / 2 * 65535
+        bound = 0.51 * 65535 / alpha.transpose(2, 0, 1) + 0.6  # half a step of the product, and rounding
+        assert (np.abs(seen - colours.transpose(2, 0, 1)) <= bound).all()
+        assert np.array_equal(np.rint(photo.alpha.numpy() * 65535), alpha.transpose(2, 0, 1))
