@@ -75,7 +75,12 @@ class Nuts(Restoration):
         if not 0 < self.t_max < T:
             raise UserError(f"nuts.t_max_step is {self.t_max}: use a timestep from 1 to {T - 1}, or 0")
         self.t_first, self.t_end = self.diff_range()
+        self.check_plan()
         self.augmentation = self.form("off")
+        if self.augmentation != "off" and "l_diff" not in config.nuts.losses:
+            raise UserError(
+                "tala.probability: latent augmentation acts on l_diff, which nuts.losses leaves out: add it"
+            )
         if self.augmentation != "off" and self.t_end <= self.t_max + 1:
             log.warning("latent augmentation is rare at t < %d: nuts.l_diff_t=all draws every timestep", self.t_end)
 
@@ -113,6 +118,18 @@ class Nuts(Restoration):
     def error(self, value: Tensor, target: Tensor) -> Tensor:
         """Squared error of latents or noises (B, C, h, w), a mean over all elements."""
         return F.mse_loss(value, target)
+
+    def check_plan(self) -> None:
+        """UserError where two or more steps are trained, but not those that the model will be sampled with."""
+        c, noisiest = self.config.nuts, len(self.schedule) - 1
+        trained = {noisiest, self.t_max} | set(range(self.t_first, self.t_end) if "l_diff" in c.losses else ())
+        never = [step.t for step in self.plan if step.t not in trained]
+        if never and "l_tmax" in c.losses and not c.t_max_step:
+            raise UserError(
+                f"the sampler evaluates t={', '.join(map(str, never))}, which these losses never train (l_tmax: "
+                f"{self.t_max}): leave out sampler.timesteps and use sampler.plan=nuts, or train l_diff at all t with "
+                "nuts.l_diff_t=all"
+            )
 
     def diff_range(self) -> tuple[int, int]:
         """First timestep that l_diff is trained at, and the one after the last."""

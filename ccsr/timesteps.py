@@ -64,7 +64,8 @@ def plan_of(config: SamplerConfig, evaluations: int, train_steps: int = 1000) ->
     if config.plan == "ddpm":
         return ddpm_plan(evaluations, train_steps)
     k_max = _grid_step(config.steps, config.t_max, "t_max")
-    most = k_max + (k_max < config.steps)  # without a jump, the noisiest timestep is a step of the grid
+    jump = config.t_max != 1 and grid(config.steps, config.grid, train_steps)[k_max - 1] != train_steps - 1
+    most = k_max + (jump or k_max == 0)  # without a jump, the noisiest timestep is a step of the grid
     if not 1 <= evaluations <= most:
         raise UserError(f"{evaluations} steps: this model can take 1 to {most}")
     t_min = min((most - evaluations) / config.steps, config.t_max)

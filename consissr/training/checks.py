@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import yaml
+
 from consissr.config.loading import changed_fields, load_config
 from consissr.config.training import TrainConfig
 from consissr.data.patterns import matching
@@ -70,7 +72,11 @@ def check_numbers(config: TrainConfig) -> None:
         ("seed", config.seed, config.seed >= 0, "a whole number from 0 up"),
         ("ema", config.ema, 0 <= config.ema < 1, "a decay below 1, or 0 for no averaged weights"),
         ("timeout", config.timeout, config.timeout > 0, "a number of minutes above 0"),
+        ("workers", config.workers, config.workers >= 0, "a number of threads, or 0 for one per core"),
+        ("validate_every", config.validate_every, config.validate_every >= 0, "a number of steps, or 0 for never"),
+        ("rclip.patch_weight", config.rclip.patch_weight, config.rclip.patch_weight >= 0, "0 or more"),
         ("data.crop", data.crop, data.crop >= 1, "a side in pixels"),
+        ("data.pair_pool", data.pair_pool, data.pair_pool >= 0, "a number of pairs, or 0 for no pool"),
         ("deft.perceptual_weight", config.deft.perceptual_weight, config.deft.perceptual_weight >= 0, "0 or more"),
         ("deft.adversarial_weight", config.deft.adversarial_weight, config.deft.adversarial_weight >= 0, "0 or more"),
         ("data.validation_count", data.validation_count, data.validation_count >= 1, "at least 1 image"),
@@ -165,7 +171,13 @@ def check_changes(config: TrainConfig, resume: str, allowed: bool) -> None:
     UserError where that is the stage, seed, batch, data, model or loss, unless `allowed`.
     """
     checkpoint = find_checkpoint(Path(config.output_dir), resume)
-    before = checkpoint.parent / "train.yaml"
+    output = checkpoint.parent
+    before = output / "train.yaml"
+    if (stage := stage_of(before)) not in ("", config.stage) and not allowed:
+        raise UserError(
+            f"{before} is of stage {stage}, this run of {config.stage}: choose another output_dir (to start from the "
+            f"result: init={output})"
+        )
     try:
         differ = changed_fields(load_config(type(config), before), config, ("output_dir", "data.validation"))
     except UserError as error:
@@ -181,6 +193,15 @@ def check_changes(config: TrainConfig, resume: str, allowed: bool) -> None:
     if differ:
         step = step_of(checkpoint)
         log.warning("step %d goes on with other settings than before: %s", step, ", ".join(differ))
+
+
+def stage_of(settings: Path) -> str:
+    """The stage that a run's train.yaml names, whosever fields it has; "" where that cannot be read."""
+    try:
+        told = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
+    return told.get("stage", "") if isinstance(told, dict) else ""
 
 
 def check_output(config: TrainConfig, resume: str) -> None:

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,9 @@ class Feed:
     def prepared(self, step: int) -> Iterator[Batch]:
         """Micro-batches in order, prepared ahead in threads."""
         positions = ((later, micro) for later in range(step, self.config.steps) for micro in range(self.micro_batches))
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="feed")
+        # A thread's device is GPU 0 until told: each would open a context there, from every process of a machine.
+        begin = None if self.stream is None else partial(torch.cuda.set_device, self.device)
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="feed", initializer=begin)
         pending: deque[Future] = deque()
         try:
             for position in positions:

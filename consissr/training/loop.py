@@ -58,7 +58,10 @@ class Loop:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ]
         # Without `cpu`, several processes on CPUs would each train alone.
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=settings)
+        # No mixed precision of its own: where this run's is, is said by `mixed`.
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=settings
+        )
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if launched() != self.world:
@@ -217,7 +220,7 @@ class Loop:
                         self.window.work = self.micro_batches * counted(accumulate)
                 self.update(totals)
                 self.step += 1
-                self.window.add(totals)
+                self.window.add(totals, finite_only=c.skip_not_finite)
                 if self.log:
                     self.log.bar.update()
                     self.writer.check()
@@ -301,6 +304,7 @@ class Loop:
     def save(self, wait: bool) -> None:
         """Checkpoint of the current step, by the first process, while training goes on unless it is to `wait`."""
         self.check_flags(all_of_them=True)
+        wait = wait or self.stopping  # asked for in the last step: what is told of this checkpoint must be true
         self.window.share(self.processes)
         optimizers = {player.name: player.optimizer_state() for player in self.players}
         if self.rank == 0:
@@ -322,6 +326,8 @@ class Loop:
     def load(self, path: Path) -> None:
         """Continue from a checkpoint."""
         state = load_checkpoint(path)
+        if bool(state["ema"]) != bool(self.average.values):  # turned off, or on: then they begin here
+            state["ema"] = {name: state["weights"][name] for name in self.average.values}
         current = {"weights": self.weights(), "buffers": self.stage.buffers, "ema": self.average.values}
         for part, tensors in current.items():
             shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in (tensors, state[part])]

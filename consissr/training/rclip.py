@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from consissr.config.training import TrainConfig
 from consissr.models.image_prompt import tower_features
 from consissr.training.stage import EXPORT, Batch, Phase, Stage
-from consissr.weights.image_encoder import find_tower, load_tower, save_tower
+from consissr.weights.find import find_model
+from consissr.weights.image_encoder import find_tower, has_tower, load_tower, save_tower
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
@@ -37,7 +38,8 @@ class Rclip(Stage):
         self.config = config
         self.teacher = teacher or find_tower(config.model)
         if student is None:
-            student = load_tower(Path(config.init))[0] if config.init else deepcopy(self.teacher)
+            init = config.init if not config.init or has_tower(config.init) else find_model(config.init)
+            student = load_tower(Path(init))[0] if init else deepcopy(self.teacher)
         self.student = student
         self.networks = nn.ModuleList([self.teacher, self.student])
         self.compile_modules = [self.teacher, self.student]

@@ -12,6 +12,9 @@ from torch.utils.flop_counter import flop_registry
 
 from consissr.training.processes import Processes
 
+COUNT = "#"
+"""Begins the name of the number of steps that a sum is over, where that is not all."""
+
 
 class LogWindow:
     """Sums over steps, on the device until a line or a checkpoint needs them; and where the time went."""
@@ -37,9 +40,13 @@ class LogWindow:
         yield
         self.started += time.perf_counter() - began
 
-    def add(self, totals: dict[str, Tensor | float]) -> None:
-        """One step's figures."""
+    def add(self, totals: dict[str, Tensor | float], finite_only: bool = False) -> None:
+        """One step's figures; with `finite_only` means are over those steps in which a figure was finite."""
         for name, value in totals.items():
+            if finite_only and isinstance(value, Tensor):
+                counts = torch.isfinite(value)
+                value = torch.where(counts, value, 0.0)
+                self.sums[COUNT + name] = self.sums.get(COUNT + name, 0.0) + counts.float()
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def share(self, processes: Processes) -> None:
@@ -55,7 +62,8 @@ class LogWindow:
         seconds = (time.perf_counter() - self.started) / steps
         values = {"steps_per_second": round(1 / seconds, 4), "data_seconds": round(self.waited / steps, 4)}
         values["peak_share"] = round(self.work / seconds / self.peak, 4)
-        values |= {name: value / (step - self.since) for name, value in self.sums.items()}
+        counts = {name: self.sums.pop(COUNT + name, step - self.since) for name in list(self.sums) if name[0] != COUNT}
+        values |= {name: self.sums[name] / count for name, count in counts.items() if count}
         self.sums, self.since = {}, step
         self.restart(step)
         return values

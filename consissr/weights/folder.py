@@ -37,7 +37,7 @@ from consissr.weights.image_encoder import (
     new_image_prompt,
     save_image_prompt,
 )
-from consissr.weights.latents import load_latents, save_decoder, save_latents, stored_decoder
+from consissr.weights.latents import load_latents, same_encoder, save_decoder, save_latents, stored_decoder
 from consissr.weights.model import Model
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,11 @@ def load_model(
         base = base or additions.base
     known = load_prompts(folder)
     wanted = (sampler.positive, sampler.negative) if prompts is None else prompts
-    base_model = load_base(base or base_of(folder, config), dtype, wanted if known is None else ())
+    base = base or base_of(folder, config)
+    if not tuned_decoder and base.startswith(f"{folder}/"):
+        raise UserError(f"keep_decoder=false: {folder} brings the base along that its decoder was tuned with; name "
+                        "another by its folder, model.base=FOLDER")  # fmt: skip
+    base_model = load_base(base, dtype, wanted if known is None else ())
     controlnet = load_controlnet(folder, config.model, dtype, before)
     check_fit(folder, controlnet, base_model.unet, known or {})
     load_unet_additions(folder, base_model.unet, config.model, before)
@@ -79,13 +83,19 @@ def load_model(
         add_lora(base_model.unet, config.model.unet_lora, lora)
     elif lora is not None:
         merge_lora(base_model.unet, lora)
-    decoder = stored_decoder(folder / "vae")
-    decoder = "base" if decoder == "tuned" and not tuned_decoder else decoder
+    decoder, latents = stored_decoder(folder / "vae"), base_model.latents
+    if decoder == "own" or (decoder == "tuned" and tuned_decoder):
+        latents = load_latents(folder / "vae", latents, dtype)
+    if not tuned_decoder:
+        if decoder == "own" and not same_encoder(latents, base_model.latents):
+            raise UserError(f"keep_decoder=false: {folder} has an encoder of its own, whose latents the base's decoder "
+                            "does not read: leave keep_decoder out")  # fmt: skip
+        decoder, latents = "base", base_model.latents
     return Model(
         config=config,
         unet=base_model.unet,
         controlnet=controlnet,
-        latents=base_model.latents if decoder == "base" else load_latents(folder / "vae", base_model.latents, dtype),
+        latents=latents,
         decoder=decoder,
         hint_latents=load_latents(folder / "hint_vae", dtype=dtype) if (folder / "hint_vae").is_dir() else None,
         image_prompt=image_prompt_of(folder, config.model, before, base_model.unet.config.cross_attention_dim, dtype),

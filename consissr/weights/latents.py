@@ -32,6 +32,15 @@ def load_latents(folder: Path, base: Latents | None = None, dtype: torch.dtype =
     return latents
 
 
+def same_encoder(one: Latents, other: Latents) -> bool:
+    """Whether two autoencoders have the same weights but for the decoder's, up to what half precision rounds."""
+    own, theirs = ({n: x.float() for n, x in each.state_dict().items() if n not in decoder_names(each)}
+                   for each in (one, other))  # fmt: skip
+    return own.keys() == theirs.keys() and all(
+        x.shape == theirs[n].shape and (x - theirs[n]).abs().max() <= 0.01 * x.abs().max() for n, x in own.items()
+    )
+
+
 def save_decoder(folder: Path, latents: Latents, dtype: torch.dtype | None = None) -> None:
     """Write the tuned decoder of `latents`, whose other parts are the base's; `dtype` is the storage type."""
     state = latents.state_dict()

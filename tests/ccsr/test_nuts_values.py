@@ -168,6 +168,26 @@ def test_a_hybrid_of_few_noisy_steps_warns(base: Path, caplog: pytest.LogCapture
     assert "augmentation" not in caplog.text
 
 
+def test_what_is_sampled_is_trained(base: Path) -> None:
+    """A plan copied from another model, whose steps these losses never see, would be stored in silence."""
+    for words, never in (
+        ("sampler.timesteps=[[999,666,renoise],[666,-1,x0]] sampler.t_max=0.5 nuts.losses=[l_T,l_tmax]", "666"),
+        ("sampler.timesteps=[[999,700,renoise],[700,-1,x0]]", "700"),
+        ("sampler.plan=ddpm sampler.steps=4 nuts.losses=[l_T,l_tmax]", "666, 333, 0"),
+    ):
+        with pytest.raises(UserError, match=f"^the sampler evaluates t={never}, which these losses never train"):
+            built(base, *words.split())
+    for words in (
+        "sampler.timesteps=[[999,700,renoise],[700,-1,x0]] nuts.l_diff_t=all",
+        "sampler.timesteps=[[999,700,renoise],[700,-1,x0]] nuts.t_max_step=667",  # as released: another on purpose
+        "sampler.t_min=0 sampler.plan=nuts",  # 999, 666, 499, ...: all below t_max are l_diff's
+        "sampler.plan=ddpm nuts.losses=[l_diff]",
+    ):
+        built(base, *words.split())
+    with pytest.raises(UserError, match="augmentation acts on l_diff, which nuts.losses leaves out: add it"):
+        built(base, "tala.probability=power", "nuts.losses=[l_T,l_tmax]")
+
+
 def test_what_each_network_is_given(base: Path) -> None:
     """The autoencoder both images; both networks the same three latents, the empty prompt, and z_lq as the hint."""
     stage, denoiser, phase = built(base)

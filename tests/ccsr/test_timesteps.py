@@ -115,6 +115,9 @@ def test_a_number_of_evaluations_becomes_a_plan():
         for wrong in (0, most + 1):
             with pytest.raises(UserError, match=f"{wrong} steps: this model can take 1 to {most}"):
                 plan_of(config, wrong)
+    leading = SamplerConfig(steps=6, t_max=0.95, t_min=0.95, grid="leading")  # k(t_max) is T, at 831: there is a jump
+    plans = [[step.t for step in plan_of(leading, evaluations)] for evaluations in (1, 2, 7)]
+    assert plans == [[999], [999, 831], [999, 831, 665, 499, 333, 167, 1]]
     assert plan_of(SamplerConfig(), 2) == nuts_plan(6, 2 / 3, 1 / 2)
     assert len(plan_of(SamplerConfig(plan="ddpm", steps=3), 7)) == 7
     for ask in (lambda: t_max_step(6, 1.5), lambda: plan_of(SamplerConfig(t_max=1.5), 2)):

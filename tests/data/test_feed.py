@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,24 @@ def test_threads_follow_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert threads(0) == 16
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert threads(0) == 1
+
+
+def test_threads_work_on_their_process_s_gpu(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread's current device is GPU 0, on which every process of a machine would open a context."""
+    feed = Feed(config, torch.device("cpu"), rank=0, world=1, needs_lq=False)
+    told: list = []
+
+    def prepare(self: Feed, numbers: range) -> tuple[Batch, None]:
+        told.append("work")
+        return self.make_batch([self.dataset[n] for n in numbers]), None
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append((device, threading.get_ident())))
+    monkeypatch.setattr(Feed, "prepare", prepare)
+    list(feed.batches(4))
+    assert set(told) == {"work"}, "on the CPU there is nothing to tell"
+    told.clear()
+    feed.stream, feed.device = object(), torch.device("cuda:3")
+    monkeypatch.setattr(Feed, "make_batch", lambda self, samples: None)
+    monkeypatch.setattr(Feed, "received", lambda self, future: future.result()[0])
+    list(feed.prepared(4))
+    assert told[0][0] == torch.device("cuda:3") and told[0][1] != threading.get_ident()

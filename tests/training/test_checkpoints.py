@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from consissr.errors import UserError
+from consissr.nano.config import run_config
 from consissr.training.checkpoints import Writer, damage, list_checkpoints, load_checkpoint, save_checkpoint
 from consissr.training.checkpoints import sound_checkpoint as sound
+from consissr.training.checks import check_changes
 from consissr.training.lock import claimed
 from scripts.train import main
 from tests.training.tiny import words
@@ -114,3 +116,17 @@ def test_accelerates_precision_is_not_passed_over(photos: Path, tmp_path: Path, 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert main(words("autoencoder", photos, tmp_path)) == 2
     assert "mixed_precision=fp16, but the run's config decides" in caplog.text
+
+
+def test_a_run_of_another_stage_is_not_resumed(photos: Path, tmp_path: Path) -> None:
+    """Not even one of nano's, whose settings a paper's stage has no fields for."""
+    config = run_config(None, [f"data.paths=[{photos}]", f"output_dir={tmp_path}"])
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2/state.json").write_text("{}")
+    for stage in ("nano_nuts", "tala"):
+        (tmp_path / "train.yaml").write_text(f"stage: {stage}\nmodel: {{residual: 0.5}}\n")
+        with pytest.raises(
+            UserError, match=f"train.yaml is of stage {stage}, this run of nuts: choose another output_"
+        ):
+            check_changes(config, "latest", allowed=False)
+        check_changes(config, "latest", allowed=True)

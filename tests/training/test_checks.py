@@ -55,6 +55,10 @@ def refuse(photos: Path, tmp_path: Path, *changes: str) -> str:
         ("data.validation_count=0", "data.validation_count is 0: use at least 1 image"),
         ("seed=-1", "seed is -1: use a whole number from 0 up"),
         ("data.crop=0", "data.crop is 0: use a side in pixels"),
+        ("workers=-1", "workers is -1: use a number of threads, or 0"),
+        ("validate_every=-1", "validate_every is -1: use a number of steps, or 0 for never"),
+        ("data.pair_pool=-4", "data.pair_pool is -4: use a number of pairs, or 0"),
+        ("rclip.patch_weight=-1", "rclip.patch_weight is -1.0: use 0 or more"),
     ],
 )
 def test_what_cannot_be_is_named(photos: Path, tmp_path: Path, change: str, message: str) -> None:

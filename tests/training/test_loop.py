@@ -253,6 +253,43 @@ def test_who_else_stops_a_run(photos: Path, tmp_path: Path) -> None:
     assert asked == [False, True], "before a checkpoint, the last step's too"
 
 
+def test_what_is_told_to_be_saved_is(photos: Path, tmp_path: Path) -> None:
+    """On a GPU a step's flags are known later: a signal in the step before a checkpoint shows while that is written."""
+    run = begun(photos, tmp_path, "steps=3", "checkpoint_every=1")
+    collect, waited = run.flags.collect, []
+    run.flags.collect = lambda every: [(it, [float(every), *bad]) for it, (_, *bad) in collect(every)] if every else []
+    run.processes.wait = lambda: waited.append(saved(tmp_path))
+    with pytest.raises(UserError, match="after step 1, which is saved"):
+        run.run()
+    assert waited == [[1]], "the others leave once it is written: the launcher then ends them all"
+
+
+def test_averages_may_begin_or_end_in_mid_run(photos: Path, tmp_path: Path) -> None:
+    """ema may change on resuming, so it may be turned on (from the weights as they are) and off."""
+    words = ["steps=2", "ema=0"]
+    begun(photos, tmp_path, *words).run()
+    weights = load_checkpoint(tmp_path / "checkpoint-2")["weights"]
+    on = begun(photos, tmp_path, "steps=4", "ema=0.5", resume="latest")
+    assert on.average.values.keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in on.average.values.items())
+    on.run()
+    off = begun(photos, tmp_path, "steps=5", "ema=0", resume="latest")
+    assert off.average.values == {} and load_checkpoint(tmp_path / "checkpoint-4")["ema"]
+    off.run()
+
+
+def test_accelerate_adds_no_precision_of_its_own(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch --mixed_precision bf16` on a processor without bfloat16, for which auto means float32."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # which other tests of this process made
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    try:
+        assert begun(photos, tmp_path, "precision=auto").accelerator.mixed_precision == "no"
+    finally:
+        AcceleratorState._reset_state()
+
+
 def test_flags_of_several_steps_all_count(photos: Path, tmp_path: Path) -> None:
     """As they come from a GPU: whether to stop, and which phase's loss was not finite."""
     run = begun(photos, tmp_path, "skip_not_finite=true")

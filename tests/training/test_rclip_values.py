@@ -13,6 +13,7 @@ from torch import Tensor
 
 from consissr.models.image_prompt import build_tower
 from consissr.nano.config import run_config
+from consissr.weights.find import find_model
 from consissr.weights.image_encoder import load_tower, save_tower
 from scripts.train import stage_builder
 from tests.training import plain
@@ -34,6 +35,9 @@ def test_a_student_may_go_on_from_another_tower(base: Path, tmp_path: Path) -> N
     for tower, folder in ((stage.student, tmp_path), (stage.teacher, base)):
         wanted = load_tower(folder)[0].state_dict()
         assert all(torch.equal(value, wanted[name]) for name, value in tower.state_dict().items())
+    named = stage_builder("rclip")(run_config(None, ["stage=rclip", "model.base=nano", "init=nano-consissr"]))
+    wanted = load_tower(find_model("nano-consissr"))[0].state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in named.student.state_dict().items()), "a known name"
     with torch.no_grad():
         stage.student.proj.add_(1)
     stage.export(tmp_path / "out")

@@ -22,7 +22,7 @@ from consissr.training.tala import Tala
 from consissr.weights.base import load_text
 from consissr.weights.folder import load_prompts, save_prompts
 from consissr.weights.image_encoder import load_tower, save_tower
-from consissr.weights.latents import save_decoder
+from consissr.weights.latents import TUNED, save_decoder, save_latents
 from scripts.train import stage_builder
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8}
@@ -191,6 +191,29 @@ def test_what_a_run_would_lose_or_misread_is_said(
     assert len([message for message in caplog.messages if message.startswith(told)]) == 1
     run.stage.export(tmp_path / "without")
     assert not (tmp_path / "without/vae").exists()
+    (tmp_path / "model/vae" / TUNED).unlink()  # as releases are converted: the whole autoencoder, its decoder tuned
+    save_latents(tmp_path / "model/vae", first.stage.latents, torch.float16)
+    assert not torch.equal(loop(base, photos, tmp_path / "d", *words).stage.latents.vae.decoder.conv_out.bias, plain)
+    run = loop(base, photos, tmp_path / "e", *words, "keep_decoder=false")
+    assert torch.equal(run.stage.latents.vae.decoder.conv_out.bias, plain)
+    with torch.no_grad():
+        first.stage.latents.vae.encoder.conv_in.weight.mul_(1.1)
+    save_latents(tmp_path / "model/vae", first.stage.latents)
+    with pytest.raises(UserError, match="keep_decoder=false: .*/model has an encoder of its own, whose latents"):
+        loop(base, photos, tmp_path / "f", *words, "keep_decoder=false")
+    shutil.copytree(base, tmp_path / "model/base")
+    settings = yaml.safe_load((tmp_path / "model/config.yaml").read_text())
+    settings["model"]["base"] = "./base"
+    (tmp_path / "model/config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match="brings the base along that its decoder was tuned with; name another"):
+        loop(
+            base,
+            photos,
+            tmp_path / "g",
+            *[w for w in words if "model.base" not in w],
+            "keep_decoder=false",
+            "model.base=sd21-base",
+        )
     save_prompts(tmp_path / "model", {"a photo": text})
     needed = f"^{tmp_path}/model holds no embedding of the empty prompt, which training needs: convert it again$"
     with pytest.raises(UserError, match=needed):

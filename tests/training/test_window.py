@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from consissr.training.processes import Processes
 from consissr.training.window import LogWindow, counted
 
 
@@ -48,3 +49,18 @@ def test_speed_leaves_out_what_was_no_step(monkeypatch: pytest.MonkeyPatch) -> N
     values = window.close(2)
     speed = {"steps_per_second": 0.5, "data_seconds": 0.5, "peak_share": 0.25}
     assert values == speed | {"loss": 4.0}, "2 s a step: 50 of 200 operations per second"
+
+
+def test_means_leave_out_what_was_not_finite() -> None:
+    """Of three steps one was left out: the mean is of the other two; what was never finite has none."""
+    window = LogWindow()
+    for loss, never in ((1.0, torch.nan), (torch.inf, torch.inf), (4.0, torch.nan)):
+        figures = {"loss": torch.tensor(loss), "never": torch.tensor(never), "lr": 0.5}
+        window.add(figures, finite_only=True)
+    again = LogWindow()
+    again.load({key: value.copy() if key == "window" else value for key, value in window.state().items()})
+    for one in (window, again):
+        one.share(Processes(0, 1, torch.device("cpu"), timeout=1))
+        values = one.close(3)
+        assert values["loss"] == 2.5 and values["lr"] == 0.5 and "never" not in values and one.sums == {}
+        assert not any(name.startswith("#") for name in values)
