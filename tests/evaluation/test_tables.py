@@ -131,7 +131,7 @@ def test_rows_of_ours_are_restored_by_infer(tmp_path: Path) -> None:
     script.write_text(f"import sys, pathlib\n{record}\n")
     table = load_table("ccsr/table4", TABLES)
     folders = produce.produce(table, {"CCSR-S1": "nano-ccsr"}, tmp_path, tmp_path / "out", script, 10, ["--tile", "0"])
-    expected = f"-i {tmp_path} -o {folders['CCSR-S1']} -m nano-ccsr --skip-existing --repeat 10"
+    expected = f"-i {tmp_path} -o {folders['CCSR-S1']} -m nano-ccsr --skip-existing --repeat 10 --ext png --recursive"
     expected += " --plan nuts --steps 1 --guidance 1 --tile 0"
     assert (tmp_path / "args").read_text() == expected
     script.write_text("raise SystemExit(2)")
