@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import csv
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 from consissr.config.folder import FolderConfig
 from consissr.config.loading import load_config, save_config
+from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
 from consissr.nano.config import run_config
+from consissr.studies.spec import load_study
 
 SOURCES = ("consissr", "ccsr", "scripts")
 
@@ -101,3 +105,89 @@ def test_saving_and_loading_keep_everything(tmp_path: Path) -> None:
     config = load_config(FolderConfig, None, ["model.hint=stack", "sampler.steps=50", "sampler.plan=ddpm"])
     save_config(config, tmp_path / "config.yaml")
     assert load_config(FolderConfig, tmp_path / "config.yaml") == config
+
+
+ADAM = {"optimizer.kind": "adamw", "optimizer.weight_decay": 0.0, "optimizer.decay": "constant"}
+NUTS = ADAM | {
+    "optimizer.lr": 5e-5, "optimizer.betas": [0.9, 0.999], "optimizer.clip": 1.0, "batch": 96, "data.crop": 512,
+    "data.flips": "horizontal", "nuts.losses": ["l_diff", "l_T", "l_tmax"], "sampler.steps": 6,
+}  # fmt: skip
+TALA = {
+    "data.crop": 512, "data.crop_rule": "center", "data.degradation": "consissr", "optimizer.clip": 0.0,
+    "sampler.plan": "ddpm", "sampler.steps": 50, "sampler.guidance": 5.0, "sampler.start": "noise",
+    "model.hint": "stack", "model.position_embedding": 64, "model.transposed_attention": True,
+    "model.image_prompt": "hpa", "tala.gamma": 10.0,
+}  # fmt: skip
+RCLIP = ADAM | {
+    "steps": 100_000, "batch": 16, "optimizer.lr": 1e-5, "optimizer.betas": [0.9, 0.99], "optimizer.clip": 0.0,
+    "data.crop": 224, "data.crop_rule": "center", "data.flips": "both", "data.degradation": "consissr",
+}  # fmt: skip
+DEFT = {
+    "steps": 2000, "batch": 64, "deft.adversarial_start": 100, "data.crop": 512, "optimizer.lr": 1e-5,
+    "optimizer.betas": [0.5, 0.9], "deft.optimizer.lr": 1e-5, "deft.optimizer.betas": [0.5, 0.9],
+    "deft.reconstruction": "l1", "deft.perceptual": "lpips", "deft.perceptual_weight": 1.0, "deft.adaptive": True,
+    "deft.adversarial_weight": 0.5, "deft.discriminator": "patchgan",
+}  # fmt: skip
+RECIPES = {
+    # Sec. IV-A, CCSR: 25K and 2K iterations, Adam, 5e-5 and 1e-5, batches of 96 and 64, 512 pixels.
+    "ccsr/nuts": NUTS | {"steps": 25_000, "nuts.l_diff_t": "interval", "nuts.start": "lq", "sampler.start": "lq"},
+    "ccsr/deft": DEFT,
+    # The release's scripts, whatever they do (the files' heads tell).
+    "ccsr/pretrain": NUTS | {
+        "optimizer.weight_decay": 0.01, "nuts.losses": ["l_diff"], "steps": 40_000, "nuts.posterior": "sample"},
+    "ccsr/nuts_as_released": NUTS | {
+        "optimizer.weight_decay": 0.01, "steps": 20_000, "nuts.t_max_step": 667, "nuts.start": "hq",
+        "nuts.l_diff_t": "as_released", "nuts.posterior": "sample", "sampler.grid": "leading", "sampler.guidance": 4.5},
+    "ccsr/deft_as_released": {
+        "steps": 2000, "batch": 64, "optimizer.lr": 5e-6, "deft.reconstruction": "l2", "deft.perceptual": "none",
+        "deft.discriminator": "dino", "deft.adversarial_weight": 0.05, "deft.adaptive": False,
+        "deft.adversarial_start": 100, "deft.optimizer.lr": 5e-6, "deft.clamp": True},
+    # Sec. 4.1, ConsisSR: 100K and 200K iterations, Adam (0.9, 0.99), 1e-5 and 5e-5 fixed, 8 x 2 and 2 x 4 images.
+    "consissr/rclip": RCLIP,
+    "consissr/tala": ADAM | TALA | {
+        "steps": 200_000, "batch": 8, "optimizer.lr": 5e-5, "optimizer.betas": [0.9, 0.99], "data.flips": "both",
+        "tala.probability": "default", "tala.shared_draw": False, "data.draws": "per_image", "data.pair_pool": 0},
+    "consissr/tala_as_released": TALA | {
+        "steps": 200_001, "batch": 1, "optimizer.lr": 1e-4, "optimizer.weight_decay": 0.01, "data.flips": "none",
+        "tala.probability": "as_released", "tala.shared_draw": True, "tala.encoder_gradients": False,
+        "tala.posterior": "sample", "data.draws": "per_batch", "data.pair_pool": 192, "model.image_kv": "separate"},
+    # Ours, of the papers' parts.
+    "hybrid/nuts_hpa_tala": NUTS | {
+        "steps": 25_000, "nuts.l_diff_t": "all", "tala.probability": "power", "model.image_tokens": "patches",
+        "data.flips": "both"},
+    "hybrid/consissr_few_steps": {"nuts.l_diff_t": "all", "tala.probability": "power", "init": "runs/consissr/tala"},
+    "hybrid/rclip_patches": RCLIP | {"model.image_tokens": "patches"},
+    "hybrid/deft_consissr": DEFT | {"data.degradation": "consissr"},
+}  # fmt: skip
+"""What the papers and releases say of each recipe."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_those_of_papers_and_releases(root: Path, name: str) -> None:
+    config = run_config(root / "configs" / f"{name}.yaml")
+    assert {field: attrgetter(field)(config) for field in RECIPES[name]} == RECIPES[name]
+
+
+def test_sampling_files_are_those_of_papers(root: Path) -> None:
+    """CCSR from z_lq by (6, 2/3, 1/2), ConsisSR in 50 guided steps from noise: as their recipes state it."""
+    for name, recipe in (("ccsr/infer", "ccsr/nuts"), ("consissr/infer", "consissr/tala")):
+        stated = load_config(SamplerConfig, root / "configs" / f"{name}.yaml")
+        assert stated == run_config(root / "configs" / f"{recipe}.yaml").sampler
+    assert stated.guidance == 5 and stated.steps == 50
+
+
+def test_studies_compare_what_they_say(root: Path) -> None:
+    """V1 with three times the crops sees three times V2's; expectations are those of the tables that are kept."""
+    folder = root / "configs" / "nano"
+    study = load_study("ccsr", folder / "studies")
+    batch = {}
+    for name in ("v1", "v1_three", "v2"):
+        one = study.variants[name]
+        batch[name] = run_config(folder / one.parent, [*study.lines, *one.lines]).batch
+    assert batch == {"v1": batch["v2"], "v1_three": 3 * batch["v2"], "v2": batch["v2"]}
+    for name in ("ccsr", "consissr"):
+        study = load_study(name, folder / "studies")
+        with (root / "configs" / "tables" / "nano" / name / "comparisons.csv").open() as file:
+            kept = {(row["first"], row["second"], row["metric"]): row["expected"] for row in csv.DictReader(file)}
+        said = {(*c.rows, metric): side for c in study.comparisons for metric, side in c.expect.items()}
+        assert kept.items() <= said.items()

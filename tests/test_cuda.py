@@ -142,7 +142,7 @@ def test_restoring(
 MORE = ["tala.metric=latents", "tala.plan_share=0.5", "tala.weighting=v"]
 STAGE_CASES = {stage: (stage, []) for stage in SMALL} | {
     "tala": ("tala", [*FEATURES, *MORE, "tala.posterior=sample", "gradient_checkpointing=true"]),
-    "nuts": ("nuts", ["model.residual=0.5", "tala.probability=power"]),
+    "nuts": ("nuts", ["model.residual=0.5", "tala.probability=power", "nuts.losses=[l_diff,l_T,l_tmax]"]),
     "deft, narrow": ("deft", ["deft.decoder_width=0.5"]),
     "deft, dino": ("deft", ["deft.discriminator=dino", "deft.adaptive=true"]),
 }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, JpegImagePlugin
 
 from consissr.errors import UserError
 from consissr.images import codec, formats, png16
@@ -168,12 +168,15 @@ def test_orientation_of_16_bit_tiff(tmp_path):
 def test_profile_and_exif_are_kept(tmp_path, suffix):
     exif = Image.Exif()
     exif[ExifTags.Base.Copyright] = "C. Holder"
+    exif.get_ifd(ExifTags.IFD.GPSInfo).update({ExifTags.GPS.GPSLatitudeRef: "N", ExifTags.GPS.GPSLatitude: (48, 8, 0)})
     exif.get_ifd(ExifTags.IFD.Exif).update({ExifTags.Base.ExposureTime: 0.01, ExifTags.Base.ExifImageWidth: 36})
     pillow("RGB").save(tmp_path / f"a{suffix}", exif=exif.tobytes(), icc_profile=SRGB)
     round_trip(tmp_path / f"a{suffix}")
     with Image.open(tmp_path / f"again{suffix}") as after:
         assert after.info["icc_profile"] == SRGB
         assert after.getexif()[ExifTags.Base.Copyright] == "C. Holder"
+        where = after.getexif().get_ifd(ExifTags.IFD.GPSInfo)
+        assert where[ExifTags.GPS.GPSLatitudeRef] == "N" and tuple(where[ExifTags.GPS.GPSLatitude]) == (48, 8, 0)
         details = after.getexif().get_ifd(ExifTags.IFD.Exif)
         assert float(details[ExifTags.Base.ExposureTime]) == 0.01
         assert ExifTags.Base.ExifImageWidth not in details  # it would be wrong after enlarging
@@ -325,3 +328,13 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         codec.write(path, Photo(torch.zeros(3, 4, 4), None, Form()))
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_jpeg_keeps_colours_at_full_resolution(tmp_path):
+    """Red and blue columns of one pixel: with halved chroma, as encoders do by default, they would be one purple."""
+    stripes = np.zeros((32, 32, 3), np.uint8)
+    stripes[:, ::2, 0], stripes[:, 1::2, 2] = 255, 255
+    codec.write(tmp_path / "a.jpg", codec.from_pil(Image.fromarray(stripes)))
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert JpegImagePlugin.get_sampling(image) == 0
+        assert np.abs(np.asarray(image).astype(int) - stripes).mean() < 8

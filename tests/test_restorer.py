@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 from PIL import Image
 
 from ccsr import nuts_plan
+from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import ddpm_plan
 from consissr.errors import UserError
+from consissr.models import memory, tiles
 from consissr.models.tiles import Needs, Tiles, choose_tiles, evenly
 from consissr.restorer import Restorer
 
@@ -357,3 +360,35 @@ def test_settings_of_loading_are_followed():
     assert not torch.equal(own(x, 2), other(x, 2))
     with pytest.raises(UserError, match="nuts_plan"):
         Restorer.load("nano-ccsr", "cpu", "fp32", steps=2)(x, 2)
+
+
+def test_small_photographs_are_made_at_the_short_side(restorer):
+    """SD2.1 below 512 pixels makes things up: `short_side` raises the input and brings the result back."""
+    x = torch.zeros(1, 3, 8, 12)
+    assert restorer.prepared(x, 2, restorer.sampler, None).shape == (16, 24)
+    raised = restorer.prepared(x, 2, replace(restorer.sampler, short_side=64), None)
+    assert min(raised.shape) == 64 and restorer(x, 2, short_side=64).shape == (1, 3, 16, 24)
+
+
+def test_a_learned_position_embedding_asks_for_windows_of_its_size(restorer):
+    """ConsisSR's is for 64x64 latents: larger images are worked on in windows of 64."""
+    unet = torch.nn.Module()
+    unet.config = SimpleNamespace(sample_size=64, block_out_channels=(8, 8))
+    unet.attn1 = torch.nn.Module()
+    latents = SimpleNamespace(factor=8, patch=1, vae=restorer.latents.vae)
+    windows = []
+    for position in (torch.zeros(1), torch.zeros(64, 4)):
+        name = "position_emb" if len(position) > 1 else "weight"  # as models/attention.py names it
+        unet.attn1.register_parameter(name, torch.nn.Parameter(position))
+        chosen = tiles.tiles_for(SamplerConfig(), SimpleNamespace(unet=unet), latents, (512, 720), 1, restorer.device)
+        windows.append(chosen.diffusion)
+    assert windows == [(0, 0), (64, 64)]
+
+
+def test_a_containers_limit_is_the_memory_there_is(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    limit.write_text("123456789\n")
+    monkeypatch.setattr(memory, "CGROUP_LIMITS", (str(tmp_path / "none"), str(limit)))
+    assert memory.total_memory(torch.device("cpu")) == 123456789
+    limit.write_text("max\n")
+    assert memory.total_memory(torch.device("cpu")) > 2**30

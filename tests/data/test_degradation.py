@@ -100,6 +100,7 @@ def test_presets_hold_the_releases_values():
         assert {key: list(getattr(config, key)) for key in ranges} == dict(zip(ranges, values, strict=True))
         assert config.family_weights == (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
         assert (config.sinc_prob, config.gaussian_prob, config.gray_prob) == (0.1, 0.5, 0.4)
+    assert (preset("ccsr").enlarge, preset("consissr").enlarge) == (("area", "bilinear", "bicubic"), ("bicubic",))
     assert [(preset(n).second_blur_prob, preset(n).final_sinc_prob, preset(n).scale) for n in ("ccsr", "consissr")] == [
         (0.5, 0.8, 4),
         (0.8, 0.8, 4),

@@ -15,7 +15,7 @@ from consissr.config.training import TrainConfig
 from consissr.data.degradation import degrade
 from consissr.training.feed import Feed, threads
 from consissr.training.processes import Processes
-from consissr.training.stage import Batch
+from consissr.training.stage import Batch, seed_of
 from consissr.training.validation import Validation
 
 
@@ -113,3 +113,21 @@ def test_threads_work_on_their_process_s_gpu(config: TrainConfig, monkeypatch: p
     monkeypatch.setattr(Feed, "received", lambda self, future: future.result()[0])
     list(feed.prepared(4))
     assert told[0][0] == torch.device("cuda:3") and told[0][1] != threading.get_ident()
+
+
+def test_every_sample_has_seeds_of_its_own(config: TrainConfig) -> None:
+    """Of its degradation, and of its timestep and noise: `loss`, hashed with the sample's seed."""
+    feed = Feed(config, torch.device("cpu"), rank=0, world=1, needs_lq=True)
+    samples = [feed.dataset[n] for n in range(24)]
+    assert len({sample["seed"] for sample in samples}) == 24
+    rows = torch.cat([batch.randn(4) for batch in feed.batches(0)])
+    wanted = [torch.randn(4, generator=torch.Generator().manual_seed(seed_of(s["seed"], "loss"))) for s in samples]
+    assert torch.equal(rows, torch.stack(wanted)) and len(torch.unique(rows, dim=0)) == 24
+
+
+def test_each_batch_is_degraded_anew_as_released(config: TrainConfig, tmp_path: Path) -> None:
+    """One draw of the whole pipeline per batch, and another in the next: here of the same photograph, uncropped."""
+    config.data.paths, config.data.lq_paths, config.data.draws = [str(tmp_path / "plain/plain0.png")], [], "per_batch"
+    config.data.crop, config.data.flips = 96, "none"
+    first, second, *_ = Feed(config, torch.device("cpu"), rank=0, world=1, needs_lq=True).batches(0)
+    assert torch.equal(first.hq, second.hq) and not torch.equal(first.lq, second.lq)

@@ -84,6 +84,9 @@ def test_flags_for_infer_are_split_as_a_shell_does(monkeypatch: pytest.MonkeyPat
     args.infer_flags = '--positive "clean, 8k" --steps 2'
     results, small = produce.results_of(args, table, Path("infer.py"), bundled=["nano-ccsr"])
     assert results == {"a": Path("b"), "CCSR-S1": ["--positive", "clean, 8k", "--steps", "2"]} and small == ["CCSR-S1"]
+    monkeypatch.setattr(produce, "produce", lambda *words: dict.fromkeys(words[1], words[5]))
+    args.repeat = None
+    assert produce.results_of(args, table, Path("infer.py"))[0]["CCSR-S1"] == 10, "as many runs as the table's"
     args.infer_flags = '--positive "clean'
     with pytest.raises(UserError, match="--infer-flags.*quotation"):
         produce.results_of(args, table, Path("infer.py"))

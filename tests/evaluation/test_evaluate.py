@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from consissr.errors import UserError
 from consissr.evaluation import evaluate as module
@@ -253,3 +254,14 @@ def test_the_report_works_in_a_browser(sets: dict[str, Path], tmp_path: Path, sa
     assert clicked[1] == f"#{clicked[0]}" and stepped[:2] != clicked[:2] and stepped[1] == f"#{stepped[0]}"
     assert (stepped[2], best[2], best[0], first) == ("HR", "bad", rows[0], "bad") and linked[:2] == ["b", "#b"]
     assert float(left[:-2]) == pytest.approx(float(width[:-2]) / 4) and label == "bicubic (of LR)"
+
+
+@pytest.mark.parametrize(("protocol", "crop"), [("ccsr", 0), ("ccsr-v1", 4), ("seesr", 4)])
+def test_local_std_leaves_out_the_protocols_border(sets: dict[str, Path], tmp_path: Path, protocol: str, crop: int):
+    """L-STD by hand: deviations over the runs of each sample in [0, 1], of the cropped images, then the mean."""
+    done = run(sets, tmp_path / "s.jsonl", names=("runs",), protocol=protocol)
+    wanted = []
+    for name in "abc":
+        runs = np.stack([np.asarray(Image.open(sets["runs"] / f"sample{i}" / f"{name}.png")) / 255 for i in range(3)])
+        wanted.append(runs[:, crop : 96 - crop, crop : 192 - crop].std(0).mean())
+    assert done.mean_local_std("runs") == pytest.approx(np.mean(wanted), rel=1e-5)

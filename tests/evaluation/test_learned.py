@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from consissr.errors import UserError
 from consissr.evaluation import learned, listings
@@ -94,6 +95,18 @@ def test_clip_similarity(sets: dict[str, Path], tmp_path: Path) -> None:
     assert similarity.shape == (1, 3) and (similarity <= 1 + 1e-5).all() and similarity.min() < 1
     expected = similarity.mean() / done.lr_similarity.mean() - 1
     assert done.mean("bad", "delta-clip-i") == pytest.approx(expected)
+    image = read_image(sets["bad"] / "b.png")  # 96x192: enlarged, and the sides cut off
+    prepare = open_clip.image_transform(
+        224, False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
+    )
+    theirs = prepare(Image.open(sets["bad"] / "b.png"))
+    mine = learned.ClipImageSimilarity(folder / "ViT-B-32.pt", "cpu")
+    assert (mine._prepare(image)[0] - theirs).abs().mean() < 0.01, "theirs rounds to 8 bits between"
+    text = torch.nn.functional.normalize(model.encode_text(open_clip.tokenize(["a dog", "a white dog"])), dim=-1)
+    wanted = (100 * mine.embed(image) @ text.T).softmax(-1)[0].tolist()
+    assert learned.prompt_similarities(image, ["a dog", "a white dog"], folder, "cpu") == pytest.approx(
+        wanted, rel=1e-3
+    )
     shares = learned.prompt_similarities(torch.rand(1, 3, 40, 60), ["a dog", "a white dog"], folder, "cpu")
     assert sum(shares) == pytest.approx(1)
 
@@ -186,3 +199,8 @@ def test_a_device_that_is_not_here_is_not_the_weights_fault(lpips_weights: Path,
 def test_a_wrong_weights_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a folder"):
         learned.missing_text("lpips", tmp_path / "nowhere")
+
+
+def test_which_values_are_better() -> None:
+    """Distances, and NIQE, are better when lower; by these tables are ranked and printed bold."""
+    assert {m.name for m in MEASURES.values() if not m.higher} == {"lpips", "st-lpips", "dists", "fid", "flat", "niqe"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ccsr import nuts_plan
 from consissr.errors import UserError
 from consissr.evaluation import produce, provenance
 from consissr.evaluation.tables import Cell, available, comparison, load_table
@@ -199,3 +200,12 @@ def test_training_may_import_the_metrics_cheaply() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "[]"
+
+
+def test_table_two_s_rows_are_what_they_are_called() -> None:
+    """(T, S): the grid's steps, and the evaluations that NUTS makes of it at t_max 2/3 and t_min 1/2."""
+    for name, row in load_table("ccsr/table2", TABLES).ours.items():
+        flags = dict(zip(row["flags"][::2], row["flags"][1::2], strict=True))
+        T, S = map(int, name.strip("()").split(","))
+        assert (int(flags["--steps"]), flags["--t-max"], flags["--t-min"]) == (T, "0.6667", "0.5")
+        assert len(nuts_plan(T, 0.6667, 0.5)) == S

@@ -225,3 +225,11 @@ def test_an_interrupt_within_a_picture_keeps_the_others(infer, model, folder, tm
     model.__class__ = Interrupted.__base__
     assert infer("-i", folder, "-o", tmp_path / "out", "--skip-existing")[0] == 0
     assert files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp"}
+
+
+def test_quality(infer, folder, tmp_path):
+    sizes = {}
+    for quality in (10, 95):
+        assert infer("-i", folder / "b.jpg", "-o", tmp_path / str(quality), "--quality", quality)[0] == 0
+        sizes[quality] = (tmp_path / str(quality) / "b.jpg").stat().st_size
+    assert sizes[10] < sizes[95] / 2

@@ -71,6 +71,10 @@ def test_memory_counts_every_kind(tiny_model: Path) -> None:
     assert {"gradients, float32", "moments of the optimiser", "averaged weights (EMA), float32"} <= found.keys()
     assert "averaged weights (EMA), float32" not in described("ema=0")
     assert "frozen weights" in described("precision=fp32")
+    weights, moments = (
+        float(found[name].split()[0]) for name in ("trained weights, float32", "moments of the optimiser")
+    )
+    assert moments == pytest.approx(2 * weights, rel=0.1), "AdamW's two, in float32"
 
 
 def test_activations_are_what_autograd_keeps(tiny_model: Path) -> None:
