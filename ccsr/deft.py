@@ -48,10 +48,10 @@ class Deft(Stage):
         self.latents = self.first.latents
         model.decoder = "own" if model.decoder == "own" else "tuned"
         self.adversary = adversary or build_adversary(config.deft)
-        self.networks = nn.ModuleList([self.first.networks, self.adversary])
+        self.networks = nn.ModuleDict({"first": self.first.networks, "adversary": self.adversary})
         self.lpips = lpips or self.perceptual_network(config.deft)
         if self.lpips is not None:
-            self.networks.append(self.lpips)
+            self.networks["lpips"] = self.lpips
         self.compile_modules = [*self.first.compile_modules, self.latents.vae.decoder]
         if config.deft.discriminator == "patchgan":
             self.compile_modules.append(self.adversary)

@@ -2,12 +2,14 @@
 
 import json
 import os
+from argparse import Namespace
 
 import pytest
 import torch
 
 from ccsr import nuts_plan
 from ccsr.methods import method
+from consissr.bench import commandline
 from consissr.bench.clock import Clock
 from consissr.bench.inference import Question, compare
 from consissr.bench.models import Networks, from_folder
@@ -204,3 +206,8 @@ def test_a_measurement_that_fails_apart_is_one_line():
         apart("reading a", os.listdir, path="a")
     with pytest.raises(UserError, match="^b failed: its process ended with status 9$"):
         apart("b", os._exit, status=9)
+
+
+def test_workers_are_at_least_one():
+    with pytest.raises(UserError, match="--workers 0 is out of range: use at least 1"):
+        commandline.check(Namespace(workers=[2, 0], json=None))

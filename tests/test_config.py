@@ -191,3 +191,24 @@ def test_studies_compare_what_they_say(root: Path) -> None:
             kept = {(row["first"], row["second"], row["metric"]): row["expected"] for row in csv.DictReader(file)}
         said = {(*c.rows, metric): side for c in study.comparisons for metric, side in c.expect.items()}
         assert kept.items() <= said.items()
+
+
+def test_text_stays_as_it_is_written(tmp_path: Path) -> None:
+    """YAML reads 20261101_1530 as a number, 007 as 7 and off as false: no names for folders, words or runs."""
+    for text in ("20261101_1530", "007", "1e3", "yes", "off", "1:30"):
+        assert run_config(None, [f"output_dir={text}"]).output_dir == text
+        (tmp_path / "run.yaml").write_text(f"output_dir: {text}\ndata: {{validation: {text}}}\n")
+        read = run_config(tmp_path / "run.yaml")
+        assert read.output_dir == read.data.validation == text
+    config = run_config(
+        None, ["output_dir='a b'", "data.validation=", "steps=1_000", "tala.probability=off", "ema=0.5"]
+    )
+    assert (config.output_dir, config.data.validation, config.steps, config.ema) == ("a b", "", 1000, 0.5)
+    assert config.tala.probability == "off"
+
+
+def test_a_word_that_is_no_yaml_is_named_itself(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("steps: 3\n")
+    for path in (None, tmp_path / "run.yaml"):
+        with pytest.raises(UserError, match=r"^bad configuration: 'data\.paths=\[/a,/b', line"):
+            run_config(path, ["steps=2", "data.paths=[/a,/b"])

@@ -58,6 +58,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("runs", "steps", "pixels", "batch", "images"):
         if vars(args).get(name, 1) < 1:
             raise UserError(f"--{name} {vars(args)[name]} is out of range: use at least 1")
+    if any(count < 1 for count in vars(args).get("workers", [])):
+        raise UserError(f"--workers {min(args.workers)} is out of range: use at least 1")
     if "random_weights" in vars(args) and (args.size == "sd21") != args.random_weights:
         raise UserError("--size sd21 and --random-weights belong together: give both, or name a model")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):

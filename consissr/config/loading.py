@@ -72,24 +72,32 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: l
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import BaseLoader, YAMLError
+    from yaml import load as scalars
 
-    layers = []
+    source, layers = str(path), []
     try:
         if path is not None:
-            layers.append((str(path), OmegaConf.load(io.StringIO(config_text(path)))))
+            text = config_text(path)
+            layers.append((source, OmegaConf.load(io.StringIO(text)), scalars(text, BaseLoader)))
         for word in overrides or []:
+            source = f"'{word}'"
             if "=" not in word:
                 raise UserError(f"override '{word}' is not of the form key=value, such as steps=100")
             text = f"{word}''" if word.endswith("=") else word  # an empty string rather than null
-            layers.append((f"'{word}'", OmegaConf.from_dotlist([text])))
+            key, _, value = text.partition("=")
+            raw = scalars(value, BaseLoader)
+            for name in reversed(key.split(".")):
+                raw = {name: raw}
+            layers.append((source, OmegaConf.from_dotlist([text]), raw))
         merged = OmegaConf.structured(cls)
-        for source, layer in layers:
-            check_keys(cls, OmegaConf.to_container(layer), source)
-            merged = OmegaConf.merge(merged, layer)
+        for source, layer, raw in layers:
+            given = OmegaConf.to_container(layer)
+            check_keys(cls, given, source)
+            merged = OmegaConf.merge(merged, OmegaConf.create(as_written(cls, given, raw)))
         return OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
-        where = getattr(error, "full_key", None) or (path if len(layers) == 0 else "file")
+        where = getattr(error, "full_key", None) or source
         what = reason_of(error)
         if mark := getattr(error, "problem_mark", None):  # YAML's own
             where, what = f"{where}, line {mark.line + 1}", error.problem
@@ -111,6 +119,18 @@ def check_keys(cls: type, given: Any, source: str, prefix: str = "") -> None:
             raise UserError(f"{source}: {prefix}{key}: a list is needed: write it in brackets, such as [one,two]")
         if dataclasses.is_dataclass(default) and value is not None:
             check_keys(default, value, source, f"{prefix}{key}.")
+
+
+def as_written(cls: type, given: dict, raw: Any) -> dict:
+    """`given`, but text fields as they are written (`raw`, all text): YAML takes 20261101_1530 for a number."""
+    kept = dict(given)
+    for f in dataclasses.fields(cls):
+        value, written = given.get(f.name), raw.get(f.name) if isinstance(raw, dict) else None
+        if isinstance(value, dict) and dataclasses.is_dataclass(f.default_factory):
+            kept[f.name] = as_written(f.default_factory, value, written)
+        elif f.type in (str, "str") and isinstance(value, (bool, int, float)) and isinstance(written, str):
+            kept[f.name] = written
+    return kept
 
 
 def changed(config: ConfigT, settings: dict[str, Any]) -> ConfigT:

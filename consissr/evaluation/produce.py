@@ -92,7 +92,7 @@ def produce(
     results, images = {}, provenance.fingerprint(lr, EXTENSIONS)
     for row, model in models.items():
         words = [*(table.ours[row].get("flags", []) if table else []), *flags]
-        weights = "-".join(map(contents, find(model)))
+        weights = "-".join(provenance.contents(place, provenance.MODEL_FILES) for place in find(model))
         made_of = {"model": model, "weights": weights, "images": images, "flags": words}
         folder = provenance.folder_of(output / "results", re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-"), **made_of)
         call = [script, "-i", lr, "-o", folder, "-m", model, "--skip-existing", "--repeat", repeat]
@@ -100,11 +100,6 @@ def produce(
         run_script(call, f"{row} could not be restored")
         results[row] = folder
     return results
-
-
-def contents(folder: Path) -> str:
-    """Hash of the files of a model folder that results depend on; the name of one that is not on this machine."""
-    return provenance.fingerprint(folder, provenance.MODEL_FILES) if folder.is_dir() else str(folder)
 
 
 def timer(table: Table, run: list[str], script: Path) -> Callable[[str], float] | None:

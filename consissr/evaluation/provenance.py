@@ -54,5 +54,10 @@ def fingerprint(path: Path, endings: tuple[str, ...] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
+def contents(place: Path, endings: tuple[str, ...] = ()) -> str:
+    """The fingerprint of a folder or file; the name of one that is not on this machine."""
+    return fingerprint(place, endings) if place.exists() else str(place)
+
+
 def _write(folder: Path, content: dict) -> None:
     record_file(folder).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ def results_folder(output: Path, name: str, weights: Sequence[Path], lr: Path) -
 
     name: what the user called the model; weights: where its own and its base's lie.
     """
-    told = "-".join(provenance.fingerprint(place, provenance.MODEL_FILES) for place in weights)
+    told = "-".join(provenance.contents(place, provenance.MODEL_FILES) for place in weights)
     images = provenance.fingerprint(lr, folders.EXTENSIONS)
     return provenance.folder_of(output, Path(name).resolve().name, model=name, weights=told, images=images)
 

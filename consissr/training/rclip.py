@@ -41,7 +41,7 @@ class Rclip(Stage):
             init = config.init if not config.init or has_tower(config.init) else find_model(config.init)
             student = load_tower(Path(init))[0] if init else deepcopy(self.teacher)
         self.student = student
-        self.networks = nn.ModuleList([self.teacher, self.student])
+        self.networks = nn.ModuleDict({"teacher": self.teacher, "student": self.student})
         self.compile_modules = [self.teacher, self.student]
         self.phases = [Phase("tower", dict(self.student.named_parameters()), self.loss, config.optimizer)]
 

@@ -111,8 +111,9 @@ class Restoration(Stage):
         self.latents, self.hint_latents = model.latents, model.hint_latents
         self.image_prompt, self.soft_prompt = model.image_prompt, soft_prompt
         self.text = model.prompts[""]  # both releases train with the empty prompt
-        parts = (self.denoiser, self.latents, self.hint_latents, self.image_prompt, soft_prompt)
-        self.networks = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
+        parts = {"denoiser": self.denoiser, "latents": self.latents, "hint_latents": self.hint_latents}
+        parts |= {"image_prompt": self.image_prompt, "soft_prompt": soft_prompt}
+        self.networks = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
         self.compile_modules = [model.unet, model.controlnet, model.latents.vae.encoder]
         if config.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()

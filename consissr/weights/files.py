@@ -15,6 +15,7 @@ import json
 import logging
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,7 +78,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks to run {code[1]}, which weights never need" if code else "it is no checkpoint, or damaged"
         raise UserError(f"{path} was not loaded: {reason}; download it again from its authors") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, EOFError, OSError, struct.error, zipfile.BadZipFile, *BUILD_ERRORS) as error:
         reason = reason_of(error)
         raise UserError(f"weights {path} cannot be read ({reason}): copy or download the model again") from error
     if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):

@@ -9,13 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from consissr.config.loading import nearest
 from consissr.config.machine import cache_folder, whole
 from consissr.errors import UserError
 from consissr.weights.base import BASE_NETWORKS, SD21, base_path, find_base
 from consissr.weights.base import choose as choose_base
 from consissr.weights.cache import by_hand_folder, check_free, locked, stamp_of, unchanged
-from consissr.weights.conversion import CONVERTER, ForeignError, choose_released, convert, release_in
+from consissr.weights.conversion import CONVERTER, TEXT_FOLDERS, ForeignError, choose_released, convert, release_in
 from consissr.weights.files import ASSETS, BUNDLED, MODEL_FILES, base_of, read_config
 from consissr.weights.hub import (
     UnreachableError,
@@ -27,6 +29,7 @@ from consissr.weights.hub import (
     without_network,
 )
 from consissr.weights.names import Published, Source, published
+from consissr.weights.precision import choose_precision
 
 log = logging.getLogger(__name__)
 
@@ -126,13 +129,20 @@ def from_hub(source: Source, label: str, half: bool, reachable: bool = True) -> 
 
 def state_of(path: Path) -> tuple[str, str]:
     """What tells one state of a local source from another: its path, and its files' sizes and times."""
-    marks = [f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files_of(path)]
+    marks = [f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in read_files(path)]
     return str(path.resolve()), " ".join(marks)
 
 
 def files_of(path: Path) -> list[Path]:
     """The file itself, or every file below a folder."""
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def read_files(source: Path) -> list[Path]:
+    """The files of a release that a conversion may read: not what else lies in its folder, such as a base model."""
+    parts = ("controlnet", "vae", *BASE_NETWORKS, *TEXT_FOLDERS)
+    inside = (source / "controlnet").is_dir()
+    return [file for part in dict.fromkeys(parts) for file in files_of(source / part)] if inside else files_of(source)
 
 
 def converted(source: Path, address: str, revision: str, label: str, base: str = "auto", half: bool = False) -> Path:
@@ -148,8 +158,10 @@ def converted(source: Path, address: str, revision: str, label: str, base: str =
     with locked(target.name):
         if intact(target):
             return target
-        needed = ("controlnet", "vae") if base != "auto" and source.is_dir() else ("",)
-        size = sum(file.stat().st_size for part in needed for file in files_of(source / part))
+        read = read_files(source)
+        if base != "auto" and source.is_dir():  # its own base stays where it is
+            read = [file for part in ("controlnet", "vae") for file in files_of(source / part)]
+        size = sum(file.stat().st_size for file in read)
         check_free(target, size, f"converting {label}", "CONSISSR_HOME")
         log.warning("converting %s to %s (once)", label, target)
         shutil.rmtree(target, ignore_errors=True)
@@ -201,19 +213,27 @@ def intact(folder: Path) -> bool:
 
 
 def ready_model(name: str, half: bool) -> Path | None:
-    """An intact conversion of a published model; `half`: one that was chosen for half precision will do."""
-    for folder in (cache_folder() / "models").glob("[!.]*"):
+    """An intact conversion of a published model, in full if there is one; `half`: one in half precision will do.
+
+    What a user converted from a folder that happens to be called so is none: its source is a path, and not by-hand's.
+    """
+    found = []
+    for folder in sorted((cache_folder() / "models").glob("[!.]*")):
         origin = read_origin(folder)
-        if origin.get("name") == name and (half or not origin.get("half")) and intact(folder):
-            return folder
-    return None
+        source = str(origin.get("source", ""))
+        published_one = not Path(source).is_absolute() or f"/by-hand/{name}" in Path(source).as_posix()
+        if origin.get("name") == name and published_one and (half or not origin.get("half")):
+            found.append((bool(origin.get("half")), folder))
+    return next((folder for _, folder in sorted(found) if intact(folder)), None)
 
 
 def places(name: str, base: str | None = None) -> list[Path]:
-    """Where the weights of a model lie: its folder, and its base (or `base`) where that is here without a download."""
-    folder = find_model(name)
-    bases = map(Path, find_base(base or base_of(folder, read_config(folder))))
-    return [folder, *(place for place in bases if place.exists())]
+    """Where the weights of a model lie, in the precision that this machine takes: its folder, and its base or `base`.
+
+    A base that is fetched from the hub stands there by its id.
+    """
+    folder = find_model(name, choose_precision("auto", "cuda" if torch.cuda.is_available() else "cpu") != "fp32")
+    return [folder, *map(Path, find_base(base or base_of(folder, read_config(folder))))]
 
 
 def prefetch(name: str, half: bool = False) -> str:

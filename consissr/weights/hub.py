@@ -84,13 +84,20 @@ def fetch(hub_id: str, choose: Choose, half: bool = False, reachable: bool = Tru
     with locked(record_file(hub_id).stem):
         if (ready := present(hub_id, choose, half)) is not None:  # by now another process has fetched it
             return ready
+        from huggingface_hub.errors import HfHubHTTPError
+
         try:
             manifest = recorded(hub_id) or ask(hub_id, reachable)
             files = choose(manifest.files, half)
             new = download(manifest, files, reachable)
-        except UnreachableError:
+        except UserError as error:
+            answered = isinstance(error.__cause__, HfHubHTTPError)  # that it has no such repository, or is busy
+            if not answered and not isinstance(error, UnreachableError):
+                raise
             if (other := without_network(hub_id, choose, half)) is None:
                 raise
+            if answered:
+                log.warning("%s; the copy in the hub's cache is used", error)
             return other
         record(hub_id, manifest)
     return Fetched(snapshot(manifest, files), manifest.commit, new)
@@ -165,7 +172,8 @@ def download(manifest: Manifest, files: list[str], reachable: bool) -> list[Path
     if not reachable:
         raise UnreachableError(f"{manifest.repository}: no copy of all its files")
     missing = [name for name in files if not is_here(manifest, name)]
-    need = sum(manifest.files[name]["size"] or 0 for name in missing)
+    begun = [part for name in missing if (part := part_of(manifest, name)).is_file()]
+    need = sum(manifest.files[name]["size"] or 0 for name in missing) - sum(part.stat().st_size for part in begun)
     check_free(Path(constants.HF_HUB_CACHE), need, manifest.repository, "HF_HOME")
     new = []
     for name in missing:
@@ -187,22 +195,29 @@ def download(manifest: Manifest, files: list[str], reachable: bool) -> list[Path
     return new
 
 
+def part_of(manifest: Manifest, name: str) -> Path:
+    """Where what came of a large file waits for the rest, beside what will be the file."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=manifest.repository, repo_type="model"), "blobs")
+    return blobs / f"{manifest.files[name]['sha256']}.consissr-part"
+
+
 def resume(manifest: Manifest, name: str) -> None:
     """Fetch a large file into the hub's cache, going on where a killed process stopped: the client would begin anew.
 
     Only where the hub says its SHA-256, which is the file's name there. What proves damaged is left to the client.
     """
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.file_download import http_get, repo_folder_name
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
     size, digest = manifest.files[name]["size"], manifest.files[name]["sha256"]
     if not digest or (size or 0) < LARGE:
         return
-    blob = Path(
-        constants.HF_HUB_CACHE, repo_folder_name(repo_id=manifest.repository, repo_type="model"), "blobs", digest
-    )
-    part = blob.with_name(f"{digest}.consissr-part")
+    part = part_of(manifest, name)
+    blob = part.with_name(digest)
     if blob.exists():
         return
     blob.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import pytest
 
 from consissr.errors import UserError
 from consissr.nano.config import run_config
-from consissr.training.checks import check_run
+from consissr.training.checks import check_models, check_run
 from scripts.train import stage_builder
 from tests.training.tiny import beside, words
 
@@ -121,6 +121,12 @@ def test_missing_packages_are_named(
     usual = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else usual(name))
     assert f"{package} is not installed: `pip install {package}`" in refuse(photos, tmp_path, change)
+
+
+def test_a_hub_id_s_revision_may_have_slashes(photos: Path, tmp_path: Path) -> None:
+    config = run_config(None, [f"data.paths=[{photos}]", f"output_dir={tmp_path}/run", "init=owner/name@refs/pr/1"])
+    check_models(config)
+    assert "does not exist" in refuse(photos, tmp_path, "init=owner/name/more")
 
 
 def test_an_output_that_is_a_file(photos: Path, tmp_path: Path) -> None:

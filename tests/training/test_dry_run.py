@@ -59,6 +59,15 @@ def test_trained_parameters_are_those_of_the_releases() -> None:
     assert counts("ccsr/deft_as_released")["decoder"] == 49_490_179
 
 
+def test_networks_are_told_by_name() -> None:
+    """Not by number: which are frozen, and how large each is."""
+    config = run_config(None, ["stage=nuts", "model.base=nano"])
+    lines = list(dry_run.parameters(dry_run.build(config, stage_builder("nuts"))))
+    names = {line.strip().rsplit(maxsplit=1)[0] for line in lines}
+    assert {"autoencoder: encoder", "autoencoder: decoder", "unet", "controlnet"} <= names, lines
+    assert not any(name.isdigit() for name in names)
+
+
 def test_memory_counts_every_kind(tiny_model: Path) -> None:
     words = [f"model.base={tiny_model.parent / 'base'}", "model.hint=conv", "data.crop=64", "micro_batch=2", "ema=0.9"]
 

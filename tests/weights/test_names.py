@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from consissr.config.machine import cache_folder
 from consissr.errors import UserError
-from consissr.weights import find
+from consissr.evaluation import provenance
+from consissr.weights import cache, find, hub
 from consissr.weights.base import base_path
 from consissr.weights.cache import by_hand_folder, unchanged
-from consissr.weights.files import read_config
-from consissr.weights.find import find_model, listing, prefetch
+from consissr.weights.files import read_config, read_weights
+from consissr.weights.find import find_model, listing, places, prefetch, read_files, ready_model, state_of
 from consissr.weights.hub import fetch
 from consissr.weights.names import published
 from consissr.weights.released_ccsr import AS_RELEASED_V2, jump
@@ -139,6 +141,8 @@ def test_what_other_programs_left_serves_without_a_network(machine, all_in_one, 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in files:
         hf_hub_download(SECOND, name, revision=revision)
+    shutil.move(machine.root / SECOND, machine.root / "private")  # 404 from every mirror, as once from the first
+    assert revision in base_path("sd21-base"), "a hub that says no is no worse than none"
     machine.gone()
     assert revision in base_path("sd21-base")
 
@@ -152,3 +156,65 @@ def test_every_name_says_where_it_lives():
             assert source.revision == "main" or len(source.revision) == 40
             assert all(len(digest) == 64 for digest in source.sha256.values())
     assert jump([499]) == [[999, 499, "renoise"], [499, -1, "x0"]]
+
+
+def conversion(folder: str, **origin: object) -> Path:
+    """A converted model in this project's cache, as far as its record tells."""
+    target = cache_folder() / "models" / folder
+    target.mkdir(parents=True)
+    find.write_origin(target, {"converter": find.CONVERTER, "half": False, **origin})
+    return target
+
+
+def test_a_folder_called_like_a_published_model_is_not_it(machine, tmp_path):
+    """A user's own models/ccsr-v1 was converted before; `-m ccsr-v1` still means the authors'."""
+    conversion("a-own", name="ccsr-v1", source=str(tmp_path / "models/ccsr-v1"))
+    assert ready_model("ccsr-v1", half=True) is None
+    half = conversion("b-half", name="ccsr-v1", source="camenduru/CCSR/x.ckpt", half=True)
+    assert ready_model("ccsr-v1", half=True) == half and ready_model("ccsr-v1", half=False) is None
+    full = conversion("c-full", name="ccsr-v1", source=str(by_hand_folder("ccsr-v1") / "real-world_ccsr.ckpt"))
+    assert ready_model("ccsr-v1", half=True) == ready_model("ccsr-v1", half=False) == full, "in full if it is there"
+
+
+def test_what_lies_beside_a_release_is_neither_counted_nor_watched(tmp_path):
+    """CCSR v2's folders with the base model's whole repository inside, tens of gigabytes that are never converted."""
+    for name in ("controlnet/a", "vae/b", "stable-diffusion-2-1-base/v2-1_512-ema-pruned.ckpt", ".git/lfs/c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert [path.name for path in read_files(tmp_path)] == ["a", "b"]
+    before = state_of(tmp_path)
+    (tmp_path / ".git/lfs/c").write_text("another state")
+    assert state_of(tmp_path) == before
+    (tmp_path / "vae/b").write_text("another state")
+    assert state_of(tmp_path) != before
+
+
+def test_a_download_that_broke_off_needs_room_for_the_rest_alone(machine, monkeypatch):
+    content = bytes(range(256)) * 2**16  # 16.8 MB
+    (machine.root / "me/model").mkdir(parents=True)
+    (machine.root / "me/model/large.bin").write_bytes(content)
+    manifest = hub.ask("me/model", True)
+    part = hub.part_of(manifest, "large.bin")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(content[: 2**24 - 1000])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, cache.SPARE + 5000))
+    folder = fetch("me/model", lambda files, half: ["large.bin"]).folder
+    assert (folder / "large.bin").read_bytes() == content and not part.exists()
+
+
+def test_places_name_the_base_that_is_meant(machine):
+    """By these check_model and eval know kept results: of another base's they are not."""
+    own, base = places("nano-ccsr")
+    assert own.name == "nano-ccsr" and base.name == "nano" and base.is_dir()
+    assert places("nano-ccsr", "owner/a")[1:] == [Path("owner/a")] != places("nano-ccsr", "owner/b")[1:]
+    assert provenance.contents(Path("owner/a")) != provenance.contents(Path("owner/b"))
+
+
+def test_a_damaged_file_of_torchs_old_format_is_one_line(tmp_path):
+    torch.save({"a": torch.arange(3.0)}, tmp_path / "whole.ckpt", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "whole.ckpt").read_bytes()
+    assert read_weights(tmp_path / "whole.ckpt")["a"].tolist() == [0, 1, 2]
+    for length in range(0, len(whole) - 1, 3):
+        (tmp_path / "cut.ckpt").write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"cut\.ckpt"):
+            read_weights(tmp_path / "cut.ckpt")
