@@ -68,7 +68,8 @@ def test_networks_are_told_by_name() -> None:
     assert not any(name.isdigit() for name in names)
 
 
-def test_memory_counts_every_kind(tiny_model: Path) -> None:
+def test_memory_counts_every_kind(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "GIB", 2**20)  # of small networks' megabytes digits are to be seen
     words = [f"model.base={tiny_model.parent / 'base'}", "model.hint=conv", "data.crop=64", "micro_batch=2", "ema=0.9"]
 
     def described(*more: str) -> dict[str, str]:
