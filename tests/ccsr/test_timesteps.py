@@ -1,5 +1,7 @@
 """Plans of non-uniform timestep sampling: the paper's S, both ends, and what bad values get."""
 
+from dataclasses import replace
+
 import pytest
 
 from ccsr.timesteps import nuts_plan, plan_of, sampler_plan, t_max_step, with_plan
@@ -118,6 +120,17 @@ def test_a_number_of_evaluations_becomes_a_plan():
     leading = SamplerConfig(steps=6, t_max=0.95, t_min=0.95, grid="leading")  # k(t_max) is T, at 831: there is a jump
     plans = [[step.t for step in plan_of(leading, evaluations)] for evaluations in (1, 2, 7)]
     assert plans == [[999], [999, 831], [999, 831, 665, 499, 333, 167, 1]]
+    for changes, most, steps in (
+        ({"t_max": 0.95, "grid": "trailing"}, 6, 1000),  # k(t_max) is T at 999 itself: none
+        ({"t_max": 0.95, "grid": "trailing"}, 6, 100),
+        ({"t_max": 1.0, "grid": "leading"}, 6, 1000),  # none by definition, though 831 comes first
+        ({"t_max": 0.0, "t_min": 0.0}, 1, 1000),
+        ({"t_max": 0.1667, "t_min": 0.0}, 2, 1000),
+    ):
+        config = replace(SamplerConfig(steps=6), **changes)
+        assert [len(plan_of(config, n, steps)) for n in range(1, most + 1)] == [*range(1, most + 1)]
+        with pytest.raises(UserError, match=f"can take 1 to {most}$"):
+            plan_of(config, most + 1, steps)
     assert plan_of(SamplerConfig(), 2) == nuts_plan(6, 2 / 3, 1 / 2)
     assert len(plan_of(SamplerConfig(plan="ddpm", steps=3), 7)) == 7
     for ask in (lambda: t_max_step(6, 1.5), lambda: plan_of(SamplerConfig(t_max=1.5), 2)):
