@@ -174,9 +174,16 @@ def test_what_is_sampled_is_trained(base: Path) -> None:
         ("sampler.timesteps=[[999,666,renoise],[666,-1,x0]] sampler.t_max=0.5 nuts.losses=[l_T,l_tmax]", "666"),
         ("sampler.timesteps=[[999,700,renoise],[700,-1,x0]]", "700"),
         ("sampler.plan=ddpm sampler.steps=4 nuts.losses=[l_T,l_tmax]", "666, 333, 0"),
+        (
+            "nuts.l_diff_t=interval sampler.timesteps=[[999,666,renoise],[666,333,step],[333,-1,x0]]",
+            "333",
+        ),  # from 499 on
     ):
-        with pytest.raises(UserError, match=f"^the sampler evaluates t={never}, which these losses never train"):
+        with pytest.raises(
+            UserError, match=f"^the sampler evaluates t={never}, which these losses never train"
+        ) as said:
             built(base, *words.split())
+        assert str(said.value).endswith("use sampler.plan=nuts, or train l_diff at all t with nuts.l_diff_t=all")
     for words in (
         "sampler.timesteps=[[999,700,renoise],[700,-1,x0]] nuts.l_diff_t=all",
         "sampler.timesteps=[[999,700,renoise],[700,-1,x0]] nuts.t_max_step=667",  # as released: another on purpose
@@ -184,7 +191,9 @@ def test_what_is_sampled_is_trained(base: Path) -> None:
         "sampler.plan=ddpm nuts.losses=[l_diff]",
     ):
         built(base, *words.split())
-    with pytest.raises(UserError, match="augmentation acts on l_diff, which nuts.losses leaves out: add it"):
+    with pytest.raises(
+        UserError, match="^tala.probability: latent augmentation acts on l_diff, which nuts.losses leaves out: add it$"
+    ):
         built(base, "tala.probability=power", "nuts.losses=[l_T,l_tmax]")
 
 

@@ -5,6 +5,7 @@ stopped and goes on; and steps that are not finite.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -227,6 +228,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(photos: Path, tmp_path: Path, capfd: 
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("through", "stopped")]
     told = [(line["step"], line.get("not_finite")) for line in logs[0]]
     assert told == [(1, None), (2, None), (3, None), (4, 2), (4, None), (5, 2), (5, None)]
+    assert all(math.isfinite(v) for line in logs[0] for v in line.values() if isinstance(v, float)), (
+        "left out there, too"
+    )
     for first, second in zip(*logs, strict=True):
         for key in first.keys() - {"steps_per_second", "data_seconds", "peak_mb", "peak_share"}:
             assert repr(first[key]) == repr(second[key]), (first["step"], key)
