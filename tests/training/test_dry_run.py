@@ -59,13 +59,21 @@ def test_trained_parameters_are_those_of_the_releases() -> None:
     assert counts("ccsr/deft_as_released")["decoder"] == 49_490_179
 
 
-def test_networks_are_told_by_name() -> None:
-    """Not by number: which are frozen, and how large each is."""
-    config = run_config(None, ["stage=nuts", "model.base=nano"])
-    lines = list(dry_run.parameters(dry_run.build(config, stage_builder("nuts"))))
-    names = {line.strip().rsplit(maxsplit=1)[0] for line in lines}
-    assert {"autoencoder: encoder", "autoencoder: decoder", "unet", "controlnet"} <= names, lines
-    assert not any(name.isdigit() for name in names)
+def test_frozen_networks_are_told_by_name() -> None:
+    """Which are frozen, and how large each is."""
+    codes = ["autoencoder: quant_conv", "autoencoder: post_quant_conv"]
+    both = ["autoencoder: encoder", "autoencoder: decoder", *codes]
+    deft = ["unet", "controlnet", "autoencoder: encoder", *codes]
+    for name, wanted in {
+        "ccsr/nuts": ["unet", *both],
+        "consissr/tala": ["unet", "controlnet", *both, "image_prompt: tower"],
+        "consissr/rclip": ["teacher"],
+        "ccsr/deft": [*deft, "lpips"],
+        "ccsr/deft_as_released": [*deft, "adversary: summary", "adversary: discriminator"],
+    }.items():
+        _, stage = built(CONFIGS / f"{name}.yaml")
+        labels = [line.rsplit(maxsplit=1)[0].strip() for line in dry_run.parameters(stage)]
+        assert labels[labels.index("frozen") + 1 :] == wanted, name
 
 
 def test_memory_counts_every_kind(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
