@@ -200,6 +200,7 @@ def test_text_stays_as_it_is_written(tmp_path: Path) -> None:
         (tmp_path / "run.yaml").write_text(f"output_dir: {text}\ndata: {{validation: {text}}}\n")
         read = run_config(tmp_path / "run.yaml")
         assert read.output_dir == read.data.validation == text
+    assert run_config(None, ["data.paths=[20261101_1530,b,007]"]).data.paths == ["20261101_1530", "b", "007"]
     config = run_config(
         None, ["output_dir='a b'", "data.validation=", "steps=1_000", "tala.probability=off", "ema=0.5"]
     )

@@ -125,12 +125,21 @@ def as_written(cls: type, given: dict, raw: Any) -> dict:
     """`given`, but text fields as they are written (`raw`, all text): YAML takes 20261101_1530 for a number."""
     kept = dict(given)
     for f in dataclasses.fields(cls):
-        value, written = given.get(f.name), raw.get(f.name) if isinstance(raw, dict) else None
+        if f.name not in given or not isinstance(raw, dict):
+            continue
+        value, written = given[f.name], raw.get(f.name)
         if isinstance(value, dict) and dataclasses.is_dataclass(f.default_factory):
             kept[f.name] = as_written(f.default_factory, value, written)
-        elif f.type in (str, "str") and isinstance(value, (bool, int, float)) and isinstance(written, str):
-            kept[f.name] = written
+        elif f.type in (str, "str"):
+            kept[f.name] = text_of(value, written)
+        elif f.type in (list[str], "list[str]") and isinstance(value, list) and isinstance(written, list):
+            kept[f.name] = [text_of(*pair) for pair in zip(value, written, strict=True)]
     return kept
+
+
+def text_of(value: Any, written: Any) -> Any:
+    """A scalar that YAML took for a number or a truth, as it is written; others as they are."""
+    return written if isinstance(value, (bool, int, float)) and isinstance(written, str) else value
 
 
 def changed(config: ConfigT, settings: dict[str, Any]) -> ConfigT:

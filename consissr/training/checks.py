@@ -139,9 +139,8 @@ def check_images(config: TrainConfig) -> None:
 def check_models(config: TrainConfig) -> None:
     """Whether local folders of weights exist."""
     for key, text in (("init", config.init), ("model.base", config.model.base)):
-        local = (
-            text.startswith((".", "/", "~")) or text.partition("@")[0].count("/") > 1
-        )  # else a known name or a hub id
+        hub_id = text.partition("@")[0].count("/") <= 1  # or a known name; revisions may have more
+        local = text.startswith((".", "/", "~")) or not hub_id
         if local and not os.path.exists(os.path.expanduser(text)):
             raise UserError(f"{key}: {text} does not exist: give the output_dir of an earlier run, or a model folder")
 

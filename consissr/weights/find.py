@@ -140,7 +140,7 @@ def files_of(path: Path) -> list[Path]:
 
 def read_files(source: Path) -> list[Path]:
     """The files of a release that a conversion may read: not what else lies in its folder, such as a base model."""
-    parts = ("controlnet", "vae", *BASE_NETWORKS, *TEXT_FOLDERS)
+    parts = ("controlnet", "vae", "scheduler", *BASE_NETWORKS, *TEXT_FOLDERS)
     inside = (source / "controlnet").is_dir()
     return [file for part in dict.fromkeys(parts) for file in files_of(source / part)] if inside else files_of(source)
 
