@@ -102,7 +102,8 @@ class PhotoDataset:
             except RejectedError as reason:
                 self._skip(photo.label, str(reason))
         label, reason = next(reversed(self.skipped.items()))
-        raise UserError(f"{MAX_RETRIES} images in a row gave no sample, the last: {label}: {reason}; check data.paths")
+        last = f"the last: {label}: {reason}"
+        raise UserError(f"{MAX_RETRIES} images in a row gave no sample, {last}; check data.paths and data.crop")
 
     def _sample(self, photo: PhotoFile, partner: PhotoFile | None, n: int) -> dict[str, Any]:
         rng = generator(self.seed, 2, n)

@@ -68,6 +68,11 @@ def test_every_window_can_be_drawn(tmp_path):
     assert corners == {(left, top) for left in range(2) for top in range(3)}
 
 
+def test_photographs_smaller_than_the_crop_name_the_setting(folder):
+    with pytest.raises(UserError, match=r"60x48 pixels are fewer than a 64-pixel crop needs; check .*data\.crop"):
+        photos_of(folder, crop=64)[0]
+
+
 def test_probabilities(folder):
     paths = [str(folder / "a"), str(folder / "b")]
     dataset = photos_of(*paths, probabilities=[3, 1])
