@@ -161,8 +161,8 @@ def trained_model(config: TrainConfig) -> Model:
 
 def first_stage(config: TrainConfig, model: Model) -> TrainConfig:
     """The run's configuration with the frozen first stage's model and sampler."""
-    stored = model.config
-    nuts = replace(config.nuts, posterior=stored.sampler.posterior)
+    stored = model.config  # and of the losses, none of which is trained here, one that suits any plan
+    nuts = replace(config.nuts, posterior=stored.sampler.posterior, losses=["l_T"])
     return replace(config, model=stored.model, sampler=stored.sampler, nuts=nuts)
 
 

@@ -52,7 +52,7 @@ class TrainConfig:
     export_precision: str = "fp32"
     """Storage of the exported result's weights: 'fp32' or 'fp16'. Checkpoints are always fp32."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the trained weights; 0: none."""
+    """Decay per step of an exponential average of the trained weights, at first (1 + step) / (10 + step); 0: none."""
     gradient_checkpointing: bool = False
     """Trade time for memory in the UNet and the ControlNet."""
     compile: bool = False

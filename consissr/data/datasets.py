@@ -56,7 +56,7 @@ class PhotoDataset:
         self._damaged: dict[str, str] = {}
         self._cache: dict[str, np.ndarray] = {}
         self._cache_size = self._cache_left = config.cache_mb * 2**20
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._orders: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -65,10 +65,11 @@ class PhotoDataset:
 
     def order(self, epoch: int) -> np.ndarray:
         """The image indices of an epoch, a permutation that depends on (seed, epoch)."""
-        known, indices = self._order
-        if known != epoch:
+        indices = self._orders.get(epoch)
+        if indices is None:
             indices = generator(self.seed, 0, epoch).permutation(len(self))
-            self._order = (epoch, indices)
+            last = list(self._orders.items())[-1:]  # threads are on both sides of an epoch's end
+            self._orders = dict([*last, (epoch, indices)])
         return indices
 
     def index(self, n: int, attempt: int = 0) -> int:

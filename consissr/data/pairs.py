@@ -23,9 +23,18 @@ def check_names(names: Sequence[str]) -> None:
         raise UserError(f"data.pair_names is {list(names)}: give an HQ and an LQ name, such as [NAME_HR,NAME_LR4]")
 
 
-def common(photo: PhotoFile, pattern: str) -> str | None:
-    """What NAME stands for in a photo's file name without extension, with its folder; None where it does not match."""
-    folder, name = os.path.split(os.path.splitext(photo.name)[0])
+def relative(photos: Photos) -> dict[PhotoFile, str]:
+    """Names below a folder that all share: text lists may give whole paths."""
+    names = {photo: photo.name for photo in photos}
+    if not all(map(os.path.isabs, names.values())):
+        return names
+    root = os.path.commonpath([os.path.dirname(name) for name in names.values()])
+    return {photo: os.path.relpath(name, root) for photo, name in names.items()}
+
+
+def common(path: str, pattern: str) -> str | None:
+    """What NAME stands for in a file name without extension, with its folder; None where it does not match."""
+    folder, name = os.path.split(os.path.splitext(path)[0])
     before, after = pattern.split("NAME")
     if not name.startswith(before) or not name.endswith(after) or len(name) < len(before) + len(after):
         return None
@@ -42,10 +51,10 @@ def pairs(
     """
     check_names(names)
     partners: dict[str, list[PhotoFile]] = {}
-    for photo in list_photos(folder):
-        if (key := common(photo, names[1])) is not None:
+    for photo, name in relative(list_photos(folder)).items():
+        if (key := common(name, names[1])) is not None:
             partners.setdefault(key, []).append(photo)
-    keys = {photo: key for photo in photos if (key := common(photo, names[0])) is not None}
+    keys = {photo: key for photo, name in relative(photos).items() if (key := common(name, names[0])) is not None}
     if not keys:
         raise UserError(
             f"none of {len(photos)} images, first {photos[0].name}, is named {names[0]}: see data.pair_names"
@@ -61,9 +70,9 @@ def pairs(
 
 def hint(photos: Photos, folder: str, names: Sequence[str]) -> str:
     """For a message: the known way of naming that fits these files, if one does."""
-    there = list_photos(folder)
+    here, there = relative(photos).values(), relative(list_photos(folder)).values()
     for known in KNOWN:
-        keys = {common(photo, known[0]) for photo in photos} - {None}
-        if known != tuple(names) and keys and keys <= {common(photo, known[1]) for photo in there}:
+        keys = {common(name, known[0]) for name in here} - {None}
+        if known != tuple(names) and keys and keys <= {common(name, known[1]) for name in there}:
             return f": use data.pair_names=[{','.join(known)}]"
-    return f"; its first file is {there[0].name}: data.pair_names says how names differ"
+    return f"; its first file is {next(iter(there))}: data.pair_names says how names differ"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from consissr.data.degradation import check_size, degrade
 from consissr.data.settings import preset
 from consissr.errors import UserError
 from consissr.images.rgb8 import to_pil
+
+LONGEST = 200
+"""Bytes of a source's name that its crops keep: file systems take 255."""
 
 
 def write_testset(
@@ -42,7 +46,8 @@ def write_testset(
     entries = []
     for n in progress(range(count or len(dataset))):
         sample = dataset[n]
-        file = f"{n:04}_{Path(sample['name']).stem}.png"
+        stem = os.fsencode(Path(sample["name"]).stem)[:LONGEST].decode(errors="ignore")
+        file = f"{n:04}_{stem}.png"
         lq, _ = degrade(sample["hq"][None], config, [sample["seed"]])
         to_pil(sample["hq"][None]).save(output / "HR" / file)
         to_pil(lq).save(output / "LR" / file)

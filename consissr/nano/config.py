@@ -27,9 +27,10 @@ STAGES = (*PAPER_STAGES, "autoencoder", "clip", "prior", "nano_rclip", "nano_tal
 
 def run_config(path: str | Path | None, overrides: list[str] | None = None) -> TrainConfig:
     """The configuration of a run from a YAML file and `key=value` overrides, by its stage. Raises UserError."""
-    stage = read_word("stage", path, overrides) or "nuts"
-    check_word(stage, STAGES, "stage")
-    return load_config(TrainConfig if stage in PAPER_STAGES else NanoConfig, path, overrides)
+    stage = read_word("stage", path, overrides)
+    if stage or "stage=" in (overrides or []):
+        check_word(stage, STAGES, "stage")
+    return load_config(TrainConfig if stage in ("", *PAPER_STAGES) else NanoConfig, path, overrides)
 
 
 @dataclass(kw_only=True)

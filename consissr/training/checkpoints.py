@@ -56,7 +56,7 @@ def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], limit: i
     partial = output_dir / f".stale-partial-{step}"
     try:
         for left in output_dir.glob(STALE):
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)  # a file server may keep what another process still reads
         partial.mkdir(parents=True)
         with open(partial / "state.pt", "wb") as file:  # given a path, torch would hide the system's words
             torch.save(state, file)
@@ -93,7 +93,11 @@ class Writer:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy `state` to the CPU, now, and start writing it. Raises what an earlier write ran into."""
         self.finish()
-        self.pending = self.thread.submit(save_checkpoint, self.output_dir, step, snapshot(state), self.limit)
+        from accelerate.utils import recursively_apply
+
+        # copies on the CPU: what is written later is what was true now
+        copied = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), state)
+        self.pending = self.thread.submit(save_checkpoint, self.output_dir, step, copied, self.limit)
 
     def check(self) -> None:
         """Raise what the last write ran into, if it has ended."""
@@ -109,19 +113,6 @@ class Writer:
     def close(self) -> None:
         """Wait for the last write; what it ran into is told by whoever asked for it."""
         self.thread.shutdown()
-
-
-def snapshot(value: Any) -> Any:
-    """`value` with every tensor in it copied to the CPU: what is written later is what was true now."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: snapshot(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(snapshot(one) for one in value)
-    return value
 
 
 def described(step: int, file: Path) -> str:

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import yaml
-
-from consissr.config.loading import changed_fields, load_config
+from consissr.config.loading import changed_fields, load_config, read_word
 from consissr.config.training import TrainConfig
 from consissr.data.patterns import matching
 from consissr.data.settings import preset
@@ -147,10 +145,10 @@ def check_models(config: TrainConfig) -> None:
 
 def check_packages(config: TrainConfig) -> None:
     """Optional packages that the config asks for."""
-    if config.engine == "zero1" and "adamw8bit" in (config.optimizer.kind, config.deft.optimizer.kind):
-        raise UserError("engine=zero1 shares out AdamW's own moments: use optimizer.kind=adamw, or engine=ddp")
     second = config.deft.optimizer if config.stage.endswith("deft") else config.optimizer
     kinds = {config.optimizer.kind, second.kind}
+    if config.engine == "zero1" and "adamw8bit" in kinds:
+        raise UserError("engine=zero1 shares out AdamW's own moments: use optimizer.kind=adamw, or engine=ddp")
     wanted = {"wandb": (config.tracker == "wandb", "tracker=tensorboard"),
               "bitsandbytes": ("adamw8bit" in kinds, "optimizer.kind=adamw"),
               "tensorboard": (config.tracker == "tensorboard", "tracker=none")}  # fmt: skip
@@ -174,7 +172,7 @@ def check_changes(config: TrainConfig, resume: str, allowed: bool) -> None:
     checkpoint = find_checkpoint(Path(config.output_dir), resume)
     output = checkpoint.parent
     before = output / "train.yaml"
-    if (stage := stage_of(before)) not in ("", config.stage) and not allowed:
+    if (stage := read_word("stage", before)) not in ("", config.stage) and not allowed:
         raise UserError(
             f"{before} is of stage {stage}, this run of {config.stage}: choose another output_dir (to start from the "
             f"result: init={output})"
@@ -194,15 +192,6 @@ def check_changes(config: TrainConfig, resume: str, allowed: bool) -> None:
     if differ:
         step = step_of(checkpoint)
         log.warning("step %d goes on with other settings than before: %s", step, ", ".join(differ))
-
-
-def stage_of(settings: Path) -> str:
-    """The stage that a run's train.yaml names, whosever fields it has; "" where that cannot be read."""
-    try:
-        told = yaml.safe_load(settings.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return ""
-    return told.get("stage", "") if isinstance(told, dict) else ""
 
 
 def check_output(config: TrainConfig, resume: str) -> None:

@@ -64,6 +64,7 @@ class Player:
 
         Nothing waits for the device, except with 8-bit moments, whose kernels have no such condition.
         """
+        self.requires_grad(True)  # a sharded optimiser would take parameters that don't for changed ones
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.phase.optimizer.clip or math.inf)
         inner = getattr(self.optimizer, "optim", self.optimizer)  # what a sharded optimiser steps
         for group in [*self.optimizer.param_groups, *inner.param_groups]:
@@ -90,7 +91,10 @@ class Player:
 
 
 class Average:
-    """Exponential moving averages of the trained weights, or none (`decay` 0)."""
+    """Exponential moving averages of the trained weights, or none (`decay` 0).
+
+    The decay grows to its value as in LDM's training: a short run's average would hold its starting weights otherwise.
+    """
 
     def __init__(self, weights: dict[str, Tensor], decay: float) -> None:
         self.decay = decay
@@ -98,10 +102,11 @@ class Average:
         self.values = {name: value.detach().clone() for name, value in weights.items()} if decay else {}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move every average towards its weight."""
+    def update(self, step: int) -> None:
+        """Move every average towards its weight, after `step` steps before this one."""
+        decay = min(self.decay, (1 + step) / (10 + step))
         if self.values:
-            torch._foreach_lerp_(list(self.values.values()), self.weights, 1 - self.decay)
+            torch._foreach_lerp_(list(self.values.values()), self.weights, 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -44,7 +44,9 @@ class Feed:
         self.degradation = preset(config.data.degradation)
         if config.data.enlarge:
             self.degradation = replace(self.degradation, enlarge=tuple(config.data.enlarge))
-        if needs_lq and not (config.data.lq_paths and all(config.data.lq_paths)):
+        data = config.data
+        given = data.lq_paths and all(data.lq_paths) and (data.validation_lq or not data.validation)
+        if needs_lq and not given:
             check_size((config.data.crop, config.data.crop), self.degradation)
         self.dataset = PhotoDataset(config.data, config.seed)
         self.workers = threads(config.workers)
@@ -54,14 +56,15 @@ class Feed:
         if config.data.pair_pool and needs_lq:
             self.pool = PairPool(config.data.pair_pool, seed_of(config.seed, "pool", rank))
 
-    def make_batch(self, samples: list[dict[str, Any]]) -> Batch:
+    def make_batch(self, samples: list[dict[str, Any]], draws: str = "per_image") -> Batch:
         """Samples of the dataset on the device, degraded there if the stage needs low-quality partners.
 
+        draws: as `data.draws`; draws per batch would make a validation image depend on those beside it.
         In float32, as in threads, also where autocast is on (validation): JPEG's coefficients need all their digits.
         """
         hq = self.moved([s["hq"] for s in samples])
         with without_autocast(self.device):
-            lq = self.degraded(hq, samples) if self.needs_lq else None
+            lq = self.degraded(hq, samples, draws) if self.needs_lq else None
         hq, lq = (x if x is None else x.contiguous(memory_format=torch.channels_last) for x in (hq, lq))
         return Batch(
             hq=hq,
@@ -74,22 +77,22 @@ class Feed:
         """Images as one tensor on the device; the copy does not keep the host waiting."""
         return to_device(torch.stack(images), self.device)
 
-    def degraded(self, hq: torch.Tensor, samples: list[dict[str, Any]]) -> torch.Tensor:
+    def degraded(self, hq: torch.Tensor, samples: list[dict[str, Any]], draws: str) -> torch.Tensor:
         """The low-quality images (B, 3, S, S) in [-1, 1] of `hq`: the samples' own, or made here."""
         own = [i for i, s in enumerate(samples) if "lq" in s]
         rest = [i for i in range(len(samples)) if i not in own]
         seeds = [samples[i]["seed"] for i in rest]
         if not own:
-            return self.made(hq, seeds)
+            return self.made(hq, seeds, draws)
         lq = torch.empty_like(hq)
         lq[own] = self.moved([samples[i]["lq"] for i in own])
         if rest:
-            lq[rest] = self.made(hq[rest], seeds)
+            lq[rest] = self.made(hq[rest], seeds, draws)
         return lq
 
-    def made(self, hq: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+    def made(self, hq: torch.Tensor, seeds: list[int], draws: str) -> torch.Tensor:
         """Low-quality images (B, 3, S, S) made from `hq`."""
-        if self.config.data.draws == "per_batch":
+        if draws == "per_batch":
             return degrade_as_released(hq, self.degradation, ReleasedDraws(seeds[0] % 2**32))[1]
         return degrade(hq, self.degradation, seeds)[1]
 
@@ -126,11 +129,11 @@ class Feed:
 
     def prepare(self, numbers: range) -> tuple[Batch, torch.cuda.Event | None]:
         """One micro-batch, in a thread; on a GPU beside the step, and complete when the event has happened."""
-        samples = [self.dataset[n] for n in numbers]
+        samples, draws = [self.dataset[n] for n in numbers], self.config.data.draws
         if self.stream is None:
-            return self.make_batch(samples), None
+            return self.make_batch(samples, draws), None
         with torch.cuda.stream(self.stream):
-            batch = self.make_batch(samples)
+            batch = self.make_batch(samples, draws)
             return batch, self.stream.record_event()
 
     def received(self, future: Future) -> Batch:

@@ -77,7 +77,7 @@ class Loop:
         self.step = 0
         self.not_finite = 0
         """Steps that were skipped because their loss or gradient was not finite."""
-        self.window = LogWindow()
+        self.window = LogWindow(config.batch // self.world)
         self.writer = Writer(self.output_dir, config.checkpoint_limit)
 
         with self.processes.one_line():
@@ -153,7 +153,7 @@ class Loop:
             rate = learning_rate(player.phase.optimizer, self.step, self.config.steps)
             totals[f"{player.name}/grad_norm"] = player.step(rate)
             totals[f"{player.name}/lr"] = rate
-        self.average.update()
+        self.average.update(self.step)
         watched = [f"{player.name}/{what}" for what in ("loss", "grad_norm") for player in self.players]
         bad = [~torch.isfinite(totals[name]) for name in watched]
         self.flags.post((self.step, self.files, watched, totals), [float(bool(self.signalled)), *bad])
@@ -202,22 +202,23 @@ class Loop:
     def train(self) -> None:
         """Steps, lines, validations and checkpoints up to `config.steps`."""
         c = self.config
-        if self.processes.first(bool(self.log and not self.log.validated)):
+        if self.to_validate():
             self.validate_if_due()  # the last run stopped between checkpoint and validation
-        self.window.restart(self.step)
+        begun = self.step
+        self.window.restart(begun)
         with closing(self.batches()) as batches:
             while self.step < c.steps:
                 totals: dict[str, Tensor | float] = {}
                 for micro in range(self.micro_batches):
                     waiting = time.perf_counter()
                     batch = next(batches)
-                    if self.window.work:  # the first wait fills the feed
+                    if self.step > begun or micro:  # the first wait fills the feed
                         self.window.waited += time.perf_counter() - waiting
                     accumulate = partial(self.accumulate, batch, totals, last=micro == self.micro_batches - 1)
                     if self.window.work:
                         accumulate()
-                    else:
-                        self.window.work = self.micro_batches * counted(accumulate)
+                    else:  # once in a run: counting does without compiled networks, whose last bits are others
+                        self.window.work = counted(accumulate) / c.micro_batch
                 self.update(totals)
                 self.step += 1
                 self.window.add(totals, finite_only=c.skip_not_finite)
@@ -267,6 +268,10 @@ class Loop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
 
+    def to_validate(self) -> bool:
+        """Whether an earlier run's log does not tell of this step's validation yet."""
+        return self.processes.first(bool(self.log and self.step not in self.log.validated))
+
     def validate_if_due(self) -> None:
         """After the checkpoint of the same step, which a validation that fails then costs nothing."""
         every = self.config.validate_every
@@ -282,7 +287,7 @@ class Loop:
 
     def finish(self) -> Path:
         """Validate once more and export the result: the averaged weights, if there are any."""
-        if self.validation:
+        if self.validation and self.to_validate():
             self.validate()
         if self.rank == 0:
             for player in self.players:

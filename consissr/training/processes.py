@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from consissr.errors import UserError
+from consissr.errors import UserError, reason_of
 
 LONG = timedelta(days=1)
 FAILED = "consissr/failed"
@@ -39,7 +39,13 @@ class Processes:
         self.ended = threading.Event()
         self.long = None
         if world > 1:
-            self.long = dist.new_group(backend="gloo", timeout=LONG)
+            try:
+                self.long = dist.new_group(backend="gloo", timeout=LONG)
+            except RuntimeError as error:  # such as a host whose own name means 127.0.1.1
+                raise UserError(
+                    f"the processes cannot reach each other ({reason_of(error)}): set GLOO_SOCKET_IFNAME, and "
+                    "NCCL_SOCKET_IFNAME, to the network interface between the machines"
+                ) from error
             # A client of its own: one that waits for a key keeps every other call of its connection waiting.
             self.store = dist.distributed_c10d._get_default_store().clone()
             self.thread = threading.Thread(target=self.watch, name="signs of life", daemon=True)

@@ -42,7 +42,8 @@ class Rclip(Stage):
             student = load_tower(Path(init))[0] if init else deepcopy(self.teacher)
         self.student = student
         self.networks = nn.ModuleDict({"teacher": self.teacher, "student": self.student})
-        self.compile_modules = [self.teacher, self.student]
+        # the towers' blocks: `tower_features` does not call the towers themselves
+        self.compile_modules = [*self.teacher.transformer.resblocks, *self.student.transformer.resblocks]
         self.phases = [Phase("tower", dict(self.student.named_parameters()), self.loss, config.optimizer)]
 
     def prepare(self, batch: Batch) -> None:

@@ -45,6 +45,13 @@ def starting_model(config: TrainConfig) -> Model:
     if not config.init or tower_only(config.init):
         return new_model(config.model, tower=config.init)
     model = model_of_init(config, config.model)
+    s = config.sampler
+    unknown = {s.positive, s.negative if s.guidance != 1 else s.positive} - model.prompts.keys()
+    if model.own_prompts and unknown:
+        raise UserError(
+            f"{config.init} has no text encoder and keeps the prompts {sorted(model.prompts)} alone: "
+            f"'{min(unknown)}' of sampler.positive or sampler.negative cannot be encoded"
+        )
     if model.decoder != "base":
         log.warning(
             "%s: its decoder was tuned on its results and stays: tune it again (stage deft), or use keep_decoder=false",
@@ -115,6 +122,8 @@ class Restoration(Stage):
         parts |= {"image_prompt": self.image_prompt, "soft_prompt": soft_prompt}
         self.networks = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
         self.compile_modules = [model.unet, model.controlnet, model.latents.vae.encoder]
+        if model.image_prompt is not None:
+            self.compile_modules += model.image_prompt.tower.transformer.resblocks
         if config.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
             model.controlnet.enable_gradient_checkpointing()

@@ -40,8 +40,8 @@ class RunLog:
         (self.folder / "run.json").write_text(json.dumps(about, indent=1))
         self.lines = self.folder / "log.jsonl"
         earlier = [line for line in read_log(self.lines) if line["step"] <= step]
-        self.validated = any(line["step"] == step and "images" not in line for line in earlier)
-        """Whether the log tells of the validation of that `step`; only training's lines count images."""
+        self.validated = {line["step"] for line in earlier if "images" not in line}
+        """Steps whose validation the log told of at the start; only training's lines count images."""
         with whole(self.lines) as shortened:
             shortened.write_text("".join(json.dumps(line) + "\n" for line in earlier))
         self.tracker = tracker(config, self.folder, step)

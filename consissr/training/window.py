@@ -19,12 +19,14 @@ COUNT = "#"
 class LogWindow:
     """Sums over steps, on the device until a line or a checkpoint needs them; and where the time went."""
 
-    work = 0
-    """Floating point operations of a step in this process, once they are counted."""
+    work = 0.0
+    """Floating point operations of training on one image, once they are counted."""
     peak = 1.0
     """Those per second that matrix products reach here (`product_rate`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, images: int = 1) -> None:
+        """images: of this process in each step."""
+        self.images = images
         self.sums: dict[str, Tensor | float] = {}
         self.since = 0
         self.restart(0)
@@ -61,7 +63,7 @@ class LogWindow:
         steps = step - self.first
         seconds = (time.perf_counter() - self.started) / steps
         values = {"steps_per_second": round(1 / seconds, 4), "data_seconds": round(self.waited / steps, 4)}
-        values["peak_share"] = round(self.work / seconds / self.peak, 4)
+        values["peak_share"] = round(self.work * self.images / seconds / self.peak, 4)
         counts = {name: self.sums.pop(COUNT + name, step - self.since) for name in list(self.sums) if name[0] != COUNT}
         values |= {name: self.sums[name] / count for name, count in counts.items() if count}
         self.sums, self.since = {}, step
@@ -70,11 +72,11 @@ class LogWindow:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"window": dict(self.sums), "since": self.since}
+        return {"window": dict(self.sums), "since": self.since, "work": self.work}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state."""
-        self.sums, self.since = state["window"], state["since"]
+        self.sums, self.since, self.work = state["window"], state["since"], state.get("work", 0.0)
 
 
 def product_rate(device: torch.device, low: bool) -> float:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from consissr.config.training import TrainConfig
 from consissr.data.degradation import degrade
+from consissr.errors import UserError
 from consissr.training.feed import Feed, threads
 from consissr.training.processes import Processes
 from consissr.training.stage import Batch, seed_of
@@ -54,6 +55,25 @@ def test_own_pairs_are_not_degraded(config: TrainConfig) -> None:
             assert torch.equal(batch.lq[i], sample.get("lq", made))
             seen.add("lq" in sample)
     assert n == 11 and seen == {True, False}
+
+
+def test_crops_that_validation_alone_degrades_are_checked_at_the_start(config: TrainConfig, tmp_path: Path) -> None:
+    config.data.paths, config.data.lq_paths = [str(tmp_path / "hq")], [str(tmp_path / "lq")]
+    config.data.crop = 32
+    Feed(config, torch.device("cpu"), rank=0, world=1, needs_lq=True)
+    config.data.validation = str(tmp_path / "hq")
+    with pytest.raises(UserError, match="crops of 32x32 pixels can shrink to"):
+        Feed(config, torch.device("cpu"), rank=0, world=1, needs_lq=True)
+
+
+def test_a_validation_image_does_not_depend_on_those_beside_it(config: TrainConfig) -> None:
+    """Not even where training's draws are shared by a batch."""
+    config.data.lq_paths, config.data.draws = [], "per_batch"
+    feed = Feed(config, torch.device("cpu"), rank=0, world=1, needs_lq=True)
+    samples = [feed.dataset[n] for n in range(2)]
+    apart = torch.cat([feed.make_batch([sample]).lq for sample in samples])
+    assert torch.equal(feed.make_batch(samples).lq, apart)
+    assert not torch.equal(next(feed.batches(0)).lq, apart), "training's are as released"
 
 
 def test_validation_on_own_pairs(config: TrainConfig, tmp_path: Path) -> None:

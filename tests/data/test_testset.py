@@ -65,6 +65,16 @@ def test_set_is_fixed_and_recorded(photos, tmp_path, make):
         torch.testing.assert_close(again, lr, atol=1 / 120, rtol=0)  # one 8-bit step of rounding
 
 
+def test_long_names_are_cut(tmp_path, make):
+    """With a number before it, a name of 255 bytes would be too long; half a character is none."""
+    (tmp_path / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photos" / ("\u6c34" * 83 + ".png"))
+    status, _, err = make("-i", tmp_path / "photos", "-o", tmp_path / "out", "--crop", 96)
+    assert status == 0, err
+    assert [file.name for file in (tmp_path / "out/HR").iterdir()] == ["0000_" + "\u6c34" * 66 + ".png"]
+
+
 def test_mistakes_are_named(photos, tmp_path, make):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("")

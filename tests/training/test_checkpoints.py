@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -20,6 +21,23 @@ from consissr.training.checks import check_changes
 from consissr.training.lock import claimed
 from scripts.train import main
 from tests.training.tiny import words
+
+
+def test_a_removed_checkpoint_that_a_file_server_keeps_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS holds a file that another process still reads in the folder that was to go."""
+    busy, usual = tmp_path / ".stale-checkpoint-1", os.rmdir
+    busy.mkdir()
+
+    def rmdir(path: str, **options: int) -> None:
+        if Path(path).name == busy.name:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        usual(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    assert save_checkpoint(tmp_path, 2, {"step": 2}, limit=1).is_dir()
+    assert busy.is_dir()
 
 
 def test_any_damaged_byte_is_noticed(tmp_path: Path) -> None:

@@ -139,6 +139,30 @@ def test_what_is_told_and_saved_when(photos: Path, tmp_path: Path, monkeypatch: 
     assert about.items() >= (wanted | {"micro_batches": 2, "workers": 3}).items()
 
 
+def test_a_steps_work_is_counted_once_in_a_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is done without compiled networks, whose last bits are others: a resumed run would differ from one that was
+    never stopped."""
+    asked = []
+    monkeypatch.setattr(loop_module, "counted", lambda run: asked.append(run()) or 50)
+    monkeypatch.setattr(loop_module, "product_rate", lambda *_: 1.0)
+    begun(photos, tmp_path, "steps=2").run()
+    begun(photos, tmp_path, "steps=3", resume="latest").run()
+    assert len(asked) == 1
+    lines = read_log(tmp_path / "log.jsonl")
+    for line in lines:  # of an image, 50 / 2: a micro-batch has two
+        assert line["peak_share"] == pytest.approx(25 * 4 * line["steps_per_second"], rel=1e-2)
+    assert [line["step"] for line in lines] == [2, 3]
+
+
+def test_resuming_a_run_that_has_ended_tells_nothing_twice(photos: Path, tmp_path: Path) -> None:
+    words = ["steps=2", f"data.validation={photos}"]
+    begun(photos, tmp_path, *words).run()
+    before = read_log(tmp_path / "log.jsonl")
+    assert before[-1]["step"] == 2 and "validation/restored_psnr" in before[-1]
+    begun(photos, tmp_path, *words, resume="latest").run()
+    assert read_log(tmp_path / "log.jsonl") == before
+
+
 def test_how_the_stage_is_set_up(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast in every forward pass, frozen matrices stored as they are computed; exported as they were."""
     from torch._functorch import config as functorch

@@ -24,7 +24,7 @@ from consissr.weights.precision import BF16_INSTRUCTIONS
 
 STEPS, ACCUMULATED = 6, 3
 WORDS = ["batch=6", "micro_batch=2", f"steps={STEPS}", "log_every=1", "checkpoint_every=1", "checkpoint_limit=9"]
-WORDS += ["tracker=none", "data.crop=16", "precision=fp32", "ema=0.8"]
+WORDS += ["tracker=none", "data.crop=16", "precision=fp32", "ema=0.25"]
 WORDS += ["optimizer.lr=0.05", "optimizer.warmup=2", "optimizer.decay=cosine", "optimizer.final=0.1"]
 WORDS += ["optimizer.betas=[0.8,0.9]", "optimizer.weight_decay=0.3", "optimizer.clip=1.8"]
 WORDS += ["deft.optimizer.lr=0.02", "deft.optimizer.clip=0", "deft.optimizer.weight_decay=0"]
@@ -121,7 +121,8 @@ def by_hand(seen: list[Tensor], before: dict[str, Tensor]) -> list[dict[str, Any
         rates = 0.05 * (0.1 + 0.9 * share), 0.02
         for optimiser, gradients, rate in zip(optimisers, sums, rates, strict=True):
             optimiser.update(gradients, rate)
-        averages = [0.8 * a + 0.2 * p.detach() for a, p in zip(averages, mine + theirs, strict=True)]
+        decay = min(0.25, (1 + step) / (10 + step))  # grows at first: 0.1, 0.18, 0.25
+        averages = [decay * a + (1 - decay) * p.detach() for a, p in zip(averages, mine + theirs, strict=True)]
         weights = [p.detach().clone() for p in mine + theirs]
         told.append({"weights": weights, "ema": averages, "loss": losses, "grad_norm": norms, "lr": rates})
     return told

@@ -157,6 +157,31 @@ def test_a_gradient_that_is_not_finite_is_no_step(alone: None) -> None:
             assert kind != "adamw" or inner.found_inf.item() == bad
 
 
+def test_a_short_runs_average_does_not_hold_its_starting_weights() -> None:
+    """At most (1 + n) / (10 + n) of the average stays after n steps, as in LDM's and diffusers' EMA."""
+    weight = nn.Parameter(torch.zeros(1))
+    average = Average({"a": weight}, 0.5)
+    with torch.no_grad():
+        weight += 1
+    average.update(0)
+    assert average.values["a"].item() == pytest.approx(0.9)
+    average.update(2)
+    assert average.values["a"].item() == pytest.approx(1 - 0.1 * 3 / 12)
+    average.update(100)
+    assert average.values["a"].item() == pytest.approx(1 - 0.1 * 3 / 12 / 2), "the decay of the config"
+
+
+def test_a_shared_out_step_sees_its_phases_parameters_as_trained(alone: None) -> None:
+    """A GAN's other player was the last to be trained; torch would tell of changed parameters in every process."""
+    one = player(phase(), True, 2)
+    seen, usual = [], one.optimizer.step
+    one.optimizer.step = lambda: seen.append([p.requires_grad for p in one.parameters]) or usual()
+    one.parameters[0].grad = torch.ones(2)
+    one.requires_grad(False)
+    one.step(0.5)
+    assert seen == [[True]]
+
+
 def test_averages_are_there_within_and_the_trained_weights_after_whatever_happens() -> None:
     weights = {"a": nn.Parameter(torch.tensor([1.0, 2.0])), "b": nn.Parameter(torch.tensor([3.0]))}
     average = Average(weights, 0.5)

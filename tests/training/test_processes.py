@@ -12,13 +12,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import distributed as dist
 
+from consissr.errors import UserError
 from consissr.training.checkpoints import load_checkpoint
+from consissr.training.processes import Processes
 from consissr.training.run_log import read_log
 from tests.training.children import finish, start, start_several
 from tests.training.tiny import beside, slow_but, words
 
 MORE = ("micro_batch=1", "ema=0.9", "optimizer.warmup=2", "optimizer.decay=cosine", "checkpoint_limit=9")
+
+
+def test_machines_that_cannot_reach_each_other_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as hosts whose own name means 127.0.1.1 to themselves, as Debian sets it."""
+
+    def refused(**_: object) -> None:
+        raise RuntimeError("gloo: connectFullMesh failed: Connection refused")
+
+    monkeypatch.setattr(dist, "new_group", refused)
+    with pytest.raises(UserError, match=r"connectFullMesh failed.*set GLOO_SOCKET_IFNAME"):
+        Processes(0, 2, torch.device("cpu"), timeout=1)
 
 
 def assert_same_figures(one: Path, two: Path, stage: str) -> None:

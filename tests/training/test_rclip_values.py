@@ -60,13 +60,18 @@ def test_the_student_learns_what_the_teacher_says_of_the_photograph(base: Path, 
         for i, parameter in enumerate(phase.parameters.values()):
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
     assert phase.name == "tower" and phase.optimizer is config.optimizer and stage.buffers == {}
-    assert stage.compile_modules == [stage.teacher, student]
+    blocks = [*stage.teacher.transformer.resblocks, *student.transformer.resblocks]
+    assert stage.compile_modules == blocks and len(blocks) == 4
+    called = []
+    for block in blocks:
+        block.register_forward_hook(lambda block, *_: called.append(block))
     untouched = deepcopy(student.state_dict())
 
     batch = plain.recorded(3)
     others = [t for t in plain.members(stage.networks, VisionTransformer) if t is not student]
     with plain.watched(student=student.conv1, teacher=others[0].conv1) as given:
         found = plain.learnt(stage, phase, batch)
+    assert called == blocks, "what is compiled is what is called"
     for name, image in (("student", batch.lq), ("teacher", batch.hq)):
         (call,) = given[name]
         plain.close(call["input"], plain.seen_by_clip(image))

@@ -234,6 +234,17 @@ def test_a_run_goes_on_with_its_models_base_or_another(base: Path, photos: Path,
         assert torch.equal(stage.text, load_text(base).encode([""]))
 
 
+def test_a_model_of_stored_prompts_is_not_trained_for_others(base: Path, photos: Path, tmp_path: Path) -> None:
+    words = VARIANTS["pre-training"]
+    loop(base, photos, tmp_path / "a", *words).stage.export(tmp_path / "model")
+    save_prompts(tmp_path / "model", {"": torch.zeros(1, 8, 8), "clean": torch.ones(1, 8, 8)})
+    given = [*words, f"init={tmp_path}/model"]
+    for prompts in (["sampler.positive=sharp"], ["sampler.negative=blurred", "sampler.guidance=2"]):
+        with pytest.raises(UserError, match=r"keeps the prompts \['', 'clean'\] alone: '(sharp|blurred)' of sampler"):
+            loop(base, photos, tmp_path / "b", *given, *prompts)
+    loop(base, photos, tmp_path / "b", *given, "sampler.positive=clean", "sampler.negative=blurred")  # unguided
+
+
 def test_a_trained_adapter_goes_on(base: Path, photos: Path, tmp_path: Path) -> None:
     """Neither the settings of an earlier run nor of a converted release may cost a trained adapter."""
     first = loop(base, photos, tmp_path / "a", *VARIANTS["consissr"])
@@ -247,7 +258,8 @@ def test_a_trained_adapter_goes_on(base: Path, photos: Path, tmp_path: Path) -> 
 
 
 def test_the_decoder_of_a_consissr_model_can_be_tuned(base: Path, photos: Path, tmp_path: Path) -> None:
-    first = loop(base, photos, tmp_path / "a", *VARIANTS["consissr"])
+    """Whatever timesteps it samples at: the first stage's losses are not trained here."""
+    first = loop(base, photos, tmp_path / "a", *VARIANTS["consissr"], "sampler.steps=5")
     first.stage.export(tmp_path / "model")
     words = ["stage=nano_deft", f"init={tmp_path}/model"]
     with pytest.raises(UserError, match="config.yaml: leave out model.hint, sampler.steps"):

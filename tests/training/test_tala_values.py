@@ -136,7 +136,8 @@ def test_what_is_trained(base: Path) -> None:
     wanted |= {id(p) for p in prompt.adapter.parameters()}
     assert {id(p) for p in phase.parameters.values()} == wanted
     assert phase.name == "controlnet" and phase.optimizer is stage.config.optimizer and stage.buffers == {}
-    assert stage.compile_modules == [denoiser.unet, denoiser.controlnet, stage.latents.vae.encoder]
+    networks = [denoiser.unet, denoiser.controlnet, stage.latents.vae.encoder]
+    assert stage.compile_modules == [*networks, *prompt.tower.transformer.resblocks]
 
 
 def test_a_schedule_of_another_length_is_heeded(base: Path, tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def test_an_earlier_run_is_not_overwritten(runs: Path, photos: Path, caplog: pyt
         (["batch=3"], "not a multiple of micro_batch 2"),
         (["processes=4"], "processes=4 was asked for"),
         (["stage=nutz"], "did you mean 'nuts'"),
+        (["stage="], "stage is ''"),
         (["optimizer.rl=1"], "did you mean 'lr'"),
         (["steps=many"], "steps"),
         (["data.paths=[nowhere]"], "nowhere does not exist"),
