@@ -7,7 +7,6 @@ low-quality image. Module names follow the release, so that its weights load as 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from consissr.errors import UserError, reason_of
 from consissr.training.precision import without_autocast
 from consissr.weights.files import read_weights
+from consissr.weights.hub import fetch, is_hub_id
 
 FEATURE_BLOCKS = (2, 5, 8, 11)
 """Blocks whose outputs are judged, beside the embedded patches."""
@@ -243,19 +243,10 @@ def read_dino(name: str | Path, heads: int = 6) -> ViT:
     Raises UserError, saying what to fetch, when it is neither here nor to be had.
     """
     path = find_dino(str(name))
-    state = read_weights(path) if path.suffix == ".safetensors" else load_pth(path)
     try:
-        return build_vit(state, heads)
+        return build_vit(read_weights(path), heads)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not hold a DINO ViT ({reason_of(error)}): give DINO's weights") from error
-
-
-def load_pth(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .pth file, without executing what it may hold."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read: {reason_of(error)}; download it again") from error
 
 
 def find_dino(name: str) -> Path:
@@ -263,14 +254,11 @@ def find_dino(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     reason = "there is no such file"
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).suffix == ".pth":
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+    if is_hub_id(name) and not name.endswith(".pth"):
         try:
-            return Path(hf_hub_download(name, "model.safetensors"))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = reason_of(error)
+            return fetch(name, lambda *_: ["model.safetensors"]).folder / "model.safetensors"
+        except UserError as error:
+            reason = str(error)
     raise UserError(
         f"DINO weights '{name}' cannot be had ({reason}): download dino_deitsmall16_pretrain.pth and "
         "dinov2_vits14_pretrain.pth (or timm's model.safetensors) where there is a network, copy them here, and name "

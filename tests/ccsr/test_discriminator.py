@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from ccsr import discriminator
 from ccsr.adversary import DinoAdversary, build_adversary
 from ccsr.discriminator import (
     Augmentation,
@@ -21,6 +21,7 @@ from ccsr.discriminator import (
 )
 from consissr.config.deft import DeftConfig
 from consissr.errors import UserError
+from consissr.weights.hub import Fetched
 
 
 @pytest.fixture
@@ -207,7 +208,16 @@ def test_layer_scales_of_dino_v2():
 
 
 def test_missing_or_foreign_weights_are_named(tmp_path):
-    for name in (tmp_path / "none.pth", "owner/none.pth", "./none", "/none", "~/none", "none", "a/b/none"):
+    for name in (
+        tmp_path / "none.pth",
+        "owner/none.pth",
+        "./none",
+        "/none",
+        "~/none",
+        "none",
+        "a/b/none",
+        "my dino/x y",
+    ):
         with pytest.raises(
             UserError,
             match=rf"^DINO weights '{name}' cannot be had \(there is no such file\): download "
@@ -219,26 +229,32 @@ def test_missing_or_foreign_weights_are_named(tmp_path):
     with pytest.raises(UserError, match=r"a\.pth does not hold a DINO ViT \(.*patch_embed.*\): give DINO's weights"):
         read_dino(tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"b\.pth cannot be read: (?!None).+; download it again"):
+    with pytest.raises(UserError, match=r"b\.pth was not loaded: it is no checkpoint, or damaged; download it again"):
         read_dino(tmp_path / "b.pth")
     torch.save({"patch_embed.proj.weight": Path(), "a": torch.nn.Linear(1, 1)}, tmp_path / "c.pth")
-    with pytest.raises(UserError, match=r"c\.pth cannot be read: .*"):  # it would execute code
+    with pytest.raises(UserError, match=r"c\.pth"):  # it would execute code
         read_dino(tmp_path / "c.pth")
 
 
 def test_weights_come_from_the_hub_by_timms_names(vit, tmp_path, monkeypatch):
-    """A name of the form owner/name asks for model.safetensors; what the hub says is passed on."""
+    """A hub id, with a revision or without, asks for model.safetensors; what the hub says is passed on."""
     save_file(vit.state_dict(), tmp_path / "model.safetensors")
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or tmp_path / names[1])
+
+    def fetched(name, choose):
+        asked.append((name, choose(["README.md", "model.safetensors"], False)))
+        return Fetched(tmp_path, "0" * 40)
+
+    monkeypatch.setattr(discriminator, "fetch", fetched)
     x = torch.rand(1, 3, 32, 32)
-    assert torch.equal(read_dino("timm/vit", 2)(x), vit.eval()(x))
-    assert asked == [("timm/vit", "model.safetensors")]
+    for name in ("timm/vit", "timm/vit@v1"):
+        assert torch.equal(read_dino(name, 2)(x), vit.eval()(x))
+        assert asked.pop() == (name, ["model.safetensors"])
 
-    def refuse(*names):
-        raise OSError("the network is off")
+    def refuse(*_):
+        raise UserError("the network is off")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(discriminator, "fetch", refuse)
     with pytest.raises(UserError, match=r"'timm/vit' cannot be had \(.*the network is off.*\): download dino_"):
         read_dino("timm/vit")
 
