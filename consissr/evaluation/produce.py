@@ -21,18 +21,21 @@ from consissr.evaluation.folders import EXTENSIONS, pair, parse_methods
 from consissr.evaluation.tables import Table
 from consissr.evaluation.workers import end_with_parent
 
+BASE_FLAG = argparse.ArgumentParser(add_help=False)
+BASE_FLAG.add_argument("--base")  # of infer.py: its weights count as the model's own do
+
 
 def results_of(
     args: argparse.Namespace,
     table: Table | None,
     script: Path,
-    find: Callable[[str], list[Path]] = lambda name: [Path(name)],
+    find: Callable[[str, str | None], list[Path]] = lambda name, base: [Path(name)],
     bundled: Collection[str] = (),
 ) -> tuple[dict[str, Path], list[str]]:
     """Result folders by row: those of --sr, then what --run restores from --lr; and which rows are not to be ranked.
 
-    find: model name -> where its weights lie (`weights.find.places`); by default names are folders. bundled: the small
-    models, which are not ranked beside others or a table's.
+    find: model name, and base where another is asked for -> where the weights lie (`weights.find.places`); by default
+    names are folders. bundled: the small models, which are not ranked beside others or a table's.
     """
     results, models = parse_methods(args.sr), models_by_row(table, args.run)
     if not models:
@@ -83,7 +86,7 @@ def produce(
     script: Path,
     repeat: int,
     flags: list[str],
-    find: Callable[[str], list[Path]] = lambda name: [Path(name)],
+    find: Callable[[str, str | None], list[Path]] = lambda name, base: [Path(name)],
 ) -> dict[str, Path]:
     """Restore the LR folder once per row, `repeat` times with different noise; files of the same origin are kept.
 
@@ -92,7 +95,8 @@ def produce(
     results, images = {}, provenance.fingerprint(lr, EXTENSIONS)
     for row, model in models.items():
         words = [*(table.ours[row].get("flags", []) if table else []), *flags]
-        weights = "-".join(provenance.contents(place, provenance.MODEL_FILES) for place in find(model))
+        base = BASE_FLAG.parse_known_args(words)[0].base
+        weights = "-".join(provenance.contents(place, provenance.MODEL_FILES) for place in find(model, base))
         made_of = {"model": model, "weights": weights, "images": images, "flags": words}
         folder = provenance.folder_of(output / "results", re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-"), **made_of)
         call = [script, "-i", lr, "-o", folder, "-m", model, "--skip-existing", "--repeat", repeat]

@@ -5,10 +5,13 @@ So nothing is taken for what was made of other weights, images or settings, and 
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
-MODEL_FILES = (".safetensors", ".yaml", ".json")
+MODEL_FILES = (".safetensors", ".bin", ".ckpt", ".yaml", ".json")
 """Endings of the files of a model folder that results depend on."""
+TIMES = "origin.json"
+"""A converted model's record of when its files were written: no such file."""
 
 
 def folder_of(parent: Path, name: str, /, **origin: object) -> Path:
@@ -42,16 +45,23 @@ def note(folder: Path, **facts: object) -> None:
 def fingerprint(path: Path, endings: tuple[str, ...] = ()) -> str:
     """Hash of the names and contents of a folder's files (or of one file), hidden ones left out: 16 hexadecimal digits.
 
-    endings: of the files that count, such as ".safetensors"; none means all.
+    endings: of a folder's files that count, such as ".safetensors"; none means all.
     """
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [path] if path.is_file() else files_below(path)
     digest = hashlib.sha256()
     for file in files:
         name = file.relative_to(path).as_posix()
-        if name.lower().endswith(endings or "") and not any(part.startswith(".") for part in Path(name).parts):
+        counts = not endings or file == path or (name.lower().endswith(endings) and file.name != TIMES)
+        if counts and not any(part.startswith(".") for part in Path(name).parts):
             with file.open("rb") as stream:
                 digest.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file below `folder`, links to folders followed, by path."""
+    files = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(file for file in files if file.is_file())
 
 
 def contents(place: Path, endings: tuple[str, ...] = ()) -> str:

@@ -168,6 +168,45 @@ def test_results_of_another_origin_stand_elsewhere(tmp_path: Path, save, make_pi
     assert provenance.record(folder)["flags"] == ["--plan", "nuts", "--steps", "1", "--guidance", "1"]
 
 
+@pytest.mark.parametrize("kind", ["one file", "linked folder", "bin"])
+def test_weights_are_known_by_their_contents(tmp_path: Path, kind: str) -> None:
+    """Wherever a model or its base may keep them."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model" / "linked").symlink_to(tmp_path / "elsewhere")
+    path, file = {
+        "one file": (tmp_path / "sd21.safetensors",) * 2,
+        "linked folder": (tmp_path / "model", tmp_path / "elsewhere" / "x.safetensors"),
+        "bin": (tmp_path / "model", tmp_path / "model" / "diffusion_pytorch_model.bin"),
+    }[kind]
+    found = []
+    for content in (b"1", b"2", b"1"):
+        file.write_bytes(content)
+        found.append(provenance.contents(path, provenance.MODEL_FILES))
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_converted_models_times_are_not_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"1")
+    found = provenance.contents(tmp_path, provenance.MODEL_FILES)
+    (tmp_path / "origin.json").write_text("{}")
+    assert provenance.contents(tmp_path, provenance.MODEL_FILES) == found
+
+
+def test_the_base_that_infer_is_told_of_counts(tmp_path: Path) -> None:
+    (tmp_path / "infer.py").touch()
+    (tmp_path / "base.safetensors").write_bytes(b"1")
+
+    def produced() -> dict[str, Path]:
+        flags = ["--steps", "1", "--base", str(tmp_path / "base.safetensors")]
+        return produce.produce(None, {"ours": "m"}, tmp_path / "lr", tmp_path / "out", tmp_path / "infer.py", 1, flags,
+                               lambda name, base: [Path(name), Path(base)])  # fmt: skip
+
+    first = produced()
+    (tmp_path / "base.safetensors").write_bytes(b"2")
+    assert produced() != first
+
+
 def test_rows_are_timed_with_the_model_named_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(produce, "seconds_per_image", lambda model, flags, script: calls.append((model, flags)) or 1.5)
