@@ -63,17 +63,17 @@ def models_by_row(table: Table | None, requests: list[str]) -> dict[str, str]:
     """`MODEL` (every row of ours that one model gives, or without a table its name) or `ROW=MODEL` -> model by row."""
     models: dict[str, str] = {}
     for request in requests:
-        row, equals, model = request.rpartition("=")
+        row, equals, model = request.rpartition("=") if not Path(request).is_dir() else ("", "", request)
         if table is None:
             rows = [row or Path(model).name]
-            if rows[0] in models:
-                raise UserError(f"two models to run are called '{rows[0]}': write NAME=MODEL")
         elif equals:
             if row not in table.ours:
                 raise UserError(f"{table.name} has no row of ours called '{row}'{nearest(row, list(table.ours))}")
             rows = [row]
         else:
             rows = [name for name, entry in table.ours.items() if not entry.get("variant")]
+        if twice := [name for name in rows if name in models]:
+            raise UserError(f"two models to run are called '{twice[0]}': write NAME=MODEL")
         models |= dict.fromkeys(rows, model)
     return models
 
@@ -97,7 +97,7 @@ def produce(
         words = [*(table.ours[row].get("flags", []) if table else []), *flags]
         base = BASE_FLAG.parse_known_args(words)[0].base
         weights = "-".join(provenance.contents(place, provenance.MODEL_FILES) for place in find(model, base))
-        made_of = {"model": model, "weights": weights, "images": images, "flags": words}
+        made_of = {"model": model, "weights": weights, "images": images, "flags": words, "repeat": repeat}
         folder = provenance.folder_of(output / "results", re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-"), **made_of)
         call = [script, "-i", lr, "-o", folder, "-m", model, "--skip-existing", "--repeat", repeat]
         call += ["--ext", "png", "--recursive", *words]  # as pairs are found, and without JPEG's loss

@@ -123,6 +123,14 @@ def test_rows_of_ours_are_planned() -> None:
     assert produce.models_by_row(None, ["nano-ccsr", "B=runs/deft"]) == {"nano-ccsr": "nano-ccsr", "B": "runs/deft"}
     with pytest.raises(UserError, match="two models to run are called 'deft'"):
         produce.models_by_row(None, ["a/deft", "b/deft"])
+    with pytest.raises(UserError, match="two models to run are called 'CCSR-S2'"):
+        produce.models_by_row(load_table("ccsr/table6", TABLES), ["ccsr-v2", "nano-ccsr"])
+
+
+def test_a_models_path_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    model = tmp_path / "lr=1e-4" / "model"
+    model.mkdir(parents=True)
+    assert produce.models_by_row(None, [str(model)]) == {"model": str(model)}
 
 
 def test_rows_of_ours_are_restored_by_infer(tmp_path: Path) -> None:
@@ -141,7 +149,7 @@ def test_rows_of_ours_are_restored_by_infer(tmp_path: Path) -> None:
 
 
 def test_results_of_another_origin_stand_elsewhere(tmp_path: Path, save, make_picture) -> None:
-    """Another model, other weights of it, other images or flags under the same output folder; not other repeats."""
+    """Another model, other weights of it, other images, flags or repeats under the same output folder."""
     script, model = tmp_path / "infer.py", tmp_path / "model"
     script.write_text(
         "import sys, pathlib\n"
@@ -158,13 +166,13 @@ def test_results_of_another_origin_stand_elsewhere(tmp_path: Path, save, make_pi
         return produce.produce(table, {"CCSR-S1": name}, lr, tmp_path / "out", script, repeat, list(flags))
 
     folder = produced()["CCSR-S1"]
-    assert folder.name.startswith("CCSR-S1-") and produced(repeat=3) == {"CCSR-S1": folder}
-    others = [produced(flags=("--tile", "0")), produced("nano-ccsr")]
+    assert folder.name.startswith("CCSR-S1-") and produced() == {"CCSR-S1": folder}
+    others = [produced(flags=("--tile", "0")), produced("nano-ccsr"), produced(repeat=3)]
     (model / "x.safetensors").write_bytes(b"2")
     others.append(produced())
     save(lr, {"a": make_picture(1, size=(8, 8))})
     others.append(produced())
-    assert len({folder, *(other["CCSR-S1"] for other in others)}) == 5
+    assert len({folder, *(other["CCSR-S1"] for other in others)}) == 6
     assert provenance.record(folder)["flags"] == ["--plan", "nuts", "--steps", "1", "--guidance", "1"]
 
 
