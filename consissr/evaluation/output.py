@@ -37,16 +37,16 @@ def write_all(evaluation: Evaluation, folder: Path, pictures: int = 24) -> list[
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
+    """Write a whole file or nothing; what file names hold that is no UTF-8 is escaped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_csv(evaluation: Evaluation, path: Path) -> None:
     """One row per method, run and image; L-STD stands in the row of run 0."""
     metrics = [m.name for m in per_image(evaluation)]
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "run", "image", *metrics] + ["l-std"] * bool(evaluation.local_std))
         for method in evaluation.pairs.methods:

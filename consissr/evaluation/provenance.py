@@ -54,7 +54,7 @@ def fingerprint(path: Path, endings: tuple[str, ...] = ()) -> str:
         counts = not endings or file == path or (name.lower().endswith(endings) and file.name != TIMES)
         if counts and not any(part.startswith(".") for part in Path(name).parts):
             with file.open("rb") as stream:
-                digest.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+                digest.update(os.fsencode(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n"))
     return digest.hexdigest()[:16]
 
 

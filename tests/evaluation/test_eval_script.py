@@ -1,5 +1,6 @@
 """scripts/eval.py through its front door."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from consissr.errors import UserError
+from consissr.evaluation import provenance
 from consissr.evaluation.datasets import check_test_set
 
 OUTPUTS = {"per_image.csv", "summary.json", "table.md", "table.tex", "report.html", "summary.svg", "scores.jsonl"}
@@ -167,6 +169,17 @@ def test_mistakes_are_one_line(call, sets: dict[str, Path], tmp_path: Path, argu
     status, _, text = call(*(places.get(word, word) for word in arguments), "-o", tmp_path / "out")
     assert status == 2
     assert text.startswith("error: ") and message in text and "Traceback" not in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_file_names_that_are_no_utf8(call, sets: dict[str, Path], tmp_path: Path) -> None:
+    for folder in ("good", "hr", "lr"):
+        (sets[folder] / "a.png").rename(os.fsdecode(os.fsencode(sets[folder]) + b"/caf\xe9.png"))
+    places = ("--sr", sets["good"], "--hr", sets["hr"], "--lr", sets["lr"], "-o", tmp_path / "out", "--jobs", 1)
+    assert call(*places, "--metrics", "psnr")[0] == 0
+    assert r"caf\udce9" in (tmp_path / "out" / "per_image.csv").read_text()
+    assert OUTPUTS <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert len(provenance.fingerprint(sets["lr"])) == 16, "as --run and --check tell images apart"
 
 
 def test_an_output_that_is_no_folder_is_one_line(call, sets: dict[str, Path], tmp_path: Path) -> None:
