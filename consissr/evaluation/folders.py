@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, UnidentifiedImageError
-
 from consissr.errors import UserError
+from consissr.evaluation.provenance import files_below
 from consissr.images import formats
 from consissr.images.metadata import orientation
 
 if TYPE_CHECKING:
     import torch
 
-EXTENSIONS = tuple(formats.WRITABLE)
-STEPS = "_steps"  # ending of the folders that `infer.py --save-steps` writes beside its results
+EXTENSIONS = tuple(sorted(formats.READABLE))
+STEPS = "_steps"  # ending of the folders NAME.png_steps that `infer.py --save-steps` writes beside its results
 SHOWN = 3  # file names per message
 
 
@@ -53,14 +52,15 @@ def list_images(folder: Path) -> dict[str, Path]:
     """Image files below `folder`, by path without extension; what is hidden and step pictures are left out."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
+    endings = tuple(f"{ending}{STEPS}" for ending in EXTENSIONS)
     files = [
-        path for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in EXTENSIONS and path.is_file()
+        path for path in files_below(folder)
+        if path.suffix.lower() in EXTENSIONS
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not any(part.endswith(STEPS) for part in path.relative_to(folder).parts[:-1])
+        and not any(part.lower().endswith(endings) for part in path.relative_to(folder).parts[:-1])
     ]  # fmt: skip
     if not files:
-        raise UserError(f"{folder} holds no image ({', '.join(EXTENSIONS)})")
+        raise UserError(f"{folder} holds no image that can be read, such as .png or .jpg")
     stems = [path.relative_to(folder).with_suffix("").as_posix() for path in files]
     twins = [stem for stem, count in Counter(stems).items() if count > 1]
     if twins:
@@ -133,11 +133,11 @@ class Listing:
         self.unreadable: list[str] = []
         for name, path in self.files.items():
             try:
-                with Image.open(path) as image:
+                with formats.opened(path) as image:
                     turned = orientation(image) >= 5 and image.format != "TIFF"  # Pillow swaps TIFF's sides itself
                     self.sizes[name], self.formats[name] = image.size[::-1] if turned else image.size, image.format
-            except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-                self.unreadable.append(f"{path} cannot be read as an image ({type(error).__name__})")
+            except UserError as error:
+                self.unreadable.append(str(error))
 
     def problems(self, reference: "Listing | None" = None, results: bool = True) -> list[str]:
         """What is wrong with these files, and what does not pair with `reference`: a line each.

@@ -55,7 +55,12 @@ def test_jpeg_content_under_a_png_name(sets: dict[str, Path]) -> None:
 def test_unreadable_file(sets: dict[str, Path]) -> None:
     (sets["good"] / "b.png").write_bytes(b"not an image")
     (line,) = problems(sets)
-    assert "b.png cannot be read" in line
+    assert "b.png: not an image that can be read" in line
+
+
+def test_an_image_too_large_to_be_trusted(sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9000)  # half of these images
+    assert all(".png: has more than 0 million pixels" in line for line in problems(sets))
 
 
 def test_truncated_file_is_named_when_it_is_read(sets: dict[str, Path]) -> None:
@@ -87,6 +92,19 @@ def test_a_gap_in_the_runs(sets: dict[str, Path]) -> None:
 def test_step_pictures_are_not_results(sets: dict[str, Path], save: Callable[..., Path]) -> None:
     save(sets["good"] / "a.png_steps", {"00_t999": np.zeros((8, 8, 3), np.uint8)})
     assert pair({"good": sets["good"]}, sets["hr"], None).images == ["a", "b", "c"]
+
+
+def test_no_image_is_passed_over(sets: dict[str, Path], tmp_path: Path) -> None:
+    """A folder that is called like step pictures, one that is a link, and formats that are only read."""
+    good = sets["good"]
+    (good / "stone_steps").mkdir()
+    (good / "a.png").rename(good / "stone_steps" / "a.png")
+    (tmp_path / "real").mkdir()
+    (good / "b.png").rename(tmp_path / "real" / "b.png")
+    (good / "sub").symlink_to(tmp_path / "real")
+    Image.open(good / "c.png").save(good / "c.ppm")
+    (good / "c.png").unlink()
+    assert sorted(list_images(good)) == ["c", "stone_steps/a", "sub/b"]
 
 
 def test_names_of_methods() -> None:
