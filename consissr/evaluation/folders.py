@@ -50,16 +50,7 @@ class Pairs:
 
 def list_images(folder: Path) -> dict[str, Path]:
     """Image files below `folder`, by path without extension; what is hidden and step pictures are left out."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
-    endings = tuple(f"{ending}{STEPS}" for ending in EXTENSIONS)
-    files = [
-        path for path in files_below(folder)
-        if path.suffix.lower() in EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not any(part.lower().endswith(endings) for part in path.relative_to(folder).parts[:-1])
-    ]  # fmt: skip
-    if not files:
+    if not (files := _image_files(folder)):
         raise UserError(f"{folder} holds no image that can be read, such as .png or .jpg")
     stems = [path.relative_to(folder).with_suffix("").as_posix() for path in files]
     twins = [stem for stem, count in Counter(stems).items() if count > 1]
@@ -68,10 +59,24 @@ def list_images(folder: Path) -> dict[str, Path]:
     return dict(zip(stems, files, strict=True))
 
 
-def list_runs(folder: Path) -> list[Path]:
-    """`folder` itself, or its sub-folders sample0, sample1, ... when it has them (repeated runs, in order)."""
+def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
+    endings = tuple(f"{ending}{STEPS}" for ending in EXTENSIONS)
+    return [
+        path for path in files_below(folder)
+        if path.suffix.lower() in EXTENSIONS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not any(part.lower().endswith(endings) for part in path.relative_to(folder).parts[:-1])
+    ]  # fmt: skip
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """`folder` itself, or its sub-folders sample0, sample1, ... when it has them (repeated runs, in order).
+
+    Raises UserError where a number is left out, and where images lie beside these sub-folders.
+    """
+    files = [path.relative_to(folder) for path in _image_files(folder)]
     numbered = {
         int(match[1]): path
         for path in folder.iterdir()
@@ -79,6 +84,9 @@ def list_runs(folder: Path) -> list[Path]:
     }
     if numbered and sorted(numbered) != list(range(len(numbered))):
         raise UserError(f"{folder} has runs {sorted(numbered)}; they must count sample0, sample1, ... without a gap")
+    strays = [str(file) for file in files if not re.fullmatch(r"sample\d+", file.parts[0])]
+    if numbered and strays:
+        raise UserError(f"{folder} has images beside its runs sample0, ...: {some(strays)}; move them elsewhere")
     return [numbered[index] for index in sorted(numbered)] or [folder]
 
 

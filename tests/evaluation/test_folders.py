@@ -89,6 +89,12 @@ def test_a_gap_in_the_runs(sets: dict[str, Path]) -> None:
         list_runs(sets["runs"])
 
 
+def test_images_beside_the_runs(sets: dict[str, Path]) -> None:
+    shutil.copytree(sets["good"], sets["runs"] / "other")
+    with pytest.raises(UserError, match="beside its runs sample0, ...: other/a.png, other/b.png, other/c.png; move"):
+        list_runs(sets["runs"])
+
+
 def test_step_pictures_are_not_results(sets: dict[str, Path], save: Callable[..., Path]) -> None:
     save(sets["good"] / "a.png_steps", {"00_t999": np.zeros((8, 8, 3), np.uint8)})
     assert pair({"good": sets["good"]}, sets["hr"], None).images == ["a", "b", "c"]
