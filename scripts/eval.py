@@ -59,7 +59,7 @@ def print_table(args: argparse.Namespace) -> int:
         return 0
     dataset, status = table.dataset(args.dataset), 0
     if table.kind == "complexity":
-        text = complexity.comparison(table, dataset, produce.timer(table, args.run, INFER))
+        text = complexity.comparison(table, dataset, produce.timings(table, args, INFER))
     elif args.sr or args.run:
         metrics = args.metrics.split(",") if args.metrics else list(table.metrics)
         results, small = produce.results_of(args, table, INFER, places, BUNDLED)

@@ -5,9 +5,8 @@ count convolutions and linear layers, as the usual counters do (attention's own 
 UNet and ControlNet, 1 to 3 % of the autoencoder).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from math import nan
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from consissr.config.model import ModelConfig
 from consissr.config.sd21 import SD_BETAS, TEXT, TOKENS, TOWER, UNET, VAE
 from consissr.evaluation import tables
 from consissr.evaluation.markdown import table_lines
+from consissr.evaluation.produce import Timing
 from consissr.evaluation.tables import Cell, Table
 
 SIDE = 512  # pixels of the output
@@ -90,31 +90,36 @@ def work(networks: dict[str, nn.Module], attention: bool = False, prepared: bool
     return {name: macs(run, attention) for name, run in passes.items()}
 
 
-def measured_rows(table: Table, seconds: Callable[[str], float] | None = None) -> dict[str, dict[str, Cell]]:
+def measured_rows(table: Table, timings: Mapping[str, Timing] | None = None) -> dict[str, dict[str, Cell]]:
     """The rows of ours: steps, MACs in T of all denoising (as the paper counts), parameters in G.
 
-    `seconds` measures the time per image of a row, for tables that have it. Parameters are those of
-    UNet, ControlNet, VAE, text encoder and, for ConsisSR, image encoder and adapter.
+    timings: of models that ran, by row. Parameters are those of UNet, ControlNet, VAE, text encoder and, for ConsisSR,
+    image encoder and adapter at full size; a model that ran may be smaller, so its row has none.
     """
     rows = {}
     for row, entry in table.ours.items():
         networks = networks_of(entry["model"])
         evaluations = entry["evaluations"]
         cells = {"steps": Cell(evaluations, digits=0)}
-        cells["params"] = Cell(sum(map(parameters, networks.values())) / 1e9, digits=2)
+        if timings and row in timings:
+            cells["seconds"] = Cell(timings[row].seconds, digits=2)
+        else:
+            cells["params"] = Cell(sum(map(parameters, networks.values())) / 1e9, digits=2)
         if "macs" in table.metrics:
             passes = evaluations * (2 if entry["guidance"] else 1)
             cells["macs"] = Cell(passes * work(networks)["denoiser"] / 1e12, digits=2)
-        if "seconds" in table.metrics:
-            cells["seconds"] = Cell(seconds(row) if seconds else nan, digits=2)
         rows[row] = cells
     return rows
 
 
-def comparison(table: Table, dataset: str, seconds: Callable[[str], float] | None = None) -> str:
+def comparison(table: Table, dataset: str, timings: Mapping[str, Timing] | None = None) -> str:
     """Markdown: the table with our measured rows, then the networks behind them."""
     kinds = dict.fromkeys(entry["model"] for entry in table.ours.values())
-    return "\n".join([tables.comparison(table, dataset, measured_rows(table, seconds)), *map(networks_text, kinds)])
+    notes = [
+        f"{row}, measured: {timing.told}; its parameters are not counted." for row, timing in (timings or {}).items()
+    ]
+    compared = tables.comparison(table, dataset, measured_rows(table, timings), notes)
+    return "\n".join([compared, *map(networks_text, kinds)])
 
 
 def networks_text(kind: str) -> str:

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import math
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ from consissr.evaluation import provenance, stlpips
 from consissr.evaluation.folders import EXTENSIONS, pair, parse_methods
 from consissr.evaluation.tables import Table
 from consissr.evaluation.workers import end_with_parent
+from consissr.inference.processes import choose_device
+from consissr.weights.precision import choose_precision
 
 BASE_FLAG = argparse.ArgumentParser(add_help=False)
 BASE_FLAG.add_argument("--base")  # of infer.py: its weights count as the model's own do
@@ -37,17 +39,13 @@ def results_of(
     find: model name, and base where another is asked for -> where the weights lie (`weights.find.places`); by default
     names are folders. bundled: the small models, which are not ranked beside others or a table's.
     """
-    results, models = parse_methods(args.sr), models_by_row(table, args.run)
+    results, models, flags = parse_methods(args.sr), models_by_row(table, args.run), infer_flags(args)
     if not models:
         return results, []
     if args.lr is None:
         raise UserError("--run restores the images of --lr: give that folder")
     if twice := models.keys() & results.keys():
         raise UserError(f"'{min(twice)}' names a result folder and a model to run: write another NAME=")
-    try:
-        flags = shlex.split(args.infer_flags)
-    except ValueError as error:
-        raise UserError(f"--infer-flags {args.infer_flags} cannot be split into words ({error})") from error
     small = [row for row, model in models.items() if model in bundled]
     if table and small and stlpips.weights_file() is None:
         raise UserError(f"{models[small[0]]} is small: beside published values it is shown with a learned distance, "
@@ -57,6 +55,14 @@ def results_of(
     repeat = args.repeat or (table.runs if table else 1)
     results |= produce(table, models, args.lr, args.output, script, repeat, flags, find)
     return results, small if table or len(small) < len(results) else []
+
+
+def infer_flags(args: argparse.Namespace) -> list[str]:
+    """The words of --infer-flags, split as a shell does."""
+    try:
+        return shlex.split(args.infer_flags)
+    except ValueError as error:
+        raise UserError(f"--infer-flags {args.infer_flags} cannot be split into words ({error})") from error
 
 
 def models_by_row(table: Table | None, requests: list[str]) -> dict[str, str]:
@@ -106,30 +112,41 @@ def produce(
     return results
 
 
-def timer(table: Table, run: list[str], script: Path) -> Callable[[str], float] | None:
-    """A function from a row of ours to seconds per image of the model that --run names for it (NaN where none)."""
-    models = models_by_row(table, run)
+@dataclass(frozen=True)
+class Timing:
+    """How long a model takes for an image, and what it ran on."""
 
-    def seconds(row: str) -> float:
-        return seconds_per_image(models[row], table.ours[row]["flags"], script) if row in models else math.nan
-
-    return seconds if run else None
+    seconds: float
+    told: str
 
 
-def seconds_per_image(model: str, flags: list[str], script: Path) -> float:
-    """Seconds of the fastest of four restorations of a 128x128 image to 512x512 on this machine, by infer.py."""
+def timings(table: Table, args: argparse.Namespace, script: Path) -> dict[str, Timing]:
+    """The rows of ours for which --run names a model."""
+    flags, models = infer_flags(args), models_by_row(table, args.run)
+    return {row: time_model(model, table.ours[row]["flags"], flags, script) for row, model in models.items()}
+
+
+def time_model(model: str, plan: list[str], flags: list[str], script: Path) -> Timing:
+    """The fastest of four restorations of a 128x128 image to 512x512 on this machine, by infer.py.
+
+    plan: a row's flags of infer.py; flags: the user's, which the text names, too.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
         image, log = Path(scratch) / "lq.png", Path(scratch) / "log.jsonl"
         Image.fromarray(noise).save(image)
-        call = [script, "-i", image, "-o", f"{scratch}/results", "-m", model, "-s", 4, *flags]
+        call = [script, "-i", image, "-o", f"{scratch}/results", "-m", model, "-s", 4, *plan, *flags]
         run_script([*call, "--repeat", 4, "--json", log, "--quiet"], f"{model} could not be timed")
-        entries = [json.loads(line) for line in log.read_text().splitlines()]
-        return min(entry["seconds"] for entry in entries if entry.get("status") == "done")
+        run, *entries = [json.loads(line) for line in log.read_text().splitlines()]
+    device = choose_device(run["settings"]["device"])
+    precision = choose_precision(run["settings"]["precision"], device)
+    seconds = min(entry["seconds"] for entry in entries if entry["status"] == "done")
+    return Timing(seconds, f"{shlex.join([model, *flags])} in {precision} on {device}")
 
 
 def run_script(words: list, failure: str) -> None:
     """Run a script of this project; where it fails, a UserError that begins with `failure`."""
     command = [sys.executable, *map(str, words)]
-    if subprocess.run(command, preexec_fn=end_with_parent).returncode != 0:
+    before = end_with_parent if sys.platform == "linux" else None  # Windows takes none
+    if subprocess.run(command, preexec_fn=before).returncode != 0:
         raise UserError(f"{failure}; the command was: {' '.join(command)}")

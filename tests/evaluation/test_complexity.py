@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from consissr.evaluation import complexity
+from consissr.evaluation.produce import Timing
 from consissr.evaluation.tables import load_table
 
 TABLES = Path(__file__).resolve().parents[2] / "configs" / "tables"
@@ -18,6 +19,13 @@ def test_ccsr_has_the_published_parameters() -> None:
     for row, cells in rows.items():
         published = table.datasets["512x512"][row]
         assert str(cells["params"]) == str(published["params"]) and str(cells["steps"]) == str(published["steps"])
+
+
+def test_a_model_that_ran_is_named_and_has_no_parameters_of_the_full_size() -> None:
+    timings = {"CCSR-S2": Timing(7.0, "nano-ccsr in fp32 on cpu")}
+    text = complexity.comparison(load_table("ccsr/table7", TABLES), "512x512", timings)
+    assert "| CCSR-S2 | measured | 2 | 7.00 | - |" in text and "| CCSR-S1 | measured | 1 | - | 1.65 |" in text
+    assert "- CCSR-S2, measured: nano-ccsr in fp32 on cpu;" in text
 
 
 def test_consissr_has_the_published_work() -> None:

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -216,29 +217,43 @@ def test_the_base_that_infer_is_told_of_counts(tmp_path: Path) -> None:
 
 
 def test_rows_are_timed_with_the_model_named_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(produce, "seconds_per_image", lambda model, flags, script: calls.append((model, flags)) or 1.5)
+    monkeypatch.setattr(produce, "time_model", lambda *words: words)
     table = load_table("ccsr/table7", TABLES)
-    seconds = produce.timer(table, ["CCSR-S1=runs/a"], Path("infer.py"))
-    assert seconds("CCSR-S1") == 1.5 and math.isnan(seconds("CCSR-S2"))
-    assert calls == [("runs/a", ["--plan", "nuts", "--steps", "1", "--guidance", "1"])]
-    assert produce.timer(table, ["nano-ccsr"], Path("infer.py"))("CCSR-S2") == 1.5
-    assert produce.timer(table, [], Path("infer.py")) is None
+
+    def timed(*run: str) -> dict:
+        return produce.timings(table, Namespace(run=run, infer_flags="--tile 0"), Path("infer.py"))
+
+    plan = ["--plan", "nuts", "--steps", "1", "--guidance", "1"]
+    assert timed("CCSR-S1=runs/a") == {"CCSR-S1": ("runs/a", plan, ["--tile", "0"], Path("infer.py"))}
+    assert list(timed("nano-ccsr")) == ["CCSR-S2", "CCSR-S1"] and timed() == {}
 
 
 def test_seconds_come_from_infer_s_log(tmp_path: Path) -> None:
+    """And the text says what ran on what: the machine is not the paper's."""
     script = tmp_path / "infer.py"
     script.write_text(
         "import sys, json, pathlib\n"
         "log = pathlib.Path(sys.argv[sys.argv.index('--json') + 1])\n"
-        "assert '--steps 1' in ' '.join(sys.argv)\n"
-        "rows = [{'event': 'run'}, *({'status': 'done', 'seconds': s} for s in (3.0, 1.5, 2.0))]\n"
+        "assert '--steps 1 --precision fp32' in ' '.join(sys.argv)\n"
+        "rows = [{'event': 'run', 'settings': {'device': 'cpu', 'precision': 'fp32'}}]\n"
+        "rows += [{'status': 'done', 'seconds': s} for s in (3.0, 1.5, 2.0)]\n"
         "log.write_text('\\n'.join(map(json.dumps, rows)))\n"
     )
-    assert produce.seconds_per_image("nano", ["--steps", "1"], script) == 1.5
+    found = produce.time_model("nano", ["--steps", "1"], ["--precision", "fp32"], script)
+    assert (found.seconds, found.told) == (1.5, "nano --precision fp32 in fp32 on cpu")
     script.write_text("raise SystemExit(2)")
     with pytest.raises(UserError, match="could not be timed"):
-        produce.seconds_per_image("nano", [], script)
+        produce.time_model("nano", [], [], script)
+
+
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_scripts_start_on_windows_too(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+    """Python refuses preexec_fn there."""
+    options = {}
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(subprocess, "run", lambda _, **o: options.update(o) or subprocess.CompletedProcess([], 0))
+    produce.run_script(["infer.py"], "")
+    assert bool(options["preexec_fn"]) == (platform == "linux")
 
 
 def test_training_may_import_the_metrics_cheaply() -> None:
