@@ -17,8 +17,9 @@ from pathlib import Path
 from consissr.errors import UserError, exit_status
 from consissr.evaluation import check as checks
 from consissr.evaluation import complexity, figures, folders, listings, output, produce, protocols, summary, tables
-from consissr.evaluation.commandline import parse_box, parser
+from consissr.evaluation.commandline import parse_box, parser, refuse
 from consissr.evaluation.evaluate import Evaluation, evaluate
+from consissr.evaluation.learned import check_device
 from consissr.weights.find import BUNDLED, places
 
 TABLES, INFER = (Path(__file__).resolve().parents[1] / place for place in ("configs/tables", "scripts/infer.py"))
@@ -54,11 +55,13 @@ def evaluate_folders(args: argparse.Namespace) -> int:
 def print_table(args: argparse.Namespace) -> int:
     table = tables.load_table(args.table, TABLES)
     if table.kind == "figure":
+        args.repeat = args.repeat or table.runs
         results, _ = produce.results_of(args, None, INFER, places)
         print("\n".join(map(str, figures.draw(table, results, args, parse_box(args.box)))))
         return 0
     dataset, status = table.dataset(args.dataset), 0
     if table.kind == "complexity":
+        refuse(args, f"--table {args.table}", "sr", "repeat", *["run"] * ("seconds" not in table.metrics))
         text = complexity.comparison(table, dataset, produce.timings(table, args, INFER))
     elif args.sr or args.run:
         metrics = args.metrics.split(",") if args.metrics else list(table.metrics)
@@ -79,9 +82,9 @@ def print_table(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> int:
     if not (args.hr and args.lr):
         raise UserError("--check compares with --hr and builds its baselines from --lr: give both folders")
-    checks.check_names([*folders.parse_methods(args.sr), *produce.models_by_row(None, args.run)])
-    results, _ = produce.results_of(args, None, INFER, places)
     wrong = folders.parse_methods(args.wrong_condition)
+    checks.check_names({**folders.parse_methods(args.sr), **produce.models_by_row(None, args.run)}, wrong)
+    results, _ = produce.results_of(args, None, INFER, places)
     rows = checks.check(results, args.hr, args.lr, args.output, wrong, args.jobs)
     output.write_text(args.output / "check.md", checks.as_text(rows) + "\n")
     print(checks.as_text(rows))
@@ -91,10 +94,20 @@ def check(args: argparse.Namespace) -> int:
 def evaluation(args: argparse.Namespace) -> int:
     if args.output.is_file():
         raise UserError(f"--output {args.output} is a file: name a folder")
+    if args.repeat is not None and args.repeat < 1:
+        raise UserError(f"--repeat must be at least 1, not {args.repeat}")
+    if args.report_images < 0:
+        raise UserError(f"--report-images must be at least 0, not {args.report_images}")
+    check_device(args.device)
     protocols.get_measures((args.metrics or "psnr").split(",")), protocols.get_protocol(args.protocol or "ccsr")
     if args.list_tables or args.list_weights or args.check_dataset:
         print(listings.text(args, TABLES))
         return 0
+    if args.check:
+        own = ("metrics", "protocol", "weights", "device", "unranked", "small_fid", "report_images", "table")
+        refuse(args, "--check", *own)
+    else:
+        refuse(args, "an evaluation without --check", "wrong_condition")
     return (print_table if args.table else check if args.check else evaluate_folders)(args)
 
 

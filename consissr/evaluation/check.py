@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +78,12 @@ def write_baselines(lr: Path, output: Path, scale: int = 4) -> dict[str, Path]:
     return written
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Raises UserError where a result has the name of a baseline."""
+def check_names(names: Collection[str], wrong: Iterable[str]) -> None:
+    """Raises UserError where a result has the name of a baseline, and where one of `wrong` is no result's."""
     if taken := [name for name in names if name in (BICUBIC, GRAINY)]:
         raise UserError(f"'{taken[0]}' names a row of the check itself: write another NAME=DIR")
+    if unknown := [name for name in wrong if name not in names]:
+        raise UserError(f"--wrong-condition {unknown[0]}: no --sr folder of that name; write NAME=DIR")
 
 
 def check(
@@ -97,9 +99,7 @@ def check(
     `wrong` maps names of `results` to folders restored with another image's condition under the image's own name.
     """
     wrong = wrong or {}
-    for name in wrong.keys() - results.keys():
-        raise UserError(f"--wrong-condition {name}: no --sr folder of that name; write NAME=DIR")
-    check_names(results)
+    check_names(results, wrong)
     baselines = write_baselines(lr, output / "baselines", scale_between(lr, hr))
     protocol, cache = get_protocol("ccsr"), output / "scores.jsonl"
 

@@ -54,6 +54,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
+    """Raises UserError where one of these flags was given, which `what` would pass over."""
+    plain = parser(None).get_default
+    if given := [name for name in names if getattr(args, name) != plain(name)]:
+        raise UserError(f"{what} takes no --{given[0].replace('_', '-')}: leave it out")
+
+
 def parse_box(text: str | None) -> tuple[int, int, int, int] | None:
     """ "X,Y,W,H" -> four integers."""
     if text is None:

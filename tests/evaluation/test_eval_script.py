@@ -171,6 +171,49 @@ def test_mistakes_are_one_line(call, sets: dict[str, Path], tmp_path: Path, argu
     assert text.startswith("error: ") and message in text and "Traceback" not in text
 
 
+CHECK = ("--check", "--sr", "SR", "--hr", "HR", "--lr", "LR")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*CHECK, "--metrics", "psnr"), "--check takes no --metrics"),
+        ((*CHECK, "--protocol", "seesr"), "--check takes no --protocol"),
+        ((*CHECK, "--weights", "HR"), "--check takes no --weights"),
+        ((*CHECK, "--device", "meta"), "--check takes no --device"),
+        ((*CHECK, "--unranked", "nope"), "--check takes no --unranked"),
+        ((*CHECK, "--small-fid"), "--check takes no --small-fid"),
+        ((*CHECK, "--table", "ccsr/table6"), "--check takes no --table"),
+        (("--sr", "SR", "--wrong-condition", "SR"), "without --check takes no --wrong-condition"),
+        (("--table", "consissr/table2", "--run", "m"), "--table consissr/table2 takes no --run"),
+        (("--table", "ccsr/table7", "--repeat", "2"), "--table ccsr/table7 takes no --repeat"),
+        (("--sr", "SR", "--hr", "HR", "--device", "cuda:99", "--metrics", "st-lpips"), "cuda:99 cannot be used here"),
+        (("--sr", "SR", "--hr", "HR", "--device", "cudda", "--metrics", "st-lpips"), "cudda cannot be used here"),
+        (("--sr", "SR", "--repeat", "0"), "--repeat must be at least 1, not 0"),
+        (("--sr", "SR", "--report-images", "-5"), "--report-images must be at least 0, not -5"),
+        ((*CHECK, "--run", "m", "--wrong-condition", "nope=HR"), "--wrong-condition nope: no --sr folder of that name"),
+    ],
+)
+def test_flags_that_would_be_passed_over(
+    call, sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    """They are refused before anything is restored."""
+    monkeypatch.setattr("consissr.evaluation.produce.run_script", lambda *_: pytest.fail("restored"))
+    places = {"SR": sets["good"], "HR": sets["hr"], "LR": sets["lr"]}
+    status, text, errors = call(*(places.get(word, word) for word in arguments), "-o", tmp_path / "out", "--jobs", 1)
+    assert (status, text, errors.count("\n")) == (2, "", 1) and message in errors
+
+
+def test_figures_of_runs_are_drawn_from_as_many(call, sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    produce = "consissr.evaluation.produce.produce"
+    monkeypatch.setattr(produce, lambda *words: asked.append(words[5]) or {"m": sets["runs"]})
+    monkeypatch.setattr("consissr.evaluation.figures.draw", lambda *_: [])
+    for name in ("ccsr/figure5", "ccsr/figure1"):
+        assert call("--table", name, "--run", "m", "--lr", sets["lr"], "-o", tmp_path)[0] == 0
+    assert asked == [10, 2]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
 def test_file_names_that_are_no_utf8(call, sets: dict[str, Path], tmp_path: Path) -> None:
     for folder in ("good", "hr", "lr"):
