@@ -7,7 +7,7 @@ evaluation.mean("OSEDiff", "psnr")
 
 import hashlib
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from consissr.errors import UserError
 from consissr.evaluation import learned, stability, stlpips, workers
+from consissr.evaluation.bootstrap import Estimate, interval
 from consissr.evaluation.folders import Method, Pairs
 from consissr.evaluation.protocols import FID_LEAST, LR_CLIP, MEASURES, Measure, Protocol, gigabytes
 from consissr.evaluation.scores import (
@@ -65,6 +66,21 @@ class Evaluation:
         """L-STD; NaN for a single run."""
         return float(self.local_std[method].mean()) if method in self.local_std else float("nan")
 
+    @cached_property
+    def differences(self) -> dict[str, dict[str, Estimate]]:
+        """Of every method but the first: its values minus the first's, image by image, with 95 % bootstrap intervals.
+
+        By method and metric; runs are averaged first, and images without a value left out.
+        """
+        first, *others = (method.name for method in self.pairs.methods)
+        estimates: dict[str, dict[str, Estimate]] = {}
+        for name, metric in product(others, (m.name for m in self.measures if m.name in self.values[first])):
+            a, b = (self.values[n][metric].mean(axis=0) for n in (name, first))
+            known = (a - b)[~np.isnan(a - b)]
+            if len(known) > 1:
+                estimates.setdefault(name, {})[metric] = interval(known)
+        return estimates
+
 
 def evaluate(
     pairs: Pairs,
@@ -81,7 +97,7 @@ def evaluate(
     small_fid: whether to compute FID of fewer than FID_LEAST images, too. Raises UserError where none of the measures
     can be computed.
     """
-    result = Evaluation(pairs, measures, protocol, _unavailable(measures, weights, pairs, small_fid))
+    result = Evaluation(pairs, measures, protocol, _unavailable(measures, protocol, weights, pairs, small_fid))
     if measures and len(result.unavailable) == len(measures):
         raise UserError("\n".join(f"{name} is not computed: {why}" for name, why in result.unavailable.items()))
     raw = _raw([m for m in measures if m.name not in result.unavailable])
@@ -157,7 +173,9 @@ def _raw(measures: list[Measure]) -> list[Measure]:
     return [m for m in measures if m not in (delta, clip)] + [clip, LR_CLIP] if delta in measures else measures
 
 
-def _unavailable(measures: list[Measure], weights: Path | None, pairs: Pairs, small_fid: bool) -> dict[str, str]:
+def _unavailable(
+    measures: list[Measure], protocol: Protocol, weights: Path | None, pairs: Pairs, small_fid: bool
+) -> dict[str, str]:
     """Why a measure cannot be computed, by name. Raises UserError where folders are missing that it compares with."""
     reasons = {}
     for measure in measures:
@@ -165,7 +183,8 @@ def _unavailable(measures: list[Measure], weights: Path | None, pairs: Pairs, sm
             raise UserError(f"{measure.name} compares with HR images: give --hr FOLDER, or leave it out of --metrics")
         if "lr" in measure.needs and pairs.lr is None:
             raise UserError(f"{measure.name} also needs LR images: give --lr FOLDER, or leave it out of --metrics")
-        short, long = measure.smallest
+        border = 2 * protocol.crop if measure.cropped else 0
+        short, long = (max(side, 1) + border for side in measure.smallest)
         reason = ""
         if measure.source == "stlpips" and stlpips.weights_file() is None:
             reason = "its weights come with a package that is not installed: pip install stlpips-pytorch==0.0.2"

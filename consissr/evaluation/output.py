@@ -11,7 +11,7 @@ from consissr.evaluation.evaluate import Evaluation
 from consissr.evaluation.markdown import escaped, one_line, table_lines
 from consissr.evaluation.plots import summary_svg
 from consissr.evaluation.report import html_report
-from consissr.evaluation.summary import TableCells, difference_cells, differences, notes, per_image, table_cells
+from consissr.evaluation.summary import TableCells, difference_cells, notes, per_image, table_cells
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What makes a spreadsheet compute a text instead of showing it."""
@@ -83,7 +83,7 @@ def summary(evaluation: Evaluation) -> dict:
         "images": len(evaluation.pairs.images),
         "methods": methods,
         "differences to the first": {
-            name: {metric: asdict(e) for metric, e in line.items()} for name, line in differences(evaluation).items()
+            name: {metric: asdict(e) for metric, e in line.items()} for name, line in evaluation.differences.items()
         },
         "unavailable": evaluation.unavailable,
         "versions": evaluation.versions,

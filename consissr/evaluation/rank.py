@@ -1,7 +1,7 @@
 """Average rank of methods over metrics (last column of Table 1, ConsisSR), and best and second best per metric."""
 
 from collections.abc import Mapping
-from math import nan
+from math import isnan, nan
 
 import numpy as np
 
@@ -16,17 +16,17 @@ def ranks(values: np.ndarray, higher: bool) -> np.ndarray:
     return np.where(np.isnan(values), nan, better + 1.0)
 
 
+def had_by_all(table: Mapping[str, Mapping[str, float]], measures: list[Measure]) -> list[Measure]:
+    """The measures of which every method of `table[method][metric]` has a value."""
+    return [m for m in measures if not any(isnan(values.get(m.name, nan)) for values in table.values())]
+
+
 def average_ranks(table: Mapping[str, Mapping[str, float]], measures: list[Measure]) -> dict[str, float]:
     """`table[method][metric]` -> mean rank per method, over the metrics that every method has."""
-    methods = list(table)
-    columns = []
-    for measure in measures:
-        values = np.array([table[method].get(measure.name, nan) for method in methods])
-        if not np.isnan(values).any():
-            columns.append(ranks(values, measure.higher))
+    columns = [ranks([values[m.name] for values in table.values()], m.higher) for m in had_by_all(table, measures)]
     if not columns:
-        return dict.fromkeys(methods, nan)
-    return dict(zip(methods, np.mean(columns, axis=0).tolist(), strict=True))
+        return dict.fromkeys(table, nan)
+    return dict(zip(table, np.mean(columns, axis=0).tolist(), strict=True))
 
 
 def places(values: list[float], higher: bool) -> list[int]:

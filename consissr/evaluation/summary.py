@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from consissr.evaluation.bootstrap import DRAWS, Estimate, interval
+from consissr.evaluation.bootstrap import DRAWS, Estimate
 from consissr.evaluation.datasets import TEST_SETS, check_test_set
 from consissr.evaluation.evaluate import Evaluation
 from consissr.evaluation.folders import some
 from consissr.evaluation.markdown import one_line
 from consissr.evaluation.metrics import IDENTICAL
 from consissr.evaluation.protocols import Measure
-from consissr.evaluation.rank import average_ranks, places
+from consissr.evaluation.rank import average_ranks, had_by_all, places
 from consissr.evaluation.tables import LABELS, Cell, Table
 
 
@@ -42,8 +42,7 @@ def per_image(evaluation: Evaluation) -> list[Measure]:
 def measured_cells(evaluation: Evaluation, ranking: Collection[str] | None = None) -> dict[str, dict[str, Cell]]:
     """By method: means over images and runs with their G-STD, by metric; 'l-std' where runs are repeated; 'rank'.
 
-    The rank is the mean over the metrics of `ranking` (None: all) of the methods that are ranked; there is none for one
-    method or one metric.
+    The rank is the mean over the metrics of `ranking` (None: all), see `ranked`.
     """
     cells = {}
     for method in evaluation.pairs.methods:
@@ -52,13 +51,23 @@ def measured_cells(evaluation: Evaluation, ranking: Collection[str] | None = Non
                        for m in shown(evaluation)}  # fmt: skip
         if name in evaluation.local_std:
             cells[name]["l-std"] = Cell(evaluation.mean_local_std(name))
-    ranked = [method.name for method in evaluation.pairs.methods if method.ranked]
-    measures = [m for m in shown(evaluation) if ranking is None or m.name in ranking]
-    if len(ranked) > 1 and len(measures) > 1:
-        means = {name: {m.name: cells[name][m.name].value for m in measures} for name in ranked}
-        for name, average in average_ranks(means, measures).items():
-            cells[name]["rank"] = Cell(average, digits=2)
+    for name, average in average_ranks(*ranked(evaluation, ranking)).items():
+        cells[name]["rank"] = Cell(average, digits=2)
     return cells
+
+
+def ranked(
+    evaluation: Evaluation, ranking: Collection[str] | None = None
+) -> tuple[dict[str, dict[str, float]], list[Measure]]:
+    """The means of the methods that are ranked, and the metrics of `ranking` (None: all) by which, which all have.
+
+    Both are empty for one method or one metric.
+    """
+    measures = [m for m in shown(evaluation) if ranking is None or m.name in ranking]
+    names = [method.name for method in evaluation.pairs.methods if method.ranked]
+    means = {name: {m.name: evaluation.mean(name, m.name) for m in measures} for name in names}
+    measures = had_by_all(means, measures)
+    return (means, measures) if len(names) > 1 and len(measures) > 1 else ({}, [])
 
 
 def table_cells(evaluation: Evaluation) -> TableCells:
@@ -75,25 +84,9 @@ def table_cells(evaluation: Evaluation) -> TableCells:
     return TableCells(header, rows, [[0, *line] for line in zip(*marks, strict=True)])
 
 
-def differences(evaluation: Evaluation) -> dict[str, dict[str, Estimate]]:
-    """Of every method but the first: its values minus the first's, image by image, with 95 % bootstrap intervals.
-
-    By method and metric; runs are averaged first, and images without a value left out.
-    """
-    first, *others = (method.name for method in evaluation.pairs.methods)
-    estimates: dict[str, dict[str, Estimate]] = {}
-    for name in others:
-        for measure in per_image(evaluation):
-            a, b = (evaluation.values[n][measure.name].mean(axis=0) for n in (name, first))
-            known = (a - b)[~np.isnan(a - b)]
-            if len(known) > 1:
-                estimates.setdefault(name, {})[measure.name] = interval(known)
-    return estimates
-
-
 def difference_cells(evaluation: Evaluation) -> TableCells | None:
-    """`differences` as texts; None where there are none."""
-    estimates = differences(evaluation)
+    """The evaluation's `differences` as texts; None where there are none."""
+    estimates = evaluation.differences
     measures = [m for m in per_image(evaluation) if any(m.name in own for own in estimates.values())]
     if not measures:
         return None
@@ -116,8 +109,8 @@ def notes(evaluation: Evaluation) -> list[str]:
     lines = [f"{len(evaluation.pairs.images)} images{reference(evaluation)}. Protocol {evaluation.protocol.as_text()}"]
     if repeated := [f"{m.name} {len(m.runs)}" for m in methods if len(m.runs) > 1]:
         lines.append(f"Averages over runs, value/G-STD; number of runs: {', '.join(repeated)}.")
-    if sum(m.ranked for m in methods) > 1 and len(measures) > 1:
-        lines.append(f"Rank: mean over {', '.join(m.label for m in measures)}.")
+    if by := ranked(evaluation)[1]:
+        lines.append(f"Rank: mean over {', '.join(m.label for m in by)}.")
     lines += [f"{m.name}: {m.note}." for m in methods if m.note]
     lines += [*_reservations(evaluation), *_undefined(evaluation)]
     for name, table in evaluation.values.items():
@@ -138,6 +131,9 @@ def table_notes(evaluation: Evaluation, table: Table, dataset: str, hr: Path | N
     if dataset in TEST_SETS and hr and (problems := check_test_set(dataset, hr, None)):
         told = "; ".join(problem.split(": ", 1)[1] for problem in problems)
         lines[0] += f" This is not the test set of the published values ({told})."
+    means, by = ranked(evaluation, table.metrics)
+    if table.last == "rank" and by:
+        lines.append(f"Measured ranks: among {len(means)} methods over {', '.join(m.label for m in by)}.")
     lines += _reservations(evaluation, table.metrics)
     lines += [f"{m.label}: {m.about}." for m in shown(evaluation) if m.name not in table.metrics]
     return lines + [

@@ -50,6 +50,12 @@ def test_published_beside_measured(call, sets: dict[str, Path], tmp_path: Path) 
     assert (tmp_path / "out" / "ccsr_table6.md").read_text().strip() == text.strip()
 
 
+def test_measured_ranks_say_among_what(call, sets: dict[str, Path], tmp_path: Path) -> None:
+    results = ("--sr", f"PASD={sets['good']}", f"SeeSR={sets['bad']}", "--hr", sets["hr"], "-o", tmp_path / "out")
+    text = call("--table", "consissr/table1", "--dataset", "RealSR", *results, "--metrics", "psnr,ssim", "--jobs", 1)[1]
+    assert "- Measured ranks: among 2 methods over PSNR, SSIM." in text
+
+
 def test_our_rows_are_restored_and_measured(
     call, script, sets: dict[str, Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from consissr.errors import UserError
+from consissr.evaluation import bootstrap, metrics, output, plots
 from consissr.evaluation import evaluate as module
-from consissr.evaluation import metrics, output, plots, summary
 from consissr.evaluation.folders import pair, read_image
 from consissr.evaluation.protocols import PROTOCOLS, get_measures, get_protocol
 
@@ -193,10 +193,31 @@ def test_methods_of_another_size_are_not_ranked(sets: dict[str, Path], tmp_path:
 
 def test_differences_are_paired(sets: dict[str, Path], tmp_path: Path) -> None:
     done = run(sets, tmp_path / "s.jsonl")
-    (found,) = summary.differences(done).values()
+    (found,) = done.differences.values()
     values = done.values["bad"]["psnr"][0] - done.values["good"]["psnr"][0]
     assert found["psnr"].mean == pytest.approx(values.mean()) and values.min() <= found["psnr"].low < found["psnr"].high
     assert f"| bad | {values.mean():+.2f} [" in output.markdown(done)
+
+
+def test_differences_are_resampled_once_for_all_outputs(sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, draw = [], bootstrap.hierarchical
+    monkeypatch.setattr(bootstrap, "hierarchical", lambda values: calls.append(1) or draw(values))
+    done = run(sets, tmp_path / "s.jsonl", metrics_=["psnr"])
+    output.write_all(done, tmp_path / "out", pictures=0)
+    output.markdown(done)
+    assert len(calls) == 1
+
+
+def test_a_metric_that_a_method_lacks_is_not_said_to_rank(sets: dict[str, Path], tmp_path: Path, save) -> None:
+    save(sets["good"], {"b": np.zeros((96, 192, 3), np.uint8)})  # has no NIQE
+    assert "Rank: mean over PSNR, SSIM." in output.markdown(run(sets, tmp_path / "s.jsonl"))
+
+
+def test_a_protocols_border_counts_among_the_pixels_that_a_metric_needs(sets, tmp_path: Path, save) -> None:
+    for name in ("good", "hr", "lr"):
+        save(sets[name], {n: np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8) for n in "abc"})
+    done = run(sets, tmp_path / "s.jsonl", names=["good"], metrics_=["psnr", "ssim"], protocol="ccsr-v1")
+    assert list(done.unavailable) == ["ssim"] and "at least 19x19 pixels" in done.unavailable["ssim"]
 
 
 def test_identical_images_are_told(sets: dict[str, Path], tmp_path: Path) -> None:
