@@ -7,6 +7,7 @@ ratio and the loss under another image's condition beside bicubic and bicubic pl
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from consissr.errors import UserError, exit_status
@@ -30,14 +31,14 @@ def plans_of(config) -> dict:
 
 def check_pairs(args: argparse.Namespace, weights: list[Path], plans: dict) -> str:
     """The table of real pairs: by every plan, under another image's condition, and without image tokens."""
-    from consissr.evaluation import folders
-    from consissr.evaluation.check import as_text, check, mean_change
+    from consissr.evaluation.check import as_text, check, mean_change, scale_between
     from consissr.evaluation.restorations import companions, restore, results_folder, told_otherwise
     from consissr.restorer import Restorer
 
     lr, hr, out = args.realsr / "LR", args.realsr / "HR", args.output / "realsr"
-    folders.pair({"HR": hr}, hr, lr)  # what does not pair is said before anything is restored
-    groups, folder = companions(lr), results_folder(out, args.model, weights, lr)
+    scale = scale_between(lr, hr)  # what does not pair is said before anything is restored
+    groups, folder = companions(lr), results_folder(out, args.model, weights, lr, scale)
+    restore = partial(restore, scale=scale)
     restorer, swapped, blind = (Restorer.load(args.model, base=args.base) for _ in range(3))
     told_otherwise(swapped, hint=lambda z: z.roll(1, 0), image=lambda tokens: tokens.roll(1, 0))  # the next image's
     told_otherwise(blind, image=lambda tokens: 0 * tokens)

@@ -57,10 +57,14 @@ def bicubic_plus_grain(lr: torch.Tensor, scale: int = 4, seed: int = 0) -> torch
 
 
 def scale_between(lr: Path, hr: Path) -> int:
-    """How many times as wide as LR's the HR images are. UserError where they do not pair."""
-    pairs = folders.pair({"HR": hr}, hr, lr)
+    """How many times as large as LR's the HR images are. UserError where they do not pair, or where that differs."""
+    pairs, small = folders.pair({"HR": hr}, hr, lr), folders.Listing(lr).sizes
     first = pairs.images[0]
-    return round(pairs.sizes[first][0] / folders.Listing(lr).sizes[first][0])
+    scale = round(pairs.sizes[first][0] / small[first][0])
+    if odd := [name for name in pairs.images if pairs.sizes[name] != tuple(scale * side for side in small[name])]:
+        own, size = ("x".join(map(str, sizes[odd[0]])) for sizes in (small, pairs.sizes))
+        raise UserError(f"HR {hr}: {folders.some(odd)} has size {size}, LR's is {own}: not {scale} times as large")
+    return scale
 
 
 def write_baselines(lr: Path, output: Path, scale: int = 4) -> dict[str, Path]:

@@ -10,14 +10,15 @@ from consissr.evaluation.progress import track
 from consissr.images import codec
 
 
-def results_folder(output: Path, name: str, weights: Sequence[Path], lr: Path) -> Path:
-    """Below `output`, a folder for the results of these weights and these images.
+def results_folder(output: Path, name: str, weights: Sequence[Path], lr: Path, scale: int = 4) -> Path:
+    """Below `output`, a folder for the results of these weights and these images, `scale` times as large.
 
     name: what the user called the model; weights: where its own and its base's lie.
     """
     told = "-".join(provenance.contents(place, provenance.MODEL_FILES) for place in weights)
     images = provenance.fingerprint(lr, folders.EXTENSIONS)
-    return provenance.folder_of(output, Path(name).resolve().name, model=name, weights=told, images=images)
+    made_of = {"model": name, "weights": told, "images": images, "scale": scale}
+    return provenance.folder_of(output, Path(name).resolve().name, **made_of)
 
 
 def testset_folder(output: Path, photos: str, write: Callable[[Path], object]) -> Path:
@@ -49,9 +50,14 @@ def companions(lr: Path) -> list[list[str]]:
 
 
 def restore(
-    restorer: Callable, lr: Path, folder: Path, plan: Sequence | None, groups: Sequence[list[str]] = ()
+    restorer: Callable,
+    lr: Path,
+    folder: Path,
+    plan: Sequence | None,
+    groups: Sequence[list[str]] = (),
+    scale: int = 4,
 ) -> Path:
-    """Every image of `lr` restored into `folder` by the given plan; what is there is kept.
+    """Every image of `lr` restored into `folder` by the given plan, `scale` times as large; what is there is kept.
 
     groups: names of images to restore together, for instance `companions`; without, each is restored alone.
     """
@@ -65,7 +71,7 @@ def restore(
     for names in track(f"restoring {folder.name}", missing, len(missing)):
         photos = [codec.read(files[name]) for name in names]
         x = torch.stack([photo.pixels for photo in photos])
-        y = restorer(x, keys=names, plan=plan, batch_size=len(names))
+        y = restorer(x, scale, keys=names, plan=plan, batch_size=len(names))
         for name, photo, result in zip(names, photos, y, strict=True):
             codec.write(folder / f"{name}.png", codec.opaque(result, photo.form))
     return folder

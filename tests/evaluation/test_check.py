@@ -1,6 +1,7 @@
 """The check's figures and its baselines."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,9 @@ def test_baselines_are_of_the_given_images(sets: dict[str, Path], tmp_path: Path
 def test_folders_that_do_not_fit_are_named(sets: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--wrong-condition x: no --sr folder of that name; write NAME=DIR"):
         check.check({"good": sets["good"]}, sets["hr"], sets["lr"], tmp_path / "out", {"x": sets["bad"]}, jobs=1)
+    shutil.copy(sets["hr"] / "b.png", sets["lr"] / "b.png")
+    with pytest.raises(UserError, match="b has size 192x96, LR's is 192x96: not 4 times as large"):
+        check.check({"good": sets["good"]}, sets["hr"], sets["lr"], tmp_path / "out", jobs=1)
     (sets["lr"] / "a.png").rename(sets["lr"] / "z.png")
     with pytest.raises(UserError, match="lacks 1 of the 3 images"):
         check.check({"good": sets["good"]}, sets["hr"], sets["lr"], tmp_path / "out", jobs=1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
@@ -105,7 +106,7 @@ def test_every_image_gets_another_s_condition(tmp_path: Path, make_picture, save
     assert groups == [["a", "c", "e"], ["b", "d"]]
     calls = []
 
-    def swapped(x: torch.Tensor, keys: list[str], plan: None, batch_size: int) -> torch.Tensor:
+    def swapped(x: torch.Tensor, scale: int, keys: list[str], plan: None, batch_size: int) -> torch.Tensor:
         calls.append(keys)
         assert batch_size == len(keys) == len(x)
         return x.roll(1, 0)
@@ -117,6 +118,14 @@ def test_every_image_gets_another_s_condition(tmp_path: Path, make_picture, save
     (tmp_path / "wrong" / "d.png").unlink()
     restorations.restore(swapped, lr, tmp_path / "wrong", None, groups)
     assert calls == [["a", "c", "e"], ["b", "d"], ["b", "d"]], "an image without its companion would keep its own"
+
+
+def test_pairs_of_another_factor_are_restored_by_it(call, pairs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    for path in (pairs / "HR").iterdir():
+        Image.open(path).reduce(2).save(path)
+    status, text, errors = call(tiny_model, "--realsr", pairs, "-o", tmp_path / "out")
+    assert status == 0, errors
+    assert f"{tiny_model} S=1" in rows(text)
 
 
 def test_mistakes_come_before_the_work(call, pairs: Path, tiny_model: Path, tmp_path: Path, make_picture, save) -> None:
