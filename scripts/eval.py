@@ -17,7 +17,7 @@ from pathlib import Path
 from consissr.errors import UserError, exit_status
 from consissr.evaluation import check as checks
 from consissr.evaluation import complexity, figures, folders, listings, output, produce, protocols, summary, tables
-from consissr.evaluation.commandline import parse_box, parser, refuse
+from consissr.evaluation.commandline import check_numbers, parse_box, parser, refuse
 from consissr.evaluation.evaluate import Evaluation, evaluate
 from consissr.evaluation.learned import check_device
 from consissr.weights.find import BUNDLED, places
@@ -94,10 +94,7 @@ def check(args: argparse.Namespace) -> int:
 def evaluation(args: argparse.Namespace) -> int:
     if args.output.is_file():
         raise UserError(f"--output {args.output} is a file: name a folder")
-    if args.repeat is not None and args.repeat < 1:
-        raise UserError(f"--repeat must be at least 1, not {args.repeat}")
-    if args.report_images < 0:
-        raise UserError(f"--report-images must be at least 0, not {args.report_images}")
+    check_numbers(args)
     check_device(args.device)
     protocols.get_measures((args.metrics or "psnr").split(",")), protocols.get_protocol(args.protocol or "ccsr")
     if args.list_tables or args.list_weights or args.check_dataset:

@@ -54,6 +54,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises UserError for numbers that cannot be."""
+    if args.repeat is not None and args.repeat < 1:
+        raise UserError(f"--repeat must be at least 1, not {args.repeat}")
+    if args.report_images < 0:
+        raise UserError(f"--report-images must be at least 0, not {args.report_images}")
+
+
 def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
     """Raises UserError where one of these flags was given, which `what` would pass over."""
     plain = parser(None).get_default
