@@ -51,6 +51,8 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
         raise UserError(f"{target} would replace an input: use another --output or --suffix")
     if numbers()[2] > 1 or args.repeat > 1:
         raise UserError(f"{source}: a film is restored once, by one process; give its frames as a folder with --frames")
+    if args.save_steps:  # they would go with the frames
+        raise UserError(f"{source}: --save-steps is for pictures; give the film's frames as a folder with --frames")
     if target.exists() and not args.overwrite:
         if args.skip_existing:
             return 0
@@ -72,7 +74,7 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
         part = frames / "part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        ffmpeg("-i", source, "-map", "0:v:0", "-vf", f"fps={rate},{_SQUARE}", part / "%06d.png")
+        ffmpeg("-i", source, "-map", "0:v:0", "-vf", f"fps={rate},{_SQUARE}", numbered(part))
         part.rename(made)
     of_frames = {"input": [str(made)], "output": results, "ext": "png", "suffix": "", "frames": True}
     if status := restore(Namespace(**vars(args) | of_frames)):
@@ -81,7 +83,7 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
     say(f"{target}: putting it together ...")
     sound = ("-c:a", "copy") if target.suffix.lower() == source.suffix.lower() else ()
     video = _VIDEO.get(target.suffix.lower(), ("-c:v", "libx264", "-crf", "16"))
-    pictures = ("-framerate", str(rate), "-i", results / "%06d.png", "-i", source, "-map", "0:v", "-map", "1:a?")
+    pictures = ("-framerate", str(rate), "-i", numbered(results), "-i", source, "-map", "0:v", "-map", "1:a?")
     with whole(target) as part:
         ffmpeg(*pictures, "-vf", _FILTERS, "-pix_fmt", "yuv420p", *_COLOURS, *video, *sound, part)
     shutil.rmtree(frames)
@@ -91,13 +93,15 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
 def begin(frames: Path, film: Path, args: Namespace) -> None:
     """Make the folder of frames, with a record of whose they are.
 
-    UserError where it has frames of another film or of other settings.
+    UserError where it has frames of another film or of other settings, or is none of ours.
     """
     state = film.stat()
     told = {name: value for name, value in vars(args).items() if name not in _SAME_FRAMES}
     told |= {"input": os.path.abspath(film), "bytes": state.st_size, "changed": state.st_mtime_ns}
     text, record = json.dumps(told, default=str, sort_keys=True), frames / "film.json"
-    if frames.is_dir() and not (record.is_file() and record.read_text() == text):
+    if frames.is_dir() and any(frames.iterdir()) and not record.is_file():
+        raise UserError(f"{frames} was not made here: move it away, or use another --output")
+    if record.is_file() and record.read_bytes() != text.encode():
         if not args.overwrite:
             raise UserError(f"{frames} has frames of another film or of other settings: remove it, or use --overwrite")
         shutil.rmtree(frames)
@@ -108,13 +112,19 @@ def begin(frames: Path, film: Path, args: Namespace) -> None:
 def frame_rate(film: Path) -> Fraction:
     """Frames per second, of which ffmpeg rounds television's (30000/1001) to two digits. UserError for no film."""
     said = ffmpeg("-i", film, fails=True)
-    video = re.search(r"Stream .* Video: .*?([\d.]+) (?:fps|tbr)", said)
+    video = re.search(r"Stream .* Video: .*?([\d.]+)(k? fps| tbr)", said)
     if not video:
-        raise UserError(f"{film}: {said.splitlines()[-1] if said else 'no film'}")
+        raise UserError(f"{film}: {'holds no film' if 'Input #0' in said or not said else said.splitlines()[-1]}")
     if "smpte2084" in video[0] or "arib-std-b67" in video[0]:
         raise UserError(f"{film}: its colours are HDR, which frames do not keep; convert it to SDR first")
-    rate, television = Fraction(video[1]), round(Fraction(video[1]) * 1001 / 1000) * Fraction(1000, 1001)
+    rate = Fraction(video[1]) * (1000 if "k" in video[2] else 1)
+    television = round(rate * 1001 / 1000) * Fraction(1000, 1001)
     return television if rate.denominator > 1 and abs(rate - television) < Fraction(1, 150) else rate
+
+
+def numbered(folder: Path) -> Path:
+    """The frames of a folder, for ffmpeg: 000001.png, ...; it takes any % of a path for a number's place."""
+    return Path(str(folder).replace("%", "%%"), "%06d.png")
 
 
 def ffmpeg(*arguments: str | Path, fails: bool = False) -> str:
@@ -123,7 +133,8 @@ def ffmpeg(*arguments: str | Path, fails: bool = False) -> str:
     if not program:
         raise UserError("films need ffmpeg: install it, or give a folder of frames with --frames")
     quiet = ("-hide_banner", "-nostdin", "-y") if fails else ("-hide_banner", "-nostdin", "-y", "-v", "error")
-    done = subprocess.run([program, *quiet, *map(str, arguments)], capture_output=True, text=True, errors="replace")
+    words = [f"file:{word}" if isinstance(word, Path) else word for word in arguments]  # 10:30.mp4 is no protocol
+    done = subprocess.run([program, *quiet, *words], capture_output=True, text=True, errors="replace")
     if done.returncode and not fails:
         raise UserError(f"ffmpeg: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
     return done.stderr.strip()

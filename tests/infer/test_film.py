@@ -20,15 +20,15 @@ def calls(monkeypatch, tmp_path):
 
     class Run:
         def __init__(self, command, **how):
-            self.returncode, self.stderr, words = 0, "", [str(word) for word in command]
-            asked.append(words)
+            self.returncode, self.stderr, words = 0, "", [str(word).removeprefix("file:") for word in command]
+            asked.append([str(word) for word in command])
             if words[-2] == "-i":
                 self.returncode, self.stderr = 1, SAID
             elif words[-1].endswith("%06d.png"):
                 for number in (1, 2, 3):
                     Image.new("RGB", (12, 10), "teal").save(words[-1] % number)
             else:
-                results = Path(words[words.index("-framerate") + 3]).parent
+                results = Path(words[words.index("-framerate") + 3] % 1).parent
                 Path(words[-1]).write_bytes(b"film" + bytes([len(list(results.glob("*.png")))]))
 
     monkeypatch.setattr(film.subprocess, "run", Run)
@@ -76,17 +76,47 @@ def test_frames_of_another_film_or_of_other_settings_are_not_taken(infer, model,
     assert sum("fps=30000/1001" in str(call) for call in calls) == 2 and "b.mov" in files(tmp_path)
 
 
+@pytest.mark.parametrize("record", [None, b"\xff\xfe\0\0"])
+def test_a_folder_that_has_a_film_s_name_is_kept(infer, tmp_path, calls, files, record):
+    """Nobody who replaces results means a folder of their own; a record that is no text is another film's."""
+    (tmp_path / "a.mov").write_bytes(b"x")
+    mine = tmp_path / "out" / "a.mov_frames"
+    mine.mkdir(parents=True)
+    (mine / "mine.txt").write_text("mine")
+    if record:
+        (mine / "film.json").write_bytes(record)
+    flags = [] if record else ["--overwrite"]
+    status, _, err = infer("-i", tmp_path / "a.mov", "-o", tmp_path / "out", *flags)
+    assert status == 2 and ("frames of another film" if record else "was not made here: move it away") in err
+    assert (mine / "mine.txt").is_file() and not infer.loads
+
+
+def test_names_that_mean_something_else_to_ffmpeg(infer, tmp_path, calls, monkeypatch):
+    """A % is a number's place to it, and what stands before a colon a protocol."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("10:30.mp4", "50% a.mp4"):
+        Path(name).write_bytes(b"x")
+        assert infer("-i", name, "-o", "100%d", "-s", 2)[0] == 0
+        assert Path("100%d", name).read_bytes() == b"film\3"
+        paths = [word for call in calls for word in call[1:] if ".mp4" in word]
+        assert len(paths) == 6 and all(word.startswith("file:") for word in paths)
+        calls.clear()
+
+
 def test_what_is_no_film_or_cannot_be_one(infer, tmp_path, calls, monkeypatch):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"x")
     for flags, words in (
         (["-o", tmp_path], "would replace an input"),
         (["-o", tmp_path / "o", "--repeat", 2], "restored once"),
+        (["-o", tmp_path / "o", "--save-steps"], "--save-steps is for pictures"),
         (["-o", path / "o"], "is no folder"),
     ):
         status, _, err = infer("-i", path, *flags)
         assert status == 2 and words in err and err.count("\n") == 1
-    for said, words in (("a.mp4: Invalid data", "Invalid data"), (SAID.replace("bt709", "smpte2084"), "HDR")):
+    sound = "Input #0, mov\n  Stream #0:0: Audio: aac\nAt least one output file must be specified"
+    hdr = SAID.replace("bt709", "smpte2084")
+    for said, words in (("a.mp4: Invalid data", "Invalid data"), (hdr, "HDR"), (sound, "a.mp4: holds no film\n")):
         monkeypatch.setitem(globals(), "SAID", said)
         status, _, err = infer("-i", path, "-o", tmp_path / "o")
         assert status == 2 and words in err
@@ -97,7 +127,7 @@ def test_what_is_no_film_or_cannot_be_one(infer, tmp_path, calls, monkeypatch):
 
 
 def test_rates(monkeypatch):
-    rates = {"25": 25, "23.98": Fraction(24000, 1001), "59.94": Fraction(60000, 1001), "12.5": Fraction(25, 2)}
+    rates = {"25": 25, "23.98": Fraction(24000, 1001), "59.94": Fraction(60000, 1001), "12.5": 12.5, "1k": 1000}
     for said, rate in rates.items():
         monkeypatch.setattr(film, "ffmpeg", lambda *words, said=said, **how: f"Stream #0:1: Video: x, {said} fps")
         assert film.frame_rate(Path("a")) == rate
