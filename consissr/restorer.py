@@ -272,9 +272,13 @@ class Restorer:
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B,C,h,w) -> images (B,3,H,W), about [-1, 1], float32 on the CPU."""
-        factor = self.latents.factor
-        tiles = self.tiles(self.sampler, (z.shape[2] * factor, z.shape[3] * factor), len(z))
-        return self.tiled_latents(tiles).decode(z.to(self.device, self.dtype)).float().cpu()
+        height, width = z.shape[2:]
+
+        def attempt(rows: slice, tiles: Tiles) -> Tensor:
+            return self.tiled_latents(tiles).decode(z[rows].to(self.device, self.dtype)).float().cpu()
+
+        tiles = self.tiles(self.sampler, (height * self.latents.factor, width * self.latents.factor), len(z))
+        return within_memory(attempt, len(z) * ["latents"], tiles, (height, width))
 
     def step_picture(self, z: Tensor, lq: Tensor | Rows, scale: float, longest: int | None = None) -> Tensor:
         """What latents (1,C,h,w) of `lq` (1,3,H,W) show: (1,3,H',W') in [-1, 1], the result's size, its own colours."""

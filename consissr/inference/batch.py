@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 READERS = 2
 WRITERS = 2
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(kw_only=True)
 class Settings:
@@ -86,7 +88,7 @@ class Report:
                 self.log.write(json.dumps(_logged(outcome, self.seed)) + "\n")
                 self.log.flush()
             except OSError as error:  # results matter more than their log
-                logging.getLogger(__name__).warning("--json: the log ends here (%s)", error.strerror)
+                log.warning("--json: the log ends here (%s)", error.strerror)
                 self.log = None
         self.tell(outcome)
 
@@ -200,12 +202,22 @@ def _with_metadata(form: codec.Form, job: Job, settings: Settings) -> codec.Form
 
 
 def _step_writer(restorer: Restorer, job: Job, photo: Photo, settings: Settings) -> Callable:
-    """Writes what each sampling step expects the result to be, as RGB: <target>_steps/00_t999.png, ..."""
+    """Writes what each sampling step expects the result to be, as RGB: <target>_steps/00_t999.png, ...
+
+    One that cannot be made or written is told, and costs neither the result nor its second attempt.
+    """
+    folder = job.target.with_name(f"{job.target.name}_steps")
 
     def write(index: int, step: Any, eps: Tensor, x0: Tensor) -> None:
-        pixels = restorer.step_picture(x0, photo.image, settings.scale, settings.longest)[0]
-        path = job.target.with_name(f"{job.target.name}_steps") / f"{index:02d}_t{step.t:03d}.png"
-        codec.write(path, Photo(pixels, None, codec.Form()))
+        try:
+            for earlier in folder.glob("[0-9]*_t[0-9]*.png") if index == 0 else ():  # of another plan or attempt
+                earlier.unlink()
+            pixels = restorer.step_picture(x0, photo.image, settings.scale, settings.longest)[0]
+            codec.write(folder / f"{index:02d}_t{step.t:03d}.png", Photo(pixels, None, codec.Form()))
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise  # a defect of the program
+            log.warning("%s: no picture of step %d (%s)", job.source, index, _reason(error, job))
 
     return write
 

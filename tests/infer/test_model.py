@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from consissr.errors import UserError
 from consissr.inference import processes
+from consissr.models.vae.latents import Latents
 
 SIZES = {"a.png": (20, 28), "b.png": (20, 28), "c.png": (1, 1), "d.png": (13, 40)}
 
@@ -108,10 +110,32 @@ def test_settings_that_cannot_be_are_told_once(infer, capsys):
         assert (error := capsys.readouterr().err).startswith("error: ") and words in error and error.count("\n") == 1
 
 
-def test_save_steps(infer, folder):
+def test_save_steps(infer, folder, tmp_path):
+    """A shorter plan leaves none of the longer one's, whose curves would mix; what is the user's stays."""
     files = infer("out", "--save-steps", source=folder / "a.png")
     assert files.keys() == {"a.png", "a.png_steps/00_t999.png", "a.png_steps/01_t666.png"}
     assert all(image.shape == (40, 56, 3) for image in files.values())
+    Image.new("L", (3, 3)).save(tmp_path / "out" / "a.png_steps" / "mine.png")
+    files = infer("out", "--save-steps", "--overwrite", "--steps", "1", source=folder / "a.png")
+    assert files.keys() == {"a.png", "a.png_steps/00_t999.png", "a.png_steps/mine.png"}
+
+
+@pytest.mark.parametrize("trouble", ["memory", "nan"])
+def test_steps_cost_no_recovery(infer, folder, monkeypatch, trouble):
+    """What would be restored in smaller tiles, or in float32, is restored with --save-steps, too, and its steps are."""
+    decode = Latents.decode
+
+    def decoded(self, z):
+        if trouble == "memory" and max(z.shape[2:]) > 16:
+            raise torch.OutOfMemoryError("out of memory")
+        y = decode(self, z)
+        return y * float("nan") if trouble == "nan" and y.dtype != torch.float32 else y
+
+    monkeypatch.setattr(Latents, "decode", decoded)
+    flags = ["--steps", "1", *(["--scale", "3"] if trouble == "memory" else ["--precision", "bf16"])]
+    usual = infer("usual", *flags, source=folder / "a.png")
+    files = infer("steps", "--save-steps", *flags, source=folder / "a.png")
+    assert files.keys() == {"a.png", "a.png_steps/00_t999.png"} and (files["a.png"] == usual["a.png"]).all()
 
 
 def test_unknown_model(script, folder, tmp_path, capsys):
