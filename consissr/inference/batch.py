@@ -144,7 +144,7 @@ def _restore_group(
     read: list[tuple[Job, Photo]] = []
     for job, future in zip(group, futures, strict=True):
         try:
-            photo = future.result()
+            photo = _photo(job, future)
         except Exception as error:  # noqa: BLE001 - whatever a file makes a reader raise concerns this file alone
             report.add(Outcome(job, "failed", _reason(error, job)))
             continue
@@ -152,20 +152,37 @@ def _restore_group(
             report.add(Outcome(job, "failed", "changed while the run was going on"))
             continue
         read.append((job, photo))
-    if not read:
-        return []
+    return _restore_read(restorer, read, settings, report) if read else []
 
+
+def _photo(job: Job, future: Future) -> Photo:
+    """What was read ahead; once more, for the CPU to hold, where the image before had taken the memory."""
+    try:
+        return future.result()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return codec.read(job.source, whole=False)
+
+
+def _restore_read(
+    restorer: Restorer, read: list[tuple[Job, Photo]], settings: Settings, report: Report
+) -> list[tuple[Outcome, Samples]]:
+    """What to write of images of one size; those that fail together are tried alone, and reported if they fail then."""
     begin = time.perf_counter()
     try:
         results = _restore(restorer, read, settings, report)
     except (UserError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise  # a defect of the program
-        for job, _ in read:
-            report.add(Outcome(job, "failed", _reason(error, job)))
-        return []
-    seconds = (time.perf_counter() - begin) / len(read)
-    return [(Outcome(job, "done", seconds=seconds), samples) for (job, _), samples in zip(read, results, strict=True)]
+        if len(read) == 1:
+            report.add(Outcome(read[0][0], "failed", _reason(error, read[0][0])))
+            return []
+    else:
+        seconds = (time.perf_counter() - begin) / len(read)
+        outcomes = [Outcome(job, "done", seconds=seconds) for job, _ in read]
+        return list(zip(outcomes, results, strict=True))
+    return [done for one in read for done in _restore_read(restorer, [one], settings, report)]
 
 
 def _restore(restorer: Restorer, read: list[tuple[Job, Photo]], settings: Settings, report: Report) -> list[Samples]:

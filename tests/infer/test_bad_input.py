@@ -5,7 +5,10 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from PIL import Image
+
+from consissr.images import codec
 
 
 def test_bad_files_do_not_stop_the_rest(infer, folder, tmp_path, files):
@@ -97,12 +100,29 @@ def test_result_larger_than_memory(infer, folder, tmp_path, monkeypatch):
     assert status == 1 and "make it smaller" in err and not infer.loads[1:]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize(("trouble", "words"), [("nan", "NaN"), ("memory", "memory ran out")])
-def test_a_model_in_trouble_spoils_one_image(infer, model, folder, tmp_path, trouble, words, files):
+def test_a_model_in_trouble_spoils_one_image(infer, model, folder, tmp_path, trouble, words, files, batch_size):
+    """a.png, of equal size, is restored whether or not it shares a batch with b.jpg."""
     model.spoil = {"b.jpg": trouble}
-    status, out, err = infer("-i", folder, "-o", tmp_path / "out")
+    status, out, err = infer("-i", folder, "-o", tmp_path / "out", "--batch-size", batch_size)
     assert status == 1 and files(tmp_path / "out") == {"a.png", "c.webp"}
     assert "b.jpg" in err and words in err and "done 2, skipped 0, failed 1" in out
+
+
+def test_memory_that_is_taken_while_a_file_is_read_ahead(infer, folder, tmp_path, monkeypatch, files):
+    """By the image before, on a GPU: the file is read again when its turn comes."""
+    read, met = codec.read, set()
+
+    def full(path, *args, **how):
+        if path not in met:
+            met.add(path)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(path, *args, **how)
+
+    monkeypatch.setattr(codec, "read", full)
+    status, out, _ = infer("-i", folder, "-o", tmp_path / "out")
+    assert status == 0 and files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp"}
 
 
 def test_defects_of_the_program_are_not_hidden(infer, model, folder, tmp_path):
