@@ -45,7 +45,8 @@ def restore(args: argparse.Namespace) -> int:
     # 2. the model
     from consissr.inference import batch, progress
 
-    settings = batch.Settings(**sizes, **given(args, SETTINGS), made_with=given(args, MADE_WITH))
+    made_with = sampler_settings(args) | given(args, MADE_WITH)
+    settings = batch.Settings(**sizes, **given(args, SETTINGS), made_with=made_with)
     log, restorer = batch.open_log(args.json, vars(args), mine) if args.json else None, None
     if sizes := {(job.out_height, job.out_width) for job in missing if not job.error}:
         restorer = load(args, local_rank, one_size=len(sizes) == 1)

@@ -95,7 +95,7 @@ class Report:
 
 def run(restorer: Restorer, jobs: Iterable[Job], settings: Settings, report: Report) -> None:
     """Restore and write every job; each one ends in `report` exactly once."""
-    jobs = list(jobs)
+    jobs = [replace(job, key="frame") if settings.frames else job for job in jobs]
     for job in jobs:
         if job.error:
             report.add(Outcome(job, "failed", job.error))
@@ -193,7 +193,7 @@ def _restore(restorer: Restorer, read: list[tuple[Job, Photo]], settings: Settin
         scale=settings.scale,
         longest=settings.longest,
         seed=settings.seed,
-        keys=[job.key for job in jobs] if not settings.frames else ["frame"],
+        keys=[job.key for job in jobs],
         repeat=jobs[0].repeat,
         plan=settings.plan,
         batch_size=len(jobs),

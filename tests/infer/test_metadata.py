@@ -73,6 +73,18 @@ def test_metadata_as_asked(infer, photograph, tmp_path):
     }  # fmt: skip
 
 
+def test_settings_of_a_file_and_of_frames_are_written_down(infer, model, photograph, tmp_path):
+    """What is needed to make the picture again: its noise's name, and what stood in --config."""
+    (tmp_path / "sampler.yaml").write_text("guidance: 2.0\nt_min: 0.25")
+    flags = ["--config", tmp_path / "sampler.yaml", "--frames", "--metadata", "settings", "--json", tmp_path / "log"]
+    assert infer("-i", photograph, "-o", tmp_path / "out", *flags)[0] == 0
+    comment = Image.open(tmp_path / "out" / "a.jpg").getexif().get_ifd(TAGS)[COMMENT]
+    made = json.loads(comment.removeprefix(b"ASCII\0\0\0"))
+    assert (made["key"], made["guidance"], made["t_min"]) == ("frame", 2.0, 0.25)
+    logged = json.loads((tmp_path / "log").read_text().splitlines()[-1])
+    assert logged["key"] == "frame" == model.calls[0].keys[0]
+
+
 def test_formats_that_are_missing_here(infer, photograph, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "WRITABLE", {".png": formats.WRITABLE[".png"]})
     status, _, err = infer("-i", photograph, "-o", tmp_path / "out", "--ext", "jxl")
