@@ -74,8 +74,16 @@ def load(args: argparse.Namespace, local_rank: int, one_size: bool) -> "consissr
 
     memory.set_heap()
     fast.set_kernels(one_size)
-    device = processes.choose_device(args.device, local_rank)
-    restorer = consissr.Restorer.load(args.model, device, args.precision, args.base, **sampler_settings(args))
+    try:
+        device = processes.choose_device(args.device, local_rank)
+        restorer = consissr.Restorer.load(args.model, device, args.precision, args.base, **sampler_settings(args))
+    except (MemoryError, RuntimeError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{args.model} does not fit into the free memory of --device {args.device}: free some, or use another "
+            "--device or --precision bf16"
+        ) from None
     restorer.tiles(restorer.sampler, (4096, 4096), 1)  # tiles that cannot be are told once, not for each image
     if args.compile:
         restorer.compile(one_size)

@@ -138,6 +138,18 @@ def test_steps_cost_no_recovery(infer, folder, monkeypatch, trouble):
     assert files.keys() == {"a.png", "a.png_steps/00_t999.png"} and (files["a.png"] == usual["a.png"]).all()
 
 
+def test_a_model_that_does_not_fit_is_one_line(infer, monkeypatch, capsys):
+    """Another process holds the GPU's memory."""
+
+    def full(*args, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("consissr.Restorer.load", full)
+    assert infer("none", status=2) == {}
+    error = capsys.readouterr().err
+    assert "does not fit into the free memory of --device cpu: free some" in error and error.count("\n") == 1
+
+
 def test_unknown_model(script, folder, tmp_path, capsys):
     main = script("infer").main
     assert main(["-i", str(folder), "-o", str(tmp_path / "out"), "-m", "nano-csr", "--device", "cpu"]) == 2
