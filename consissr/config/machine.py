@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from consissr.errors import UserError
+
 
 def cores() -> int:
     """Cores that this process may use."""
@@ -17,6 +19,21 @@ def cache_folder() -> Path:
     if home := os.environ.get("CONSISSR_HOME"):
         return Path(home).expanduser().absolute()
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "consissr")
+
+
+def check_place(path: Path, flag: str) -> None:
+    """UserError where no file can be made at or below `path`, as far as that shows before anything is written."""
+    if "\0" in str(path):
+        raise UserError(f"{flag} {str(path)!r} has a NUL: use another name")
+    first = next((place for place in (path, *path.absolute().parents) if os.path.lexists(place)), None)
+    if first == path and os.path.islink(path) and not os.path.exists(path):
+        raise UserError(f"{flag} {path}: a link that leads nowhere; use another name")
+    if first is None or (first == path and not os.path.isdir(path)):
+        return
+    if not os.path.isdir(first):
+        raise UserError(f"{flag} {path}: {first} is no folder; use another name")
+    if not os.access(first, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {first} may not be written to; use another place")
 
 
 @contextmanager

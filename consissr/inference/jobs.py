@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from consissr.config.machine import check_place
 from consissr.errors import UserError
 from consissr.images import formats
 
@@ -127,21 +128,6 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_re
     return jobs
 
 
-def check_place(path: Path, flag: str) -> None:
-    """UserError where no file can be made at or below `path`, as far as that shows before anything is written."""
-    if "\0" in str(path):
-        raise UserError(f"{flag} {str(path)!r} has a NUL: use another name")
-    first = next((place for place in (path, *path.absolute().parents) if os.path.lexists(place)), None)
-    if first == path and os.path.islink(path) and not os.path.exists(path):
-        raise UserError(f"{flag} {path}: a link that leads nowhere; use another name")
-    if first is None or (first == path and not os.path.isdir(path)):
-        return
-    if not os.path.isdir(first):
-        raise UserError(f"{flag} {path}: {first} is no folder; use another name")
-    if not os.access(first, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path}: {first} may not be written to; use another place")
-
-
 def overlooked(inputs: Sequence[str], recursive: bool) -> str:
     """A line on pictures in the input folders and patterns whose kind is not read; "" where there are none."""
     kinds = (formats.UNREADABLE | formats.PLUGINS.keys()) - formats.READABLE
@@ -215,7 +201,7 @@ def _in_folder(folder: Path, recursive: bool, output: Path) -> list[Job]:
     for root, folders, files in os.walk(folder, onerror=errors.append):
         here = Path(root)
         if recursive:
-            visible = sorted(name for name in folders if not name.startswith("."))
+            visible = sorted(name for name in folders if not name.startswith(".") and not _is_by_product(here / name))
             folders[:] = [name for name in visible if os.path.realpath(here / name) != os.path.realpath(output)]
         else:
             folders.clear()
@@ -227,6 +213,12 @@ def _in_folder(folder: Path, recursive: bool, output: Path) -> list[Job]:
         key = Path(error.filename).relative_to(folder).as_posix()
         jobs.append(Job(source=Path(error.filename), key=key, error=f"cannot be read ({error.strerror})"))
     return sorted(jobs, key=lambda job: job.key)
+
+
+def _is_by_product(folder: Path) -> bool:
+    """Whether it holds an earlier run's pictures of sampling steps, beside their result, or the frames of a film."""
+    result = folder.name.removesuffix("_steps")
+    return (result != folder.name and (folder.parent / result).is_file()) or (folder / "film.json").is_file()
 
 
 def _in_list(path: Path) -> list[Job]:

@@ -27,6 +27,18 @@ def test_results_below_the_input_are_not_inputs(infer, folder, files):
     assert files(folder / "results") == {"a.png", "b.jpg", "c.webp", "sub/d.png"}
 
 
+def test_what_earlier_runs_left_beside_the_inputs_is_no_input(infer, folder, files):
+    """Pictures of sampling steps, and the frames of a film that is not whole yet."""
+    assert infer("-i", folder, "-o", folder, "--save-steps")[0] == 0
+    for name in ("a.mp4_frames/in/000001.png", "walk_steps/1.png"):  # the second is the user's
+        (folder / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+    (folder / "a.mp4_frames" / "film.json").write_text("{}")
+    assert infer("-i", folder, "-o", folder, "--recursive", "-s", 2)[0] == 0
+    new = {name for name in files(folder) if "_x2" in name}
+    assert new == {"a_x2.png", "b_x2.jpg", "c_x2.webp", "sub/d_x2.png", "walk_steps/1_x2.png"}
+
+
 def test_single_file(infer, folder, tmp_path, files):
     assert infer("-i", folder / "a.png", "-o", tmp_path / "deep" / "r.tif", "-s", 1.5)[0] == 0
     with Image.open(tmp_path / "deep" / "r.tif") as image:
