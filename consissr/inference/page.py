@@ -12,6 +12,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from html import escape
 from importlib.resources import files
@@ -174,7 +175,8 @@ class Run:
     def _add(self, outcome: Outcome) -> None:
         for path in (outcome.job.source, outcome.job.target) if outcome.status == "done" else ():
             if (copy := shown(self.folder, path)) != path:
-                codec.write(copy, codec.Photo(codec.read(path).pixels, None, formats.Form()))
+                with suppress(UserError):  # without it the page shows less, and the result is there all the same
+                    codec.write(copy, codec.Photo(codec.read(path).pixels, None, formats.Form()))
         self.outcomes.append(replace(outcome, error=self._readable(outcome.error)))
 
     def _readable(self, message: str) -> str:

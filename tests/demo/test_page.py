@@ -58,6 +58,23 @@ def test_results_are_shown_beside_their_originals(root, upload, load):
     run.close()
 
 
+def test_a_preview_that_cannot_be_written_costs_no_result(root, upload, load, monkeypatch):
+    write = codec.write
+
+    def full(path, *what):
+        if "shown" in path.parts:
+            raise UserError(f"{path}: cannot be written (No space left on device)")
+        write(path, *what)
+
+    monkeypatch.setattr(codec, "write", full)
+    run = page.Run(root, [upload("a.tif"), upload("b.png")], 2, load())
+    *_, last = run
+    assert last.words.endswith("2 of 2 restored.")
+    with zipfile.ZipFile(run.folder / page.ZIP) as file:
+        assert sorted(file.namelist()) == ["a.tif", "b.png"]
+    run.close()
+
+
 def test_a_stopped_run_ends_within_a_picture_and_keeps_what_is_done(root, upload, load, enlarger):
     for how in ("stop", "leave"):
         seen, go_on, tiles = Event(), Event(), iter(range(12))
