@@ -26,7 +26,8 @@ class Terminal:
 
     def __init__(self, console: Console, total: int, quiet: bool = False, remark: str = "") -> None:
         self.console, self.quiet = console, quiet
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        words = TextColumn("{task.description}", markup=False)  # file names may have [brackets]
+        columns = (words, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         # without a terminal the bar would only leave its last state in a log file
         self.progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
         self.total, self.ended = total, 0

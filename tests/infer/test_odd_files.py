@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,6 +281,19 @@ def test_redirected_runs_tell_how_far_they_are(monkeypatch):
     for _ in range(2):
         terminal.tell(Outcome(Job(source=None, key="a"), "done", seconds=1.0))
     assert out.getvalue() == "restored 2 of 4, 40 s left\n"
+
+
+def test_the_bar_shows_names_as_they_are():
+    """photo[draft].png: brackets are no markup."""
+    from rich.console import Console
+
+    from consissr.inference.jobs import Job
+    from consissr.inference.progress import Terminal
+
+    out = io.StringIO()
+    with Terminal(Console(file=out, force_terminal=True, width=120), 1) as terminal:
+        terminal.on_tile(Job(source=Path("photo[draft].png"), key="a"), 1, 2, 0.5)
+    assert "photo[draft].png: tile 1 of 2" in out.getvalue()
 
 
 def test_results_matter_more_than_what_is_said_of_them():
