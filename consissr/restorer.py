@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from consissr.config.loading import changed
@@ -130,6 +132,7 @@ class Restorer:
         config = changed(self.sampler, settings)
         steps = self.plan(config, plan, settings)
         check_numbers(scale=scale, longest=1 if longest is None else longest, batch_size=batch_size)
+        check_extent(inputs, scale)
         lqs, photos = unpacked(inputs)
         seed, repeat, keys = noise_names(seed, repeat, range(len(lqs)) if keys is None else keys)
         if len(set(keys)) != len(lqs):
@@ -329,3 +332,12 @@ class Restorer:
         """All networks, each once."""
         every = [self.latents, self.denoiser, self.image_prompt, self.hint_latents]
         return list({id(network): network for network in every if network is not None}.values())
+
+
+def check_extent(inputs: Images, scale: float) -> None:
+    """UserError for a picture without pixels, which Pillow makes, and for a scale without an end."""
+    if scale == inf:
+        raise UserError(f"scale is {scale}: use a finite number, such as 4")
+    for item in inputs if isinstance(inputs, (list, tuple)) else [inputs]:
+        if isinstance(item, Image) and 0 in item.size:
+            raise UserError(f"a picture of {item.width}x{item.height} pixels: both sides must be at least 1")

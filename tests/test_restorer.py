@@ -108,6 +108,7 @@ def test_steps_alone_cannot_make_a_nuts_plan(restorer):
         ({"color_fix": "adane"}, "adain"),
         ({"scale": 0}, "scale is 0"),
         ({"scale": "4"}, "scale is '4'"),
+        ({"scale": float("inf")}, "scale is inf: use a finite number"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"longest": 2.5}, "longest is 2.5"),
         ({"keys": ["a", "b"]}, "keys"),
@@ -129,6 +130,8 @@ def test_mistakes_are_named(restorer, settings, said):
     ("wrong", "said"),
     [
         (["photo.png"], "restore a str: give"),
+        (Image.new("RGB", (0, 5)), "a picture of 0x5 pixels"),
+        ([Image.new("L", (5, 0))], "a picture of 5x0 pixels"),
         (torch.zeros(3, 8, 8), r"float32 \(3, 8, 8\): give floats"),
         (torch.zeros(1, 4, 8, 8), r"\(1, 4, 8, 8\)"),
         (torch.zeros(0, 3, 8, 8), r"\(0, 3, 8, 8\)"),
