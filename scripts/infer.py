@@ -15,14 +15,13 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 
 from rich.console import Console
 
 import consissr
 from consissr.errors import UserError, exit_status
 from consissr.inference import film, jobs, processes
-from consissr.inference.flags import MADE_WITH, PLAN_FLAGS, SETTINGS, given, parser, sampler_settings
+from consissr.inference.flags import MADE_WITH, PLAN_FLAGS, SETTINGS, check, given, parser, sampler_settings
 
 
 def restore(args: argparse.Namespace) -> int:
@@ -111,7 +110,11 @@ def main(arguments: list[str] | None = None) -> int:
     # Its warnings are about code, not about images; and what Apple's GPUs cannot compute the CPU may.
     os.environ.update({"DIFFUSERS_VERBOSITY": "error", "PYTORCH_ENABLE_MPS_FALLBACK": "1"} | os.environ)
     args = parser(__doc__).parse_args(arguments)
-    work = partial(film.restored, args, restore) if film.is_film(args.input) else partial(restore, args)
+
+    def work() -> int:
+        check(args)
+        return film.restored(args, restore) if film.is_film(args.input) else restore(args)
+
     return exit_status(work, "what is written is whole, and --skip-existing continues")
 
 

@@ -83,7 +83,7 @@ class SamplerConfig:
         for name in ("short_side", "margin"):
             if getattr(self, name) < 0:
                 raise UserError(f"sampler.{name} is {getattr(self, name)}: use pixels, or 0 for off")
-        for name in ("fidelity", "color_strength"):
+        for name in ("t_max", "t_min", "fidelity", "color_strength"):
             if not 0 <= (1.0 if getattr(self, name) is None else getattr(self, name)) <= 1:
                 raise UserError(f"sampler.{name} is {getattr(self, name)}: use 0 to 1")
         for name in ("tile", "tile_overlap", "vae_tile"):

@@ -26,7 +26,7 @@ from consissr.images import codec
 from consissr.images.codec import Photo, Samples
 from consissr.images.inputs import equal_sizes
 from consissr.images.metadata import with_settings
-from consissr.inference.jobs import Job, check_place, reason
+from consissr.inference.jobs import Job, reason
 from consissr.models.memory import is_out_of_memory, peak_memory_mb
 
 if TYPE_CHECKING:
@@ -52,12 +52,6 @@ class Settings:
     save_steps: bool = False
     frames: bool = False  # of a film: every image has the same noise
     plan: Sequence[Any] | None = None  # timesteps other than the model's own
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size} is out of range: use at least 1")
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality {self.quality} is out of range: use 1 to 100")
 
 
 @dataclass
@@ -279,15 +273,10 @@ def open_log(path: Path, settings: dict[str, Any], jobs: Iterable[Job]) -> TextI
     Raises:
         UserError: the file cannot be written, or is the result of one of the jobs.
     """
-    check_place(path, "--json")
     if os.path.abspath(path) in {os.path.abspath(job.target) for job in jobs if job.target}:
         raise UserError(f"--json {path} is a result's name, too: name another file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and path.stat().st_size:
-            with path.open("rb") as earlier:
-                if earlier.read(1) != b"{":
-                    raise UserError(f"--json {path}: exists and is no log of earlier runs; name another file")
         log = path.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written ({error.strerror}); name another file") from None

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from consissr.config.machine import whole
+from consissr.config.machine import check_place, whole
 from consissr.errors import UserError
-from consissr.inference.jobs import check_place
 from consissr.inference.processes import numbers
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
@@ -29,8 +28,8 @@ _SAME_FRAMES = ("output", "skip_existing", "overwrite", "quiet", "json", "dry_ru
 
 
 def is_film(inputs: Sequence[str]) -> bool:
-    """Whether the input is a film."""
-    return len(inputs) == 1 and Path(inputs[0]).suffix.lower() in SUFFIXES and not os.path.isdir(inputs[0])
+    """Whether the input is a film, or several."""
+    return all(Path(text).suffix.lower() in SUFFIXES and not os.path.isdir(text) for text in inputs)
 
 
 def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
@@ -40,8 +39,10 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
     them.
 
     Raises:
-        UserError: no ffmpeg, a film that it does not read, HDR, a result that exists or cannot be.
+        UserError: several films, no ffmpeg, a film that it does not read, HDR, a result that exists or cannot be.
     """
+    if len(args.input) > 1:
+        raise UserError(f"{' '.join(args.input)}: films are restored one at a time; name one")
     source = Path(args.input[0])
     target = args.output if args.output.suffix.lower() in SUFFIXES else args.output / source.name
     if args.suffix and target != args.output:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from consissr.config.loading import find_config, load_config
+from consissr.config.machine import check_place
 from consissr.config.sampler import SamplerConfig
+from consissr.errors import UserError
 
 SAMPLER_FLAGS = (
     "guidance", "positive", "negative", "start", "color_fix", "fidelity", "color_strength", "tile", "tile_overlap",
@@ -131,6 +133,21 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=1, metavar="N", help="images of equal size restored together (%(default)s)")
     add("--compile", action="store_true", help="torch.compile the networks: slow start, then faster")
     return p
+
+
+def check(args: argparse.Namespace) -> None:
+    """What is wrong with the flags whatever the files and the model. Raises UserError."""
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size} is out of range: use at least 1")
+    if not 1 <= args.quality <= 100:
+        raise UserError(f"--quality {args.quality} is out of range: use 1 to 100")
+    if args.json:
+        check_place(args.json, "--json")
+        if args.json.is_file():
+            with args.json.open("rb") as earlier:
+                if earlier.read(1) not in (b"", b"{"):
+                    raise UserError(f"--json {args.json}: exists and is no log of earlier runs; name another file")
+    SamplerConfig(**sampler_settings(args) | given(args, PLAN_FLAGS))  # checks its values
 
 
 def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict:

@@ -37,6 +37,10 @@ def calls(monkeypatch, tmp_path):
 
 def test_a_film(infer, model, tmp_path, calls, files):
     (tmp_path / "a.mp4").write_bytes(b"x")
+    status, _, err = infer("-i", tmp_path / "a.mp4", tmp_path / "b.mp4", "-o", tmp_path / "out")
+    assert status == 2 and "films are restored one at a time" in err
+    status, _, err = infer("-i", tmp_path / "a.mp4", "-o", tmp_path / "out", "--quality", 0)
+    assert status == 2 and "--quality 0" in err and not calls, "told before it is taken apart"
     status, out, err = infer("-i", tmp_path / "a.mp4", "-o", tmp_path / "out", "-s", 2)
     assert status == 0 and "done 3" in out and (tmp_path / "out" / "a.mp4").read_bytes() == b"film\3"
     assert files(tmp_path) == {"a.mp4", "out/a.mp4"}
