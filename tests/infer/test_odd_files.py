@@ -1,9 +1,7 @@
 """Files as they come from phones, cameras and other programs: restored right, or one line that says why not."""
 
-import io
 import json
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,64 +250,6 @@ def test_a_bad_model_id_is_one_line():
 
     with pytest.raises(UserError, match="a b/c d"):
         find_model("a b/c d")
-
-
-def test_seconds_per_image_leave_the_first_out():
-    from rich.console import Console
-
-    from consissr.inference.batch import Outcome
-    from consissr.inference.jobs import Job
-    from consissr.inference.progress import Terminal
-
-    terminal = Terminal(Console(file=io.StringIO()), 3)
-    for seconds in (10.0, 0.8, 0.8):
-        terminal.tell(Outcome(Job(source=None, key="a"), "done", seconds=seconds))
-    assert "0.80 s per image in the model (bf16)" in terminal.summary({"done": 3}, "bf16")
-
-
-def test_redirected_runs_tell_how_far_they_are(monkeypatch):
-    """Where no bar shows: a line of how many are done, and not one per image."""
-    from rich.console import Console
-
-    from consissr.inference import progress
-    from consissr.inference.batch import Outcome
-    from consissr.inference.jobs import Job
-
-    out, times = io.StringIO(), iter([0.0, 10.0, 10.0, 40.0, 40.0])
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
-    terminal = progress.Terminal(Console(file=out), 4)
-    for _ in range(2):
-        terminal.tell(Outcome(Job(source=None, key="a"), "done", seconds=1.0))
-    assert out.getvalue() == "restored 2 of 4, 40 s left\n"
-
-
-def test_the_bar_shows_names_as_they_are():
-    """photo[draft].png: brackets are no markup."""
-    from rich.console import Console
-
-    from consissr.inference.jobs import Job
-    from consissr.inference.progress import Terminal
-
-    out = io.StringIO()
-    with Terminal(Console(file=out, force_terminal=True, width=120), 1) as terminal:
-        terminal.on_tile(Job(source=Path("photo[draft].png"), key="a"), 1, 2, 0.5)
-    assert "photo[draft].png: tile 1 of 2" in out.getvalue()
-
-
-def test_results_matter_more_than_what_is_said_of_them():
-    """A log on a full disk; a pipe that nobody reads any more."""
-    from rich.console import Console
-
-    from consissr.inference.batch import Outcome
-    from consissr.inference.jobs import Job
-    from consissr.inference.progress import Terminal
-
-    for error in (OSError(28, "No space left on device"), BrokenPipeError()):
-        out = io.StringIO()
-        out.write = out.flush = lambda *_, error=error: (_ for _ in ()).throw(error)
-        terminal = Terminal(Console(file=out), 1, remark="not read: 1 .heic")
-        terminal.tell(Outcome(Job(source=None, key="a"), "failed", error="truncated"))
-        assert terminal.ended == 1
 
 
 def test_without_the_modules_that_windows_lacks(monkeypatch):
