@@ -8,6 +8,7 @@ jump). So t_min itself is not evaluated, nor is it in CCSR v1 and v2: with it, "
 """
 
 from dataclasses import replace
+from typing import Any
 
 from consissr.config.sampler import SamplerConfig
 from consissr.diffusion.plans import Step, check_plan, ddpm_plan, descend, grid
@@ -70,6 +71,19 @@ def plan_of(config: SamplerConfig, evaluations: int, train_steps: int = 1000) ->
         raise UserError(f"{evaluations} steps: this model can take 1 to {most}")
     t_min = min((most - evaluations) / config.steps, config.t_max)
     return nuts_plan(config.steps, config.t_max, t_min, config.grid, train_steps)
+
+
+def changed_plan(config: SamplerConfig, changes: dict[str, Any]) -> list[Step]:
+    """The plan of a sampler configuration under `changes` of plan, steps, t_max and t_min, over its own timesteps.
+
+    Of NUTS, `steps` alone is S. Raises UserError where t_max or t_min is given for another plan.
+    """
+    if config.plan == "nuts" and changes.keys() == {"steps"}:
+        return plan_of(config, changes["steps"])
+    config = replace(config, **({"timesteps": []} | changes if changes else {}))
+    if config.plan != "nuts" and changes.keys() & {"t_max", "t_min"}:
+        raise UserError("--t-max and --t-min belong to the plan nuts: add --plan nuts or leave them out")
+    return sampler_plan(config)
 
 
 def with_plan(config: SamplerConfig, train_steps: int = 1000) -> SamplerConfig:

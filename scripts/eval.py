@@ -17,9 +17,8 @@ from pathlib import Path
 from consissr.errors import UserError, exit_status
 from consissr.evaluation import check as checks
 from consissr.evaluation import complexity, figures, folders, listings, output, produce, protocols, summary, tables
-from consissr.evaluation.commandline import check_numbers, parse_box, parser, refuse
+from consissr.evaluation.commandline import check_flags, parse_box, parser, refuse
 from consissr.evaluation.evaluate import Evaluation, evaluate
-from consissr.evaluation.learned import check_device
 from consissr.weights.find import BUNDLED, places
 
 TABLES, INFER = (Path(__file__).resolve().parents[1] / place for place in ("configs/tables", "scripts/infer.py"))
@@ -92,19 +91,11 @@ def check(args: argparse.Namespace) -> int:
 
 
 def evaluation(args: argparse.Namespace) -> int:
-    if args.output.is_file():
-        raise UserError(f"--output {args.output} is a file: name a folder")
-    check_numbers(args)
-    check_device(args.device)
+    check_flags(args)
     protocols.get_measures((args.metrics or "psnr").split(",")), protocols.get_protocol(args.protocol or "ccsr")
     if args.list_tables or args.list_weights or args.check_dataset:
         print(listings.text(args, TABLES))
         return 0
-    if args.check:
-        own = ("metrics", "protocol", "weights", "device", "unranked", "small_fid", "report_images", "table")
-        refuse(args, "--check", *own)
-    else:
-        refuse(args, "an evaluation without --check", "wrong_condition")
     return (print_table if args.table else check if args.check else evaluate_folders)(args)
 
 

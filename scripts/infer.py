@@ -15,17 +15,19 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 
 import consissr
-from consissr.errors import UserError, exit_status
+from consissr.errors import exit_status
 from consissr.inference import film, jobs, processes
 from consissr.inference.flags import MADE_WITH, PLAN_FLAGS, SETTINGS, check, given, parser, sampler_settings
 
 
 def restore(args: argparse.Namespace) -> int:
     """Plan everything, then load the model, then restore."""
+    check(args)
     # 1. which files, and under which names; every mistake that can show before the model loads shows here
     rank, local_rank, world = processes.numbers()
     sizes = {"scale": args.scale, "longest": args.longest_side}
@@ -49,12 +51,16 @@ def restore(args: argparse.Namespace) -> int:
     log, restorer = batch.open_log(args.json, vars(args), mine) if args.json else None, None
     if sizes := {(job.out_height, job.out_width) for job in missing if not job.error}:
         restorer = load(args, local_rank, one_size=len(sizes) == 1)
-        settings = replace(settings, plan=sampling_plan(args, restorer))
+        if (changes := given(args, PLAN_FLAGS)) or args.config:
+            from ccsr.timesteps import changed_plan
+
+            settings = replace(settings, plan=changed_plan(restorer.sampler, changes))
 
     # 3. the files
     quiet = args.quiet or rank > 0
     with progress.Terminal(err, len(missing), quiet, jobs.overlooked(args.input, args.recursive)) as terminal:
-        report = batch.Report(tell=terminal.tell, on_tile=terminal.on_tile, log=log, seed=args.seed)
+        ran = {"precision": restorer.precision, "device": str(restorer.device)} if restorer else {}
+        report = batch.Report(terminal.tell, terminal.on_tile, log, {"seed": args.seed} | ran)
         for job in existing:
             report.add(batch.Outcome(job, "skipped"))
         batch.run(restorer, missing, settings, report)
@@ -73,35 +79,14 @@ def load(args: argparse.Namespace, local_rank: int, one_size: bool) -> "consissr
 
     memory.set_heap()
     fast.set_kernels(one_size)
-    try:
+    too_large = f"{args.model} does not fit into the free memory of --device {args.device}"
+    with memory.out_of_memory_in_one_line(f"{too_large}: free some, or use another --device or --precision bf16"):
         device = processes.choose_device(args.device, local_rank)
         restorer = consissr.Restorer.load(args.model, device, args.precision, args.base, **sampler_settings(args))
-    except (MemoryError, RuntimeError) as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"{args.model} does not fit into the free memory of --device {args.device}: free some, or use another "
-            "--device or --precision bf16"
-        ) from None
     restorer.tiles(restorer.sampler, (4096, 4096), 1)  # tiles that cannot be are told once, not for each image
     if args.compile:
         restorer.compile(one_size)
     return restorer
-
-
-def sampling_plan(args: argparse.Namespace, restorer: "consissr.Restorer") -> "list | None":
-    """The timesteps that the flags ask for; None without such flags: the model's own."""
-    changes = given(args, PLAN_FLAGS)
-    if not changes and not args.config:
-        return None
-    from ccsr.timesteps import plan_of, sampler_plan
-
-    if restorer.sampler.plan == "nuts" and changes.keys() == {"steps"}:
-        return plan_of(restorer.sampler, args.steps)
-    config = replace(restorer.sampler, **({"timesteps": []} | changes if changes else {}))
-    if config.plan != "nuts" and (args.t_max is not None or args.t_min is not None):
-        raise UserError("--t-max and --t-min belong to the plan nuts: add --plan nuts or leave them out")
-    return sampler_plan(config)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,11 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Its warnings are about code, not about images; and what Apple's GPUs cannot compute the CPU may.
     os.environ.update({"DIFFUSERS_VERBOSITY": "error", "PYTORCH_ENABLE_MPS_FALLBACK": "1"} | os.environ)
     args = parser(__doc__).parse_args(arguments)
-
-    def work() -> int:
-        check(args)
-        return film.restored(args, restore) if film.is_film(args.input) else restore(args)
-
+    work = partial(film.restored, args, restore) if film.is_film(args.input) else partial(restore, args)
     return exit_status(work, "what is written is whole, and --skip-existing continues")
 
 

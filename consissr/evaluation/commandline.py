@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from consissr.errors import UserError
+from consissr.evaluation.learned import check_device
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -54,12 +55,23 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """Raises UserError for numbers that cannot be."""
+FIXED = ("metrics", "protocol", "weights", "device", "unranked", "small_fid", "report_images", "table")
+"""What --check has of its own."""
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for values that cannot be, and for flags that --check, or the want of it, would pass over."""
+    if args.output.is_file():
+        raise UserError(f"--output {args.output} is a file: name a folder")
     if args.repeat is not None and args.repeat < 1:
         raise UserError(f"--repeat must be at least 1, not {args.repeat}")
     if args.report_images < 0:
         raise UserError(f"--report-images must be at least 0, not {args.report_images}")
+    check_device(args.device)
+    if args.check:
+        refuse(args, "--check", *FIXED)
+    else:
+        refuse(args, "an evaluation without --check", "wrong_condition")
 
 
 def refuse(args: argparse.Namespace, what: str, *names: str) -> None:

@@ -20,8 +20,6 @@ from consissr.evaluation import provenance, stlpips
 from consissr.evaluation.folders import EXTENSIONS, pair, parse_methods
 from consissr.evaluation.tables import Table
 from consissr.evaluation.workers import end_with_parent
-from consissr.inference.processes import choose_device
-from consissr.weights.precision import choose_precision
 
 BASE_FLAG = argparse.ArgumentParser(add_help=False)
 BASE_FLAG.add_argument("--base")  # of infer.py: its weights count as the model's own do
@@ -137,11 +135,10 @@ def time_model(model: str, plan: list[str], flags: list[str], script: Path) -> T
         Image.fromarray(noise).save(image)
         call = [script, "-i", image, "-o", f"{scratch}/results", "-m", model, "-s", 4, *plan, *flags]
         run_script([*call, "--repeat", 4, "--json", log, "--quiet"], f"{model} could not be timed")
-        run, *entries = [json.loads(line) for line in log.read_text().splitlines()]
-    device = choose_device(run["settings"]["device"])
-    precision = choose_precision(run["settings"]["precision"], device)
-    seconds = min(entry["seconds"] for entry in entries if entry["status"] == "done")
-    return Timing(seconds, f"{shlex.join([model, *flags])} in {precision} on {device}")
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+    fastest = min((line for line in lines if line.get("status") == "done"), key=lambda line: line["seconds"])
+    told = f"{shlex.join([model, *flags])} in {fastest['precision']} on {fastest['device']}"
+    return Timing(fastest["seconds"], told)
 
 
 def run_script(words: list, failure: str) -> None:

@@ -72,14 +72,15 @@ class Report:
     on_tile: Callable[[Job, int, int, float], None] = lambda *now: None
     """How far the image under way is: see models.tiles.OnTile."""
     log: TextIO | None = None
-    seed: int = 0
+    about: dict[str, Any] = field(default_factory=dict)
+    """What every line of the log has: the seed, and what the model runs on."""
     counts: dict[str, int] = field(default_factory=lambda: {"done": 0, "skipped": 0, "failed": 0})
 
     def add(self, outcome: Outcome) -> None:
         self.counts[outcome.status] += 1
         if self.log:
             try:
-                self.log.write(json.dumps(_logged(outcome, self.seed)) + "\n")
+                self.log.write(json.dumps(_logged(outcome) | self.about) + "\n")
                 self.log.flush()
             except OSError as error:  # results matter more than their log
                 log.warning("--json: the log ends here (%s)", error.strerror)
@@ -249,7 +250,7 @@ def _reason(error: Exception, job: Job) -> str:
     return f"{size}: memory ran out; use --tile or make it smaller"
 
 
-def _logged(outcome: Outcome, seed: int) -> dict:
+def _logged(outcome: Outcome) -> dict:
     job = outcome.job
     return {
         "event": "image",
@@ -259,7 +260,6 @@ def _logged(outcome: Outcome, seed: int) -> dict:
         "target": os.path.abspath(job.target) if job.target else None,
         "size": [job.width, job.height],
         "result_size": [job.out_width, job.out_height],
-        "seed": seed,
         "key": job.key,
         "repeat": job.repeat,
         "seconds": round(outcome.seconds, 4),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from consissr.errors import UserError
 from consissr.images.device import PIXEL_BYTES, works_on_pixels
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = -1, -3, 2**25
@@ -83,3 +85,14 @@ def set_heap(keeps: int = HEAP_KEEPS) -> None:
 def trim_heap() -> None:
     """Hand freed memory back to the system: before a measurement, and where a large image needs it as a whole."""
     glibc("malloc_trim")(0)
+
+
+@contextmanager
+def out_of_memory_in_one_line(message: str) -> Iterator[None]:
+    """Makes a UserError of running out of memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(message) from error

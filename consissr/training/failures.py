@@ -16,17 +16,6 @@ from consissr.training.processes import Processes
 
 
 @contextmanager
-def out_of_memory_in_one_line(message: str) -> Iterator[None]:
-    """Makes a UserError of running out of memory."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(message) from error
-
-
-@contextmanager
 def step_errors_in_one_line(config: TrainConfig, step: Callable[[], int], world: int) -> Iterator[None]:
     """Makes UserErrors of what stops a step: too little memory, and what the system could not do.
 

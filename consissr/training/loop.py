@@ -21,11 +21,11 @@ from torch import Tensor
 
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError
-from consissr.models.memory import peak_memory_mb
+from consissr.models.memory import out_of_memory_in_one_line, peak_memory_mb
 from consissr.training.checkpoints import Writer, load_checkpoint, sound_checkpoint
 from consissr.training.checks import check_run, launched
 from consissr.training.engine import Average, Player
-from consissr.training.failures import not_finite, out_of_memory_in_one_line, step_errors_in_one_line
+from consissr.training.failures import not_finite, step_errors_in_one_line
 from consissr.training.feed import Feed
 from consissr.training.optimisers import learning_rate, load_optimizer
 from consissr.training.precision import Frozen, stores_bf16

@@ -235,8 +235,8 @@ def test_seconds_come_from_infer_s_log(tmp_path: Path) -> None:
         "import sys, json, pathlib\n"
         "log = pathlib.Path(sys.argv[sys.argv.index('--json') + 1])\n"
         "assert '--steps 1 --precision fp32' in ' '.join(sys.argv)\n"
-        "rows = [{'event': 'run', 'settings': {'device': 'cpu', 'precision': 'fp32'}}]\n"
-        "rows += [{'status': 'done', 'seconds': s} for s in (3.0, 1.5, 2.0)]\n"
+        "ran = {'status': 'done', 'device': 'cpu', 'precision': 'fp32'}\n"
+        "rows = [{'event': 'run'}, *(ran | {'seconds': s} for s in (3.0, 1.5, 2.0))]\n"
         "log.write_text('\\n'.join(map(json.dumps, rows)))\n"
     )
     found = produce.time_model("nano", ["--steps", "1"], ["--precision", "fp32"], script)

@@ -125,6 +125,7 @@ def test_log(infer, folder, tmp_path):
     assert by_key["bad.png"]["status"] == "failed" and "not an image" in by_key["bad.png"]["error"]
     good = by_key["a.png"]
     assert good["status"] == "done" and good["result_size"] == [36, 48] and good["seed"] == 7
+    assert (good["precision"], good["device"]) == ("fp32", "cpu")
     assert os.path.isabs(good["target"]) and good["peak_mb"] > 0 and good["seconds"] > 0
 
 
