@@ -36,10 +36,6 @@ BESIDE = "stable-diffusion-2-1-base"
 """The base's folder beside CCSR v2's controlnet/ and vae/, as its authors' README arranges them."""
 
 
-class ForeignError(UserError):
-    """The source is damaged, or of another kind than the releases."""
-
-
 def convert(
     source: Path,
     target: Path,
@@ -66,11 +62,8 @@ def convert(
     shutil.rmtree(part, ignore_errors=True)  # of a conversion that was cut off
     part.mkdir(parents=True)
     try:
-        try:
-            source = release_in(source)
-            model = read(source, clip, with_base=base in ("auto", "own"))
-        except UserError as error:
-            raise ForeignError(str(error)) from error
+        source = release_in(source)
+        model = read(source, clip, with_base=base in ("auto", "own"))
         write(model, part, name or target.name, base, torch.float16 if half else None, source)
         if finish is not None:
             finish(part)

@@ -64,7 +64,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors or torch file, on the CPU; nothing stored in it runs.
 
     A Lightning file's `state_dict` is unwrapped and a `module.` prefix removed. UserError if the file is missing,
-    damaged or holds no tensors by name.
+    damaged, larger than the memory, or holds no tensors by name.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -78,9 +78,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks to run {code[1]}, which weights never need" if code else "it is no checkpoint, or damaged"
         raise UserError(f"{path} was not loaded: {reason}; download it again from its authors") from error
-    except (SafetensorError, EOFError, OSError, struct.error, zipfile.BadZipFile, *BUILD_ERRORS) as error:
+    except (SafetensorError, EOFError, OSError, MemoryError, struct.error, zipfile.BadZipFile, *BUILD_ERRORS) as error:
         reason = reason_of(error)
-        raise UserError(f"weights {path} cannot be read ({reason}): copy or download the model again") from error
+        short = isinstance(error, MemoryError) or "allocate memory" in reason  # torch's is a RuntimeError
+        remedy = "close other programs, or use a larger machine" if short else "copy or download the model again"
+        raise UserError(f"weights {path} cannot be read ({reason}): {remedy}") from error
     if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
         stored = stored["state_dict"]
     tensors = {n: t for n, t in stored.items() if isinstance(t, Tensor)} if isinstance(stored, dict) else {}

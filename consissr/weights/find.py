@@ -17,12 +17,11 @@ from consissr.errors import UserError
 from consissr.weights.base import BASE_NETWORKS, SD21, base_path, find_base
 from consissr.weights.base import choose as choose_base
 from consissr.weights.cache import by_hand_folder, check_free, locked, stamp_of, unchanged
-from consissr.weights.conversion import CONVERTER, TEXT_FOLDERS, ForeignError, choose_released, convert, release_in
+from consissr.weights.conversion import CONVERTER, TEXT_FOLDERS, choose_released, convert, release_in
 from consissr.weights.files import ASSETS, BUNDLED, MODEL_FILES, base_of, read_config
 from consissr.weights.hub import (
     UnreachableError,
     fetch,
-    forget,
     is_hub_id,
     recorded,
     split_hub_id,
@@ -99,7 +98,7 @@ def by_hand(entry: Published) -> Path | None:
 
 
 def from_hub(source: Source, label: str, half: bool, reachable: bool = True) -> Path:
-    """A repository: a model folder of ours as it is, a release converted. What proves to be of another kind goes."""
+    """A repository: a model folder of ours as it is, a release converted."""
 
     def choose(files: Collection[str], half: bool) -> list[str]:
         if source.file:
@@ -122,9 +121,8 @@ def from_hub(source: Source, label: str, half: bool, reachable: bool = True) -> 
     try:
         release = folder / source.file if source.file else release_in(folder)
         return converted(release, f"{source.hub}/{source.file}", fetched.commit, label, base, half)
-    except ForeignError:
-        forget(source.hub_id, fetched)
-        raise
+    except UserError as error:
+        raise UserError(f"{source.hub}@{fetched.commit[:12]}: {error}") from error
 
 
 def state_of(path: Path) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,6 @@ class Fetched:
     folder: Path
     """The hub's snapshot that holds them."""
     commit: str
-    new: list[Path] = field(default_factory=list)
-    """Those that were downloaded just now."""
 
 
 def split_hub_id(hub_id: str) -> tuple[str, str]:
@@ -89,7 +87,7 @@ def fetch(hub_id: str, choose: Choose, half: bool = False, reachable: bool = Tru
         try:
             manifest = recorded(hub_id) or ask(hub_id, reachable)
             files = choose(manifest.files, half)
-            new = download(manifest, files, reachable)
+            download(manifest, files, reachable)
         except UserError as error:
             answered = isinstance(error.__cause__, HfHubHTTPError)  # that it has no such repository, or is busy
             if not answered and not isinstance(error, UnreachableError):
@@ -100,7 +98,7 @@ def fetch(hub_id: str, choose: Choose, half: bool = False, reachable: bool = Tru
                 log.warning("%s; the copy in the hub's cache is used", error)
             return other
         record(hub_id, manifest)
-    return Fetched(snapshot(manifest, files), manifest.commit, new)
+    return Fetched(snapshot(manifest, files), manifest.commit)
 
 
 def present(hub_id: str, choose: Choose, half: bool) -> Fetched | None:
@@ -165,8 +163,8 @@ def known_digests(hub_id: str) -> dict[str, str]:
     return {name: digest for source in sources for name, digest in source.sha256.items()}
 
 
-def download(manifest: Manifest, files: list[str], reachable: bool) -> list[Path]:
-    """What is missing of `files`, into the hub's cache: where it stands. What comes damaged does not stay."""
+def download(manifest: Manifest, files: list[str], reachable: bool) -> None:
+    """What is missing of `files`, into the hub's cache. What comes damaged does not stay."""
     from huggingface_hub import constants, hf_hub_download
 
     if not reachable:
@@ -175,7 +173,6 @@ def download(manifest: Manifest, files: list[str], reachable: bool) -> list[Path
     begun = [part for name in missing if (part := part_of(manifest, name)).is_file()]
     need = sum(manifest.files[name]["size"] or 0 for name in missing) - sum(part.stat().st_size for part in begun)
     check_free(Path(constants.HF_HUB_CACHE), need, manifest.repository, "HF_HOME")
-    new = []
     for name in missing:
         with asking(f"{manifest.repository}@{manifest.commit[:12]}: {name}"):
             resume(manifest, name)
@@ -191,8 +188,6 @@ def download(manifest: Manifest, files: list[str], reachable: bool) -> list[Path
             remove(path)
             raise UserError(f"{name} of {manifest.repository} came damaged ({damage}) and was not kept: try again")
         manifest.files[name] = stamp
-        new.append(path)
-    return new
 
 
 def part_of(manifest: Manifest, name: str) -> Path:
@@ -283,15 +278,6 @@ def record(hub_id: str, manifest: Manifest) -> None:
                 part.write_text(text, "utf-8")
         except OSError as error:
             log.debug("%s cannot be written: %s", path, error)
-
-
-def forget(hub_id: str, fetched: Fetched) -> None:
-    """Remove what was downloaded just now, and what is written down of the repository: the hub is asked anew."""
-    repository, _ = split_hub_id(hub_id)
-    for path in fetched.new:
-        remove(path)
-    for name in {hub_id, f"{repository}@{fetched.commit}"} if fetched.new else ():
-        record_file(name).unlink(missing_ok=True)
 
 
 def recorded(hub_id: str) -> Manifest | None:

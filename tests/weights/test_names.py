@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,6 +37,27 @@ def test_damaged_downloads_are_one_line_and_not_kept(machine, v1):
     machine.spoilt.clear()
     path = fetch(CAMENDURU, lambda files, half: list(files)).folder / "real-world_ccsr.ckpt"
     assert path.read_bytes() == v1["ckpt"].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "reader", "error"),
+    [
+        ("a.ckpt", "torch.load", RuntimeError("unable to mmap 9 bytes from file <a>: Cannot allocate memory (12)")),
+        ("a.safetensors", "safetensors.torch.load_file", MemoryError("Cannot allocate memory (os error 12)")),
+    ],
+)
+def test_too_little_memory_is_one_line_and_no_second_download(machine, monkeypatch, name, reader, error):
+    """On a machine with more memory, or with less to do, the gigabytes that came serve."""
+    (machine.root / "me/model").mkdir(parents=True)
+    (machine.root / "me/model" / name).write_bytes(b"gigabytes")
+    monkeypatch.setattr(reader, Mock(side_effect=error))
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{name} cannot be read \(.*memory.*\): close other programs") as told:
+            find_model("me/model")
+        assert "\n" not in str(told.value) and f"me/model@{commit('me/model')[:12]}: " in str(told.value)
+    assert [path for command, path in machine.asked if command == "GET" and "resolve" in path] == [
+        f"/me/model/resolve/{commit('me/model')}/{name}"
+    ]
 
 
 def test_without_a_network_and_a_cache_one_line_says_what_to_do(machine):
