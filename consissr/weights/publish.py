@@ -13,7 +13,8 @@ CARD_HEADER = "---\nlibrary_name: consissr\npipeline_tag: image-to-image\ntags: 
 def push(folder: Path | None, hub_id: str, private: bool = False) -> str:
     """Upload a model folder with its card to the repository `hub_id`, which is made if need be: its address.
 
-    UserError for what is no model folder, a base that nobody else could find, or a hub that refuses.
+    UserError for what is no model folder, a base that nobody else could find, a hub that refuses,
+    or `private` where the repository is there and public.
     """
     from huggingface_hub import HfApi
 
@@ -30,6 +31,8 @@ def push(folder: Path | None, hub_id: str, private: bool = False) -> str:
     files = [f"{name}*" if name.endswith("/") else name for name in MODEL_FILES if name != CARD]
     with asking(f"{hub_id} (uploading)"):
         address = (api := HfApi()).create_repo(hub_id, private=private, exist_ok=True)
+        if private and not api.repo_info(hub_id).private:  # one that was there stays as it is
+            raise UserError(f"--private: {hub_id} is public already: make it private on its page, or name another")
         api.upload_folder(repo_id=hub_id, folder_path=folder, allow_patterns=files)
         api.upload_file(repo_id=hub_id, path_or_fileobj=text.encode(), path_in_repo=CARD)
     return str(address)

@@ -1,6 +1,7 @@
 """convert.py --push: a model folder and its card through the hub's client; what nobody could use is refused."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +20,9 @@ def calls(monkeypatch):
         def create_repo(self, place, **words):
             made.append(("create", place, words))
             return f"https://hub/{place}"
+
+        def repo_info(self, place):
+            return SimpleNamespace(private=place == "me/model")
 
         def upload_folder(self, **words):
             made.append(("folder", words["repo_id"], words))
@@ -42,6 +46,14 @@ def test_a_folder_goes_up_with_its_card(calls, tiny_model, tmp_path):
     assert create == "create" and words == {"private": True, "exist_ok": True}
     assert uploaded["folder_path"] == folder and card == "README.md"
     assert text.startswith("---\nlibrary_name: consissr") and "# tiny" in text
+
+
+def test_nothing_private_goes_into_a_public_repository(calls, root):
+    """The hub leaves a repository that is there as public as it was."""
+    with pytest.raises(UserError, match="me/shown is public already: make it private on its page, or name another"):
+        push(root / "consissr" / "assets" / "nano" / "nano-ccsr", "me/shown", private=True)
+    assert [call[0] for call in calls] == ["create"]
+    assert push(root / "consissr" / "assets" / "nano" / "nano-ccsr", "me/shown") == "https://hub/me/shown"
 
 
 def test_other_folders_and_names_are_refused(calls, tiny_model, tmp_path):
