@@ -82,10 +82,11 @@ def fetch(hub_id: str, choose: Choose, half: bool = False, reachable: bool = Tru
     with locked(record_file(hub_id).stem):
         if (ready := present(hub_id, choose, half)) is not None:  # by now another process has fetched it
             return ready
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
+        known = recorded(hub_id)
         try:
-            manifest = recorded(hub_id) or ask(hub_id, reachable)
+            manifest = known or ask(hub_id, reachable)
             files = choose(manifest.files, half)
             download(manifest, files, reachable)
         except UserError as error:
@@ -93,7 +94,10 @@ def fetch(hub_id: str, choose: Choose, half: bool = False, reachable: bool = Tru
             if not answered and not isinstance(error, UnreachableError):
                 raise
             if (other := without_network(hub_id, choose, half)) is None:
-                raise
+                gone = known and isinstance(error.__cause__, RevisionNotFoundError)
+                if not gone or hub_id.endswith(f"@{known.commit}"):
+                    raise
+                raise UserError(f"{error}; remove {record_file(hub_id)} to take what stands there now") from error
             if answered:
                 log.warning("%s; the copy in the hub's cache is used", error)
             return other

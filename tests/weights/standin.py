@@ -40,6 +40,8 @@ class Hub(ThreadingHTTPServer):
         self.root, self.asked, self.tokens, self.ranges, self.cut, self.spoilt = root, [], set(), [], {}, {}
         """asked: method and path of every request; tokens: what it was authorised with; ranges: where it was to begin;
         cut: file -> bytes after which a connection ends, once; spoilt: file -> what is sent instead."""
+        self.rewritten: set[str] = set()
+        """rewritten: commits that no repository has any longer."""
         self.stuck, self.halfway = "", threading.Event()
         """stuck: a file of which half is sent and then nothing; halfway: that point is reached."""
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -93,8 +95,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def listing(self, name: str, revision: str, body: bool) -> None:
         folder = self.server.root / name
-        if not folder.is_dir():
-            return self.refuse("RepoNotFound")
+        if not folder.is_dir() or revision in self.server.rewritten:
+            return self.refuse("RevisionNotFound" if folder.is_dir() else "RepoNotFound")
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
         siblings = [
             {
@@ -116,6 +118,8 @@ class Handler(BaseHTTPRequestHandler):
         file = self.server.root / name / rest
         if not file.is_file():
             return self.refuse("EntryNotFound" if (self.server.root / name).is_dir() else "RepoNotFound")
+        if revision in self.server.rewritten:
+            return self.refuse("RevisionNotFound")
         data = self.server.spoilt.get(rest) or file.read_bytes()
         first = int(found[1]) if (found := re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")) else 0
         self.send_response(206 if first else 200)

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from consissr.config.machine import cache_folder
 from consissr.errors import UserError
@@ -22,6 +23,7 @@ from consissr.weights.find import find_model, listing, places, prefetch, read_fi
 from consissr.weights.hub import fetch
 from consissr.weights.names import published
 from consissr.weights.released_ccsr import AS_RELEASED_V2, jump
+from tests.weights import standin
 from tests.weights.standin import commit, serve
 
 CAMENDURU, V2 = "camenduru/CCSR", "kharma1/ccsr_v2_repost"
@@ -118,6 +120,26 @@ def test_a_cache_of_an_older_converter_is_made_again(machine, all_in_one, monkey
     assert len(list((cache_folder() / "models").iterdir())) == 1
 
 
+def test_a_commit_that_has_gone_from_the_hub_is_no_dead_end(machine, monkeypatch):
+    """Its owner has rewritten history, and the hub's cache is empty: one line names the record that holds to it."""
+    files = machine.root / "me/model"
+    files.mkdir(parents=True)
+    (files / "a.bin").write_bytes(b"a")
+    gone, here = commit("me/model"), "1" * 40
+    fetch("me/model", lambda files, half: ["a.bin"])
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    monkeypatch.setattr(standin, "commit", lambda name, revision="main": here if revision == "main" else revision)
+    machine.rewritten.add(gone)
+    with pytest.raises(
+        UserError, match=rf"{gone[:12]}.*no such revision; remove .*me--model.json to take what"
+    ) as told:
+        fetch("me/model", lambda files, half: ["a.bin"])
+    with pytest.raises(UserError, match="no such revision$"):  # whoever names a commit wants that one
+        fetch(f"me/model@{gone}", lambda files, half: ["a.bin"])
+    Path(str(told.value).split("remove ")[1].split(" to take")[0]).unlink()
+    assert fetch("me/model", lambda files, half: ["a.bin"]).commit == here
+
+
 def test_a_full_disk_is_told_before_anything_is_fetched(machine, v1, monkeypatch):
     serve(machine, CAMENDURU, v1["ckpt"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
@@ -149,7 +171,7 @@ def test_base_mirrors_are_tried_in_order(machine, monkeypatch):
 
 def test_what_other_programs_left_serves_without_a_network(machine, all_in_one, monkeypatch):
     """Half a model of theirs is no model: the line says that the hub is out of reach."""
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     serve(machine, SECOND, *(all_in_one / n for n in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")))
     files = [p.relative_to(machine.root / SECOND).as_posix() for p in (machine.root / SECOND).rglob("*") if p.is_file()]
