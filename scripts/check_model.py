@@ -79,9 +79,9 @@ def check_model(args: argparse.Namespace) -> int:
     """Restore, check, print two tables."""
     if not args.realsr and not args.photos:
         raise UserError("nothing to check: give --realsr DIR (with LR/ and HR/), --photos DIR, or both")
-    from consissr.weights.find import base_of, find_model, places, read_config
+    from consissr.weights.find import base_of, places, read_config
 
-    model, weights = find_model(args.model), places(args.model, args.base)
+    model, *_ = weights = places(args.model, args.base)
     config = read_config(model)
     plans = plans_of(config.sampler)
     if args.realsr:

@@ -13,6 +13,7 @@ from consissr.config.sampler import SamplerConfig
 from consissr.errors import UserError
 from consissr.evaluation import restorations, workers
 from consissr.images import codec
+from consissr.weights import find
 from consissr.weights.files import read_weights, write_weights
 from consissr.weights.find import places
 from consissr.weights.released_ccsr import AS_RELEASED_V1, AS_RELEASED_V2
@@ -68,6 +69,21 @@ def test_another_model_or_other_images_are_restored_anew(call, pairs: Path, tiny
     third = rows(call(tiny_model, *places)[1])
     assert third["bicubic"] != first["bicubic"] and third[f"{tiny_model} S=1"] != first[f"{tiny_model} S=1"]
     assert len(list((tmp_path / "out" / "realsr").glob("tiny-*.json"))) == 3
+
+
+def test_weights_are_asked_for_in_the_precision_of_the_machine(
+    call, pairs: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else gigabytes in full precision would be fetched beside those in half precision that are restored with."""
+    asked = []
+
+    def find_model(name: str, half: bool = False) -> Path:
+        asked.append(half)
+        raise UserError("not here")
+
+    monkeypatch.setattr(find, "find_model", find_model)
+    monkeypatch.setattr(find, "choose_precision", lambda *_: "bf16")
+    assert call(tiny_model, "--realsr", pairs, "-o", tmp_path / "out")[0] == 2 and asked == [True]
 
 
 def test_photographs(call, make_picture, save, tiny_model: Path, tmp_path: Path) -> None:
