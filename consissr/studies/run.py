@@ -4,6 +4,7 @@ Everything stands in a folder whose name ends in the hash of what it is made of 
 record beside it: what is there is not made again, and nothing is taken for what was made of something else.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 
 import yaml
-from PIL import Image
 
 from consissr.config.machine import cores
 from consissr.errors import UserError
@@ -23,6 +23,7 @@ from consissr.evaluation import provenance
 from consissr.evaluation.folders import list_images, list_runs, pair
 from consissr.evaluation.progress import EVERY, duration
 from consissr.evaluation.workers import end_with_parent
+from consissr.images import codec
 from consissr.studies.spec import Study
 from consissr.weights.base import BUNDLED_BASES
 from consissr.weights.files import BUNDLED
@@ -145,7 +146,8 @@ def training(work: Work, variant: str, seed: int) -> Command | None:
     if is_trained(folder) or (start and not is_trained(start)):
         return None
     lines = [*work.study.lines, *one.lines, *work.lines, f"seed={seed}", f"init={start or ''}"]
-    lines += [f"output_dir={folder}", f"data.paths=[{work.photos / 'train'}]"]
+    photos = json.dumps([str(work.photos / "train")], ensure_ascii=False)  # quoted, as YAML takes it, too
+    lines += [f"output_dir={folder}", f"data.paths={photos}"]
     resume = ["--resume", "latest"] if any(folder.glob("checkpoint-*/state.json")) else []
     call = [sys.executable, str(work.scripts / "train.py"), "--config", str(work.parents / one.parent)]
     return Command(f"train {variant}, seed {seed}", folder, [*call, *resume, *lines])
@@ -176,11 +178,10 @@ def write_test_set(work: Work, name: str) -> None:
     else:
         images = pair({"HR": work.realsr / "HR"}, work.realsr / "HR", work.realsr / "LR").images
         for part in ("LR", "HR"):
-            (scratch / part).mkdir(parents=True)
             files = list_images(work.realsr / part)
             for image in images[:: -(-len(images) // work.study.images)]:
-                with Image.open(files[image]) as picture:
-                    picture.convert("RGB").save(scratch / part / f"{image.replace('/', '-')}.png")
+                photo = codec.read(files[image])
+                codec.write(scratch / part / f"{image.replace('/', '-')}.png", codec.opaque(photo.pixels, photo.form))
     scratch.rename(folder)
 
 

@@ -116,6 +116,12 @@ def _check(study: Study, path: Path, parents: Path) -> None:
                 raise UserError(f"parent {parents / variant.parent} does not exist")
             if variant.init:
                 check_word(variant.init, tuple(study.variants), "init")
+        for name in study.variants:
+            first = name
+            for _ in study.variants:
+                first = study.variants[first].init if first else ""
+            if first:
+                raise UserError(f"the init of {name} leads in a circle: let one of them start anew")
         for row in study.rows.values():
             check_word(row.variant, tuple(study.variants), "variant")
         for comparison in study.comparisons:
@@ -126,6 +132,9 @@ def _check(study: Study, path: Path, parents: Path) -> None:
             for metric, expected in comparison.expect.items():
                 check_word(metric, METRICS, "a compared metric")
                 check_word(expected, ("higher", "lower"), f"what is expected of {metric}")
+        for key in ("table", "dataset") if study.published else ():
+            if key not in study.published:
+                raise UserError(f"published lacks {key}: give table and dataset, or leave it out")
         if study.repeats < 2:
             raise UserError(f"repeats is {study.repeats}: stability needs at least 2 noise seeds")
     except UserError as error:

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from consissr.config.loading import changed_fields
+from consissr.config.loading import changed_fields, load_config
+from consissr.config.training import TrainConfig
 from consissr.errors import UserError
 from consissr.evaluation import provenance
 from consissr.evaluation.bootstrap import UNRESOLVED, Difference, Estimate, verdict
+from consissr.evaluation.folders import read_image
 from consissr.evaluation.tables import load_table
 from consissr.nano.config import run_config
 from consissr.studies import report, run, spec
@@ -76,8 +79,6 @@ def small(tmp_path: Path, sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     for name in ("train", "val"):
         (tmp_path / "photos" / name).mkdir(parents=True)
     big = np.random.default_rng(0).integers(0, 255, (260, 270, 3), np.uint8)
-    from PIL import Image
-
     Image.fromarray(big).save(tmp_path / "photos" / "val" / "v.png")
     (tmp_path / "photos" / "train" / "t.png").write_bytes(b"t")
     pairs = tmp_path / "pairs"
@@ -184,6 +185,31 @@ def test_a_failed_training_is_named_and_holds_up_its_own_alone(
     assert record["spent"] > 0 and "seconds" not in record, "its time counts once it is done"
 
 
+def test_photographs_in_a_folder_of_any_name_are_trained_on(small: run.Work) -> None:
+    photos = small.photos.rename(small.out.with_name('photos, 500 [a] "b"'))
+    command = run.training(dataclasses.replace(small, photos=photos), "start", 7)
+    lines = command.words[command.words.index(str(small.parents / "p.yaml")) + 1 :]
+    config = load_config(TrainConfig, None, [line for line in lines if line != "steps=1"])
+    assert config.data.paths == [str(photos / "train")] and config.output_dir == str(command.folder)
+
+
+def test_real_pairs_keep_their_depth_and_are_upright(small: run.Work) -> None:
+    """Scans in 16 bits of grey, and photographs that say how they were held."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    for part, scale in (("LR", 1), ("HR", 4)):
+        for path in (small.realsr / part).iterdir():
+            path.unlink()
+        sides = (6 * scale, 8 * scale)
+        Image.fromarray(np.full(sides, 125 * 257, np.uint16)).save(small.realsr / part / "grey.png")
+        Image.new("RGB", sides[::-1], "teal").save(small.realsr / part / "held.png", exif=exif)
+    run.write_test_set(small, "realsr")
+    for part, scale in (("LR", 1), ("HR", 4)):
+        grey, held = (read_image(small.test_set("realsr") / part / f"{n}.png") for n in ("grey", "held"))
+        assert abs(255 * grey.mean() - 125) < 0.01 and grey.shape[2:] == (6 * scale, 8 * scale)
+        assert held.shape[2:] == (8 * scale, 6 * scale)
+
+
 def test_files_that_do_not_fit_are_named(small, tmp_path: Path) -> None:
     path = tmp_path / "nano" / "studies" / "s.yaml"
     for old, new, message in (
@@ -192,6 +218,8 @@ def test_files_that_do_not_fit_are_named(small, tmp_path: Path) -> None:
         ("{variant: a}", "{variant: z}", "variant is 'z'"),
         ("psnr: higher", "psnrr: higher", "did you mean 'psnr'"),
         ("psnr: higher", "psnr: better", "what is expected of psnr is 'better'"),
+        ("{parent: p.yaml, seeds: [7]}", "{parent: p.yaml, init: b}", "the init of start leads in a circle"),
+        ("repeats: 2", "repeats: 2\npublished: {table: ccsr/table1}", "published lacks dataset"),
         ("repeats: 2", "repeats: 1", "needs at least 2 noise seeds"),
         ("repeats: 2", "repeat: 2", "unknown key 'repeat'; did you mean 'repeats'"),
         ("rows: [b, a]", "rows: [b]", "compare two"),
