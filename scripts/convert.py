@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from consissr.errors import UserError
+from consissr.errors import UserError, exit_status
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,30 +29,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clip", type=Path, help="ConsisSR: open_clip's model config (JSON), if it is not ViT-H-14")
     parser.add_argument("--half", action="store_true", help="store weights, or fetch them, in 16 bits")
     args = parser.parse_args(arguments)
-    try:
-        if args.list:
-            from consissr.weights.find import listing
+    return exit_status(lambda: work(args), "what is whole is kept, and the same command goes on")
 
-            print("\n\n".join("\n".join(f"{key:9} {text}" for key, text in row.items()) for row in listing()))
-        elif args.prefetch:
-            from consissr.weights.find import prefetch
 
-            print(f"{args.prefetch} is in {prefetch(args.prefetch, args.half)}")
-        elif args.push:
-            from consissr.weights.publish import push
+def work(args: argparse.Namespace) -> int:
+    """What the flags ask for."""
+    if args.list:
+        from consissr.weights.find import listing
 
-            print(f"uploaded to {push(args.source, args.push, args.private)}")
-        elif args.source is None or args.target is None:
-            raise UserError("give SOURCE and TARGET, or --list, --prefetch NAME or --push OWNER/NAME SOURCE")
-        else:
-            convert(args)
-    except (UserError, OSError, ValueError, KeyError) as error:
-        reason = str(error) if isinstance(error, UserError) else f"{args.source}: {type(error).__name__}: {error}"
-        print(f"error: {reason.splitlines()[0]}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what is whole is kept, and the same command goes on", file=sys.stderr)
-        return 130
+        print("\n\n".join("\n".join(f"{key:9} {text}" for key, text in row.items()) for row in listing()))
+    elif args.prefetch:
+        from consissr.weights.find import prefetch
+
+        print(f"{args.prefetch} is in {prefetch(args.prefetch, args.half)}")
+    elif args.push:
+        from consissr.weights.publish import push
+
+        print(f"uploaded to {push(args.source, args.push, args.private)}")
+    elif args.source is None or args.target is None:
+        raise UserError("give SOURCE and TARGET, or --list, --prefetch NAME or --push OWNER/NAME SOURCE")
+    else:
+        convert(args)
     return 0
 
 

@@ -1,6 +1,7 @@
 """scripts/convert.py: the authors' checkpoints become folders that restore as recorded; other files get one line."""
 
 import json
+import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -130,6 +131,21 @@ def test_foreign_damaged_and_missing_files_get_one_line(convert, tmp_path):
         status, told, error, folder = convert(tmp_path / name)
         assert status == 2 and told == "" and said in error and error.count("\n") == 1
         assert not folder.exists()
+
+
+def test_settings_of_another_kind_and_names_too_long_get_one_line(convert, script, capsys, root, tmp_path):
+    """--clip with JSON of something else, and a name that no file system takes."""
+    with tarfile.open(root / "tests" / "conformance" / "small" / "consissr.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    for text, said in (("{", "clip.json cannot be read"), ('{"embed_dim": 8}', "describes no network ('vision_cfg')")):
+        (tmp_path / "clip.json").write_text(text)
+        status, told, error, folder = convert(
+            tmp_path / "consissr" / "weights.safetensors", "--clip", tmp_path / "clip.json"
+        )
+        assert status == 2 and told == "" and said in error and error.count("\n") == 1 and not folder.exists()
+    assert script("convert").main(["--prefetch", 300 * "a"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "None" not in error and error.count("\n") == 1
 
 
 def test_a_base_is_found_from_any_directory(convert, shared, tmp_path, monkeypatch):

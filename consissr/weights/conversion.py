@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import zipfile
@@ -19,7 +18,7 @@ from consissr.errors import UserError
 from consissr.weights import released_ccsr, released_consissr
 from consissr.weights.base import BASE_NETWORKS
 from consissr.weights.base import choose as choose_base_files
-from consissr.weights.files import read_weights, weight_names
+from consissr.weights.files import read_json, read_weights, weight_names
 from consissr.weights.folder import save_base, save_model
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def read(source: Path, clip: Path | None = None, with_base: bool = True) -> Rele
     check_archive(source)
     state = read_weights(source)
     if released_consissr.is_released(state):
-        return released_consissr.read(state, None if clip is None else json.loads(clip.read_text()), dtype=None)
+        return released_consissr.read(state, None if clip is None else read_json(clip), dtype=None)
     if released_ccsr.is_v1(state):
         return released_ccsr.read_v1(state, dtype=None)
     raise UserError(

@@ -118,8 +118,8 @@ def weights_file(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
     raise UserError(f"{folder} has no weights: it needs {stem}.safetensors")
 
 
-def build(what: Path, make: Callable[[], Built], device: str = "meta") -> Built:
-    """What `make` builds of the settings in the file `what`; UserError where it can't."""
+def build(what: Path | str, make: Callable[[], Built], device: str = "meta") -> Built:
+    """What `make` builds of the settings `what`, such as a file; UserError where it can't."""
     try:
         with torch.device(device):
             return make()
@@ -160,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A network's config.json. Raises UserError if it is missing or damaged."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy or download the model again") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds no settings of a network: copy or download the model again")

@@ -15,7 +15,7 @@ from consissr.errors import UserError
 from consissr.models.image_prompt import Adapter, ImagePrompt
 from consissr.models.text import OpenClipText
 from consissr.weights import ldm
-from consissr.weights.files import read_weights
+from consissr.weights.files import build, read_weights
 from consissr.weights.from_ldm import drop_training, read_controlnet, read_hint_encoder, read_latents, read_unet
 from consissr.weights.ldm import KeyReport, State
 from consissr.weights.model import Released
@@ -82,8 +82,8 @@ def read_clip(state: State, config: dict[str, Any] | None, report: KeyReport) ->
     from open_clip import CLIP
 
     config = config or clip_config(state)
-    with torch.device("meta"):
-        clip = CLIP(config["embed_dim"], dict(config["vision_cfg"]), dict(config["text_cfg"]))
+    sizes = ("vision_cfg", "text_cfg")
+    clip = build("open_clip's config", lambda: CLIP(config["embed_dim"], *(dict(config[name]) for name in sizes)))
     report.load(clip, state, "clip")
     return clip.eval()
 

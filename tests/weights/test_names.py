@@ -18,7 +18,7 @@ from consissr.evaluation import provenance
 from consissr.weights import cache, find, hub
 from consissr.weights.base import base_path
 from consissr.weights.cache import by_hand_folder, unchanged
-from consissr.weights.files import read_config, read_weights
+from consissr.weights.files import read_config, read_json, read_weights
 from consissr.weights.find import find_model, listing, places, prefetch, read_files, ready_model, state_of
 from consissr.weights.hub import fetch
 from consissr.weights.names import published
@@ -252,6 +252,12 @@ def test_places_name_the_base_that_is_meant(machine):
     assert own.name == "nano-ccsr" and base.name == "nano" and base.is_dir()
     assert places("nano-ccsr", "owner/a")[1:] == [Path("owner/a")] != places("nano-ccsr", "owner/b")[1:]
     assert provenance.contents(Path("owner/a")) != provenance.contents(Path("owner/b"))
+
+
+def test_brackets_without_end_are_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(100_000 * "[")
+    with pytest.raises(UserError, match=r"config\.json cannot be read .*copy or download"):
+        read_json(tmp_path / "config.json")
 
 
 def test_a_damaged_file_of_torchs_old_format_is_one_line(tmp_path):
