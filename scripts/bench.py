@@ -30,7 +30,7 @@ def tiles(args: argparse.Namespace) -> tuple[Any, Iterable]:
     from consissr.bench.tiles import table
 
     where = {"device": args.device, "precision": args.precision}
-    rows = [asdict(row) for row in table(args.model, args.megapixels, where, args.scale)]
+    rows = table(args.model, args.megapixels, where, args.scale)
     return rows, [report.plain(rows, f"{args.model}, {args.scale:g} times larger")]
 
 

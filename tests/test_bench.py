@@ -6,10 +6,11 @@ from argparse import Namespace
 
 import pytest
 import torch
+from PIL import Image
 
 from ccsr import nuts_plan
 from ccsr.methods import method
-from consissr.bench import commandline
+from consissr.bench import commandline, flicker
 from consissr.bench.clock import Clock
 from consissr.bench.inference import Question, compare
 from consissr.bench.models import Networks, from_folder
@@ -188,13 +189,31 @@ def test_mistakes_come_before_the_measurement(script, capsys, tmp_path, words, m
     assert said.out == "" and message in said.err and said.err.count("\n") == 1
 
 
+def test_a_film_of_no_photograph_is_one_line(capsys, tmp_path):
+    Image.new("RGB", (100, 200)).save(tmp_path / "small.png")
+    for name, said in (("none.png", "none.png: "), ("small.png", "small.png is too small: give a photograph of at")):
+        assert flicker.main([str(tmp_path / name)]) == 2
+        told = capsys.readouterr().err
+        assert said in told and told.count("\n") == 1
+
+
+def test_a_measurement_of_training_says_what_is_read_and_degraded(script, capsys, tmp_path):
+    photos = tmp_path / 'photos, [a] "b"'
+    photos.mkdir()
+    Image.new("RGB", (80, 80), "teal").save(photos / "a.png")
+    flags = ["--workers", "1", "--images", "2", "--set", "data.crop=64", "micro_batch=1", "--json", tmp_path / "x.json"]
+    assert script("bench").main(["training", "--data", str(photos), *map(str, flags)]) == 0, capsys.readouterr().err
+    (row,) = json.loads((tmp_path / "x.json").read_text())
+    assert list(row) == ["workers", "read", "per core", "CPU ms", "and degraded"] and min(row.values()) > 0
+
+
 def test_sizes_of_pictures_and_their_ratios(script, capsys, monkeypatch):
     from consissr.bench import tiles
 
     assert tiles.sides(48.77, 2) == (4032, 3024)
 
     def measured(what, run, megapixels, **given):
-        return tiles.Row(megapixels, 1, 1, 3 * megapixels**2, 3 * megapixels, 1.0, 300.0, 900.0, 0, "bf16")
+        return {"megapixels": megapixels, "per_megapixel": 3 * megapixels, "ratio": 1.0}
 
     monkeypatch.setattr(tiles, "apart", measured)
     script("bench").main(["tiles", "--megapixels", "0.25", "0.5"])

@@ -87,7 +87,7 @@ def test_norms_from_a_sample_change_little(restorer, root):
 def above_loaded(megapixels, **settings):
     """MB that restoring takes at most above the program and the model, in a process of its own."""
     (row,) = table("nano-ccsr", [megapixels], {"device": "cpu"} | settings, scale=4)
-    return row.peak_mb - row.loaded_mb
+    return row["peak_mb"] - row["loaded_mb"]
 
 
 @pytest.mark.slow

@@ -1,16 +1,13 @@
-"""Images per second of training's data path, by the number of threads that read and by the kind of degradation.
-
-Beside it, torch's DataLoader with the same work per image in as many processes.
-"""
+"""Images per second of training's data path, by the number of threads that read and by the kind of degradation."""
 
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 
 from consissr.config.loading import load_config
 from consissr.config.training import TrainConfig
@@ -21,8 +18,7 @@ WARM = 2
 
 
 def measure(paths: list[str], overrides: list[str], workers: list[int], images: int) -> list[dict[str, Any]]:
-    """A row for each number of workers: images/s read, read by a DataLoader, and read and degraded; the first's ms of
-    computing per image.
+    """A row for each number of workers: images/s read, and read and degraded; the first's ms of computing per image.
 
     overrides: key=value of a run's config, such as data.crop=512. On a CPU, degrading takes the cores that read; on a
     GPU training degrades there.
@@ -30,8 +26,8 @@ def measure(paths: list[str], overrides: list[str], workers: list[int], images: 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        quoted = ",".join(f'"{os.path.abspath(os.path.expanduser(path))}"' for path in paths)
-        config = load_config(TrainConfig, None, [f"data.paths=[{quoted}]", "data.cache_mb=0", *overrides])
+        quoted = json.dumps([os.path.abspath(os.path.expanduser(path)) for path in paths], ensure_ascii=False)
+        config = load_config(TrainConfig, None, [f"data.paths={quoted}", "data.cache_mb=0", *overrides])
         return [row(config, count, images) for count in workers or sorted({1, 2, own_cores()})]
     finally:
         torch.set_num_threads(threads)
@@ -51,7 +47,6 @@ def row(config: TrainConfig, workers: int, images: int) -> dict[str, Any]:
         "read": read,
         "per core": read / min(workers, own_cores()),
         "CPU ms": computed,
-        "DataLoader": rate(lambda: iter(loader(feeds[0], workers)), config, workers),
         "and degraded": rate(lambda: feeds[1].batches(0), config, workers),
     }
 
@@ -64,20 +59,3 @@ def rate(start: Callable[[], Iterator], config: TrainConfig, workers: int) -> fl
     began = time.perf_counter()
     counted = sum(1 for _ in batches)
     return counted * config.micro_batch / (time.perf_counter() - began)
-
-
-class Numbers(IterableDataset):
-    """The feed's micro-batches as torch's DataLoader asks for them: every worker makes each `workers`-th."""
-
-    def __init__(self, feed: Feed) -> None:
-        self.feed = feed
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        info = torch.utils.data.get_worker_info()
-        for step in range(info.id, self.feed.config.steps, info.num_workers):
-            yield self.feed.make_batch([self.feed.dataset[n] for n in self.feed.numbers(step, 0)]).hq
-
-
-def loader(feed: Feed, workers: int) -> DataLoader:
-    """As many processes as the feed has threads, and no batching beside its own."""
-    return DataLoader(Numbers(feed), batch_size=None, num_workers=workers)

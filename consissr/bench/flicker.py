@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from consissr.errors import UserError, exit_status
 from consissr.images import codec
 from consissr.images.resize import resize
 from consissr.restorer import Restorer
@@ -44,12 +45,25 @@ def measure(restorer: Restorer, photo: Tensor) -> list[tuple[str, float, float, 
     return rows
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photo", type=Path)
     parser.add_argument("-m", "--model", default="nano-ccsr")
-    args = parser.parse_args()
-    for name, enlarged, one_noise, by_name in measure(Restorer.load(args.model), codec.read(args.photo).pixels):
-        sys.stdout.write(
-            f"{name}: {enlarged:.2f} enlarged, {one_noise:.2f} one noise, {by_name:.2f} by name (levels)\n"
-        )
+    args = parser.parse_args(arguments)
+
+    def films() -> int:
+        photo = codec.read(args.photo).pixels
+        if min(photo.shape[1:]) < (least := SIDE + 2 * STEP * FRAMES):
+            raise UserError(f"{args.photo} is too small: give a photograph of at least {least}x{least} pixels")
+        for name, enlarged, one_noise, by_name in measure(Restorer.load(args.model), photo):
+            sys.stdout.write(
+                f"{name}: {enlarged:.2f} enlarged, {one_noise:.2f} one noise, {by_name:.2f} by name (levels)\n"
+            )
+        return 0
+
+    return exit_status(films, "nothing is kept of a measurement that was stopped")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,34 +1,19 @@
-"""CPU seconds and memory per megapixel of results from small to very large, each in a process of its own."""
+"""CPU seconds and memory per megapixel of results from small to very large, each in a process of its own.
+
+What one result took from PNG file to PNG file, as scripts/infer.py does it, after the model was warmed up:
+
+    cpu_seconds, per_megapixel, ratio   CPU seconds, these per megapixel, and those to the smallest result's
+    loaded_mb, peak_mb                  of the whole process before, with the program and the model, and at most
+    tiles                               how many the image was restored in; 0 for one piece
+"""
 
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from consissr.bench.process import MB, apart, peak, start_peak
 from consissr.errors import UserError
-
-
-@dataclass
-class Row:
-    """What one result took: from PNG file to PNG file as scripts/infer.py does it, after the model was warmed up."""
-
-    megapixels: float
-    width: int
-    height: int
-    cpu_seconds: float
-    per_megapixel: float
-    """CPU seconds per megapixel."""
-    ratio: float
-    """Of these to the smallest result's."""
-    loaded_mb: float
-    """Of the whole process before, with the program and the model."""
-    peak_mb: float
-    """Of the whole process at most."""
-    tiles: int
-    """How many the image was restored in; 0 for one piece."""
-    precision: str
 
 
 def sides(megapixels: float, scale: float) -> tuple[int, int]:
@@ -37,18 +22,17 @@ def sides(megapixels: float, scale: float) -> tuple[int, int]:
     return max(round(height * 4 / 3), 1), max(round(height), 1)
 
 
-def table(model: str, sizes: list[float], load: dict[str, Any], scale: float = 2.0) -> list[Row]:
+def table(model: str, sizes: list[float], load: dict[str, Any], scale: float = 2.0) -> list[dict[str, Any]]:
     """One row per size in megapixels. load: more arguments of Restorer.load. UserError if a process failed."""
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     for megapixels in sizes:
         given = {"model": model, "megapixels": megapixels, "scale": scale, "load": load}
         row = apart(f"{megapixels:g} megapixels with {model}", measure, **given)
-        row.ratio = row.per_megapixel / (rows[0] if rows else row).per_megapixel
-        rows.append(row)
+        rows.append(row | {"ratio": row["per_megapixel"] / (rows[0] if rows else row)["per_megapixel"]})
     return rows
 
 
-def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -> Row:
+def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -> dict[str, Any]:
     """The measurement itself, in this process. A small image goes first: what is set up once doesn't count."""
     import torch
 
@@ -78,6 +62,9 @@ def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -
         seconds = time.process_time() - begin
     if not report.counts["done"]:
         raise UserError(job.error or "the result was not written")
-    size, area = (job.out_width, job.out_height), job.out_width * job.out_height / 1e6
-    memory = peak(restorer.device.type) / MB
-    return Row(round(area, 2), *size, seconds, seconds / area, 1.0, loaded, memory, tiles[-1], restorer.precision)
+    area = job.out_width * job.out_height / 1e6
+    return {
+        "megapixels": round(area, 2), "width": job.out_width, "height": job.out_height, "cpu_seconds": seconds,
+        "per_megapixel": seconds / area, "ratio": 1.0, "loaded_mb": loaded, "peak_mb": peak(restorer.device.type) / MB,
+        "tiles": tiles[-1], "precision": restorer.precision,
+    }  # fmt: skip
