@@ -19,14 +19,7 @@ from consissr.weights.base import choose as choose_base
 from consissr.weights.cache import by_hand_folder, check_free, locked, stamp_of, unchanged
 from consissr.weights.conversion import CONVERTER, TEXT_FOLDERS, choose_released, convert, release_in
 from consissr.weights.files import ASSETS, BUNDLED, MODEL_FILES, base_of, read_config
-from consissr.weights.hub import (
-    UnreachableError,
-    fetch,
-    is_hub_id,
-    recorded,
-    split_hub_id,
-    without_network,
-)
+from consissr.weights.hub import UnreachableError, fetch, is_hub_id, recorded, split_hub_id, without_network
 from consissr.weights.names import Published, Source, published
 from consissr.weights.precision import choose_precision
 
