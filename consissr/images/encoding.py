@@ -76,7 +76,7 @@ def _write_deep_tiff(file: io.BufferedWriter, samples: np.ndarray, form: Form) -
     tifffile.imwrite(
         file,
         samples,
-        photometric="minisblack" if form.grey else "rgb",
+        photometric="rgb",
         planarconfig="contig",
         extrasamples=["unassalpha"] if form.alpha else None,
         compression="zlib",

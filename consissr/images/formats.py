@@ -20,7 +20,7 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from consissr.errors import UserError
 from consissr.images.color_tags import colour_chunks, hdr, is_ordinary
-from consissr.images.metadata import DAMAGE, dpi, has_gain_map, orientation
+from consissr.images.metadata import DAMAGE, dpi, has_gain_map, orientation, png_orientation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,8 @@ class Format:
     def holds(self, form: Form, side: int = 1) -> bool:
         """True when transparency, depth and colours of `form` are kept, and `side` pixels are not too long."""
         kept = (self.alpha or not form.alpha) and (self.deep or form.bits == 8) and (self.profile or not form.profile)
+        if self.name == "TIFF" and form.grey and form.alpha and form.bits == 16:
+            return False  # Pillow, and so this program, could not read it
         return kept and (self.name == "PNG" or is_ordinary(form.chunks, form.profile)) and side <= self.longest
 
 
@@ -138,7 +140,8 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
             raise UserError(f"{path}: not a file")  # opening a pipe would wait for ever
         use_plugin(Path(path).suffix.lower())
-        with Image.open(reachable(path)) as image:
+        # Open: a file with a name Pillow may map into memory, where it cuts the rows of turned TIFF at a wrong width.
+        with open(reachable(path), "rb") as file, Image.open(file) as image:
             if image.format != "MPO":
                 yield image
                 return
@@ -235,7 +238,9 @@ def probe(path: str | Path) -> tuple[int, int, Form, str]:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         width, height = image.size
-        if orientation(image) >= 5 and image.format != "TIFF":  # Pillow swaps TIFF's sides itself
+        unread = image.format == "PNG" and "exif" not in image.info  # Pillow would decode all to look behind
+        turn = png_orientation(reachable(path)) if unread else orientation(image)
+        if turn >= 5 and image.format != "TIFF":  # Pillow swaps TIFF's sides itself
             width, height = height, width
         notes = [more_than_one_picture(image)]
         if transfer := hdr(form.chunks):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +46,31 @@ def orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
+def png_orientation(path: str | Path) -> int:
+    """EXIF orientation, 1..8, of a PNG file, whose pixels are passed over: EXIF and XMP may stand behind them."""
+    with open(path, "rb") as file:
+        rest = file.read(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind in (b"IDAT", b"fdAT"):
+                file.seek(length + 4, os.SEEK_CUR)
+            else:
+                rest += head + file.read(length + 4)
+    try:
+        with Image.open(io.BytesIO(rest)) as image:
+            image.getexif = partial(Image.Image.getexif, image)  # without PNG's, which loads the pixels
+            return orientation(image)
+    except DAMAGE:
+        return 1
+
+
 def dpi(image: Image.Image) -> tuple[float, float] | None:
     """Dots per inch, where a file says them; nothing where it says what files say that know none."""
     try:
         across, down = (float(value) for value in image.info["dpi"])
     except (LookupError, TypeError, ValueError, ArithmeticError):
         return None
-    return (across, down) if 0 < across < 1e5 and 0 < down < 1e5 else None
+    return (across, down) if 0 < across <= 65535 and 0 < down <= 65535 else None  # JPEG has 16 bits for each
 
 
 def is_lossless_webp(path: str | Path) -> bool:

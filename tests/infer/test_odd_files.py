@@ -211,6 +211,12 @@ def test_dots_per_inch_are_kept(tmp_path, suffix):
         assert tuple(round(float(value)) for value in image.info["dpi"]) == (300, 300)
 
 
+def test_dots_per_inch_that_a_format_cannot_say_are_left_out(tmp_path):
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png", dpi=(70000, 70000))
+    codec.write(tmp_path / "b.jpg", codec.read(tmp_path / "a.png"))
+    assert codec.read(tmp_path / "b.jpg").form.dpi is None  # 70000 less 65536 would be wrong
+
+
 @pytest.mark.parametrize("lossless", [True, False])
 def test_webp_without_loss_stays_so(tmp_path, rng, lossless):
     Image.fromarray(photograph(rng, 16, 16, 3)).save(tmp_path / "a.webp", lossless=lossless)
