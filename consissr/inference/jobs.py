@@ -8,6 +8,7 @@ import glob
 import logging
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,9 @@ BYTES_PER_PIXEL, BYTES_IN_ONE_PIECE, ONE_PIECE = 24, 350, 2**22
 """What a pixel of a result takes (its input, latents, float values and samples), what the networks of nano take for it
 in float32 where they see an image as a whole, and up to how many pixels they do. Estimates: in bfloat16, 48.8
 megapixels took 18 bytes each above a small picture's peak."""
+
+ONE_NAME = str.casefold if sys.platform in ("win32", "darwin") else str
+"""Names of which this makes the same are one file's on this system."""
 
 _LISTS = (".txt", ".lst")
 
@@ -90,6 +94,8 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_re
     to_file = naming.output.suffix.lower() in formats.WRITABLE and not os.path.isdir(naming.output)
     if to_file and (not single or naming.repeat > 1):
         raise UserError(f"--output {naming.output} names one file, but there are several results: give a folder")
+    if to_file and (naming.suffix or naming.ext not in ("auto", naming.output.suffix.lower()[1:])):
+        raise UserError(f"--output {naming.output} is the result's whole name: leave out --suffix and --ext")
     if not os.path.isdir(naming.output) and not to_file:
         if os.path.exists(naming.output) or naming.output.suffix.lower() in (*formats.READABLE, *formats.PLUGINS):
             known = " ".join(formats.WRITABLE)
@@ -113,10 +119,7 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_re
         raise UserError(
             f"no images in {', '.join(inputs)}{hint}; image files end in {' '.join(sorted(formats.READABLE))}"
         )
-    if to_file:
-        jobs = [_to_file(job, naming.output) for job in jobs]
-    else:
-        jobs = _named(jobs, naming)
+    jobs = [_to_file(job, naming.output) for job in jobs] if to_file else _named(jobs, naming)
     jobs = [
         replace(job, repeat=r, target=job.target and _in_sample(job.target, naming, r))
         for r in range(naming.repeat)
@@ -196,13 +199,20 @@ def _find(text: str, recursive: bool, output: Path) -> list[Job]:
 
 
 def _in_folder(folder: Path, recursive: bool, output: Path) -> list[Job]:
-    """Image files of `folder`, by name; hidden files, other files and the output folder are passed over."""
-    jobs, errors = [], []
-    for root, folders, files in os.walk(folder, onerror=errors.append):
+    """Image files of `folder`, by name; hidden and other files, `output` and what is found already are passed over."""
+    jobs, errors, top = [], [], os.path.realpath(folder)
+    seen = {top, os.path.realpath(output)}
+
+    def is_new(place: Path) -> bool:
+        real = os.path.realpath(place)
+        inside = place.is_symlink() and Path(real).is_relative_to(top)  # found without the link
+        return not (inside or real in seen or seen.add(real))
+
+    for root, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
         here = Path(root)
         if recursive:
             visible = sorted(name for name in folders if not name.startswith(".") and not _is_by_product(here / name))
-            folders[:] = [name for name in visible if os.path.realpath(here / name) != os.path.realpath(output)]
+            folders[:] = [name for name in visible if is_new(here / name)]
         else:
             folders.clear()
         paths = [here / name for name in files if _is_image(Path(name))]
@@ -233,10 +243,11 @@ def _in_list(path: Path) -> list[Job]:
     for line in map(str.strip, text.splitlines()):
         if line and not line.startswith("#"):
             source = path.parent / line
-            folder, top = (Path(os.path.realpath(place)) for place in (source.parent, path.parent))
-            inside = folder.is_relative_to(top)  # links resolved: a key with ".." would lead out of the output folder
-            key = (folder.relative_to(top) / source.name).as_posix() if inside else source.name
-            jobs.append(Job(source=source, key=key))
+            key = Path(os.path.normpath(line))
+            if key.is_absolute() or ".." in key.parts:  # which would lead out of the output folder: links resolved
+                folder, top = (Path(os.path.realpath(place)) for place in (source.parent, path.parent))
+                key = (folder.relative_to(top) if folder.is_relative_to(top) else Path()) / source.name
+            jobs.append(Job(source=source, key=key.as_posix()))
     return jobs
 
 
@@ -275,8 +286,11 @@ def _named(jobs: list[Job], naming: Naming) -> list[Job]:
         old = f"_{job.source.suffix.removeprefix('.')}" if with_old_suffix else ""
         return naming.output / Path(job.key).parent / f"{job.source.stem}{old}{mark}{job.ext}"
 
-    taken = Counter(target(job, False) for job in jobs if job.ext)
-    return [replace(job, target=target(job, taken[target(job, False)] > 1)) if job.ext else job for job in jobs]
+    def alike(job: Job) -> str:  # many file systems take A.png and a.png for one name
+        return str(target(job, False)).casefold()
+
+    taken = Counter(alike(job) for job in jobs if job.ext)
+    return [replace(job, target=target(job, taken[alike(job)] > 1)) if job.ext else job for job in jobs]
 
 
 def _is_beside(job: Job, naming: Naming) -> bool:
@@ -290,7 +304,8 @@ def without_earlier_results(found: Mapping[str, Job], named: Collection[str], na
 
     Only where results go beside their inputs; files that the user named are no such.
     """
-    stems = {(os.path.dirname(path), job.source.stem) for path, job in found.items()}
+    names = [(path, job.source.stem, f"{job.source.stem}_{job.source.suffix[1:]}") for path, job in found.items()]
+    stems = {(os.path.dirname(path), stem) for path, *both in names for stem in both}
     kept = []
     for path, job in found.items():
         mark = re.fullmatch(r"(.+)_(?:x[\d.]+|\d+px)", job.source.stem)
@@ -314,9 +329,8 @@ def _to_file(job: Job, output: Path) -> Job:
 
 def _in_sample(target: Path, naming: Naming, repeat: int) -> Path:
     """`target` moved to the folder of one repeat: output/sample0/..., output/sample1/..."""
-    if naming.repeat == 1:
-        return target
-    return naming.output / f"sample{repeat}" / target.relative_to(naming.output)
+    in_sample = naming.output / f"sample{repeat}"
+    return in_sample / target.relative_to(naming.output) if naming.repeat > 1 else target
 
 
 def _without_results(jobs: list[Job]) -> list[Job]:
@@ -328,7 +342,7 @@ def _without_results(jobs: list[Job]) -> list[Job]:
 def _check_targets(jobs: list[Job], others: list[Job]) -> None:
     """Refuse results that would replace an input or one of the `others`, or each other."""
     sources = {os.path.realpath(job.source) for job in [*jobs, *others]}
-    seen: dict[Path, Job] = {}
+    seen: dict[str, Job] = {}
     for job in jobs:
         if job.target is None:
             continue
@@ -336,7 +350,6 @@ def _check_targets(jobs: list[Job], others: list[Job]) -> None:
             own = os.path.realpath(job.target) == os.path.realpath(job.source)
             kept = "" if own else ", or --skip-existing if it is the result of an earlier run"
             raise UserError(f"{job.target} would replace an input: use another --output or --suffix{kept}")
-        if job.target in seen:
-            other = seen[job.target].source
-            raise UserError(f"{other} and {job.source} would both become {job.target}: restore them separately")
-        seen[job.target] = job
+        other = seen.setdefault(ONE_NAME(str(job.target)), job)
+        if other is not job:
+            raise UserError(f"{other.source} and {job.source} would both become {job.target}: restore them separately")

@@ -200,6 +200,25 @@ def test_names_like_results_are_inputs_where_results_go_elsewhere(infer, tmp_pat
     assert files(folder) == names | {"icon_x3.png", "icon_x5.png", "icon_x2_x5.png", "icon_1080px_x5.png"}
 
 
+def test_results_at_another_scale_are_not_restored_again(infer, folder, files):
+    before = files(folder)
+    assert infer("-i", folder, "-o", folder, "-s", 2)[0] == 0
+    assert infer("-i", folder, "-o", folder, "-s", 3)[0] == 0
+    new = files(folder) - before
+    assert new == {
+        f"{stem}_x{scale}.{end}" for stem, end in (("a", "png"), ("b", "jpg"), ("c", "webp")) for scale in "23"
+    }
+    assert infer("-i", folder / "a_x2.png", "-o", folder / "named", "-s", 2)[0] == 0  # who names one wants it
+
+
+def test_earlier_results_of_equal_stems_are_not_restored_again(infer, folder, files):
+    Image.new("RGB", (8, 8)).save(folder / "a.jpg")
+    for scale in "23":
+        assert infer("-i", folder, "-o", folder, "-s", scale, "--ext", "png")[0] == 0
+    results = {f"{stem}_x{scale}.png" for stem in ("a_jpg", "a_png", "b", "c") for scale in "23"}
+    assert {name for name in files(folder) if "_x" in name} == results
+
+
 def test_a_list_s_results_stay_below_the_output_folder(infer, tmp_path, files, monkeypatch):
     """Called from a folder that is also reached through a link, with absolute paths over that link."""
     (tmp_path / "real" / "data" / "sub").mkdir(parents=True)
@@ -212,6 +231,41 @@ def test_a_list_s_results_stay_below_the_output_folder(infer, tmp_path, files, m
     )
     assert infer("-i", "list.txt", "-o", "results")[0] == 0
     assert files(tmp_path / "real" / "data" / "results") == {"a.png", "sub/b.png"}
+
+
+def test_linked_folders_keep_their_names(infer, folder, tmp_path, files):
+    """Data sets are linked more often than not: in lists, and below a folder, where a circle of links ends."""
+    for name in ("one", "two"):
+        (tmp_path / "store" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "store" / name / "x.png")
+        (folder / name).symlink_to(tmp_path / "store" / name)
+    (tmp_path / "store" / "two" / "back").symlink_to(folder.parent)
+    (folder / "again").symlink_to(folder / "sub")
+    (folder / "list.txt").write_text("one/x.png\n./two/x.png\n")
+    assert infer("-i", folder, "-o", tmp_path / "1", "--recursive")[0] == 0
+    assert files(tmp_path / "1") == {"a.png", "b.jpg", "c.webp", "sub/d.png", "one/x.png", "two/x.png"}
+    assert infer("-i", folder / "list.txt", "-o", tmp_path / "2")[0] == 0
+    assert files(tmp_path / "2") == {"one/x.png", "two/x.png"}
+
+
+def test_names_that_differ_by_case_only_stay_apart(infer, folder, tmp_path, files, monkeypatch):
+    """On macOS and Windows one would replace the other."""
+    Image.new("RGB", (8, 8)).save(folder / "A.jpg")
+    assert infer("-i", folder, "-o", tmp_path / "1", "--ext", "png")[0] == 0
+    assert files(tmp_path / "1") == {"A_jpg.png", "a_png.png", "b.png", "c.png"}
+    Image.new("RGB", (8, 8)).save(folder / "sub" / "A.png")
+    names = [folder / "a.png", folder / "sub" / "A.png"]
+    assert infer("-i", *names, "-o", tmp_path / "2", "--suffix", "y")[0] == 0
+    monkeypatch.setattr(jobs, "ONE_NAME", str.casefold)
+    status, _, err = infer("-i", *names, "-o", tmp_path / "3", "--suffix", "y")
+    assert status == 2 and "would both become" in err
+
+
+def test_a_result_s_whole_name_leaves_nothing_to_add(infer, folder, tmp_path):
+    for flags in (["--ext", "png"], ["--suffix", "_z"]):
+        status, _, err = infer("-i", folder / "a.png", "-o", tmp_path / "b.jpg", *flags)
+        assert status == 2 and "is the result's whole name: leave out --suffix and --ext" in err
+    assert infer("-i", folder / "a.png", "-o", tmp_path / "b.jpg", "--ext", "jpg")[0] == 0
 
 
 def test_an_output_folder_that_may_not_be_written_to_is_refused_at_once(infer, folder, tmp_path, monkeypatch):

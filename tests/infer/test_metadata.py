@@ -94,3 +94,17 @@ def test_formats_that_are_missing_here(infer, photograph, tmp_path, monkeypatch)
 def test_a_profile_is_not_lost_in_a_format_without_one(tmp_path):
     form = codec.Form(profile=b"colours")
     assert formats.suffix_for(".bmp", form) == ".png" and formats.suffix_for(".bmp", codec.Form()) == ".bmp"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_dots_per_inch_are_kept(tmp_path, suffix):
+    Image.new("RGB", (6, 4)).save(tmp_path / f"a{suffix}", dpi=(300, 300))
+    codec.write(tmp_path / f"b{suffix}", codec.read(tmp_path / f"a{suffix}"))
+    with Image.open(tmp_path / f"b{suffix}") as image:
+        assert tuple(round(float(value)) for value in image.info["dpi"]) == (300, 300)
+
+
+def test_dots_per_inch_that_a_format_cannot_say_are_left_out(tmp_path):
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png", dpi=(70000, 70000))
+    codec.write(tmp_path / "b.jpg", codec.read(tmp_path / "a.png"))
+    assert codec.read(tmp_path / "b.jpg").form.dpi is None  # 70000 less 65536 would be wrong

@@ -168,17 +168,6 @@ def test_frames_share_their_noise(infer, model, tmp_path, rng):
         assert (np.abs(np.diff(results, axis=0)).mean() == 0) == equal
 
 
-def test_results_at_another_scale_are_not_restored_again(infer, folder, files):
-    before = files(folder)
-    assert infer("-i", folder, "-o", folder, "-s", 2)[0] == 0
-    assert infer("-i", folder, "-o", folder, "-s", 3)[0] == 0
-    new = files(folder) - before
-    assert new == {
-        f"{stem}_x{scale}.{end}" for stem, end in (("a", "png"), ("b", "jpg"), ("c", "webp")) for scale in "23"
-    }
-    assert infer("-i", folder / "a_x2.png", "-o", folder / "named", "-s", 2)[0] == 0  # who names one wants it
-
-
 @pytest.mark.parametrize("under", ["noise", "white"])
 def test_what_is_hidden_under_transparency_does_not_bleed(rng, under):
     """A dark disc on nothing: enlarged, its visible rim stays dark."""
@@ -201,20 +190,6 @@ def test_visible_colours_stay_bit_for_bit(rng):
     assert torch.equal(photo.pixels[:, samples[..., 3] > 0], codec.from_pil(Image.fromarray(samples[..., :3])).pixels[
         :, samples[..., 3] > 0
     ])  # fmt: skip
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
-def test_dots_per_inch_are_kept(tmp_path, suffix):
-    Image.new("RGB", (6, 4)).save(tmp_path / f"a{suffix}", dpi=(300, 300))
-    codec.write(tmp_path / f"b{suffix}", codec.read(tmp_path / f"a{suffix}"))
-    with Image.open(tmp_path / f"b{suffix}") as image:
-        assert tuple(round(float(value)) for value in image.info["dpi"]) == (300, 300)
-
-
-def test_dots_per_inch_that_a_format_cannot_say_are_left_out(tmp_path):
-    Image.new("RGB", (6, 4)).save(tmp_path / "a.png", dpi=(70000, 70000))
-    codec.write(tmp_path / "b.jpg", codec.read(tmp_path / "a.png"))
-    assert codec.read(tmp_path / "b.jpg").form.dpi is None  # 70000 less 65536 would be wrong
 
 
 @pytest.mark.parametrize("lossless", [True, False])
