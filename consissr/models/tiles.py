@@ -63,8 +63,9 @@ class Tiles:
         if tell is None:
             return self
         number = area = 0
-        if self.vae and max(height, width) > self.vae:
-            number, area = 2 * ceil(height / self.vae) * ceil(width / self.vae), 2 * height * width
+        if self.vae and max(height, width) > self.vae and self.vae_tiling != "as_released":  # which tells nothing
+            tiles = ceil(height / self.vae) * ceil(width / self.vae) if self.vae_tiling == "sampled" else 1
+            number, area = 2 * tiles, 2 * height * width
         if self.diffusion[0]:
             down, across = map(windows_along, (height, width), self.diffusion, self.stride)
             if down * across > 1:

@@ -60,6 +60,15 @@ def test_small_images_are_not_tiled(latents, image):
     assert torch.equal(TiledLatents(latents, 21).encode(image), latents.encode(image))
 
 
+def test_tiles_draw_no_random_numbers():
+    """Who trains and restores in one process gets the same training with tiles and without."""
+    vae = autoencoder(12, (8, 16)).vae
+    vae.register_to_config(linear_path=True)
+    linear, state = Latents(vae), torch.get_rng_state()
+    tiled = TiledLatents(linear, 8)
+    assert torch.equal(torch.get_rng_state(), state) and tiled.linear is linear.linear
+
+
 def test_tiles_of_the_release_cover_the_latent():
     tiler = PooledTiles([], 16)
     for length in (39, 40, 64, 100):

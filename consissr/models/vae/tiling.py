@@ -30,9 +30,11 @@ class TiledLatents(Latents):
     def __init__(
         self, latents: Latents, tile: int, mode: str = "exact", on_tile: Callable[[int], None] = lambda area: None
     ) -> None:
-        """on_tile: called with the area in latent pixels of what is done: each tile of `sampled`, else the whole."""
-        super().__init__(latents.vae)
-        self.linear, self.tile, self.mode, self.on_tile = latents.linear, tile, mode, on_tile
+        """on_tile: called with the area in latent pixels of each tile of `sampled`, of the whole of `exact`."""
+        nn.Module.__init__(self)  # what Latents does beside draws the random weights of a linear path
+        self.vae, self.linear, self.scale, self.channels = latents.vae, latents.linear, latents.scale, latents.channels
+        self.patch, self.factor = latents.patch, latents.factor
+        self.tile, self.mode, self.on_tile = tile, mode, on_tile
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As Latents.moments."""
