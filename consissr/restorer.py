@@ -146,7 +146,7 @@ class Restorer:
             y = self.restore_tensor(prepared, names, seed, repeat, config, steps, on_step=on_step, on_tile=on_tile)
             for i, image, decoded in zip(batch, prepared, y.split(1), strict=True):
                 results[i] = finished(image, decoded, config.geometry, config.color_fix, strength)
-        return packed(inputs, photos, [results[i] for i in range(len(lqs))])
+        return packed(inputs, photos, [results[i] for i in range(len(lqs))], pixel_device)
 
     def prepared(self, lq: Tensor | Rows, scale: float, config: SamplerConfig, longest: int | None) -> Prepared:
         """The networks' input for one image (1,3,H,W)."""
@@ -257,8 +257,10 @@ class Restorer:
             ).to(place)
 
         def restore() -> Tensor:
-            tiles = self.tiles(config, (height, width), len(x))
-            return within_memory(attempt, keys, tiles, latent_size)
+            tiles, together = self.tiles(config, (height, width), 1), len(x)
+            while self.tiles(config, (height, width), together) != tiles:  # as alone
+                together = (together + 1) // 2
+            return within_memory(attempt, keys, tiles, latent_size, together)
 
         return finite(restore, keys, None if self.dtype == torch.float32 else self.in_float32)
 

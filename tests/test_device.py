@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from consissr.images import codec, device
+from consissr.images.inputs import packed
 from consissr.images.resize import resize
+from consissr.images.rows import Rows
 from consissr.models.memory import pixel_device
 from consissr.restorer import Restorer
 
@@ -77,6 +79,13 @@ def test_results_too_large_for_the_device_are_worked_on_by_the_cpu(monkeypatch):
     gpu = torch.device("cuda")
     assert pixel_device(gpu, (3000, 3500)) == gpu and pixel_device(gpu, (3500, 3500)).type == "cpu"
     assert pixel_device(torch.device("mps"), (10, 10)).type == "cpu"
+
+
+def test_a_result_comes_back_to_its_input_s_device(monkeypatch):
+    """Also one that the CPU made, as under the released size rules. ("meta" plays the GPU.)"""
+    monkeypatch.setattr(device, "KINDS", ("cuda", "meta"))
+    y = packed(torch.zeros(1, 3, 2, 2, device="meta"), [], [Rows.of(torch.zeros(1, 3, 4, 4))], pixel_device)
+    assert y.is_meta and y.shape == (1, 3, 4, 4)
 
 
 def test_what_is_not_a_number_is_found_where_the_pixels_are(as_on_a_gpu):

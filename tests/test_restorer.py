@@ -221,6 +221,9 @@ def test_progress_counts_every_tile(restorer):
     assert [done for done, *_ in told] == list(range(1, 27)) and {number for _, number, _ in told} == {26}
     shares = [share for *_, share in told]
     assert shares == sorted(shares) and shares[-1] == 1 and 0 < shares[0] < 0.1
+    for tiling in ("exact", "as_released"):  # which tell of the whole, and nothing
+        restorer(x, 2, tile=64, tile_overlap=16, vae_tile=32, vae_tiling=tiling, on_tile=lambda *now: told.append(now))
+        assert told[-1] == (told[-1][1], told[-1][1], 1)
 
 
 def failing(restorer, monkeypatch, times):
@@ -246,6 +249,16 @@ def test_memory_running_out_halves_the_batch_then_the_tiles(restorer, monkeypatc
     assert [tiles.diffusion[0] for _, tiles in tried] == [0, 0, 16, 0]
     assert torch.allclose(result[1], whole[1], atol=1e-4)
     assert result.isfinite().all()
+
+
+def test_no_batch_changes_its_images_tiles(restorer, monkeypatch):
+    """Where memory does not do for three images in one piece, two and one are restored, as each would be alone."""
+    monkeypatch.setattr("consissr.models.tiles.total_memory", lambda device: 2**25)
+    tried = failing(restorer, monkeypatch, 0)
+    x = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    together, alone = restorer(x, 2, batch_size=3), restorer(x[2:], 2, keys=[2])
+    assert [count for count, _ in tried] == [2, 1, 1] and {tiles.vae for _, tiles in tried} == {0}
+    assert torch.allclose(together[2:], alone, atol=1e-4)
 
 
 def test_memory_that_never_suffices_is_one_line(restorer, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from consissr.errors import UserError
 from consissr.images import codec
 from consissr.images.codec import Photo
-from consissr.images.device import works_on_pixels
 from consissr.images.geometry import Prepared
 from consissr.images.rows import Rows, strips
 
 Images = Image | list[Image] | list[Photo] | Tensor
+Place = Callable[[torch.device, tuple[int, int]], torch.device]
+"""(a device, a result's height and width) -> where such a result may be: there or on the CPU (models.memory)."""
 
 
 def unpacked(inputs: Images) -> tuple[list[Tensor | Rows], list[Photo]]:
@@ -59,12 +60,12 @@ def noise_names(seed: int, repeat: int, keys: Sequence[str | int]) -> tuple[int,
     return int(seed), int(repeat), [key if isinstance(key, str) else int(key) for key in keys]
 
 
-def packed(inputs: Images, photos: list[Photo], results: list[Rows]) -> Images:
-    """Results as the kind of thing that `inputs` is; a tensor of a GPU where its pixels were worked on."""
+def packed(inputs: Images, photos: list[Photo], results: list[Rows], place: Place) -> Images:
+    """Results as the kind of thing that `inputs` is; a tensor on its device, where that has room: see Place."""
     if isinstance(inputs, Tensor):
         rows = [result.whole() for result in results]
         y = torch.cat(rows) if len(rows) > 1 else rows[0]  # a single one is not copied
-        return y if works_on_pixels(inputs.device) else y.to("cpu")
+        return y.to(place(inputs.device, y.shape[2:]))
     restored = [photo.restored(result) for photo, result in zip(photos, results, strict=True)]
     if isinstance(inputs, Image):
         return codec.to_pil(restored[0])

@@ -19,10 +19,12 @@ Attempt = Callable[[slice, Tiles], Tensor]
 """(rows of a batch, tiles) -> results (rows,3,H,W); may run out of memory or hold NaN."""
 
 
-def within_memory(attempt: Attempt, names: Sequence, tiles: Tiles, latent_size: tuple[int, int]) -> Tensor:
+def within_memory(
+    attempt: Attempt, names: Sequence, tiles: Tiles, latent_size: tuple[int, int], together: int
+) -> Tensor:
     """Results (B,3,H,W) of a batch with `names`; where memory runs out, of its halves, then in half the tiles.
 
-    latent_size: (h, w). UserError if the smallest tiles are too large.
+    latent_size: (h, w). together: at most so many images at once. UserError if the smallest tiles are too large.
     """
 
     def run(rows: slice, tiles: Tiles) -> Tensor:
@@ -45,7 +47,8 @@ def within_memory(attempt: Attempt, names: Sequence, tiles: Tiles, latent_size: 
         log.warning("out of memory: trying %s", smaller)
         return run(rows, smaller)
 
-    return run(slice(0, len(names)), tiles)
+    parts = [slice(first, min(first + together, len(names))) for first in range(0, len(names), together)]
+    return torch.cat([run(rows, tiles) for rows in parts]) if len(parts) > 1 else run(parts[0], tiles)
 
 
 def finite(
