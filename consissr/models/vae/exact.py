@@ -2,9 +2,9 @@
 
 How they save memory: the network is a list of operations, cut into segments. A segment's output is computed tile by
 tile from its stored input, each tile read with the margin that its convolutions need. Before that, each norm in the
-segment gets its statistics from a pass over the same tiles that ends at this norm. A map is stored, in 16 bits
-(`Packed`), wherever it is of the latent's size or takes no more memory than a few tiles do; where maps are larger,
-segments grow longer and work is repeated instead.
+segment gets its statistics from a pass over the same tiles that ends at this norm. A map is stored wherever it is of
+the latent's size or takes no more memory than a few tiles do; where maps are larger, segments grow longer and work is
+repeated instead.
 
 Maps are numbered: map i is what i operations make of the input, which is map 0. Operation i turns map i into map i + 1.
 """
@@ -12,9 +12,8 @@ Maps are numbered: map i is what i operations make of the input, which is map 0.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import ceil, prod
+from math import prod
 
-import torch
 from torch import Tensor
 
 from consissr.images.moments import Moments
@@ -22,58 +21,6 @@ from consissr.models.vae.operations import Box, Op, Tile, advance, box_before, c
 
 KEEP_TILES = 4
 """A map is stored if it is no larger than this many tiles of the largest map."""
-
-
-class Packed:
-    """A map (B,C,H,W) in 16-bit whole numbers, each piece of a row in steps of its own.
-
-    A piece is `side` columns of one row and channel; what is read lies within half a 65534th of the piece's range of
-    what was written. NaN and infinity come back as NaN.
-    """
-
-    def __init__(self, shape: tuple[int, int, int, int], side: int, like: Tensor) -> None:
-        batch, channels, height, width = shape
-        self.shape, self.side, self.dtype = shape, side, like.dtype
-        self.values = torch.empty(shape, dtype=torch.int16, device=like.device)
-        pieces = (batch, channels, height, ceil(width / side))
-        self.middle, self.step = (torch.empty(pieces, device=like.device) for _ in range(2))
-
-    def write(self, box: Box, x: Tensor) -> None:
-        """Store x (B,C,h,w) at `box`, whose left side is a multiple of `side` and which ends so, or at the border."""
-        for left in range(box.left, box.right, self.side):
-            right, piece = min(left + self.side, box.right), left // self.side
-            part = x[..., left - box.left : right - box.left].float()
-            low, high = part.amin(3), part.amax(3)
-            middle = (low + high) / 2
-            step = ((high - low) / 65534).clamp_(min=torch.finfo(torch.float32).tiny)
-            self.middle[:, :, box.top : box.bottom, piece], self.step[:, :, box.top : box.bottom, piece] = middle, step
-            part = (part - middle[..., None]).div_(step[..., None]).round_()
-            self.values[:, :, box.top : box.bottom, left:right] = part.clamp_(-32767, 32767)
-
-    def read(self, box: Box) -> Tensor:
-        """The map at any box, a copy."""
-        first, last = box.left // self.side, ceil(box.right / self.side)
-        x = box.of(self.values).float()
-        for piece in range(first, last):
-            left, right = max(piece * self.side, box.left) - box.left, (piece + 1) * self.side - box.left
-            step, middle = (s[:, :, box.top : box.bottom, piece, None] for s in (self.step, self.middle))
-            x[..., left:right].mul_(step).add_(middle)
-        return x.to(self.dtype)
-
-
-class Plain:
-    """A map as it is: the first of a run, and the last. Reads and writes as `Packed` does."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.shape = x, tuple(x.shape)
-
-    def write(self, box: Box, x: Tensor) -> None:
-        """Store x at `box`."""
-        box.of(self.x).copy_(x)
-
-    def read(self, box: Box) -> Tensor:
-        """The map at `box`, a view."""
-        return box.of(self.x)
 
 
 class TileRunner:
@@ -87,11 +34,11 @@ class TileRunner:
     def run(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) through all operations; it is left as it is."""
         self.measure(x)
-        source, start = Plain(x), 0
+        source, start = x, 0
         del x  # so that the first map is freed with its source
         for stop in self.cuts():
             source, start = self.segment(source, start, stop), stop
-        return source.x
+        return source
 
     def measure(self, x: Tensor) -> None:
         """Work out the size and channels of every map; there is one more than operations."""
@@ -100,11 +47,6 @@ class TileRunner:
             self.sizes.append(size_after(op, self.sizes[-1]))
             self.channels.append(channels_after(op, self.channels[-1]))
         self.like = x.new_empty(len(x), 0)  # batch size, type and device of all maps
-
-    def empty(self, i: int) -> Packed | Plain:
-        """What map i is stored in: 16 bits, but the result as it is."""
-        shape = (len(self.like), self.channels[i], *self.sizes[i])
-        return Plain(self.like.new_empty(shape)) if i == len(self.ops) else Packed(shape, self.side(i), self.like)
 
     def cuts(self) -> list[int]:
         """The numbers of the maps that are stored: each ends a segment.
@@ -122,22 +64,17 @@ class TileRunner:
                 stored.append(i)
         return stored
 
-    def segment(self, source: Packed | Plain, start: int, stop: int) -> Packed | Plain:
+    def segment(self, source: Tensor, start: int, stop: int) -> Tensor:
         """Map `stop`, stored, from the stored map `start`."""
         if self.ops[start].kind == "attention":  # a segment of its own (see `cuts`): all positions at once
             whole = Box(0, self.sizes[start][0], 0, self.sizes[start][1])
-            tile = advance(Tile(source.read(whole), whole, self.sizes[start]), self.ops[start], None)
-            source.write(whole, tile.x)
-            return source
+            return advance(Tile(source, whole, self.sizes[start]), self.ops[start], None).x
         for i in range(start, stop):  # in this order: a norm's tiles pass through the norms before it
             if self.ops[i].norm is not None:
                 self.set_statistics(i, (self.part(source, start, i, box) for box in self.boxes(i)))
-        same_shape = source.shape[1:] == (self.channels[stop], *self.sizes[stop])
-        if 0 < start and stop < len(self.ops) and same_shape:  # the caller's x stays, and the result is not packed
-            return self.overwrite(source, start, stop)
-        out = self.empty(stop)
+        out = self.like.new_empty(len(self.like), self.channels[stop], *self.sizes[stop])
         for box in self.boxes(stop):
-            out.write(box, self.part(source, start, stop, box))
+            box.of(out).copy_(self.part(source, start, stop, box))
         return out
 
     def set_statistics(self, i: int, parts: Iterable[Tensor]) -> None:
@@ -146,25 +83,6 @@ class TileRunner:
         for part in parts:
             moments.add(part)
         self.statistics[i] = tuple(moment.float() for moment in moments.result())
-
-    def overwrite(self, source: Packed, start: int, stop: int) -> Packed:
-        """Map `stop` in the place of map `start`, which has the same shape: strips of rows, from top to bottom.
-
-        A strip's convolutions reach `margin` rows up, where new values stand already: the last strip's old rows are
-        kept (`above`), of which there are enough, because no strip but the lowest has fewer than `margin`.
-        """
-        height, width = self.sizes[stop]
-        margin = height - 1 - self.needed(Box(height - 1, height, 0, width), start, stop).top
-        rows = max(self.side(stop) ** 2 // width, margin, 1)  # of about a tile's area
-        above = source.read(Box(0, 0, 0, width))  # none above the first strip
-        for top in range(0, height, rows):
-            box = Box(top, min(top + rows, height), 0, width)
-            needed = self.needed(box, start, stop)
-            fresh = source.read(Box(top, needed.bottom, 0, width))
-            strip = torch.cat([above[:, :, above.shape[2] - top + needed.top :], fresh], 2)
-            above = fresh[:, :, : box.bottom - top].clone()
-            source.write(box, self.through(Tile(strip, needed, self.sizes[start]), start, stop, box))
-        return source
 
     def side(self, i: int) -> int:
         """The side of a tile of map i."""
@@ -179,10 +97,10 @@ class TileRunner:
             for left in range(0, width, side)
         ]
 
-    def part(self, source: Packed | Plain, start: int, stop: int, box: Box) -> Tensor:
+    def part(self, source: Tensor, start: int, stop: int, box: Box) -> Tensor:
         """The part `box` (B,C,h,w) of map `stop`, from the stored map `start`."""
         needed = self.needed(box, start, stop)
-        return self.through(Tile(source.read(needed), needed, self.sizes[start]), start, stop, box)
+        return self.through(Tile(needed.of(source), needed, self.sizes[start]), start, stop, box)
 
     def needed(self, box: Box, start: int, stop: int) -> Box:
         """What a part of map `stop` needs of map `start`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from consissr.models.memory import trim_heap
-from consissr.models.vae.exact import Plain, TileRunner
+from consissr.models.vae.exact import TileRunner
 from consissr.models.vae.operations import Box, Op, Tile, advance
 
 PATCH = 48
@@ -37,19 +37,19 @@ class SampledTiles(TileRunner):
     def run(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) through all operations; it is left as it is."""
         self.measure(x)
-        source, last = Plain(x), len(self.ops)
-        self.sample(source)
+        last = len(self.ops)
+        self.sample(x)
         out = torch.empty(len(x), self.channels[last], *self.sizes[last], dtype=x.dtype, device=x.device)
         for box in self.boxes(last):
             if not box.left:
                 trim_heap()  # what tiles freed lies in pieces between what stays: hundreds of megabytes over time
-            box.of(out).copy_(self.part(source, 0, last, box))
+            box.of(out).copy_(self.part(x, 0, last, box))
             self.on_tile(self.tile**2)
         return out
 
-    def sample(self, source: Plain) -> None:
+    def sample(self, x: Tensor) -> None:
         """Gather the statistics of every norm from patches, which shrink where convolutions eat their borders."""
-        patches = [Tile(source.read(box), box, self.sizes[0]) for box in self.patches()]
+        patches = [Tile(box.of(x), box, self.sizes[0]) for box in self.patches()]
         for i, op in enumerate(self.ops):
             if op.norm is not None:
                 self.set_statistics(i, (patch.x for patch in patches))
