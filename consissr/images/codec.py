@@ -3,19 +3,12 @@
 On disk: 8- or 16-bit samples in any mode. Inside: float32 RGB, NCHW (a single image: CHW), in [-1, 1];
 transparency apart, in [0, 1]. Nothing else in the project converts pixels.
 
-What a round trip keeps: grey stays grey, 16 bits stay 16 bits, transparency is carried beside the colours, the
-EXIF rotation is applied to the pixels and its tag dropped, the ICC profile and the descriptive EXIF tags are written
-back. Pixel values stay in their own colour space (no conversion to sRGB). Palette and bilevel images come back as
-RGB and grey, because a restored image has more colours than a palette. CMYK is restored as RGB (through its profile,
-where it has one) and written back as CMYK to JPEG and TIFF, as RGB to other formats; CIE LAB becomes sRGB. What PNG,
-AVIF and HEIC files say of their colours beside a profile (linear light, HDR) is written to PNG files, and other formats
-refuse such pictures. Dots per inch stay in PNG, JPEG and TIFF; WebP without loss stays so. XMP is kept, but where it
-speaks of a gain map or further pictures. Of several frames the first is read. Not kept: comments, EXIF in 16-bit colour
-TIFF, colours under full transparency; 16-bit PPM is read as 8 bits.
+What a round trip keeps says the table in README; pixel values stay in their own colour space.
 """
 
 from __future__ import annotations
 
+import logging
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +28,8 @@ from consissr.images.formats import Form
 from consissr.images.resize import resize
 from consissr.images.rows import Rows, rows_of, strips
 from consissr.images.transparency import fill_hidden
+
+log = logging.getLogger(__name__)
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
 _PHOTOMETRIC = 262  # a TIFF tag: 0 where white is 0
@@ -120,6 +115,8 @@ def samples_for(path: str | Path, photo: Photo) -> Samples:
     if side > target.longest:
         raise UserError(f"{path}: {side} px is more than {target.name}'s {target.longest}; use .png or .tif")
     form = photo.form if target.cmyk or not photo.form.cmyk else replace(photo.form, cmyk=False, profile=None)
+    if metadata.has_settings(form.exif) and not target.keeps_exif(form):
+        log.warning("%s: its format cannot hold how it was restored; use .png, or keep a record with --json", path)
     try:
         return _quantised(replace(photo, form=form))
     except ArithmeticError:

@@ -51,6 +51,10 @@ class Format:
     profile: bool = True
     longest: int = 2**31 - 1  # pixels of the longest side
 
+    def keeps_exif(self, form: Form) -> bool:
+        """Whether EXIF stands in files of this format and, in it, how a picture was restored."""
+        return self.exif and not (self.name == "TIFF" and form.bits == 16 and not form.grey)
+
     def holds(self, form: Form, side: int = 1) -> bool:
         """True when transparency, depth and colours of `form` are kept, and `side` pixels are not too long."""
         kept = (self.alpha or not form.alpha) and (self.deep or form.bits == 8) and (self.profile or not form.profile)

@@ -30,6 +30,7 @@ _KEPT_TAGS = (
     ExifTags.Base.HostComputer,
     ExifTags.Base.Copyright,
 )
+_PROGRAM = "consissr "
 _INTEROP_INDEX = 1
 _PIXEL_TAGS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
 _XMP_IN_PNG = b"XML:com.adobe.xmp" + bytes(5)
@@ -111,11 +112,16 @@ def with_settings(exif: bytes | None, settings: dict[str, Any], version: str) ->
     made = Image.Exif()
     if exif:
         made.load(exif)
-    made[ExifTags.Base.Software] = f"consissr {version}"
+    made[ExifTags.Base.Software] = f"{_PROGRAM}{version}"
     tags = _exif_tags(made)
     tags[ExifTags.Base.UserComment] = b"ASCII\0\0\0" + json.dumps(settings).encode("ascii")
     made[ExifTags.IFD.Exif] = tags
     return made.tobytes()
+
+
+def has_settings(exif: bytes | None) -> bool:
+    """Whether an EXIF block, if there is one, is of `with_settings`."""
+    return exif is not None and _PROGRAM.encode() in exif
 
 
 def _exif_tags(exif: Image.Exif) -> dict[int, Any]:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import ExifTags, Image
 
 from consissr.images import codec, formats
@@ -83,6 +84,16 @@ def test_settings_of_a_file_and_of_frames_are_written_down(infer, model, photogr
     assert (made["key"], made["guidance"], made["t_min"]) == ("frame", 2.0, 0.25)
     logged = json.loads((tmp_path / "log").read_text().splitlines()[-1])
     assert logged["key"] == "frame" == model.calls[0].keys[0]
+
+
+def test_a_record_that_a_format_cannot_hold_is_told(infer, tmp_path, caplog):
+    for name in ("a.bmp", "b.tif", "c.tif", "d.png"):
+        form = codec.Form(bits=16 if name in ("b.tif", "d.png") else 8)
+        codec.write(tmp_path / "in" / name, codec.Photo(torch.zeros(3, 4, 5), None, form))
+    assert infer("-i", tmp_path / "in", "-o", tmp_path / "1")[0] == 0 and not caplog.messages
+    assert infer("-i", tmp_path / "in", "-o", tmp_path / "2", "--metadata", "settings")[0] == 0
+    told = [message for message in caplog.messages if "cannot hold how it was restored" in message]
+    assert len(told) == 2 and "a.bmp" in told[0] and "b.tif" in told[1]
 
 
 def test_formats_that_are_missing_here(infer, photograph, tmp_path, monkeypatch):
