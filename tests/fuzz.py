@@ -35,7 +35,7 @@ import torch  # noqa: E402
 from conftest import make_tiny_model  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from consissr.images import png16  # noqa: E402
+from consissr.images import png  # noqa: E402
 from consissr.images.formats import output_size  # noqa: E402
 from consissr.images.resize import resize  # noqa: E402
 from consissr.images.rows import rows_of  # noqa: E402
@@ -152,7 +152,7 @@ def pictures(folder: Path) -> Iterator[Path]:
     colour.save(folder / "two.jpg", format="MPO", save_all=True, append_images=[colour])
     yield folder / "two.jpg"
     with open(folder / "deep.png", "wb") as file:
-        png16.write(file, values[..., :3].astype(np.uint16) * 257)
+        png.write(file, values[..., :3].astype(np.uint16) * 257)
     yield folder / "deep.png"
 
 

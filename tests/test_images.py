@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from consissr.errors import UserError
-from consissr.images import codec, formats, png16
+from consissr.images import codec, formats, png
 from consissr.images.codec import Form, Photo
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -96,7 +96,7 @@ def test_lossy_round_trip(tmp_path, mode, suffix):
 def test_16_bit_png(tmp_path, channels):
     samples = smooth(24, 36, channels, 65535)
     with open(tmp_path / "a.png", "wb") as file:
-        png16.write(file, samples, SRGB)
+        png.write(file, samples, SRGB)
     photo = round_trip(tmp_path / "a.png")
     assert photo.form.bits == 16
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "a.png").read_bytes()
@@ -273,7 +273,7 @@ def test_truncated_file(tmp_path, suffix, part):
 
 
 def test_truncated_16_bit_png(tmp_path):
-    png16.write(buffer := io.BytesIO(), smooth(24, 36, 3, 65535))
+    png.write(buffer := io.BytesIO(), smooth(24, 36, 3, 65535))
     whole = buffer.getvalue()
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="damaged"):
@@ -368,7 +368,7 @@ def test_every_result_can_be_read(tmp_path, suffix):
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
+    path = tmp_path / "a.jpg"
     path.write_bytes(b"old")
 
     def full(*args, **options):

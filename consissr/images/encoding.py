@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from consissr.images import formats, metadata, png16
+from consissr.images import formats, metadata, png
 from consissr.images.formats import Form
 
 _LONGEST_IN_JPEG = 65500  # bytes of EXIF or XMP: one segment
@@ -27,29 +27,26 @@ class Samples:
 
 def encode(file: io.BufferedWriter, samples: Samples, target: formats.Format, quality: int) -> None:
     form = samples.form
-    chunks = form.chunks + ((metadata.xmp_chunk(form.xmp),) if form.xmp else ())
-    if form.bits == 16 and (not form.grey or form.alpha):
-        if target.name == "TIFF":
-            _write_deep_tiff(file, samples.values, form)
-        else:
-            png16.write(file, samples.values, form.profile, form.exif, chunks, form.dpi)
+    if target.name == "PNG":
+        chunks = form.chunks + ((metadata.xmp_chunk(form.xmp),) if form.xmp else ())
+        png.write(file, samples.values, form.profile, form.exif, chunks, form.dpi)
         return
-    if chunks and target.name == "PNG":
-        file = png16.WithChunks(file, chunks)
+    if form.bits == 16 and not form.grey:
+        _write_deep_tiff(file, samples.values, form)
+        return
     options = {
         "JPEG": {"quality": quality, "subsampling": 0},
         "WEBP": {"lossless": True} if form.lossless else {"quality": quality},
         "AVIF": {"quality": quality, "subsampling": "4:4:4"},
         "JXL": {"quality": quality, "use_container": True},
-        "PNG": {"compress_level": 4},
         "TIFF": {"compression": "tiff_deflate"},
     }.get(target.name, {})
     if form.profile:
         options["icc_profile"] = form.profile
-    if form.dpi and target.name in ("JPEG", "PNG", "TIFF"):
+    if form.dpi and target.name in ("JPEG", "TIFF"):
         options["dpi"] = form.dpi
     longest = _LONGEST_IN_JPEG if target.name == "JPEG" else 2**31
-    if form.exif and target.exif and len(form.exif) <= longest:
+    if form.exif and target.keeps_exif(form) and len(form.exif) <= longest:
         options["exif"] = form.exif
     if form.xmp and target.name in ("JPEG", "WEBP", "AVIF", "JXL") and len(form.xmp) <= longest:
         options["xmp"] = form.xmp

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from consissr.images import codec, formats, png16
+from consissr.images import codec, formats, png
 from consissr.images.color_tags import png_chunks
 
 
@@ -23,7 +23,7 @@ def test_what_png_files_say_of_their_colours_is_kept(tmp_path, rng, deep):
     said = ((b"gAMA", struct.pack(">I", 100000)), (b"cICP", bytes((9, 16, 0, 1))))
     plain = io.BytesIO()
     if deep:
-        png16.write(plain, rng.integers(0, 65536, (5, 6, 3)).astype(np.uint16))
+        png.write(plain, rng.integers(0, 65536, (5, 6, 3)).astype(np.uint16))
     else:
         Image.fromarray(rng.integers(0, 256, (5, 6, 3)).astype(np.uint8)).save(plain, format="PNG")
     whole = plain.getvalue()

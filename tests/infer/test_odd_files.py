@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageCms
 
 from consissr.errors import UserError
-from consissr.images import codec, formats, metadata, png16
+from consissr.images import codec, formats, metadata, png
 from consissr.images.resize import resize
 
 
@@ -64,13 +64,13 @@ def test_deep_colour_keeps_resolution_and_its_transparent_colour(tmp_path, rng):
         codec.write(tmp_path / f"b{suffix}", codec.read(tmp_path / "a.tif"))
         assert codec.read(tmp_path / f"b{suffix}").form.dpi == pytest.approx((300, 200), rel=1e-4)
     with (tmp_path / "c.png").open("wb") as file:
-        png16.write(file, deep, chunks=[(b"tRNS", struct.pack(">3H", 7, 8, 9))])
+        png.write(file, deep, chunks=[(b"tRNS", struct.pack(">3H", 7, 8, 9))])
     photo = codec.read(tmp_path / "c.png")
     assert photo.form.alpha and torch.equal(photo.alpha[0] == 0, torch.from_numpy((deep == (7, 8, 9)).all(2)))
     with Image.open(tmp_path / "c.png") as image:
         assert codec.from_pil(image).alpha is None  # of which Pillow keeps 8 bits, and no colour of 16
     with (tmp_path / "d.png").open("wb") as file:
-        png16.write(file, deep[..., :1], chunks=[(b"tRNS", struct.pack(">H", 7))])
+        png.write(file, deep[..., :1], chunks=[(b"tRNS", struct.pack(">H", 7))])
     with Image.open(tmp_path / "d.png") as image:
         for photo in (codec.from_pil(image), codec.read(tmp_path / "d.png")):
             assert torch.equal(photo.alpha[0] == 0, torch.from_numpy(deep[..., 0] == 7))

@@ -1,4 +1,4 @@
-"""What Pillow cannot write of PNG: 16 bits in colour, and chunks about colours. After the W3C's third edition."""
+"""PNG files, also with what Pillow cannot write: 16 bits in colour, chunks about colours. After W3C's third edition."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def write(
     chunks: Sequence[tuple[bytes, bytes]] = (),
     dpi: tuple[float, float] | None = None,
 ) -> None:
-    """(H, W, 1..4) uint16, alpha last, as a PNG file; optional ICC profile, EXIF block, other chunks, dots per inch."""
-    height, width, channels = samples.shape
+    """(H, W, 1..4) uint8 or uint16, alpha last, as a PNG file; optional profile, EXIF, other chunks, dots per inch."""
+    (height, width, channels), size = samples.shape, samples.itemsize
     file.write(b"\x89PNG\r\n\x1a\n")
-    _chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 16, _COLOUR_TYPE[channels], 0, 0, 0))
+    _chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * size, _COLOUR_TYPE[channels], 0, 0, 0))
     for kind, data in chunks:
         _chunk(file, kind, data)
     if profile:
@@ -34,10 +34,10 @@ def write(
         _chunk(file, b"pHYs", struct.pack(">IIB", *(round(number / 0.0254) for number in dpi), 1))  # per metre
     if exif:
         _chunk(file, b"eXIf", exif.removeprefix(b"Exif\0\0"))
-    packer, above = zlib.compressobj(4), np.zeros((1, 2 * width * channels), np.uint8)
+    packer, above = zlib.compressobj(4), np.zeros((1, size * width * channels), np.uint8)
     for top in range(0, height, _ROWS):
         some = samples[top : top + _ROWS]
-        rows = np.frombuffer(some.astype(">u2").tobytes(), np.uint8).reshape(len(some), -1)
+        rows = np.frombuffer(some.astype(f">u{size}").tobytes(), np.uint8).reshape(len(some), -1)
         different = rows - np.vstack([above, rows[:-1]])  # differences wrap, as they must
         filtered = np.hstack([np.full((len(rows), 1), _UP, np.uint8), different])
         if packed := packer.compress(filtered.tobytes()):
@@ -45,32 +45,6 @@ def write(
         above = rows[-1:]
     _chunk(file, b"IDAT", packer.flush())
     _chunk(file, b"IEND", b"")
-
-
-class WithChunks:
-    """A file that `chunks`, as (type, data), are written into where a PNG file's header ends, whoever writes it."""
-
-    HEADER = 8 + 25
-    """Bytes of the signature and of IHDR."""
-
-    def __init__(self, file: BinaryIO, chunks: Sequence[tuple[bytes, bytes]]) -> None:
-        self.file, self.chunks, self.written = file, chunks, 0
-
-    def write(self, data: bytes) -> int:
-        """As a file's."""
-        before, self.written = self.written, self.written + len(data)
-        if before < self.HEADER <= self.written:
-            rest = data[self.HEADER - before :]
-            self.file.write(data[: self.HEADER - before])
-            for kind, content in self.chunks:
-                _chunk(self.file, kind, content)
-            self.file.write(rest)
-            return len(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        """As a file's."""
-        self.file.flush()
 
 
 def _chunk(file: BinaryIO, kind: bytes, data: bytes) -> None:
