@@ -32,7 +32,7 @@ from consissr.models.denoiser import Condition, Denoiser, SoftPrompt, guided
 from consissr.models.fast import compile_all, for_inference
 from consissr.models.memory import pixel_device
 from consissr.models.norms import shared_norms
-from consissr.models.recovery import as_float32, finite, within_memory
+from consissr.models.recovery import finite, within_memory
 from consissr.models.tiles import OnTile, Tiles, tiles_for
 from consissr.models.vae.latents import Latents, posterior_sample
 from consissr.models.vae.tiling import TiledLatents
@@ -266,13 +266,19 @@ class Restorer:
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """The model with float32 weights inside."""
-        usual, self.dtype = self.dtype, torch.float32
+        """The model with float32 weights inside; what 16 bits rounded stays rounded."""
+        usual = self.dtype
         try:
-            with as_float32(self.networks()):
-                yield
+            self.cast(torch.float32)
+            yield
         finally:
-            self.dtype = usual
+            self.cast(usual)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Bring all weights to a type, and what the networks are given."""
+        self.dtype = dtype
+        for network in self.networks():
+            network.to(dtype)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

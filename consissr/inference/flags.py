@@ -22,8 +22,6 @@ SETTINGS = ("seed", "batch_size", "quality", "save_steps", "frames", "metadata")
 MADE_WITH = ("model", "base", "scale", "longest_side", "precision", *SAMPLER_FLAGS, "plan", "steps", "t_max", "t_min")
 """What --metadata settings writes down, where it was given."""
 PLAN_FLAGS = ("plan", "steps", "t_max", "t_min")
-PLAN_FIELDS = {*PLAN_FLAGS, "grid"}
-"""Settings that make a plan, in place of the one that a model's `timesteps` write out."""
 
 
 def tile_size(text: str) -> int:
@@ -158,8 +156,7 @@ def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
 def sampler_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The sampler's fields that stand in the file of --config, and over them the flags; the rest is the model's.
 
-    Where the file has other timesteps than the model, those of the model's configuration do not count. Raises UserError
-    for a file that is no sampler's.
+    Raises UserError for a file that is no sampler's.
     """
     settings = {}
     if args.config:
@@ -167,6 +164,4 @@ def sampler_settings(args: argparse.Namespace) -> dict[str, Any]:
 
         config = load_config(SamplerConfig, args.config)
         settings = {name: getattr(config, name) for name in OmegaConf.load(find_config(args.config))}
-        if settings.keys() & PLAN_FIELDS:
-            settings = {"timesteps": []} | settings
     return settings | given(args, SAMPLER_FLAGS)

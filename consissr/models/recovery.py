@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from consissr.errors import UserError
 from consissr.models.memory import is_out_of_memory
@@ -80,16 +80,3 @@ def rows_not_finite(y: Tensor) -> Tensor:
 def named(names: Sequence, which: Tensor) -> str:
     """The names of the rows that `which` (B,) marks."""
     return ", ".join(str(name) for name, marked in zip(names, which.tolist(), strict=True) if marked)
-
-
-@contextmanager
-def as_float32(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """The networks' weights in float32 inside, in what they were after; what 16 bits rounded stays rounded."""
-    before = [next(network.parameters()).dtype for network in networks]
-    try:
-        for network in networks:
-            network.to(torch.float32)
-        yield
-    finally:
-        for network, dtype in zip(networks, before, strict=True):
-            network.to(dtype)

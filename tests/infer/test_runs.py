@@ -170,7 +170,7 @@ def test_plan_flags(infer, model, folder, tmp_path):
     [
         ("guidance: 2.0", [], {"guidance": 2.0}),
         ("guidance: 2.0\ncolor_fix: none", ["--guidance", "3"], {"guidance": 3.0, "color_fix": "none"}),
-        ("t_min: 0.3", [], {"timesteps": [], "t_min": 0.3}),
+        ("t_min: 0.3", [], {"t_min": 0.3}),
         ("plan: ddpm\ntimesteps: [[9, -1, x0]]", [], {"plan": "ddpm", "timesteps": [[9, -1, "x0"]]}),
         ("", ["--positive", "sharp"], {"positive": "sharp"}),
     ],
