@@ -13,7 +13,7 @@ from consissr.errors import UserError
 from consissr.models.attention import CrossAttention
 from consissr.models.cached import fill
 from consissr.models.controlnet import HintFeatures
-from consissr.models.surgery import has_blocks, takes_image
+from consissr.models.surgery import takes_image
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -89,14 +89,13 @@ class Denoiser(nn.Module):
     """Predicted noise eps(z_t, t, condition), the papers' epsilon_phi and epsilon_theta.
 
     `prediction_type` is what the UNet puts out: "epsilon", or "v_prediction", converted by
-    eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) z_t. Both networks have had `surgery.replace_blocks` applied, or
-    neither. The ControlNet may be missing: then the UNet alone predicts.
+    eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) z_t. Both networks have had `surgery.replace_blocks` applied.
     """
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        controlnet: ControlNetModel | None,
+        controlnet: ControlNetModel,
         alpha_bar: Tensor,
         prediction_type: str = "epsilon",
     ) -> None:
@@ -106,9 +105,7 @@ class Denoiser(nn.Module):
         self.prediction_type = prediction_type
         self.alpha_bar = alpha_bar.double()
         self.signal_noise: tuple[Tensor, Tensor] | None = None
-        networks = [unet] if controlnet is None else [unet, controlnet]
-        self.takes_image = any(takes_image(network) for network in networks)
-        self.has_blocks = all(has_blocks(network) for network in networks)
+        self.takes_image = takes_image(unet) or takes_image(controlnet)
 
     def forward(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """eps (B, C, h, w) float32 for latents `z_t` (B, C, h, w) at integer timesteps `t` (B,)."""
@@ -117,21 +114,16 @@ class Denoiser(nn.Module):
         dtype, size = self.unet.conv_in.weight.dtype, tuple(z_t.shape[-2:])
         z_lq = condition.hint  # as exact as it was given
         z, condition = z_t.to(dtype), condition.to(dtype)
-        residuals = {}
-        if self.controlnet is not None:
-            hint = HintFeatures(condition.cache["hint"]) if "hint" in condition.cache else condition.hint
-            read = self.blocks_read("controlnet", condition, size)
-            read["conditioning_scale"] = condition.strength
-            down, middle = self.controlnet(z, t, condition.text, hint, return_dict=False, **read)
-            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        residuals |= self.blocks_read("unet", condition, size)
-        out = self.unet(z, t, condition.text, return_dict=False, **residuals)[0]
+        hint = HintFeatures(condition.cache["hint"]) if "hint" in condition.cache else condition.hint
+        read = self.blocks_read("controlnet", condition, size) | {"conditioning_scale": condition.strength}
+        down, middle = self.controlnet(z, t, condition.text, hint, return_dict=False, **read)
+        read = self.blocks_read("unet", condition, size)
+        read |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        out = self.unet(z, t, condition.text, return_dict=False, **read)[0]
         return self.to_eps(out.float(), z_t, t, z_lq)
 
     def blocks_read(self, network: str, condition: Condition, size: tuple[int, ...]) -> dict[str, Any]:
         """The argument by which diffusers hands over to the blocks of `network` what they read beside the text."""
-        if not self.has_blocks:
-            return {}
         read = {"image": condition.image, "size": size, "network": network, "cache": condition.cache}
         return {"cross_attention_kwargs": read}
 
@@ -160,8 +152,6 @@ class Denoiser(nn.Module):
         text, hint or image is the same tensor, what was computed of it is taken over. hint: False where the hint
         differs from call to call (tiles).
         """
-        if not self.has_blocks:
-            return condition
         same = tuple(n for n, x in condition.tensors().items() if like is not None and x is getattr(like, n))
         known = {name: value for name, value in like.cache.items() if name.startswith(same)} if same else {}
         cast = replace(condition, cache=known | condition.cache).to(self.unet.conv_in.weight.dtype)
@@ -169,7 +159,7 @@ class Denoiser(nn.Module):
         for name, network in self.named_children():
             layers = [m for m in network.modules() if isinstance(m, CrossAttention)]
             fill(cache, name, layers, cast.text, cast.image)
-        if hint and self.controlnet is not None and "hint" not in cache:
+        if hint and "hint" not in cache:
             cache["hint"] = self.controlnet.controlnet_cond_embedding(cast.hint)
         return replace(condition, cache=cache)
 

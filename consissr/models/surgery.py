@@ -80,11 +80,6 @@ def our_blocks(model: nn.Module) -> Iterator[tuple[str, TransformerBlock]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, TransformerBlock))
 
 
-def has_blocks(model: nn.Module) -> bool:
-    """Whether `replace_blocks` has been applied to `model`."""
-    return any(True for _ in our_blocks(model))
-
-
 def takes_image(model: nn.Module) -> bool:
     """Whether any block of `model` attends to image tokens."""
     return any(block.needs_image for _, block in our_blocks(model))

@@ -10,6 +10,7 @@ from fixtures import IMAGE, NETWORK, Check, Fixture, Lack, compare, lacking, to_
 from torch import Tensor
 
 from consissr.models.denoiser import Condition
+from consissr.models.vae.latents import posterior_sample
 
 NETWORKS = "networks.safetensors"
 
@@ -70,7 +71,7 @@ def encoded(fixture: Fixture, run: str) -> Iterator[Check | Lack]:
     inputs = fixture.tensors("tile_inputs.safetensors" if run.startswith("run_tile") else "inputs.safetensors")
     rows, latents = len(stored["cond_latent"]), fixture.latents
     lq = to_image(inputs["lq_image_uint8"]).expand(rows, -1, -1, -1)
-    got = latents.encode(lq, "sample", inputs["posterior_noise"][:rows])
+    got = posterior_sample(*latents.moments(lq), inputs["posterior_noise"][:rows]) * latents.scale
     yield Check(f"{run}:cond_latent", got, stored["cond_latent"], NETWORK)
     if "posterior_mean" in stored:
         mean, logvar = latents.moments(lq)

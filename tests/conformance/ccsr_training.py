@@ -19,6 +19,7 @@ from consissr.config.training import TrainConfig
 from consissr.diffusion.sampler import sample, start_latent
 from consissr.diffusion.schedule import Schedule
 from consissr.models.denoiser import Condition, Denoiser
+from consissr.models.vae.latents import posterior_sample
 from tests.training.plain import Recorded, only, start, watched
 
 STAGE_1, STAGE_2 = "stage1_outputs.safetensors", "stage2_outputs.safetensors"
@@ -205,8 +206,8 @@ def stage_2_step(
 @torch.no_grad()
 def sampled(fixture: Fixture, given: dict[str, Tensor]) -> Tensor:
     """x0 of the last of two evaluations, started from the low-quality latent."""
-    schedule = Schedule(fixture.model.alpha_bar)
-    z_lq = fixture.latents.encode(pixels(given["lq_uint8"]), "sample", given["post_noise_lq"])
+    schedule, latents = Schedule(fixture.model.alpha_bar), fixture.latents
+    z_lq = posterior_sample(*latents.moments(pixels(given["lq_uint8"])), given["post_noise_lq"]) * latents.scale
     condition = Condition(given["prompt_embeds"], z_lq)
     noises = {"init": given["noise_T"], "tmax": given["noise_tmax"]}
     draw = lambda name, shape: noises[name].float()  # noqa: E731

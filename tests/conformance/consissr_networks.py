@@ -11,6 +11,7 @@ from torch import Tensor
 
 from consissr.models.denoiser import Condition
 from consissr.models.image_prompt import clip_input, tower_features
+from consissr.models.vae.latents import posterior_sample
 
 PROMPTS = {"cond": "positive", "uncond": "negative"}
 OUTPUTS = "outputs.safetensors"
@@ -77,7 +78,7 @@ def autoencoder(
         stored["vae_moments_lq"] = torch.cat([mean, logvar.clamp(-30, 20)], dim=1)
     yield from compare(OUTPUTS, stored, "vae_moments_lq", torch.cat(latents.moments(lq), dim=1))
     if "posterior_noise" in inputs:
-        sample = latents.encode(lq, "sample", inputs["posterior_noise"])
+        sample = posterior_sample(*latents.moments(lq), inputs["posterior_noise"]) * latents.scale
         yield from compare(OUTPUTS, outputs, "train_lq_latent_sample", sample)
     if "final_latent" in outputs:
         decoded = latents.decode(outputs["final_latent"]) / 2 + 0.5

@@ -80,9 +80,10 @@ def test_every_addition_matters(make_unet, config):
     before = unet(z, t, given.text).sample
     replace_blocks(unet, config)
     scramble(unet)
-    eps = Denoiser(unet, None, ALPHA_BAR)(z, t, given)
+    denoiser = Denoiser(unet, build_controlnet(unet, config), ALPHA_BAR)  # a new ControlNet adds zeros
+    eps = denoiser(z, t, given)
     assert (eps - before).abs().max() > 1e-3
-    other = Denoiser(unet, None, ALPHA_BAR)(z, t, replace(given, image=given.image.flip(0)))
+    other = denoiser(z, t, replace(given, image=given.image.flip(0)))
     assert (eps - other).abs().max() > 1e-3, "the image tokens must matter"
     added = dict(unet.named_parameters())
     for name in added_parameters(unet):
@@ -90,7 +91,7 @@ def test_every_addition_matters(make_unet, config):
             continue  # one block on the way down, one in the middle, one on the way up
         kept = added[name].data.clone()
         added[name].data.add_(0.5 * draw(*kept.shape))
-        changed = Denoiser(unet, None, ALPHA_BAR)(z, t, given)
+        changed = denoiser(z, t, given)
         added[name].data.copy_(kept)
         if name.endswith("to_k_ip.weight") and config.image_tokens == "pooled":
             assert torch.equal(changed, eps), "one token has no use for keys"
@@ -279,7 +280,8 @@ def test_wrong_uses_raise(make_unet):
     for config in (ModelConfig(position_embedding=16), ModelConfig(transposed_attention=True), OFF):
         sized = make_unet()
         replace_blocks(sized, config)
-        assert Denoiser(sized, None, ALPHA_BAR)(z[..., :8, :12], t, Condition(text, z)).shape == (1, 4, 8, 12)
+        denoiser, oblong = Denoiser(sized, build_controlnet(sized, config), ALPHA_BAR), z[..., :8, :12]
+        assert denoiser(oblong, t, Condition(text, oblong)).shape == (1, 4, 8, 12)
         with (
             nullcontext() if config is OFF else pytest.raises(ValueError, match="^this network needs the latent's size")
         ):
@@ -300,7 +302,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_unet):
         scramble(unet)
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        eps = Denoiser(unet, None, ALPHA_BAR)(draw(2, 4, 8, 16), torch.tensor([5, 900]), condition(EVERYTHING, (8, 16)))
+        denoiser = Denoiser(unet, build_controlnet(unet, EVERYTHING), ALPHA_BAR)
+        eps = denoiser(draw(2, 4, 8, 16), torch.tensor([5, 900]), condition(EVERYTHING, (8, 16)))
         eps.square().mean().backward()
         results.append([p.grad for p in unet.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

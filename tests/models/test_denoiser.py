@@ -15,6 +15,8 @@ from consissr.models.residual import ResidualDenoiser
 from consissr.models.surgery import replace_blocks
 
 ALPHA_BAR = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
+NOT_ASKED = torch.nn.Identity()
+"""In the place of a network that a test does not come to."""
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -87,8 +89,7 @@ def test_what_each_network_is_given(make_unet, fill):
 @torch.no_grad()
 def test_preparing_computes_what_a_prepared_condition_lacks(make_unet):
     """Positive and negative prompt share image tokens and hint: those are computed once."""
-    unet = make_unet()
-    assert Denoiser(unet, None, ALPHA_BAR).prepare(given := Condition(draw(2, 7, 24), draw(2, 4, 8, 8))) is given
+    unet, given = make_unet(), Condition(draw(2, 7, 24), draw(2, 4, 8, 8))
     replace_blocks(unet, ModelConfig(image_prompt="hpa"))
     denoiser = Denoiser(unet, build_controlnet(unet, ModelConfig(image_prompt="hpa")), ALPHA_BAR)
     first = denoiser.prepare(Condition(given.text, given.hint, draw(2, 1, 24)))
@@ -145,7 +146,7 @@ def test_guidance_prepares_both_prompts_once():
 
 def test_coefficients_go_where_the_timesteps_are(make_unet):
     """("meta" stands for any device.)"""
-    denoiser, t = Denoiser(make_unet(), None, ALPHA_BAR, "v_prediction"), torch.tensor([3, 900])
+    denoiser, t = Denoiser(make_unet(), NOT_ASKED, ALPHA_BAR, "v_prediction"), torch.tensor([3, 900])
     z = torch.zeros(2, 4, 8, 8)
     assert denoiser.to_eps(z.to("meta"), z.to("meta"), t.to("meta"), z.to("meta")).is_meta
     signal, noise = denoiser.coefficients(t)
@@ -160,15 +161,17 @@ def test_v_prediction_becomes_eps_in_float32(make_unet):
     z0, eps, t = draw(3, 4, 8, 8), draw(3, 4, 8, 8).flip(0), torch.tensor([0, 500, 999])
     a = ALPHA_BAR[t].float().view(-1, 1, 1, 1)
     z_t, v = a.sqrt() * z0 + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * z0
-    denoiser = Denoiser(make_unet(), None, ALPHA_BAR, "v_prediction").to(torch.bfloat16)
+    denoiser = Denoiser(make_unet(), NOT_ASKED, ALPHA_BAR, "v_prediction").to(torch.bfloat16)
     assert torch.allclose(denoiser.to_eps(v, z_t, t, z0), eps, atol=1e-5)
     unet = make_unet()
     given = Condition(draw(3, 7, 24), draw(3, 4, 8, 8))
     raw = unet(z_t, t, given.text).sample
-    got = Denoiser(unet, None, ALPHA_BAR, "v_prediction")(z_t, t, given)
+    replace_blocks(unet, ModelConfig())
+    networks = unet, build_controlnet(unet, ModelConfig())  # which adds zeros
+    got = Denoiser(*networks, ALPHA_BAR, "v_prediction")(z_t, t, given)
     assert torch.allclose(got, a.sqrt() * raw + (1 - a).sqrt() * z_t, atol=1e-5)
-    assert torch.equal(Denoiser(unet, None, ALPHA_BAR)(z_t, t, given), raw)
-    of_residual = ResidualDenoiser(unet, None, ALPHA_BAR, "v_prediction", residual=0.5)
+    assert torch.equal(Denoiser(*networks, ALPHA_BAR)(z_t, t, given), raw)
+    of_residual = ResidualDenoiser(*networks, ALPHA_BAR, "v_prediction", residual=0.5)
     assert torch.equal(of_residual(z_t, t, given), of_residual.to_eps(raw, z_t, t, given.hint))
 
 
@@ -180,13 +183,13 @@ def test_output_as_v_of_the_residual():
     z_t = a.sqrt() * (z_lq + residual) + (1 - a).sqrt() * eps
     size = (s**2 * a + 1 - a).sqrt()
     v = (s * a.sqrt() * eps - (1 - a).sqrt() * residual / s) / size
-    denoiser = ResidualDenoiser(torch.nn.Identity(), None, ALPHA_BAR, "v_prediction", residual=s)
+    denoiser = ResidualDenoiser(NOT_ASKED, NOT_ASKED, ALPHA_BAR, "v_prediction", residual=s)
     assert torch.allclose(denoiser.to_eps(v, z_t, t, z_lq), eps, atol=1e-4)
     eps_T = denoiser.to_eps(torch.zeros_like(v), z_t, t, z_lq)[2]
     x0 = (z_t[2] - (1 - a[2]).sqrt() * eps_T) / a[2].sqrt()
     assert (x0 - z_lq[2]).std() < 0.1 * eps.std()
     with pytest.raises(UserError, match="predicts v"):
-        ResidualDenoiser(torch.nn.Identity(), None, ALPHA_BAR, residual=s)
+        ResidualDenoiser(NOT_ASKED, NOT_ASKED, ALPHA_BAR, residual=s)
 
 
 @torch.no_grad()
@@ -233,4 +236,4 @@ def test_condition_and_model_must_agree_on_the_image(make_unet):
     replace_blocks(having, ModelConfig(image_prompt="hpa"))
     for unet, given in ((without, image), (having, None)):
         with pytest.raises(ValueError, match="^image tokens and an image branch: .* both or neither$"):
-            Denoiser(unet, None, ALPHA_BAR)(z, t, Condition(text, z, given))
+            Denoiser(unet, NOT_ASKED, ALPHA_BAR)(z, t, Condition(text, z, given))

@@ -76,17 +76,9 @@ class Latents(nn.Module):
         mean = posterior.mean if self.linear is None else posterior.mean + self.linear.encode(x)
         return mean, posterior.logvar
 
-    def encode(self, x: Tensor, posterior: str = "mode", noise: Tensor | None = None) -> Tensor:
-        """Scaled latents (B, C, H/f, W/f) of images `x` (B, 3, H, W): the posterior's 'mode', or its 'sample'.
-
-        `noise` of a sample: standard normal, of the latents' shape.
-        """
-        mean, logvar = self.moments(x)
-        if posterior == "mode":
-            return mean * self.scale
-        if noise is None:
-            raise ValueError("a posterior sample needs its noise: pass `noise` of the latent's shape")
-        return posterior_sample(mean, logvar, noise) * self.scale
+    def encode(self, x: Tensor) -> Tensor:
+        """Scaled latents (B, C, H/f, W/f) of images `x` (B, 3, H, W): the posterior's mode."""
+        return self.moments(x)[0] * self.scale
 
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, h f, w f), about [-1, 1], not clamped, of scaled latents `z` (B, C, h, w)."""
