@@ -136,9 +136,7 @@ def finished(prepared: Prepared, y: Tensor, rule: str, color_fix: str, strength:
     y = y.float() / 2 + 0.5
     if rule == "ccsr":
         y = y.clamp_(0, 1).mul_(255).round_().div_(255)
-        y = truncated(transfer(y, prepared.rows, color_fix, strength))
-    else:
-        y = crop(truncated(transfer(y, prepared.rows, color_fix, strength)), prepared.upscaled)
+    y = crop(truncated(transfer(y, prepared.rows, color_fix, strength)), prepared.upscaled)
     kind = Image.Resampling.BICUBIC if rule == "ccsr" else Image.Resampling.LANCZOS
     return Rows.of(to_tensor(to_pil(y).resize(prepared.size[::-1], kind)))
 

@@ -79,10 +79,7 @@ def reflected(size: int, padded: int, before: int = 0) -> Tensor:
 
     before: how many stand before the first.
     """
-    if size == 1:
-        return torch.zeros(padded, dtype=torch.int64)
-    position = (torch.arange(padded) - before) % (2 * (size - 1))
-    return torch.minimum(position, 2 * (size - 1) - position)
+    return torch.from_numpy(np.pad(np.arange(size), (before, padded - size - before), mode="reflect"))
 
 
 def crop(x: Tensor, size: tuple[int, int]) -> Tensor:
