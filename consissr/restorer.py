@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import inf
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 
 from consissr.config.loading import changed
@@ -132,7 +130,6 @@ class Restorer:
         config = changed(self.sampler, settings)
         steps = self.plan(config, plan, settings)
         check_numbers(scale=scale, longest=1 if longest is None else longest, batch_size=batch_size)
-        check_extent(inputs, scale)
         lqs, photos = unpacked(inputs)
         seed, repeat, keys = noise_names(seed, repeat, range(len(lqs)) if keys is None else keys)
         if len(set(keys)) != len(lqs):
@@ -289,7 +286,7 @@ class Restorer:
             return self.tiled_latents(tiles).decode(z[rows].to(self.device, self.dtype)).float().cpu()
 
         tiles = self.tiles(self.sampler, (height * self.latents.factor, width * self.latents.factor), len(z))
-        return within_memory(attempt, len(z) * ["latents"], tiles, (height, width))
+        return within_memory(attempt, len(z) * ["latents"], tiles, (height, width), len(z))
 
     def step_picture(self, z: Tensor, lq: Tensor | Rows, scale: float, longest: int | None = None) -> Tensor:
         """What latents (1,C,h,w) of `lq` (1,3,H,W) show: (1,3,H',W') in [-1, 1], the result's size, its own colours."""
@@ -340,12 +337,3 @@ class Restorer:
         """All networks, each once."""
         every = [self.latents, self.denoiser, self.image_prompt, self.hint_latents]
         return list({id(network): network for network in every if network is not None}.values())
-
-
-def check_extent(inputs: Images, scale: float) -> None:
-    """UserError for a picture without pixels, which Pillow makes, and for a scale without an end."""
-    if scale == inf:
-        raise UserError(f"scale is {scale}: use a finite number, such as 4")
-    for item in inputs if isinstance(inputs, (list, tuple)) else [inputs]:
-        if isinstance(item, Image) and 0 in item.size:
-            raise UserError(f"a picture of {item.width}x{item.height} pixels: both sides must be at least 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from numbers import Integral, Real
 
 import torch
@@ -38,12 +39,16 @@ def unpacked(inputs: Images) -> tuple[list[Tensor | Rows], list[Photo]]:
     for item in listed:
         if not isinstance(item, (Image, Photo)):
             raise UserError(f"cannot restore a {type(item).__name__}: give a PIL image, a list of them or a tensor")
+        if isinstance(item, Image) and 0 in item.size:  # which Pillow makes
+            raise UserError(f"a picture of {item.width}x{item.height} pixels: both sides must be at least 1")
     photos = [item if isinstance(item, Photo) else codec.from_pil(item) for item in listed]
     return [photo.image for photo in photos], photos
 
 
 def check_numbers(scale: float, **whole: int) -> None:
-    """UserError for a scale that is no number above 0, and for others that are no whole numbers above 0."""
+    """UserError for a scale that is no finite number above 0, and for others that are no whole numbers above 0."""
+    if scale == inf:
+        raise UserError(f"scale is {scale}: use a finite number, such as 4")
     for name, value in {"scale": scale, **whole}.items():
         kind = Real if name == "scale" else Integral
         if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:

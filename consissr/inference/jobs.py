@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -129,23 +128,6 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_re
         jobs = _without_results(jobs)
     _check_targets(jobs, earlier)
     return jobs
-
-
-def overlooked(inputs: Sequence[str], recursive: bool) -> str:
-    """A line on pictures in the input folders and patterns whose kind is not read; "" where there are none."""
-    kinds = (formats.UNREADABLE | formats.PLUGINS.keys()) - formats.READABLE
-    names: list[str] = []
-    for text in inputs:
-        if os.path.isdir(text):
-            names += [name for _, _, files in islice(os.walk(text), None if recursive else 1) for name in files]
-        elif not os.path.exists(text):
-            names += map(os.path.basename, glob.glob(text, recursive=True))
-    endings = (Path(name).suffix.lower() for name in names if not name.startswith("."))
-    counts = Counter(ending for ending in endings if ending in kinds)
-    words = [f"{count} {ending}" for ending, count in sorted(counts.items())]
-    missing = [kind for kind in counts if kind in formats.PLUGINS]
-    help_ = f" ({formats.how_to_get(*missing)})" if missing else ""
-    return f"not read: {', '.join(words)}{help_}" if words else ""
 
 
 def reason(error: Exception, job: Job) -> str:
@@ -286,8 +268,8 @@ def _named(jobs: list[Job], naming: Naming) -> list[Job]:
         old = f"_{job.source.suffix.removeprefix('.')}" if with_old_suffix else ""
         return naming.output / Path(job.key).parent / f"{job.source.stem}{old}{mark}{job.ext}"
 
-    def alike(job: Job) -> str:  # many file systems take A.png and a.png for one name
-        return str(target(job, False)).casefold()
+    def alike(job: Job) -> str:
+        return ONE_NAME(str(target(job, False)))
 
     taken = Counter(alike(job) for job in jobs if job.ext)
     return [replace(job, target=target(job, taken[alike(job)] > 1)) if job.ext else job for job in jobs]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import statistics
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from consissr.images import formats
 from consissr.inference.batch import Outcome
 from consissr.inference.jobs import Job
 from consissr.models.memory import peak_memory_mb
@@ -87,3 +94,20 @@ class Terminal:
         words = ", ".join(f"{status} {number}" for status, number in counts.items())
         ran = f" ({precision})" if precision and times else ""
         return f"{words} in {total:.1f} s{pace}{ran}, at most {peak_memory_mb()} MB"
+
+
+def overlooked(inputs: Sequence[str], recursive: bool) -> str:
+    """A line on pictures in the input folders and patterns whose kind is not read; "" where there are none."""
+    kinds = (formats.UNREADABLE | formats.PLUGINS.keys()) - formats.READABLE
+    names: list[str] = []
+    for text in inputs:
+        if os.path.isdir(text):
+            names += [name for _, _, files in islice(os.walk(text), None if recursive else 1) for name in files]
+        elif not os.path.exists(text):
+            names += map(os.path.basename, glob.glob(text, recursive=True))
+    endings = (Path(name).suffix.lower() for name in names if not name.startswith("."))
+    counts = Counter(ending for ending in endings if ending in kinds)
+    words = [f"{count} {ending}" for ending, count in sorted(counts.items())]
+    missing = [kind for kind in counts if kind in formats.PLUGINS]
+    help_ = f" ({formats.how_to_get(*missing)})" if missing else ""
+    return f"not read: {', '.join(words)}{help_}" if words else ""

@@ -249,14 +249,16 @@ def test_linked_folders_keep_their_names(infer, folder, tmp_path, files):
 
 
 def test_names_that_differ_by_case_only_stay_apart(infer, folder, tmp_path, files, monkeypatch):
-    """On macOS and Windows one would replace the other."""
+    """On macOS and Windows one would replace the other; elsewhere results have their inputs' names."""
     Image.new("RGB", (8, 8)).save(folder / "A.jpg")
-    assert infer("-i", folder, "-o", tmp_path / "1", "--ext", "png")[0] == 0
-    assert files(tmp_path / "1") == {"A_jpg.png", "a_png.png", "b.png", "c.png"}
+    assert infer("-i", folder, "-o", tmp_path / "0", "--ext", "png")[0] == 0
+    assert files(tmp_path / "0") == {"A.png", "a.png", "b.png", "c.png"}
     Image.new("RGB", (8, 8)).save(folder / "sub" / "A.png")
     names = [folder / "a.png", folder / "sub" / "A.png"]
     assert infer("-i", *names, "-o", tmp_path / "2", "--suffix", "y")[0] == 0
     monkeypatch.setattr(jobs, "ONE_NAME", str.casefold)
+    assert infer("-i", folder, "-o", tmp_path / "1", "--ext", "png")[0] == 0
+    assert files(tmp_path / "1") == {"A_jpg.png", "a_png.png", "b.png", "c.png"}
     status, _, err = infer("-i", *names, "-o", tmp_path / "3", "--suffix", "y")
     assert status == 2 and "would both become" in err
 
