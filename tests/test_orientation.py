@@ -31,6 +31,7 @@ def test_turned_tiff_without_compression(tmp_path, mode, value):
     assert formats.probe(tmp_path / "a.tif")[:2] == (36, 24)
     with Image.open(tmp_path / "a.tif") as image:
         turned = codec.from_pil(image)
+        assert image.filename == str(tmp_path / "a.tif"), "the caller's image is left as it was"
     expected = codec.read(tmp_path / "b.tif")
     for photo in (turned, codec.read(tmp_path / "a.tif")):
         assert torch.equal(photo.pixels, expected.pixels)

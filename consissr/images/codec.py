@@ -151,7 +151,9 @@ def from_pil(image: Image.Image) -> Photo:
     if form.bits == 16 and not image.mode.startswith("I"):  # a loaded PIL image holds 16 bits only in grey
         form = replace(form, bits=8, alpha=image.mode == "RGBA")
     if image.format == "TIFF" and metadata.orientation(image) >= 5:
-        image.filename = ""  # as in `formats.opened`: not to be mapped into memory
+        name, image.filename = image.filename, ""  # as in `formats.opened`: not to be mapped into memory
+        image.load()
+        image.filename = name
     image.load()
     return _photo(_upright(_samples(image, form), metadata.orientation(image)), form)
 
