@@ -5,10 +5,12 @@ import torch
 from PIL import Image
 
 from ccsr import nuts_plan
-from consissr.bench.tiles import table
+from consissr.bench.tiles import measure, table
 from consissr.errors import UserError
 from consissr.images import codec
 from consissr.images.resize import resize
+from consissr.inference import progress
+from consissr.models import memory
 from consissr.models.tiles import OVERLAP
 from consissr.models.vae.tiling import TiledLatents
 from consissr.restorer import Restorer
@@ -88,6 +90,15 @@ def above_loaded(megapixels, **settings):
     """MB that restoring takes at most above the program and the model, in a process of its own."""
     (row,) = table("nano-ccsr", [megapixels], {"device": "cpu"} | settings, scale=4)
     return row["peak_mb"] - row["loaded_mb"]
+
+
+def test_measuring_a_large_picture_tells_how_far_it_is(capfd, monkeypatch):
+    """48 megapixels take minutes."""
+    monkeypatch.setattr(progress, "SILENCE", -1)
+    monkeypatch.setattr(memory, "set_heap", lambda: None)  # it is for a process of its own
+    row = measure("nano-ccsr", 0.06, 2.0, {"device": "cpu", "precision": "fp32", "tile": TILE, "vae_tile": TILE})
+    said = capfd.readouterr().err
+    assert f"0.06 megapixels.png: tile {row['tiles'] - 1} of {row['tiles']}" in said and row["tiles"] > 3
 
 
 @pytest.mark.slow

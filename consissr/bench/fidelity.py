@@ -35,6 +35,7 @@ def curve(
     from consissr.evaluation.folders import list_images, pair
     from consissr.evaluation.metrics import psnr
     from consissr.evaluation.niqe import niqe
+    from consissr.evaluation.progress import track
     from consissr.images import codec
     from consissr.images.resize import resize
     from consissr.restorer import Restorer
@@ -44,7 +45,7 @@ def curve(
     paths = [tuple(folder[name] for folder in files) for name in names]
     restorer = Restorer.load(model, **load)
     rows, scores = [], {value: [] for value in values}
-    for low, high in paths:
+    for low, high in track("restoring", paths, len(paths)):
         small, original = (codec.read(path).pixels[None] for path in (low, high))
         scale = original.shape[2] / small.shape[2]
         pictures = [resize(small, tuple(original.shape[2:]))]

@@ -35,10 +35,11 @@ def table(model: str, sizes: list[float], load: dict[str, Any], scale: float = 2
 def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -> dict[str, Any]:
     """The measurement itself, in this process. A small image goes first: what is set up once doesn't count."""
     import torch
+    from rich.console import Console
 
     from consissr.images import codec
     from consissr.images.resize import resize
-    from consissr.inference import batch, jobs
+    from consissr.inference import batch, jobs, progress
     from consissr.models.memory import set_heap
     from consissr.restorer import Restorer
 
@@ -52,14 +53,20 @@ def measure(model: str, megapixels: float, scale: float, load: dict[str, Any]) -
     restorer(lq[..., :64, :64].contiguous(), scale)
     tiles = [0]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a.png"
+        path = Path(folder) / f"{width * height * scale**2 / 1e6:.2f} megapixels.png"
         codec.write(path, codec.Photo(lq[0], None, codec.Form()))
         del lq
         (job,) = jobs.plan([str(path)], jobs.Naming(output=path.parent / "restored", scale=scale))
-        report = batch.Report(on_tile=lambda job, done, number, share: tiles.append(number))
-        loaded, begin = start_peak(restorer.device.type) / MB, time.process_time()
-        batch.run(restorer, [job], batch.Settings(scale=scale), report)
-        seconds = time.process_time() - begin
+        with progress.Terminal(Console(stderr=True), 1) as terminal:
+
+            def on_tile(*now: Any) -> None:
+                tiles.append(now[2])
+                terminal.on_tile(*now)
+
+            report = batch.Report(on_tile=on_tile)
+            loaded, begin = start_peak(restorer.device.type) / MB, time.process_time()
+            batch.run(restorer, [job], batch.Settings(scale=scale), report)
+            seconds = time.process_time() - begin
     if not report.counts["done"]:
         raise UserError(job.error or "the result was not written")
     area = job.out_width * job.out_height / 1e6
