@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from ccsr.timesteps import nuts_plan, plan_of, sampler_plan, t_max_step, with_plan
+from ccsr.timesteps import changed_plan, nuts_plan, plan_of, sampler_plan, t_max_step, with_plan
 from consissr.config.sampler import SamplerConfig
+from consissr.diffusion.plans import ddpm_plan
 from consissr.errors import UserError
 
 RELEASED = {
@@ -135,6 +136,20 @@ def test_a_number_of_evaluations_becomes_a_plan():
     assert len(plan_of(SamplerConfig(plan="ddpm", steps=3), 7)) == 7
     with pytest.raises(UserError, match=r"^t_max 1\.5 is outside 0\.\.1: use a fraction of the noise range$"):
         t_max_step(6, 1.5)
+
+
+def test_flags_change_a_plan():
+    """The model's own timesteps stand for no change; `steps` alone is NUTS' S, and beside other flags its T."""
+    own = SamplerConfig(plan="nuts", steps=6, t_max=2 / 3, t_min=2 / 3, timesteps=[[900, -1, "x0"]])
+    assert [step.t for step in changed_plan(own, {})] == [900]
+    assert changed_plan(own, {"steps": 2}) == plan_of(own, 2) and len(plan_of(own, 2)) == 2
+    assert changed_plan(own, {"t_min": 0.5}) == nuts_plan(6, 2 / 3, 0.5)
+    assert changed_plan(own, {"steps": 12, "t_min": 0.5}) == nuts_plan(12, 2 / 3, 0.5)
+    assert changed_plan(own, {"plan": "ddpm", "steps": 3}) == ddpm_plan(3)
+    for flag in ("t_max", "t_min"):
+        with pytest.raises(UserError, match="^--t-max and --t-min belong to the plan nuts: add --plan nuts or leave"):
+            changed_plan(replace(own, plan="ddpm"), {flag: 0.5})
+    assert changed_plan(replace(own, plan="ddpm"), {"plan": "nuts", "t_min": 0.5}) == nuts_plan(6, 2 / 3, 0.5)
 
 
 def test_a_schedule_of_another_length_is_heeded_everywhere():
