@@ -96,7 +96,7 @@ def test_measuring_a_large_picture_tells_how_far_it_is(capfd, monkeypatch):
     """48 megapixels take minutes."""
     monkeypatch.setattr(progress, "SILENCE", -1)
     monkeypatch.setattr(memory, "set_heap", lambda: None)  # it is for a process of its own
-    row = measure("nano-ccsr", 0.06, 2.0, {"device": "cpu", "precision": "fp32", "tile": TILE, "vae_tile": TILE})
+    row = measure("nano-ccsr", 0.06, 2.0, {"device": "cpu", "precision": "fp32", "tile": 0, "vae_tile": TILE})
     said = capfd.readouterr().err
     assert f"0.06 megapixels.png: tile {row['tiles'] - 1} of {row['tiles']}" in said and row["tiles"] > 3
 
