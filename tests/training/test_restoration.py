@@ -15,78 +15,14 @@ from consissr.errors import UserError
 from consissr.models.attention import TransformerBlock
 from consissr.models.image_prompt import build_tower
 from consissr.nano.config import run_config
-from consissr.training.loop import Loop
 from consissr.training.restoration import starting_model
 from consissr.training.stage import Batch
 from consissr.training.tala import Tala
-from consissr.weights.base import load_text
 from consissr.weights.folder import load_prompts, save_prompts
 from consissr.weights.image_encoder import load_tower, save_tower
 from consissr.weights.latents import TUNED, save_decoder, save_latents
 from scripts.train import stage_builder
-
-VISION = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8}
-RUN = ["batch=2", "micro_batch=2", "tracker=none", "data.crop=64", "precision=fp32", "steps=3", "optimizer.lr=1e-3"]
-PATCHES = "model.image_tokens=patches"
-SHAPE = ["model.hint=stack", "model.position_embedding=16", "model.transposed_attention=true"]
-DDPM = ["sampler.plan=ddpm", "sampler.steps=2", "sampler.start=noise"]
-VARIANTS = {
-    "consissr": ["stage=tala", "model.image_prompt=hpa", PATCHES, *SHAPE, *DDPM],
-    "as released": [
-        *("stage=tala", "model.image_prompt=hpa", "model.image_kv=separate", *SHAPE, *DDPM),
-        *("tala.probability=as_released", "tala.shared_draw=true", "tala.encoder_gradients=false"),
-        "tala.posterior=sample",
-    ],
-    "few steps": [
-        *("stage=nano_tala", "model.image_prompt=hpa", PATCHES, *SHAPE, "sampler.plan=ddpm", "sampler.start=noise"),
-        *("sampler.timesteps=[[999,666,step],[666,-1,x0]]", "tala.error=absolute", "tala.plan_share=0.5"),
-        "tala.weighting=v",
-    ],
-    "without image": ["stage=tala", "model.image_prompt=none", *DDPM, "tala.probability=off"],
-    "ip_adapter": ["stage=tala", "model.image_prompt=ip_adapter", PATCHES, *DDPM, "tala.probability=linear"],
-    "ip_adapter, one token": ["stage=tala", "model.image_prompt=ip_adapter", *DDPM, "tala.gamma=5"],
-    "hpa_separate": ["stage=tala", "model.image_prompt=hpa_separate", PATCHES, *DDPM, "tala.gamma=20"],
-    "nuts": [
-        "stage=nuts",
-        "model.image_prompt=hpa",
-        PATCHES,
-        *SHAPE,
-        "tala.probability=power",
-        "gradient_checkpointing=true",
-    ],
-    "pre-training": ["stage=nuts", "nuts.losses=[l_diff]", "model.unet_trained=[conv_out]"],
-}
-
-
-def loop(base: Path, photos: Path, folder: Path, *more: str) -> Loop:
-    """A run that has not begun."""
-    words = [f"model.base={base}", f"data.paths=[{photos}]", f"output_dir={folder}", *RUN, *more]
-    config = run_config(None, words)
-    return Loop(config, stage_builder(config.stage))
-
-
-def two_steps(run: Loop) -> set[str]:
-    """Take two optimiser steps, then a third gradient; names of trained tensors that any of them reached.
-
-    Where zero layers stand one behind the other's (those of the ControlNet's additions behind its zero convolutions),
-    the inner layers' gradient begins after two steps.
-    """
-    seen: set[str] = set()
-    for batch in run.batches():
-        totals: dict[str, Tensor] = {}
-        run.accumulate(batch, totals)
-        seen |= {n for n, p in run.weights().items() if p.grad is not None and p.grad.abs().sum() > 0}
-        if run.step == 2:
-            break
-        run.update(totals)
-        run.step += 1
-    return seen
-
-
-def frozen(run: Loop) -> dict[str, Tensor]:
-    """What a run does not train."""
-    trained = {id(p) for p in run.weights().values()}
-    return {n: p for n, p in run.stage.networks.named_parameters() if id(p) not in trained}
+from tests.training.variants import DDPM, VARIANTS, VISION, frozen, loop, two_steps
 
 
 @pytest.mark.parametrize("tokens", ["pooled", "patches"])
@@ -220,60 +156,6 @@ def test_what_a_run_would_lose_or_misread_is_said(
         loop(base, photos, tmp_path / "d", *words)
 
 
-def test_a_run_goes_on_with_its_models_base_or_another(base: Path, photos: Path, tmp_path: Path) -> None:
-    """And with the empty prompt, whichever ones the model restores with."""
-    words, model = VARIANTS["pre-training"], tmp_path / "model"
-    loop(base, photos, tmp_path / "a", *words).stage.export(model)
-    stored = yaml.safe_load((model / "config.yaml").read_text())
-    stored["model"]["base"], stored["sampler"]["positive"], stored["sampler"]["negative"] = "./base", "clean", "blurred"
-    (model / "config.yaml").write_text(yaml.safe_dump(stored))
-    shutil.copytree(base, model / "base")
-    for given, wanted in (("sd21-base", f"{model}/base"), (str(base), str(base))):
-        stage = loop(base, photos, tmp_path / "b", *words, f"init={model}", f"model.base={given}").stage
-        assert Path(stage.model.config.model.base) == Path(wanted)
-        assert torch.equal(stage.text, load_text(base).encode([""]))
-
-
-def test_a_model_of_stored_prompts_is_not_trained_for_others(base: Path, photos: Path, tmp_path: Path) -> None:
-    words = VARIANTS["pre-training"]
-    loop(base, photos, tmp_path / "a", *words).stage.export(tmp_path / "model")
-    save_prompts(tmp_path / "model", {"": torch.zeros(1, 8, 8), "clean": torch.ones(1, 8, 8)})
-    given = [*words, f"init={tmp_path}/model"]
-    for prompts in (["sampler.positive=sharp"], ["sampler.negative=blurred", "sampler.guidance=2"]):
-        with pytest.raises(UserError, match=r"keeps the prompts \['', 'clean'\] alone: '(sharp|blurred)' of sampler"):
-            loop(base, photos, tmp_path / "b", *given, *prompts)
-    loop(base, photos, tmp_path / "b", *given, "sampler.positive=clean", "sampler.negative=blurred")  # unguided
-
-
-def test_a_trained_adapter_goes_on(base: Path, photos: Path, tmp_path: Path) -> None:
-    """Neither the settings of an earlier run nor of a converted release may cost a trained adapter."""
-    first = loop(base, photos, tmp_path / "a", *VARIANTS["consissr"])
-    two_steps(first)
-    first.stage.export(tmp_path / "model")
-    for inits in ("default", "as_released"):
-        words = [*VARIANTS["consissr"], f"init={tmp_path}/model", f"model.adapter_init={inits}"]
-        found = loop(base, photos, tmp_path / inits, *words).stage.image_prompt.state_dict()
-        same = {n for n, value in first.stage.image_prompt.state_dict().items() if torch.equal(value, found[n])}
-        assert same == found.keys(), inits
-
-
-def test_the_decoder_of_a_consissr_model_can_be_tuned(base: Path, photos: Path, tmp_path: Path) -> None:
-    """Whatever timesteps it samples at: the first stage's losses are not trained here."""
-    first = loop(base, photos, tmp_path / "a", *VARIANTS["consissr"], "sampler.steps=5")
-    first.stage.export(tmp_path / "model")
-    words = ["stage=nano_deft", f"init={tmp_path}/model"]
-    with pytest.raises(UserError, match="config.yaml: leave out model.hint, sampler.steps"):
-        loop(base, photos, tmp_path / "b", *words, "model.hint=stack", "sampler.steps=3")
-    run = loop(base, photos, tmp_path / "b", *words, "deft.discriminator_width=8", "deft.adversarial_start=-1")
-    before = {key: p.clone() for key, p in frozen(run).items()}
-    missed = run.weights().keys() - two_steps(run)
-    assert not {name for name in missed if name.startswith("decoder/")}
-    assert all(torch.equal(value, frozen(run)[key]) for key, value in before.items())
-    run.stage.export(tmp_path / "tuned")
-    out = Restorer.load(str(tmp_path / "tuned"), device="cpu")(torch.zeros(1, 3, 10, 12), scale=2)
-    assert out.isfinite().all()
-
-
 def test_augmentation_draws_for_each_image(base: Path, tmp_path: Path) -> None:
     """p(t) is the power in stage 'tala' and off in stage 'nuts' unless set; one draw for the batch where asked."""
     count = 40
@@ -358,14 +240,3 @@ def test_mistakes_are_named(base: Path, words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config = run_config(None, ["stage=tala", f"model.base={base}", *DDPM, *words])
         stage_builder(config.stage)(config)
-
-
-def test_a_plainer_model_than_init_is_named(base: Path, photos: Path, tmp_path: Path) -> None:
-    words = ["stage=tala", *DDPM]
-    loop(base, photos, tmp_path / "a", *words, "model.position_embedding=8", "model.hint=stack").stage.export(
-        tmp_path / "m"
-    )
-    with pytest.raises(
-        UserError, match=r"leaves out or does otherwise: use model.hint=stack model.position_embedding=8"
-    ):
-        loop(base, photos, tmp_path / "b", *words, f"init={tmp_path}/m")

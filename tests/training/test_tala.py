@@ -9,7 +9,7 @@ import torch
 from consissr.models.vae.latents import LinearPath
 from consissr.nano.stages import NanoTala, pixel_weights
 from consissr.training.stage import Batch
-from tests.training.test_restoration import VARIANTS, loop
+from tests.training.variants import VARIANTS, loop
 
 
 def few_steps(base: Path, photos: Path, folder: Path, *words: str) -> tuple[NanoTala, Batch]:
