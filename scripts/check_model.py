@@ -7,25 +7,27 @@ ratio and the loss under another image's condition beside bicubic and bicubic pl
 
 import argparse
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from consissr.errors import UserError, exit_status
 
-NUTS = {"S=1": (6, 2 / 3, 2 / 3), "S=2": (6, 2 / 3, 1 / 2)}  # (T, t_max, t_min)
-
 
 def plans_of(config) -> dict:
-    """The plans to check a model with, by name: one and two steps of NUTS on its grid, and its own if that is another.
+    """The plans to check a model with, by name: one and two steps of NUTS, as `--steps` makes them, and its own if that
+    is another.
 
     None stands for its own.
     """
-    from ccsr import nuts_plan, sampler_plan
+    from ccsr.timesteps import plan_of, sampler_plan
 
     own, plans = sampler_plan(config), {}
     if config.plan == "nuts":
         grid = "" if config.grid == "trailing" else f" {config.grid}"
-        plans = {f"{s}{grid}": nuts_plan(*fractions, config.grid) for s, fractions in NUTS.items()}
+        for s in (1, 2):
+            with suppress(UserError):  # a grid of one step has no room for two
+                plans[f"S={s}{grid}"] = plan_of(config, s)
     return plans if own in plans.values() else plans | {f"{len(own)} steps": None}
 
 

@@ -163,7 +163,9 @@ def test_plans_are_on_the_models_grid(script) -> None:
 
     assert times(SamplerConfig()) == {"S=1": [999], "S=2": [999, 666]}
     assert times(AS_RELEASED_V2) == {"S=1 leading": [999], "S=2 leading": [999, 499]}
-    assert times(AS_RELEASED_V1) == {"S=1 linspace": [999], "S=2 linspace": [999, 599], "16 steps": None}
+    assert times(AS_RELEASED_V1) == {"S=1 linspace": [999], "S=2 linspace": [999, 658], "16 steps": None}
+    assert times(SamplerConfig(steps=9, t_max=7 / 9)) == {"S=1": [999], "S=2": [999, 777], "4 steps": None}
+    assert times(SamplerConfig(steps=1, t_max=1.0)) == {"S=1": [999]}
     two = [[999, 666, "step"], [666, -1, "x0"]]
     assert times(SamplerConfig(plan="ddpm", timesteps=two)) == {"2 steps": None}
     assert times(SamplerConfig(plan="ddpm", steps=50)) == {"50 steps": None}

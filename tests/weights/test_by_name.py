@@ -101,7 +101,7 @@ def our_layout(hub: Hub, all_in_one: Path, _) -> str:
     return "someone/tiny"
 
 
-LAYOUTS = (whole_v2, v1_ckpt, v1_half, mirrored_base, by_hand, our_layout)
+LAYOUTS = (whole_v2, pytest.param(v1_ckpt, marks=pytest.mark.slow), v1_half, mirrored_base, by_hand, our_layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
