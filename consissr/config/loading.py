@@ -94,7 +94,7 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: l
         for source, layer, raw in layers:
             given = OmegaConf.to_container(layer)
             check_keys(cls, given, source)
-            merged = OmegaConf.merge(merged, OmegaConf.create(as_written(cls, given, raw)))
+            merged = OmegaConf.unsafe_merge(merged, as_written(cls, given, raw))
         return OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
         where = getattr(error, "full_key", None) or source
