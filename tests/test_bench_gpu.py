@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,6 +93,27 @@ def test_a_stage_in_training(monkeypatch):
     found = gpu_training.stage(config, builder, [*gpu_training.TINY, "micro_batch=1"], "cpu")
     assert found["images/s, 1 images"] > 0 and found["G multiply-accumulates per image"] > 0
     assert found["peak of 3, MB"] > 0 and found["micro-batch in 24 GB"] > found["micro-batch in 40 GB"] // 2
+
+
+def test_a_stage_s_figures_are_of_one_image(monkeypatch):
+    """The loop counts an image's work: whatever the micro-batch, and for the images that are timed."""
+    from torch import nn
+
+    from consissr.bench import gpu_training
+    from consissr.training.window import LogWindow
+
+    def train():
+        loop.window.work = 2e9
+        loop.lines += 2 * [(1.0, 0.0, loop.window.work * loop.window.images)]
+
+    loop = object.__new__(gpu_training.Timed)
+    loop.config, loop.device, loop.window = SimpleNamespace(micro_batch=4, batch=4), None, LogWindow(4)
+    loop.stage, loop.train = SimpleNamespace(needs_lq=False, networks=nn.Module()), train
+    monkeypatch.setattr(gpu_training, "Feed", lambda *_: None)
+    monkeypatch.setattr(gpu_training, "memory", lambda *_: {})
+    found = gpu_training.measured(loop)
+    assert found["G multiply-accumulates per image"] == 1 and found["share of the ceiling, 4 images"] == 8e9
+    assert loop.timed(8)["share of the ceiling"] == 16e9
 
 
 @pytest.mark.slow

@@ -52,7 +52,8 @@ class Timed(Loop):
         """STEPS steps of so many images each."""
         self.config.micro_batch = self.config.batch = images
         self.feed = Feed(self.config, self.device, 0, 1, self.stage.needs_lq)
-        self.micro_batches, self.step, self.lines, self.window.work = 1, 0, [], 0
+        self.micro_batches, self.step, self.lines = 1, 0, []
+        self.window.work, self.window.images = 0.0, images
         self.train()
         seconds, waited, share = (sum(column) / len(column) for column in zip(*self.lines[1:], strict=True))
         return {"images/s": images / seconds, "waiting for data": waited / seconds, "share of the ceiling": share}
@@ -87,7 +88,7 @@ def measured(loop: Timed) -> dict[str, Any]:
     """Timing, work, memory."""
     own = loop.config.micro_batch
     figures = {f"{name}, {own} images": value for name, value in loop.timed(own).items()}
-    figures["G multiply-accumulates per image"] = loop.window.work / 2 / own / 1e9
+    figures["G multiply-accumulates per image"] = loop.window.work / 2 / 1e9
     figures |= memory(loop, "")
     networks = [m for m in loop.stage.networks.modules() if hasattr(m, "enable_gradient_checkpointing")]
     denoisers = [m for m in networks if not hasattr(m, "encoder")]  # the autoencoder runs without gradients
