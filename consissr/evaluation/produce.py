@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from consissr.config.loading import nearest
+from consissr.config.loading import find_config, nearest
 from consissr.errors import UserError
 from consissr.evaluation import provenance, stlpips
 from consissr.evaluation.folders import EXTENSIONS, pair, parse_methods
 from consissr.evaluation.tables import Table
 from consissr.evaluation.workers import end_with_parent
 
-BASE_FLAG = argparse.ArgumentParser(add_help=False)
-BASE_FLAG.add_argument("--base")  # of infer.py: its weights count as the model's own do
+FILE_FLAGS = argparse.ArgumentParser(add_help=False)
+FILE_FLAGS.add_argument("--base")  # of infer.py: its weights count as the model's own do
+FILE_FLAGS.add_argument("--config", type=find_config)  # its text counts as other flags do
 
 
 def results_of(
@@ -99,9 +100,10 @@ def produce(
     results, images = {}, provenance.fingerprint(lr, EXTENSIONS)
     for row, model in models.items():
         words = [*(table.ours[row].get("flags", []) if table else []), *flags]
-        base = BASE_FLAG.parse_known_args(words)[0].base
-        weights = "-".join(provenance.contents(place, provenance.MODEL_FILES) for place in find(model, base))
+        named = FILE_FLAGS.parse_known_args(words)[0]
+        weights = "-".join(provenance.contents(place, provenance.MODEL_FILES) for place in find(model, named.base))
         made_of = {"model": model, "weights": weights, "images": images, "flags": words, "repeat": repeat}
+        made_of |= {"config": provenance.contents(named.config)} if named.config else {}
         folder = provenance.folder_of(output / "results", re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-"), **made_of)
         call = [script, "-i", lr, "-o", folder, "-m", model, "--skip-existing", "--repeat", repeat]
         call += ["--ext", "png", "--recursive", *words]  # as pairs are found, and without JPEG's loss

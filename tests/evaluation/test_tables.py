@@ -202,17 +202,20 @@ def test_a_converted_models_times_are_not_its_weights(tmp_path: Path) -> None:
     assert provenance.contents(tmp_path, provenance.MODEL_FILES) == found
 
 
-def test_the_base_that_infer_is_told_of_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--base", "--config"])
+def test_the_files_that_infer_is_told_of_count(tmp_path: Path, flag: str) -> None:
+    """By what stands in them."""
     (tmp_path / "infer.py").touch()
-    (tmp_path / "base.safetensors").write_bytes(b"1")
+    (tmp_path / "named").write_bytes(b"1")
 
     def produced() -> dict[str, Path]:
-        flags = ["--steps", "1", "--base", str(tmp_path / "base.safetensors")]
+        flags = ["--steps", "1", flag, str(tmp_path / "named")]
         return produce.produce(None, {"ours": "m"}, tmp_path / "lr", tmp_path / "out", tmp_path / "infer.py", 1, flags,
-                               lambda name, base: [Path(name), Path(base)])  # fmt: skip
+                               lambda name, base: [Path(name), Path(base or name)])  # fmt: skip
 
     first = produced()
-    (tmp_path / "base.safetensors").write_bytes(b"2")
+    assert produced() == first
+    (tmp_path / "named").write_bytes(b"2")
     assert produced() != first
 
 
