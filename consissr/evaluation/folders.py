@@ -1,5 +1,6 @@
 """From folders to pairs of images. Anything that does not pair is an error that names the files; nothing is skipped."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -90,13 +91,22 @@ def list_runs(folder: Path) -> list[Path]:
     return [numbered[index] for index in sorted(numbered)] or [folder]
 
 
+def named(argument: str) -> tuple[str, str]:
+    """`NAME=PLACE` or `PLACE` -> name ("" for none) and place.
+
+    Both may hold more signs, as TALA(gamma=10) and epoch=3.ckpt do: the place is the longest end that exists.
+    """
+    ends = [i + 1 for i, sign in enumerate(argument) if sign == "="]
+    start = next((end for end in (0, *ends) if os.path.exists(argument[end:])), ends[-1] if ends else 0)
+    return argument[: max(start - 1, 0)], argument[start:]
+
+
 def parse_methods(arguments: list[str]) -> dict[str, Path]:
     """`FOLDER` or `NAME=FOLDER` -> folders by name; the name of a bare folder is its last part."""
     methods: dict[str, Path] = {}
     for argument in arguments:
-        name, equals, folder = argument.rpartition("=")  # names such as TALA(gamma=10) hold one, too
-        if not equals or Path(argument).is_dir():
-            name, folder = Path(argument).resolve().name, argument
+        name, folder = named(argument)
+        name = name or Path(folder).resolve().name
         if name in methods:
             raise UserError(f"two result folders are called '{name}': write NAME=FOLDER")
         methods[name] = Path(folder)

@@ -17,7 +17,7 @@ from PIL import Image
 from consissr.config.loading import find_config, nearest
 from consissr.errors import UserError
 from consissr.evaluation import provenance, stlpips
-from consissr.evaluation.folders import EXTENSIONS, pair, parse_methods
+from consissr.evaluation.folders import EXTENSIONS, named, pair, parse_methods
 from consissr.evaluation.tables import Table
 from consissr.evaluation.workers import end_with_parent
 
@@ -68,10 +68,10 @@ def models_by_row(table: Table | None, requests: list[str]) -> dict[str, str]:
     """`MODEL` (every row of ours that one model gives, or without a table its name) or `ROW=MODEL` -> model by row."""
     models: dict[str, str] = {}
     for request in requests:
-        row, equals, model = request.rpartition("=") if not Path(request).is_dir() else ("", "", request)
+        row, model = named(request)
         if table is None:
             rows = [row or Path(model).name]
-        elif equals:
+        elif row:
             if row not in table.ours:
                 raise UserError(f"{table.name} has no row of ours called '{row}'{nearest(row, list(table.ours))}")
             rows = [row]
@@ -100,10 +100,10 @@ def produce(
     results, images = {}, provenance.fingerprint(lr, EXTENSIONS)
     for row, model in models.items():
         words = [*(table.ours[row].get("flags", []) if table else []), *flags]
-        named = FILE_FLAGS.parse_known_args(words)[0]
-        weights = "-".join(provenance.contents(place, provenance.MODEL_FILES) for place in find(model, named.base))
+        files = FILE_FLAGS.parse_known_args(words)[0]
+        weights = "-".join(provenance.contents(place, provenance.MODEL_FILES) for place in find(model, files.base))
         made_of = {"model": model, "weights": weights, "images": images, "flags": words, "repeat": repeat}
-        made_of |= {"config": provenance.contents(named.config)} if named.config else {}
+        made_of |= {"config": provenance.contents(files.config)} if files.config else {}
         folder = provenance.folder_of(output / "results", re.sub(r"[^A-Za-z0-9.]+", "-", row).strip("-"), **made_of)
         call = [script, "-i", lr, "-o", folder, "-m", model, "--skip-existing", "--repeat", repeat]
         call += ["--ext", "png", "--recursive", *words]  # as pairs are found, and without JPEG's loss

@@ -113,7 +113,9 @@ def test_no_image_is_passed_over(sets: dict[str, Path], tmp_path: Path) -> None:
     assert sorted(list_images(good)) == ["c", "stone_steps/a", "sub/b"]
 
 
-def test_names_of_methods() -> None:
+def test_names_of_methods(tmp_path: Path) -> None:
+    (folder := tmp_path / "gamma=10").mkdir()
+    assert parse_methods([str(folder), f"A(b=1)={folder}"]) == {"gamma=10": folder, "A(b=1)": folder}
     assert parse_methods(["x/one", "B=y"]) == {"one": Path("x/one"), "B": Path("y")}
     assert parse_methods(["TALA(gamma=10)=x"]) == {"TALA(gamma=10)": Path("x")}
     with pytest.raises(UserError, match="NAME=FOLDER"):

@@ -132,6 +132,10 @@ def test_a_models_path_may_hold_an_equals_sign(tmp_path: Path) -> None:
     model = tmp_path / "lr=1e-4" / "model"
     model.mkdir(parents=True)
     assert produce.models_by_row(None, [str(model)]) == {"model": str(model)}
+    assert produce.models_by_row(None, [f"A(t=2)={model}"]) == {"A(t=2)": str(model)}
+    (file := tmp_path / "epoch=3-step=900.ckpt").touch()
+    assert produce.models_by_row(None, [str(file), f"B={file}"]) == {file.name: str(file), "B": str(file)}
+    assert produce.models_by_row(load_table("ccsr/table1", TABLES), [f"V2={file}"]) == {"V2": str(file)}
 
 
 def test_rows_of_ours_are_restored_by_infer(tmp_path: Path) -> None:
