@@ -163,7 +163,8 @@ def first_stage(config: TrainConfig, model: Model) -> TrainConfig:
     """The run's configuration with the frozen first stage's model and sampler."""
     stored = model.config  # and of the losses, none of which is trained here, one that suits any plan
     nuts = replace(config.nuts, posterior=stored.sampler.posterior, losses=["l_T"])
-    return replace(config, model=stored.model, sampler=stored.sampler, nuts=nuts)
+    tala = replace(config.tala, probability="off")
+    return replace(config, model=stored.model, sampler=stored.sampler, nuts=nuts, tala=tala)
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, limit: float = 1e4) -> Tensor:

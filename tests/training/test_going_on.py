@@ -57,7 +57,7 @@ def test_the_decoder_of_a_consissr_model_can_be_tuned(base: Path, photos: Path, 
     """Whatever timesteps it samples at: the first stage's losses are not trained here."""
     first = loop(base, photos, tmp_path / "a", *VARIANTS["consissr"], "sampler.steps=5")
     first.stage.export(tmp_path / "model")
-    words = ["stage=nano_deft", f"init={tmp_path}/model"]
+    words = ["stage=nano_deft", f"init={tmp_path}/model", "tala.probability=power"]  # as in the hybrid's own file
     with pytest.raises(UserError, match="config.yaml: leave out model.hint, sampler.steps"):
         loop(base, photos, tmp_path / "b", *words, "model.hint=stack", "sampler.steps=3")
     run = loop(base, photos, tmp_path / "b", *words, "deft.discriminator_width=8", "deft.adversarial_start=-1")
