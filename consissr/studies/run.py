@@ -145,9 +145,9 @@ def training(work: Work, variant: str, seed: int) -> Command | None:
     one, folder, start = work.study.variants[variant], work.model(variant, seed), work.start(variant, seed)
     if is_trained(folder) or (start and not is_trained(start)):
         return None
-    lines = [*work.study.lines, *one.lines, *work.lines, f"seed={seed}", f"init={start or ''}"]
-    photos = json.dumps([str(work.photos / "train")], ensure_ascii=False)  # quoted, as YAML takes it, too
-    lines += [f"output_dir={folder}", f"data.paths={photos}"]
+    own = {"init": str(start or ""), "output_dir": str(folder), "data.paths": [str(work.photos / "train")]}
+    lines = [*work.study.lines, *one.lines, *work.lines, f"seed={seed}"]  # names in quotes, as YAML takes them, too
+    lines += [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items()]
     resume = ["--resume", "latest"] if any(folder.glob("checkpoint-*/state.json")) else []
     call = [sys.executable, str(work.scripts / "train.py"), "--config", str(work.parents / one.parent)]
     return Command(f"train {variant}, seed {seed}", folder, [*call, *resume, *lines])

@@ -59,9 +59,9 @@ def small(tmp_path: Path, sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     (scripts / "train.py").write_text(
         "import sys, pathlib\n"
         "words = dict(word.split('=', 1) for word in sys.argv[1:] if '=' in word)\n"
-        "folder = pathlib.Path(words['output_dir'])\n"
+        "folder, init = (pathlib.Path(words[key].strip(chr(34))) for key in ('output_dir', 'init'))\n"
         "folder.mkdir(parents=True)\n"
-        "(folder / 'config.yaml').write_text(words['seed'] + ' ' + pathlib.Path(words['init']).name)\n"
+        "(folder / 'config.yaml').write_text(words['seed'] + ' ' + init.name)\n"
     )
     (scripts / "infer.py").write_text(
         "import sys, pathlib\n"
@@ -185,9 +185,9 @@ def test_a_failed_training_is_named_and_holds_up_its_own_alone(
     assert record["spent"] > 0 and "seconds" not in record, "its time counts once it is done"
 
 
-def test_photographs_in_a_folder_of_any_name_are_trained_on(small: run.Work) -> None:
+def test_folders_of_any_name_are_trained_on_and_into(small: run.Work) -> None:
     photos = small.photos.rename(small.out.with_name('photos, 500 [a] "b"'))
-    command = run.training(dataclasses.replace(small, photos=photos), "start", 7)
+    command = run.training(dataclasses.replace(small, photos=photos, out=small.out / "try #2: more"), "start", 7)
     lines = command.words[command.words.index(str(small.parents / "p.yaml")) + 1 :]
     config = load_config(TrainConfig, None, [line for line in lines if line != "steps=1"])
     assert config.data.paths == [str(photos / "train")] and config.output_dir == str(command.folder)
