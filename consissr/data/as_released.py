@@ -40,15 +40,18 @@ class PairPool:
     def __init__(self, size: int, seed: int):
         self.size = size
         self._generator = torch.Generator().manual_seed(seed)
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor, str]] = []
 
-    def exchange(self, hq: torch.Tensor, lq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give a batch of pairs, get one of the same length (at most `size`)."""
-        new = [(a.clone(), b.clone()) for a, b in zip(hq, lq, strict=True)]
+    def exchange(
+        self, hq: torch.Tensor, lq: torch.Tensor, names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """Give a batch of pairs with the names of their files, get one of the same length (at most `size`)."""
+        new = [(a.clone(), b.clone(), name) for a, b, name in zip(hq, lq, names, strict=True)]
         if len(self._pairs) + len(new) <= self.size:
             self._pairs += new
-            return hq, lq
+            return hq, lq, names
         order = torch.randperm(len(self._pairs), generator=self._generator).tolist()
         self._pairs = [self._pairs[i] for i in order]
         old, self._pairs[: len(new)] = self._pairs[: len(new)], new
-        return torch.stack([pair[0] for pair in old]), torch.stack([pair[1] for pair in old])
+        hqs, lqs, names = zip(*old, strict=True)
+        return torch.stack(hqs), torch.stack(lqs), list(names)

@@ -106,7 +106,7 @@ class Feed:
         """Micro-batches of this process from `step` on; through the pool of pairs, where there is one."""
         for batch in self.prepared(step):
             if self.pool is not None:
-                pair = self.pool.exchange(batch.hq, batch.lq)
+                *pair, batch.names = self.pool.exchange(batch.hq, batch.lq, batch.names)
                 batch.hq, batch.lq = (x.contiguous(memory_format=torch.channels_last) for x in pair)
             yield batch
 

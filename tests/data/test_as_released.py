@@ -45,7 +45,8 @@ def test_pool_gives_every_pair_at_most_once_and_keeps_partners():
     pool = PairPool(size=6, seed=0)
     given = []
     for i, (hq, lq) in enumerate(batches(30)):
-        out_hq, out_lq = pool.exchange(hq, lq)
+        out_hq, out_lq, names = pool.exchange(hq, lq, [str(value) for value in hq[:, 0, 0, 0].tolist()])
+        assert names == [str(value) for value in out_hq[:, 0, 0, 0].tolist()]
         assert out_hq.shape == hq.shape and torch.equal(out_hq[:, :, 0, 0] + 0.5, out_lq[:, :, 0, 0])
         if i < 3:
             assert torch.equal(out_hq, hq)  # the pool fills first

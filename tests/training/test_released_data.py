@@ -32,11 +32,12 @@ def test_shared_draws_are_another_degradation_and_repeat(photos: Path) -> None:
 def test_the_pool_mixes_batches_and_keeps_partners(photos: Path) -> None:
     plain, pooled, again = stream(photos), *(stream(photos, "data.pair_pool=6") for _ in range(2))
     assert all(torch.equal(a.lq, b.lq) for a, b in zip(pooled, again, strict=True))
-    pairs = [(hq, lq) for batch in plain for hq, lq in zip(batch.hq, batch.lq, strict=True)]
+    pairs = [pair for batch in plain for pair in zip(batch.hq, batch.lq, batch.names, strict=True)]
     places = []
     for batch in pooled:
-        for hq, lq in zip(batch.hq, batch.lq, strict=True):
+        for hq, lq, name in zip(batch.hq, batch.lq, batch.names, strict=True):
             places.append([i for i, pair in enumerate(pairs) if torch.equal(pair[0], hq) and torch.equal(pair[1], lq)])
+            assert pairs[places[-1][0]][2] == name, "what a message names is what was trained on"
     assert all(len(found) == 1 for found in places)
     order = [found[0] for found in places]
     assert order[:6] == list(range(6)) and order != sorted(order)
