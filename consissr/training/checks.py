@@ -160,7 +160,9 @@ def check_packages(config: TrainConfig) -> None:
 def check_resuming(config: TrainConfig, resume: str) -> None:
     """What `resume` cannot go on with, and the output folder."""
     if resume and config.data.pair_pool:
-        raise UserError("data.pair_pool: the pool of pairs is not in checkpoints: resume with data.pair_pool=0")
+        raise UserError(
+            "data.pair_pool: the pool of pairs is not in checkpoints: resume with data.pair_pool=0 and --allow-changes"
+        )
     check_output(config, resume)
 
 

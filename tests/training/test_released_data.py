@@ -46,7 +46,7 @@ def test_the_pool_mixes_batches_and_keeps_partners(photos: Path) -> None:
 
 def test_a_pool_is_not_resumed_silently(photos: Path, tmp_path: Path) -> None:
     config = run_config(None, [f"data.paths=[{photos}]", f"output_dir={tmp_path}", "data.pair_pool=8"])
-    with pytest.raises(UserError, match="not in checkpoints: resume with data.pair_pool=0"):
+    with pytest.raises(UserError, match="not in checkpoints: resume with data.pair_pool=0 and --allow-changes"):
         check_run(config, "latest")
     with pytest.raises(UserError, match="pair_pool is 7: use 0 or a multiple of micro_batch"):
         run_config(None, ["data.pair_pool=7"])
