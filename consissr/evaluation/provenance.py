@@ -59,8 +59,18 @@ def fingerprint(path: Path, endings: tuple[str, ...] = ()) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below `folder`, links to folders followed, by path."""
-    files = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    """Every file below `folder` by path; links are followed to folders elsewhere, once each, as infer.py does."""
+    top, files = os.path.realpath(folder), []
+    seen = {top}
+
+    def is_new(place: str) -> bool:
+        real = os.path.realpath(place)
+        inside = os.path.islink(place) and Path(real).is_relative_to(top)  # found without the link
+        return not (inside or real in seen or seen.add(real))
+
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if is_new(os.path.join(root, name))]
+        files += [Path(root, name) for name in names]
     return sorted(file for file in files if file.is_file())
 
 

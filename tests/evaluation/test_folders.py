@@ -108,6 +108,8 @@ def test_no_image_is_passed_over(sets: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (good / "b.png").rename(tmp_path / "real" / "b.png")
     (good / "sub").symlink_to(tmp_path / "real")
+    for place in (good, tmp_path / "real"):
+        (place / "again").symlink_to(good)  # nor is any listed twice
     Image.open(good / "c.png").save(good / "c.ppm")
     (good / "c.png").unlink()
     assert sorted(list_images(good)) == ["c", "stone_steps/a", "sub/b"]
