@@ -251,13 +251,25 @@ def _measured(job: Job, naming: Naming) -> Job:
     rows, columns = formats.output_size(height, width, naming.scale, naming.longest)
     job = replace(job, height=height, width=width, out_height=rows, out_width=columns, note=note)
     wanted = job.source.suffix if naming.ext == "auto" else f".{naming.ext.removeprefix('.')}"
-    job = replace(job, ext=formats.suffix_for(wanted, form, max(rows, columns)))
-    area, free = rows * columns, psutil.virtual_memory().available / 2**30
+    return within_memory(replace(job, ext=formats.suffix_for(wanted, form, max(rows, columns))))
+
+
+def within_memory(job: Job, short_side: int = 0) -> Job:
+    """`job`, or, where what is free is too little for it, with the reason against it.
+
+    short_side: what the model raises the short side of smaller results to (`sampler.short_side`), once it is known.
+    """
+    least = min(job.out_height, job.out_width)
+    if job.error or 0 < short_side <= least:
+        return job
+    larger = max(short_side / least, 1.0)
+    area, free = job.out_height * job.out_width * larger**2, psutil.virtual_memory().available / 2**30
     needed = (area * BYTES_PER_PIXEL + min(area, ONE_PIECE) * BYTES_IN_ONE_PIECE) / 2**30
-    if needed > free:
-        size = f"{width}x{height} to {columns}x{rows}"
-        return replace(job, error=f"{size} needs about {needed:.0f} GB, {free:.0f} are free; make it smaller")
-    return job
+    if needed <= free:
+        return job
+    size = f"{job.width}x{job.height} to {job.out_width}x{job.out_height}"
+    size += f", for the networks {larger:.3g} times as large," if larger > 1 else ""
+    return replace(job, error=f"{size} needs about {needed:.0f} GB, {free:.0f} are free; make it smaller or crop it")
 
 
 def _named(jobs: list[Job], naming: Naming) -> list[Job]:

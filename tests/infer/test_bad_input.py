@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from consissr.config.sampler import SamplerConfig
 from consissr.images import codec
 
 
@@ -105,6 +106,17 @@ def test_result_larger_than_memory(infer, folder, tmp_path, monkeypatch):
     assert status == 0
     status, _, err = infer("-i", folder / "a.png", "-o", tmp_path / "2", "-s", 5)
     assert status == 1 and "make it smaller" in err and not infer.loads[1:]
+
+
+def test_result_that_the_networks_see_larger_than_memory(infer, model, folder, tmp_path, monkeypatch):
+    """The model raises short sides, which is known once it is loaded: a strip of 4x64 pixels, 32 times as large."""
+    Image.new("RGB", (16, 1)).save(folder / "strip.png")
+    model.sampler = SamplerConfig(short_side=128)
+    for each, status in ((24 + 340, 1), (24 + 350, 0)):
+        free = SimpleNamespace(available=each * 128 * 2048)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: free)
+        found, _, err = infer("-i", folder / "strip.png", "-o", tmp_path / str(each))
+        assert found == status and ("for the networks 32 times as large, needs" in err) == bool(status)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
