@@ -17,7 +17,7 @@ from PIL import Image
 from consissr.config.loading import find_config, nearest
 from consissr.errors import UserError
 from consissr.evaluation import provenance, stlpips
-from consissr.evaluation.folders import EXTENSIONS, named, pair, parse_methods
+from consissr.evaluation.folders import EXTENSIONS, Listing, named, pair, parse_methods
 from consissr.evaluation.tables import Table
 from consissr.evaluation.workers import end_with_parent
 
@@ -50,10 +50,20 @@ def results_of(
         raise UserError(f"{models[small[0]]} is small: beside published values it is shown with a learned distance, "
                         "which needs pip install stlpips-pytorch==0.0.2")  # fmt: skip
     if args.hr:
-        pair({"HR": args.hr}, args.hr, args.lr)  # what does not pair is said before anything is restored
+        flags = [*scale_flags(args.hr, args.lr), *flags]
     repeat = args.repeat or (table.runs if table else 1)
     results |= produce(table, models, args.lr, args.output, script, repeat, flags, find)
     return results, small if table or len(small) < len(results) else []
+
+
+def scale_flags(hr: Path, lr: Path) -> list[str]:
+    """infer.py's --scale where all HR images are so many times as large as LR's, other than its own four times.
+
+    Raises UserError, before anything is restored, where they do not pair.
+    """
+    large, small = pair({"HR": hr}, hr, lr).sizes, Listing(lr).sizes
+    scales = {a / b for name in large for a, b in zip(large[name], small[name], strict=True)}
+    return ["--scale", f"{scales.pop():g}"] if len(scales) == 1 and scales != {4.0} else []
 
 
 def infer_flags(args: argparse.Namespace) -> list[str]:
