@@ -251,10 +251,10 @@ def _measured(job: Job, naming: Naming) -> Job:
     rows, columns = formats.output_size(height, width, naming.scale, naming.longest)
     job = replace(job, height=height, width=width, out_height=rows, out_width=columns, note=note)
     wanted = job.source.suffix if naming.ext == "auto" else f".{naming.ext.removeprefix('.')}"
-    return within_memory(replace(job, ext=formats.suffix_for(wanted, form, max(rows, columns))))
+    return memory_checked(replace(job, ext=formats.suffix_for(wanted, form, max(rows, columns))))
 
 
-def within_memory(job: Job, short_side: int = 0) -> Job:
+def memory_checked(job: Job, short_side: int = 0) -> Job:
     """`job`, or, where what is free is too little for it, with the reason against it.
 
     short_side: what the model raises the short side of smaller results to (`sampler.short_side`), once it is known.
