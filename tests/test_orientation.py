@@ -38,15 +38,17 @@ def test_turned_tiff_without_compression(tmp_path, mode, value):
         assert photo.alpha is None or torch.equal(photo.alpha, expected.alpha)
 
 
-@pytest.mark.parametrize("place", ["before", "behind", "xmp behind"])
+@pytest.mark.parametrize("place", ["before", "behind", "xmp behind", "xmp behind, exif before"])
 def test_png_files_are_measured_without_their_pixels(tmp_path, monkeypatch, place):
     """A folder of frames would take minutes; also where the way up is said behind the pixels."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     said = (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
-    said = said if place != "xmp behind" else (b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + xmp)
-    picture("RGB").save(buffer := io.BytesIO(), "PNG")
+    said = said if "xmp" not in place else (b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + xmp)
+    other = Image.Exif()
+    other[ExifTags.Base.Make] = "a camera, which says nothing of the way up"
+    picture("RGB").save(buffer := io.BytesIO(), "PNG", exif=other if "exif" in place else b"")
     at = buffer.getvalue().index(b"IDAT" if place == "before" else b"IEND") - 4
     crc = struct.pack(">I", zlib.crc32(b"".join(said)))
     chunk = struct.pack(">I", len(said[1])) + b"".join(said) + crc

@@ -242,8 +242,8 @@ def probe(path: str | Path) -> tuple[int, int, Form, str]:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         width, height = image.size
-        unread = image.format == "PNG" and "exif" not in image.info  # Pillow would decode all to look behind
-        turn = png_orientation(reachable(path)) if unread else orientation(image)
+        # Of PNG, Pillow would decode all to look behind the pixels; what stands there counts beside what stands before.
+        turn = png_orientation(reachable(path)) if image.format == "PNG" else orientation(image)
         if turn >= 5 and image.format != "TIFF":  # Pillow swaps TIFF's sides itself
             width, height = height, width
         notes = [more_than_one_picture(image)]
