@@ -60,7 +60,8 @@ def restore(args: argparse.Namespace) -> int:
 
     # 3. the files
     quiet = args.quiet or rank > 0
-    with progress.Terminal(err, len(missing), quiet, progress.overlooked(args.input, args.recursive)) as terminal:
+    remark = progress.overlooked(args.input, args.recursive, args.output)
+    with progress.Terminal(err, len(missing), quiet, remark) as terminal:
         ran = {"precision": restorer.precision, "device": str(restorer.device)} if restorer else {}
         report = batch.Report(terminal.tell, terminal.on_tile, log, {"seed": args.seed} | ran)
         for job in existing:

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -181,23 +181,10 @@ def _find(text: str, recursive: bool, output: Path) -> list[Job]:
 
 
 def _in_folder(folder: Path, recursive: bool, output: Path) -> list[Job]:
-    """Image files of `folder`, by name; hidden and other files, `output` and what is found already are passed over."""
-    jobs, errors, top = [], [], os.path.realpath(folder)
-    seen = {top, os.path.realpath(output)}
-
-    def is_new(place: Path) -> bool:
-        real = os.path.realpath(place)
-        inside = place.is_symlink() and Path(real).is_relative_to(top)  # found without the link
-        return not (inside or real in seen or seen.add(real))
-
-    for root, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
-        here = Path(root)
-        if recursive:
-            visible = sorted(name for name in folders if not name.startswith(".") and not _is_by_product(here / name))
-            folders[:] = [name for name in visible if is_new(here / name)]
-        else:
-            folders.clear()
-        paths = [here / name for name in files if _is_image(Path(name))]
+    """Image files of `folder`, by name; hidden and other files are passed over, and what `folders` passes over."""
+    jobs, errors = [], []
+    for here, names in folders(folder, recursive, output, errors.append):
+        paths = [here / name for name in names if _is_image(Path(name))]
         jobs += [Job(source=path, key=path.relative_to(folder).as_posix()) for path in paths]
     for error in errors:
         if Path(error.filename) == folder:
@@ -205,6 +192,29 @@ def _in_folder(folder: Path, recursive: bool, output: Path) -> list[Job]:
         key = Path(error.filename).relative_to(folder).as_posix()
         jobs.append(Job(source=Path(error.filename), key=key, error=f"cannot be read ({error.strerror})"))
     return sorted(jobs, key=lambda job: job.key)
+
+
+def folders(
+    top: Path, recursive: bool, output: Path, onerror: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[Path, list[str]]]:
+    """`top` and, if `recursive`, what lies or is linked below it, with the names of their files.
+
+    Each once; without hidden folders, `output` and by-products.
+    """
+    real_top = os.path.realpath(top)
+    seen = {real_top, os.path.realpath(output)}
+
+    def is_new(place: Path) -> bool:
+        real = os.path.realpath(place)
+        below = Path(real).relative_to(real_top).parts if Path(real).is_relative_to(real_top) else ()
+        visible = below and not any(name.startswith(".") for name in below)
+        return not ((place.is_symlink() and visible) or real in seen or seen.add(real))  # found without the link
+
+    for root, names, files in os.walk(top, onerror=onerror, followlinks=True):
+        here = Path(root)
+        shown = (name for name in sorted(names) if not name.startswith(".") and not _is_by_product(here / name))
+        names[:] = (name for name in shown if is_new(here / name)) if recursive else ()
+        yield here, files
 
 
 def _is_by_product(folder: Path) -> bool:

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from consissr.images import formats
 from consissr.inference.batch import Outcome
-from consissr.inference.jobs import Job
+from consissr.inference.jobs import Job, folders
 from consissr.models.memory import peak_memory_mb
 
 SILENCE = 30
@@ -96,13 +95,16 @@ class Terminal:
         return f"{words} in {total:.1f} s{pace}{ran}, at most {peak_memory_mb()} MB"
 
 
-def overlooked(inputs: Sequence[str], recursive: bool) -> str:
-    """A line on pictures in the input folders and patterns whose kind is not read; "" where there are none."""
+def overlooked(inputs: Sequence[str], recursive: bool, output: Path) -> str:
+    """A line on pictures in the input folders and patterns whose kind is not read; "" where there are none.
+
+    Of a folder, where its pictures are searched: see `jobs.folders`.
+    """
     kinds = (formats.UNREADABLE | formats.PLUGINS.keys()) - formats.READABLE
     names: list[str] = []
     for text in inputs:
         if os.path.isdir(text):
-            names += [name for _, _, files in islice(os.walk(text), None if recursive else 1) for name in files]
+            names += [name for _, files in folders(Path(text), recursive, output) for name in files]
         elif not os.path.exists(text):
             names += map(os.path.basename, glob.glob(text, recursive=True))
     endings = (Path(name).suffix.lower() for name in names if not name.startswith("."))

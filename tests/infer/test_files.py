@@ -248,6 +248,18 @@ def test_linked_folders_keep_their_names(infer, folder, tmp_path, files):
     assert files(tmp_path / "2") == {"one/x.png", "two/x.png"}
 
 
+def test_what_only_a_link_shows_is_found(infer, folder, tmp_path, files):
+    """Its folder is hidden, or elsewhere; pictures of a kind that is not read are told there, too."""
+    for place in (folder / ".store" / "album", tmp_path / "elsewhere"):
+        place.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(place / "x.png")
+        (place / "y.nef").write_bytes(b"raw")
+        (folder / place.name).symlink_to(place)
+    status, _, err = infer("-i", folder, "-o", tmp_path / "out", "--recursive")
+    assert status == 0 and "not read: 2 .nef" in err
+    assert files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp", "sub/d.png", "album/x.png", "elsewhere/x.png"}
+
+
 def test_names_that_differ_by_case_only_stay_apart(infer, folder, tmp_path, files, monkeypatch):
     """On macOS and Windows one would replace the other; elsewhere results have their inputs' names."""
     Image.new("RGB", (8, 8)).save(folder / "A.jpg")
