@@ -109,7 +109,8 @@ def plan(inputs: Sequence[str], naming: Naming, recursive: bool = False, skip_re
             if os.path.isfile(text):  # an image, or a list
                 named.add(path)
     fresh = without_earlier_results(found, named, naming)
-    earlier = [] if skip_results else [job for job in found.values() if job not in fresh]
+    kept = {job.source for job in fresh}  # a film has 100,000 frames: jobs are not compared with each other
+    earlier = [] if skip_results else [job for job in found.values() if job.source not in kept]
     if left := len(found) - len(fresh):
         log.warning("%d left out as results of earlier runs, by their names (such as a_x4 beside a)", left)
     jobs = [_measured(job, naming) for job in fresh]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from consissr.errors import UserError
 from consissr.inference import jobs
 
 
@@ -258,6 +259,16 @@ def test_what_only_a_link_shows_is_found(infer, folder, tmp_path, files):
     status, _, err = infer("-i", folder, "-o", tmp_path / "out", "--recursive")
     assert status == 0 and "not read: 2 .nef" in err
     assert files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp", "sub/d.png", "album/x.png", "elsewhere/x.png"}
+
+
+def test_planning_compares_no_image_with_all_others(folder, tmp_path, monkeypatch):
+    """Which for the frames of a film would take hours."""
+    monkeypatch.setattr(jobs.Job, "__eq__", lambda job, other: pytest.fail("two jobs are compared"))
+    Image.new("RGB", (8, 8)).save(folder / "a_x2.png")
+    planned = jobs.plan([str(folder)], jobs.Naming(output=folder))
+    assert [job.source.name for job in planned] == ["a.png", "b.jpg", "c.webp"]
+    with pytest.raises(UserError, match="would replace an input"):
+        jobs.plan([str(folder)], jobs.Naming(output=folder, scale=2))
 
 
 def test_names_that_differ_by_case_only_stay_apart(infer, folder, tmp_path, files, monkeypatch):
