@@ -14,6 +14,7 @@ from pathlib import Path
 from consissr.config.machine import check_place, whole
 from consissr.errors import UserError
 from consissr.inference.flags import check
+from consissr.inference.jobs import Naming
 from consissr.inference.processes import numbers
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
@@ -43,6 +44,7 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
         UserError: several films, no ffmpeg, a film that it does not read, HDR, a result that exists or cannot be.
     """
     check(args)
+    Naming(output=args.output, scale=args.scale, longest=args.longest_side, suffix=args.suffix, repeat=args.repeat)
     if len(args.input) > 1:
         raise UserError(f"{' '.join(args.input)}: films are restored one at a time; name one")
     source = Path(args.input[0])

@@ -41,6 +41,11 @@ def test_a_film(infer, model, tmp_path, calls, files):
     assert status == 2 and "films are restored one at a time" in err
     status, _, err = infer("-i", tmp_path / "a.mp4", "-o", tmp_path / "out", "--quality", 0)
     assert status == 2 and "--quality 0" in err and not calls, "told before it is taken apart"
+    for flags in (("--outscale", 100), ("--longest-side", 0), ("--suffix", "a/b")):
+        for more in ([], ["--dry-run"]):
+            status, _, err = infer("-i", tmp_path / "a.mp4", "-o", tmp_path / "out", *flags, *more)
+            assert status == 2 and err.startswith(f"error: {flags[0].replace('out', '')} ") and err.count("\n") == 1
+    assert not calls and files(tmp_path) == {"a.mp4"}
     status, out, err = infer("-i", tmp_path / "a.mp4", "-o", tmp_path / "out", "-s", 2)
     assert status == 0 and "done 3" in out and (tmp_path / "out" / "a.mp4").read_bytes() == b"film\3"
     assert files(tmp_path) == {"a.mp4", "out/a.mp4"}
