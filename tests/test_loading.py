@@ -134,3 +134,11 @@ def test_the_text_encoder_is_let_go(monkeypatch):
     gc.collect()
     assert len(kept) > 10 and not any(reference() is not None for reference in kept)
     assert restorer.prompts.keys() == {restorer.sampler.positive, restorer.sampler.negative}
+
+
+def test_a_base_beside_the_folder_is_not_in_it(tiny_model, monkeypatch):
+    """Called from within the folder, below whose name "." each name seems to lie."""
+    monkeypatch.chdir(tiny_model)
+    assert load_model(find_model("."), base="../base", tuned_decoder=False).decoder == "base"
+    with pytest.raises(UserError, match="brings the base along"):
+        load_model(find_model("."), base="controlnet", tuned_decoder=False)

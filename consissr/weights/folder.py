@@ -71,7 +71,8 @@ def load_model(
     known = load_prompts(folder)
     wanted = (sampler.positive, sampler.negative) if prompts is None else prompts
     base = base or base_of(folder, config)
-    if not tuned_decoder and Path(base).is_relative_to(folder):
+    brought = Path(base).exists() and Path(base).resolve().is_relative_to(folder.resolve())  # which may be "."
+    if not tuned_decoder and brought:
         raise UserError(f"keep_decoder=false: {folder} brings the base along that its decoder was tuned with; name "
                         "another by its folder, model.base=FOLDER")  # fmt: skip
     base_model = load_base(base, dtype, wanted if known is None else ())
