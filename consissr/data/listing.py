@@ -22,6 +22,7 @@ from consissr.config.machine import cache_folder, cores, whole
 from consissr.data.patterns import matching
 from consissr.data.photo import EXTENSIONS, PhotoFile
 from consissr.errors import UserError
+from consissr.images.tree import tree
 
 log = logging.getLogger(__name__)
 
@@ -109,14 +110,13 @@ def sources(entry: str) -> list[PackedFiles]:
 
 
 def from_folder(folder: str) -> list[PackedFiles]:
-    """Images below `folder`, and in its tar shards, in the order of a sorted walk; hidden files are none."""
+    """Images below `folder` and in its tar shards, in the order of a sorted walk (`tree`); hidden files are none."""
     base = os.path.join(folder, "")
     entries: list[str | None] = []
     shards: list[str] = []
-    for root, folders, names in os.walk(base, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = os.path.join(root, "")[len(base) :]
-        for name in sorted(names):
+    for here, names in tree(base):
+        below = os.path.join(*here.relative_to(folder).parts, "")
+        for name in names:
             if name.startswith("."):
                 continue
             if name.lower().endswith(EXTENSIONS):

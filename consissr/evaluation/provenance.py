@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path
 
+from consissr.images.tree import tree
+
 MODEL_FILES = (".safetensors", ".bin", ".ckpt", ".yaml", ".json")
 """Endings of the files of a model folder that results depend on."""
 TIMES = "origin.json"
@@ -59,18 +61,8 @@ def fingerprint(path: Path, endings: tuple[str, ...] = ()) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below `folder` by path; links are followed to folders elsewhere, once each, as infer.py does."""
-    top, files = os.path.realpath(folder), []
-    seen = {top}
-
-    def is_new(place: str) -> bool:
-        real = os.path.realpath(place)
-        inside = os.path.islink(place) and Path(real).is_relative_to(top)  # found without the link
-        return not (inside or real in seen or seen.add(real))
-
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if is_new(os.path.join(root, name))]
-        files += [Path(root, name) for name in names]
+    """Every file below `folder` by path; links to folders elsewhere are followed."""
+    files = (here / name for here, names in tree(folder, hidden=True) for name in names)
     return sorted(file for file in files if file.is_file())
 
 

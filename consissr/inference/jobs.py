@@ -19,6 +19,7 @@ import psutil
 from consissr.config.machine import check_place
 from consissr.errors import UserError
 from consissr.images import formats
+from consissr.images.tree import tree
 
 BYTES_PER_PIXEL, BYTES_IN_ONE_PIECE, ONE_PIECE = 24, 350, 2**22
 """What a pixel of a result takes (its input, latents, float values and samples), what the networks of nano take for it
@@ -198,24 +199,8 @@ def _in_folder(folder: Path, recursive: bool, output: Path) -> list[Job]:
 def folders(
     top: Path, recursive: bool, output: Path, onerror: Callable[[OSError], None] | None = None
 ) -> Iterator[tuple[Path, list[str]]]:
-    """`top` and, if `recursive`, what lies or is linked below it, with the names of their files.
-
-    Each once; without hidden folders, `output` and by-products.
-    """
-    real_top = os.path.realpath(top)
-    seen = {real_top, os.path.realpath(output)}
-
-    def is_new(place: Path) -> bool:
-        real = os.path.realpath(place)
-        below = Path(real).relative_to(real_top).parts if Path(real).is_relative_to(real_top) else ()
-        visible = below and not any(name.startswith(".") for name in below)
-        return not ((place.is_symlink() and visible) or real in seen or seen.add(real))  # found without the link
-
-    for root, names, files in os.walk(top, onerror=onerror, followlinks=True):
-        here = Path(root)
-        shown = (name for name in sorted(names) if not name.startswith(".") and not _is_by_product(here / name))
-        names[:] = (name for name in shown if is_new(here / name)) if recursive else ()
-        yield here, files
+    """`top` and, if `recursive`, what lies or is linked below it, without `output` and by-products: see `tree`."""
+    return tree(top, leave=[output], enter=lambda folder: recursive and not _is_by_product(folder), onerror=onerror)
 
 
 def _is_by_product(folder: Path) -> bool:

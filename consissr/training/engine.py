@@ -93,7 +93,8 @@ class Player:
 class Average:
     """Exponential moving averages of the trained weights, or none (`decay` 0).
 
-    The decay grows to its value as in LDM's training: a short run's average would hold its starting weights otherwise.
+    The decay grows to its value: a short run's average would hold its starting weights otherwise. LDM's does, too, one
+    step ahead.
     """
 
     def __init__(self, weights: dict[str, Tensor], decay: float) -> None:

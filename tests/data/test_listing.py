@@ -28,6 +28,20 @@ def write_shard(path, folder) -> None:
             tar.addfile(info, io.BytesIO(text))
 
 
+def test_links_list_nothing_twice(folder, tmp_path, monkeypatch):
+    """A link to the folder itself, or to what lies in it; one to a folder elsewhere is followed."""
+    names = [photo.name for photo in list_photos(folder)]
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "a" / "0.png").rename(tmp_path / "elsewhere" / "0.png")
+    (folder / "a" / "0").symlink_to(tmp_path / "elsewhere")
+    for place in (folder / "b", tmp_path / "elsewhere"):
+        (place / "again").symlink_to(folder)
+    expected = sorted([*names[1:], "a/0/0.png"])
+    assert sorted(photo.name for photo in list_photos(folder)) == expected
+    monkeypatch.chdir(folder)
+    assert sorted(photo.name for photo in list_photos(".")) == expected
+
+
 def test_shard_gives_what_its_folder_gives(folder, tmp_path):
     write_shard(tmp_path / "x.tar", folder)
     plain = photos_of(folder)

@@ -262,7 +262,7 @@ def test_what_only_a_link_shows_is_found(infer, folder, tmp_path, files):
 
 
 def test_planning_compares_no_image_with_all_others(folder, tmp_path, monkeypatch):
-    """Which for the frames of a film would take hours."""
+    """Which for 100,000 frames of a film would take half an hour."""
     monkeypatch.setattr(jobs.Job, "__eq__", lambda job, other: pytest.fail("two jobs are compared"))
     Image.new("RGB", (8, 8)).save(folder / "a_x2.png")
     planned = jobs.plan([str(folder)], jobs.Naming(output=folder))
