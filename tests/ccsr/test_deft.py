@@ -42,7 +42,9 @@ def test_the_first_stages_settings_are_its_own(tiny_model, tmp_path):
     run = config(tiny_model, tmp_path)
     frozen = deft.first_stage(run, SimpleNamespace(config=stored))
     assert (frozen.model, frozen.sampler, frozen.nuts.posterior) == (stored.model, stored.sampler, "sample")
-    assert replace(frozen, model=run.model, sampler=run.sampler, nuts=run.nuts) == run, "all else is the run's"
+    assert frozen.tala.probability == "off", "no loss of the first stage is trained"
+    own = {name: getattr(run, name) for name in ("model", "sampler", "nuts", "tala")}
+    assert replace(frozen, **own) == run, "all else is the run's"
 
 
 @pytest.fixture
