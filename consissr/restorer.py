@@ -31,7 +31,7 @@ from consissr.models.fast import compile_all, for_inference
 from consissr.models.memory import pixel_device
 from consissr.models.norms import shared_norms
 from consissr.models.recovery import finite, within_memory
-from consissr.models.tiles import OnTile, Tiles, tiles_for
+from consissr.models.tiles import OnTile, Tiles, in_batch, tiles_for
 from consissr.models.vae.latents import Latents, posterior_sample
 from consissr.models.vae.tiling import TiledLatents
 from consissr.weights.find import find_model
@@ -247,7 +247,7 @@ class Restorer:
         @torch.no_grad()
         def attempt(rows: slice, tiles: Tiles) -> Tensor:
             draw = seeded_draw(seed, keys[rows], repeat)
-            tiles = tiles.reporting(on_tile, *latent_size, len(plan))
+            tiles = tiles.reporting(on_tile and in_batch(on_tile, rows, len(x)), *latent_size, len(plan))
             latents = self.tiled_latents(tiles)
             return latents.decode(  # z has no name here, so that the decoder can let it go
                 self.restore_latent(x[rows], draw, config=config, plan=plan, tiles=tiles, on_step=on_step)

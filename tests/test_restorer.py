@@ -265,6 +265,15 @@ def test_no_batch_changes_its_images_tiles(restorer, monkeypatch):
     assert torch.allclose(together[2:], alone, atol=1e-4)
 
 
+def test_progress_of_a_batch_goes_on_in_its_parts(restorer, monkeypatch):
+    shares = []
+    failing(restorer, monkeypatch, 1)  # so one after the other
+    restorer(
+        torch.zeros(2, 3, 48, 40), 2, tile=64, tile_overlap=16, batch_size=2, on_tile=lambda *now: shares.append(now[2])
+    )
+    assert shares == [number / 16 for number in range(1, 17)], "2 x 2 windows in two evaluations, two images"
+
+
 def test_memory_that_never_suffices_is_one_line(restorer, monkeypatch):
     failing(restorer, monkeypatch, 100)
     with pytest.raises(UserError, match=r"photo\.png: out of memory"):

@@ -81,6 +81,11 @@ class Tiles:
         return replace(self, count=count) if number else self
 
 
+def in_batch(tell: OnTile, rows: slice, images: int) -> OnTile:
+    """`tell`, told by the `rows` of a batch of so many images, gets the share of the whole batch's work."""
+    return lambda done, number, share: tell(done, number, (rows.start + share * (rows.stop - rows.start)) / images)
+
+
 def tiles_for(
     config: SamplerConfig,
     denoiser: Denoiser,
