@@ -163,7 +163,7 @@ def first_stage(config: TrainConfig, model: Model) -> TrainConfig:
     """The run's configuration with the frozen first stage's model and sampler."""
     stored = model.config  # and of its losses, none of which is trained here, one that suits any plan
     nuts = replace(config.nuts, posterior=stored.sampler.posterior, losses=["l_T"])
-    tala = replace(config.tala, probability="off")  # which belongs to another
+    tala = replace(config.tala, probability="off")  # it acts on l_diff alone
     return replace(config, model=stored.model, sampler=stored.sampler, nuts=nuts, tala=tala)
 
 

@@ -43,7 +43,7 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
     Raises:
         UserError: several films, no ffmpeg, a film that it does not read, HDR, a result that exists or cannot be.
     """
-    check(args)
+    check(args)  # and what a Naming checks, before the film is taken apart
     Naming(output=args.output, scale=args.scale, longest=args.longest_side, suffix=args.suffix, repeat=args.repeat)
     if len(args.input) > 1:
         raise UserError(f"{' '.join(args.input)}: films are restored one at a time; name one")

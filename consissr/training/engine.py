@@ -93,8 +93,8 @@ class Player:
 class Average:
     """Exponential moving averages of the trained weights, or none (`decay` 0).
 
-    The decay grows to its value: a short run's average would hold its starting weights otherwise. LDM's does, too, one
-    step ahead.
+    The decay grows to its value: a short run's average would hold its starting weights otherwise. So does LDM's, whose
+    count of steps is one ahead.
     """
 
     def __init__(self, weights: dict[str, Tensor], decay: float) -> None:
