@@ -90,6 +90,12 @@ def work(networks: dict[str, nn.Module], attention: bool = False, prepared: bool
     return {name: macs(run, attention) for name, run in passes.items()}
 
 
+@lru_cache
+def work_of(kind: str) -> dict[str, int]:
+    """`work` of 'ccsr' or 'consissr'."""
+    return work(networks_of(kind))
+
+
 def measured_rows(table: Table, timings: Mapping[str, Timing] | None = None) -> dict[str, dict[str, Cell]]:
     """The rows of ours: steps, MACs in T of all denoising (as the paper counts), parameters in G.
 
@@ -98,16 +104,15 @@ def measured_rows(table: Table, timings: Mapping[str, Timing] | None = None) -> 
     """
     rows = {}
     for row, entry in table.ours.items():
-        networks = networks_of(entry["model"])
-        evaluations = entry["evaluations"]
+        kind, evaluations = entry["model"], entry["evaluations"]
         cells = {"steps": Cell(evaluations, digits=0)}
         if timings and row in timings:
             cells["seconds"] = Cell(timings[row].seconds, digits=2)
         else:
-            cells["params"] = Cell(sum(map(parameters, networks.values())) / 1e9, digits=2)
+            cells["params"] = Cell(sum(map(parameters, networks_of(kind).values())) / 1e9, digits=2)
         if "macs" in table.metrics:
             passes = evaluations * (2 if entry["guidance"] else 1)
-            cells["macs"] = Cell(passes * work(networks)["denoiser"] / 1e12, digits=2)
+            cells["macs"] = Cell(passes * work_of(kind)["denoiser"] / 1e12, digits=2)
         rows[row] = cells
     return rows
 
@@ -124,10 +129,9 @@ def comparison(table: Table, dataset: str, timings: Mapping[str, Timing] | None 
 
 def networks_text(kind: str) -> str:
     """Parameters of each network and MACs of each pass, as a Markdown table."""
-    networks = networks_of(kind)
-    counts = {name: parameters(network) for name, network in networks.items()}
+    counts = {name: parameters(network) for name, network in networks_of(kind).items()}
     rows = [
         (name, f"{count / 1e6:.1f} M parameters") for name, count in (counts | {"all": sum(counts.values())}).items()
     ]
-    rows += [(f"{name}, one pass", f"{count / 1e9:.1f} G MACs") for name, count in work(networks).items()]
+    rows += [(f"{name}, one pass", f"{count / 1e9:.1f} G MACs") for name, count in work_of(kind).items()]
     return "\n".join([*table_lines([f"{kind}, {SIDE}x{SIDE}", ""], rows), ""])
