@@ -1,6 +1,7 @@
 """DeFT's adversaries under one interface: the discriminator, its random views, what it learns from.
 
-`view(batch)` draws how both images of a comparison are seen; calling gives (logits, features) of images under a view.
+`view(batch)` draws how images are seen (both losses draw one for each image that they judge); calling gives (logits,
+features) of images under a view.
 """
 
 from torch import Tensor, nn

@@ -1,8 +1,7 @@
 """Stage 'deft': the VAE decoder tuned adversarially on stage-1 outputs (Sec. III-C, CCSR).
 
-Of the first stage all but the decoder is frozen (`decoder_parameters` says what counts as it). Its input is x0_from_T,
-the one-step result ("set as the input of Stage 2", Sec. III-D); as in CCSR v2, the decoder that is tuned on it serves
-any number of steps.
+Of the first stage all but the decoder is frozen (`decoder_parameters` says what counts as it). The decoder is tuned on
+x0_from_T, the first stage's one-step result; as in CCSR v2, it then serves any number of steps.
 """
 
 from __future__ import annotations
@@ -64,11 +63,12 @@ class Deft(Stage):
     def decoder_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss "the same as that of VAE" (Sec. III-C, CCSR): |D(z) - x| + LPIPS + weight * adversarial.
 
-        LDM's VAE training scales the adversarial term to the other two's gradient (`deft.adaptive`); its KL term
-        belongs to the encoder, which is frozen here, and its variance stays 1. CCSR v2: 'l2' and `deft.clamp`.
+        LDM's VAE training scales the adversarial term to the other two's gradient (`deft.adaptive`). Its KL term
+        belongs to the encoder, which is frozen here; its learned log-variance is left out. CCSR v2: 'l2' and
+        `deft.clamp`.
         """
         c = self.config
-        image = self.latents.decode(batch.cache["x0_T"]).float()  # (B, 3, S, S)
+        image = self.latents.decode(batch.cache["x0_from_T"]).float()  # (B, 3, S, S)
         image = image.clamp(-1, 1) if c.clamp else image
         batch.cache["image"] = image.detach()
         view = self.adversary.view(batch)
@@ -111,7 +111,7 @@ class Deft(Stage):
     def prepare(self, batch: Batch) -> None:
         """x0_from_T of the frozen first stage."""
         self.first.prepare(batch)
-        batch.cache["x0_T"] = self.first.one_step(batch)
+        batch.cache["x0_from_T"] = self.first.one_step(batch)
         self.adversary.prepare(batch)
 
     def perceptual_network(self, config: DeftConfig) -> nn.Module | None:
@@ -140,7 +140,7 @@ class Deft(Stage):
 
     def restore(self, batch: Batch) -> Tensor:
         """One-step result with the tuned decoder."""
-        return self.latents.decode(batch.cache["x0_T"])
+        return self.latents.decode(batch.cache["x0_from_T"])
 
     def export(self, folder: Path) -> None:
         """The first stage's model folder, with the tuned decoder."""
@@ -161,9 +161,10 @@ def trained_model(config: TrainConfig) -> Model:
 
 def first_stage(config: TrainConfig, model: Model) -> TrainConfig:
     """The run's configuration with the frozen first stage's model and sampler."""
-    stored = model.config  # and of its losses, none of which is trained here, one that suits any plan
+    stored = model.config
+    # no loss of the first stage is trained here: its checks are to pass whatever its plan is
     nuts = replace(config.nuts, posterior=stored.sampler.posterior, losses=["l_T"])
-    tala = replace(config.tala, probability="off")  # it acts on l_diff alone
+    tala = replace(config.tala, probability="off")
     return replace(config, model=stored.model, sampler=stored.sampler, nuts=nuts, tala=tala)
 
 

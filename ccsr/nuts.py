@@ -45,7 +45,7 @@ def nuts_losses(
 
     denoise(z_t, t) -> eps_theta. Latents and noises are (B, C, h, w); t (B,) are l_diff's timesteps; z_start is the
     latent that is noised to T (z_hq in the paper); x0_from_T is noised again to `t_max`. The three noises are for t, T
-    and t_max. As released: each loss is a mean over all elements where the paper has a squared norm, and l_tmax's
+    and t_max. CCSR v1 and v2: each loss is a mean over all elements where the paper has a squared norm, and l_tmax's
     gradient flows back through x0_from_T, on which the paper is silent.
     """
     T, tmax = torch.full_like(t, len(schedule) - 1), torch.full_like(t, t_max)
@@ -60,7 +60,7 @@ def nuts_losses(
     if "l_tmax" in losses:
         z_tmax = schedule.add_noise(x0_from_T, noises[2], tmax)
         x0_from_tmax = schedule.x0_from_eps(z_tmax, denoise(z_tmax, tmax), tmax)
-        terms["l_tmax"] = error(x0_from_tmax, z_hq)  # l_T + l_tmax is l_diff at T (Eq. 3)
+        terms["l_tmax"] = error(x0_from_tmax, z_hq)  # the second term of Eq. 3; the first is l_T
     return {name: terms[name] for name in losses}
 
 
@@ -75,7 +75,7 @@ class Nuts(Restoration):
         if not 0 < self.t_max < T:
             raise UserError(f"nuts.t_max_step is {self.t_max}: use a timestep from 1 to {T - 1}, or 0")
         self.t_first, self.t_end = self.diff_range()
-        self.check_plan()
+        self.check_trained()
         self.augmentation = self.form("off")
         if self.augmentation != "off" and "l_diff" not in config.nuts.losses:
             raise UserError(
@@ -105,6 +105,7 @@ class Nuts(Restoration):
         losses = nuts_losses(denoise, z_hq, z_start, t, noises, self.schedule, self.t_max, wanted, self.error)
         if hybrid:
             losses["l_diff"] = self.augmented_loss(denoise, batch, t, noises[0])
+        # l_diff at other timesteps (Eq. 2, CCSR) + l_T + l_tmax, the loss at T (Eq. 3, CCSR)
         return {"loss": torch.stack([losses[name] for name in c.losses]).sum(), **losses}
 
     def augmented_loss(self, denoise: Callable[..., Tensor], batch: Batch, t: Tensor, eps: Tensor) -> Tensor:
@@ -119,16 +120,19 @@ class Nuts(Restoration):
         """Squared error of latents or noises (B, C, h, w), a mean over all elements."""
         return F.mse_loss(value, target)
 
-    def check_plan(self) -> None:
-        """UserError where two or more steps are trained, but not those that the model will be sampled with."""
+    def check_trained(self) -> None:
+        """UserError where l_tmax is trained, but not at every timestep that the model will be sampled with.
+
+        Not checked where `nuts.t_max_step` asks for another.
+        """
         c, noisiest = self.config.nuts, len(self.schedule) - 1
         trained = {noisiest, self.t_max} | set(range(self.t_first, self.t_end) if "l_diff" in c.losses else ())
         never = [step.t for step in self.plan if step.t not in trained]
         if never and "l_tmax" in c.losses and not c.t_max_step:
             raise UserError(
                 f"the sampler evaluates t={', '.join(map(str, never))}, which these losses never train (l_tmax: "
-                f"{self.t_max}): leave out sampler.timesteps and use sampler.plan=nuts, or train l_diff at all t with "
-                "nuts.l_diff_t=all"
+                f"{self.t_max}): leave out sampler.timesteps and use sampler.plan=nuts, train l_diff at all t with "
+                "nuts.l_diff_t=all, or give the timestep that l_tmax shall train, nuts.t_max_step"
             )
 
     def diff_range(self) -> tuple[int, int]:

@@ -92,7 +92,7 @@ def with_plan(config: SamplerConfig, train_steps: int = 1000) -> SamplerConfig:
 
 
 def _grid_step(T: int, fraction: float, name: str) -> int:
-    """k(f) = round(T f), half to even as in the release."""
+    """k(f) = round(T f), half to even as in CCSR v1 and v2."""
     if not 0 <= fraction <= 1:
         raise UserError(f"{name} {fraction:g} is outside 0..1: use a fraction of the noise range")
     return round(T * fraction)

@@ -128,7 +128,7 @@ class Restorer:
         on_tile(tiles done, in all, share of the work) tells how far a large image is. Raises UserError.
         """
         config = changed(self.sampler, settings)
-        steps = self.plan(config, plan, settings)
+        plan = self.plan(config, plan, settings)
         check_numbers(scale=scale, longest=1 if longest is None else longest, batch_size=batch_size)
         lqs, photos = unpacked(inputs)
         seed, repeat, keys = noise_names(seed, repeat, range(len(lqs)) if keys is None else keys)
@@ -140,7 +140,7 @@ class Restorer:
         for batch in equal_sizes([lq.shape for lq in lqs], batch_size):
             prepared = [self.prepared(lqs[i], scale, config, longest) for i in batch]
             names = [keys[i] for i in batch]
-            y = self.restore_tensor(prepared, names, seed, repeat, config, steps, on_step=on_step, on_tile=on_tile)
+            y = self.restore_tensor(prepared, names, seed, repeat, config, plan, on_step=on_step, on_tile=on_tile)
             for i, image, decoded in zip(batch, prepared, y.split(1), strict=True):
                 results[i] = finished(image, decoded, config.geometry, config.color_fix, strength)
         return packed(inputs, photos, [results[i] for i in range(len(lqs))], pixel_device)
@@ -149,6 +149,44 @@ class Restorer:
         """The networks' input for one image (1,3,H,W)."""
         lq = lq.to(pixel_device(self.device, output_size(*lq.shape[2:], scale, longest)))
         return prepare(lq, scale, config.geometry, self.multiple, longest, config.short_side, config.margin)
+
+    def restore_tensor(
+        self,
+        x: Inputs,
+        keys: Sequence[str | int],
+        seed: int = 0,
+        repeat: int = 0,
+        config: SamplerConfig | None = None,
+        plan: Sequence[Step] | None = None,
+        on_step: Callable | None = None,
+        on_tile: OnTile | None = None,
+    ) -> Tensor:
+        """Prepared images (B,3,H,W) in [-1, 1], sides multiples of `multiple` -> decoded (B,3,H,W), where x is.
+
+        Not clamped, colours not transferred. Where memory runs out the batch is split, then tiles are halved; what has
+        NaN runs again in float32. Never returns NaN.
+        """
+        config = config or self.sampler
+        plan = self.plan(config, plan)
+        (height, width), place = (x.shape[2:], x.device) if isinstance(x, Tensor) else (x[0].shape, x[0].device)
+        latent_size = (height // self.latents.factor, width // self.latents.factor)
+
+        @torch.no_grad()
+        def attempt(rows: slice, tiles: Tiles) -> Tensor:
+            draw = seeded_draw(seed, keys[rows], repeat)
+            tiles = tiles.reporting(on_tile and in_batch(on_tile, rows, len(x)), *latent_size, len(plan))
+            latents = self.tiled_latents(tiles)
+            return latents.decode(  # z has no name here, so that the decoder can let it go
+                self.restore_latent(x[rows], draw, config=config, plan=plan, tiles=tiles, on_step=on_step)
+            ).to(place)
+
+        def restore() -> Tensor:
+            tiles, together = self.tiles(config, (height, width), 1), len(x)
+            while self.tiles(config, (height, width), together) != tiles:  # as alone
+                together = (together + 1) // 2
+            return within_memory(attempt, keys, tiles, latent_size, together)
+
+        return finite(restore, keys, None if self.dtype == torch.float32 else self.in_float32)
 
     @torch.no_grad()
     def restore_latent(
@@ -222,44 +260,6 @@ class Restorer:
             text = negative.text if config.first_prompt == "negative" else positive.text
             first = guided(denoiser, negative.changed(text=text))
         return denoise, first
-
-    def restore_tensor(
-        self,
-        x: Inputs,
-        keys: Sequence[str | int],
-        seed: int = 0,
-        repeat: int = 0,
-        config: SamplerConfig | None = None,
-        plan: Sequence[Step] | None = None,
-        on_step: Callable | None = None,
-        on_tile: OnTile | None = None,
-    ) -> Tensor:
-        """Prepared images (B,3,H,W) in [-1, 1], sides multiples of `multiple` -> decoded (B,3,H,W), where x is.
-
-        Not clamped, colours not transferred. Where memory runs out the batch is split, then tiles are halved; what has
-        NaN runs again in float32. Never returns NaN.
-        """
-        config = config or self.sampler
-        plan = self.plan(config, plan)
-        (height, width), place = (x.shape[2:], x.device) if isinstance(x, Tensor) else (x[0].shape, x[0].device)
-        latent_size = (height // self.latents.factor, width // self.latents.factor)
-
-        @torch.no_grad()
-        def attempt(rows: slice, tiles: Tiles) -> Tensor:
-            draw = seeded_draw(seed, keys[rows], repeat)
-            tiles = tiles.reporting(on_tile and in_batch(on_tile, rows, len(x)), *latent_size, len(plan))
-            latents = self.tiled_latents(tiles)
-            return latents.decode(  # z has no name here, so that the decoder can let it go
-                self.restore_latent(x[rows], draw, config=config, plan=plan, tiles=tiles, on_step=on_step)
-            ).to(place)
-
-        def restore() -> Tensor:
-            tiles, together = self.tiles(config, (height, width), 1), len(x)
-            while self.tiles(config, (height, width), together) != tiles:  # as alone
-                together = (together + 1) // 2
-            return within_memory(attempt, keys, tiles, latent_size, together)
-
-        return finite(restore, keys, None if self.dtype == torch.float32 else self.in_float32)
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:

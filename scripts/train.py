@@ -37,8 +37,10 @@ def stage_builder(name: str) -> Callable:
         from consissr.nano.autoencoder import Autoencoder as Built
     elif name == "clip":
         from consissr.nano.clip import Clip as Built
-    else:
+    elif name == "prior":
         from consissr.nano.prior import Prior as Built
+    else:
+        raise ValueError(f"stage {name} has no class")
     return Built
 
 

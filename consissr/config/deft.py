@@ -41,7 +41,7 @@ class DeftConfig:
     adaptive: bool = True
     """Scale the adversarial loss by the ratio of gradient norms at the last layer (LDM's VAE training)."""
     adversarial_start: int = 0
-    """Optimiser step after which the generator sees the adversarial loss."""
+    """Last optimiser step, counted from 0, without the adversarial loss for the decoder; -1: there is none."""
     discriminator_width: int = 64
     """Channels of the first layer of the PatchGAN (LDM's VAE training: 64)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -13,7 +13,7 @@ class SamplerConfig:
     """How images are restored: the model's default, changed by the flags of scripts/infer.py."""
 
     plan: str = "nuts"
-    """Rule that makes the plan: 'nuts' (CCSR) or 'ddpm' (ConsisSR, spaced DDPM)."""
+    """Rule that makes the plan, which is `timesteps`: 'nuts' (CCSR) or 'ddpm' (ConsisSR, spaced DDPM)."""
     steps: int = 6
     """Grid steps T: 6 for NUTS (Sec. IV-A, CCSR), 50 for spaced DDPM (Sec. 4.1, ConsisSR)."""
     t_max: float = 2 / 3
@@ -26,7 +26,7 @@ class SamplerConfig:
     """The plan written out, a list of [t, t_next, kind]; written into model folders by training and conversion. Empty:
     from `plan`, `steps`, `t_max`, `t_min` and `grid`."""
     start: str = "lq"
-    """First latent: 'lq' (z_lq noised to T-1, CCSR v2) or 'noise' (ConsisSR, CCSR v1)."""
+    """First latent: 'lq' (z_lq noised to the noisiest timestep, 999: CCSR v2) or 'noise' (ConsisSR, CCSR v1)."""
     guidance: float = 1.0
     """Scale of classifier-free guidance by the text; 1 evaluates the positive prompt only."""
     positive: str = ""

@@ -13,7 +13,7 @@ def probability(t: Tensor, form: str = "power", gamma: float = 10.0, T: int = 10
     """p(t), the chance that timestep t (0..T-1) starts from the low-quality latent -> float64, shape of t.
 
     `power`        ((t + 1) / T) ** gamma, the paper's (it counts 1..T): 1 at the noisiest step
-    `as_released`  (t / T) ** gamma, at most 0.990
+    `as_released`  (t / T) ** gamma, at most 0.990 for gamma 10
     `linear`       max(1 - 2.5 (1 - (t + 1) / T), 0): 1 at the noisiest step, 0 from 0.6 T down. The paper prints
                    max(1 - 2.5 t / T, 0), which reverses time: Sec. 3.4 wants p(T) = 1
     `off`          0: ordinary DDPM training
@@ -23,5 +23,8 @@ def probability(t: Tensor, form: str = "power", gamma: float = 10.0, T: int = 10
         return torch.zeros_like(t)
     if form == "linear":
         return (1 - 2.5 * (1 - (t + 1) / T)).clamp(min=0)
-    counted = t + 1 if form == "power" else t
-    return (counted / T) ** gamma
+    if form == "as_released":
+        return (t / T) ** gamma
+    if form != "power":
+        raise ValueError(f"p(t) has no form {form!r}")
+    return ((t + 1) / T) ** gamma

@@ -17,8 +17,9 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 """(z_t (B,C,h,w), t (B,) int64) -> predicted noise (B,C,h,w)."""
 
 Draw = Callable[[str, Sequence[int]], Tensor]
-"""(name, shape) -> standard normal noise, float32. Names: `posterior` (VAE sample of the low-quality image),
-`init` (the start), `tmax` (re-noising; later ones `tmax[i]`), `step[i]` (the DDPM step at position i of the plan)."""
+"""(name, shape) -> standard normal noise, float32. Names: `posterior` (VAE sample of the low-quality image; CCSR v2
+takes a second one, `posterior_positive`), `init` (the start), `tmax` (re-noising; later ones `tmax[i]`), `step[i]` (the
+DDPM step at position i of the plan)."""
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 Notation: the papers' x_t is z_t here, but for estimates of the clean latent: x0 (CCSR's x0_from_T). `alpha_bar[t]` is
 the share of signal power at timestep t, t counts 0..T-1 (in ConsisSR 1..T), `eps` is unit noise,
 `z_t = sqrt(alpha_bar[t]) z_0 + sqrt(1 - alpha_bar[t]) eps`. Coefficients are computed in float64 and cast to the type
-of the tensors they meet, as ConsisSR's release does.
+of the tensors they meet, as ConsisSR's release does. In formulas `a` is alpha_bar[t] (not the papers' alpha_t).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Schedule:
         return (z_t - a.sqrt().to(z_t.dtype) * z0) / (1 - a).sqrt().to(z_t.dtype)
 
     def posterior(self, z_t: Tensor, z0: Tensor, t: int | Tensor, t_next: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of z at t_next < t given z_t and z_0 (DDPM; variance "fixed small", broadcastable).
+        """Mean and variance of z at t_next < t given z_t and z_0 (DDPM, Ho et al.'s Eq. 6 and 7; broadcastable).
 
         With t_next = CLEAN the mean is z_0 and the variance 0.
         """

@@ -54,7 +54,7 @@ class Evaluation:
         """Average over images and runs; NaN where the metric is unavailable."""
         table = self.values[method] | self.set_values[method]
         if metric == "delta-clip-i" and metric in table:  # over a set: the ratio of the means (ours)
-            return float(table["clip-i"].mean() / self.lr_similarity.mean() - 1)
+            return float(delta_clip_i(table["clip-i"].mean(), self.lr_similarity.mean()))
         return float(table[metric].mean()) if metric in table else float("nan")
 
     def global_std(self, method: str, metric: str) -> float:
@@ -63,7 +63,7 @@ class Evaluation:
         return stability.global_std(values) if values is not None and len(values) > 1 else float("nan")
 
     def mean_local_std(self, method: str) -> float:
-        """L-STD; NaN for a single run."""
+        """L-STD, its mean over the images (Eq. 5, CCSR); NaN for a single run."""
         return float(self.local_std[method].mean()) if method in self.local_std else float("nan")
 
     @cached_property
@@ -157,7 +157,7 @@ def evaluate(
         }
         if LR_CLIP.name in table:
             result.lr_similarity = table.pop(LR_CLIP.name)[0]
-            table["delta-clip-i"] = table["clip-i"] / result.lr_similarity - 1  # (Eq. 5, ConsisSR)
+            table["delta-clip-i"] = delta_clip_i(table["clip-i"], result.lr_similarity)
         result.values[method.name] = table
         result.set_values[method.name] = {
             m.name: np.array([scores[set_key(m, run)] for run in method.runs]) for m in set_measures
@@ -165,6 +165,12 @@ def evaluate(
         if len(method.runs) > 1:
             result.local_std[method.name] = np.array([scores[spread_key(method, image)] for image in pairs.images])
     return result
+
+
+def delta_clip_i(result: np.ndarray, lq: np.ndarray) -> np.ndarray:
+    """How much closer to HR than its low-quality input a result is, by CLIP's similarity of each to HR."""
+    # sim(SR, HR) / sim(LR, HR) - 1  (Eq. 5, ConsisSR)
+    return result / lq - 1
 
 
 def _raw(measures: list[Measure]) -> list[Measure]:

@@ -1,6 +1,6 @@
 """The transformer block of ConsisSR (Sec. 3.3, Fig. 5), layer by layer; what the paper leaves open is the release's.
 
-Every class takes over the layers of the diffusers module it stands for (`source`), under their names, and adds its own:
+A class that stands for a module of diffusers (`source`) takes over its layers, under their names. What is added:
 
     attn1.position_emb     learned absolute positions, added to queries and keys of the self-attention
     normT, attnT           transposed (channel-wise) self-attention
@@ -35,7 +35,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Stable Diffusion's cross-attention: the latent's tokens attend to the text prompt."""
+    """Stable Diffusion's cross-attention: the latent's tokens attend to the text prompt.
+
+    number: the layer's place in its network, by which `cached.py` keeps its keys and values.
+    """
 
     reads_image = False
 
@@ -65,10 +68,11 @@ class CrossAttention(nn.Module):
 class HybridPromptAdapter(CrossAttention):
     """HPA (Sec. 3.3, ConsisSR): the same queries attend to the text and to the low-quality image, decoupled.
 
-    Both prompts pass "the original linear layers" for keys and values, which stay fixed. (With one image token, as
-    released, attention to it is 1 whatever the query: the branch adds one vector everywhere.) The image branch is added
-    to the text branch "after passing through a trainable zero-initialized linear layer", `to_out_ip`. (Its size is the
-    release's, the paper leaves it open: one d x d layer per block, applied to each head before the heads merge.)
+    Paper: both prompts pass "the original linear layers" for keys and values, which stay fixed; the image branch is
+    added to the text branch "after passing through a trainable zero-initialized linear layer", `to_out_ip`.
+    Release: that layer is d x d, one per block, applied to each head before the heads merge; there is one image token,
+    attention to which is 1 whatever the query, so that the branch adds one vector everywhere.
+    Ours: any number of image tokens.
     """
 
     reads_image = True
@@ -172,7 +176,7 @@ class TransformerBlock(nn.Module):
         attnI: nn.Module | None,
         one_token: bool,
     ) -> None:
-        """one_token: the layers have no keys for several image tokens: a pooled one is accepted, no others."""
+        """one_token: the model was made for one pooled image token (ablations lack keys for more): refuse others."""
         super().__init__()
         loaded = set(source.state_dict())
         self.norm1, self.norm2, self.norm3, self.ff = source.norm1, source.norm2, source.norm3, source.ff

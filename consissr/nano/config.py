@@ -193,7 +193,7 @@ class NanoConfig(TrainConfig):
     tala: NanoTalaConfig = field(default_factory=NanoTalaConfig)
     """Read by stage 'nano_tala', and its p(t) by 'nano_nuts'."""
     nuts: NanoNutsConfig = field(default_factory=NanoNutsConfig)
-    """Read by stages 'nano_nuts' and 'nano_deft'."""
+    """Read by stage 'nano_nuts'."""
     deft: NanoDeftConfig = field(default_factory=NanoDeftConfig)
     """Read by stage 'nano_deft'."""
 

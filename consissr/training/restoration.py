@@ -81,7 +81,8 @@ def tower_only(init: str) -> bool:
 
 
 def learning(model: Model) -> dict[str, nn.Parameter]:
-    """What is trained, by name: the ControlNet, what was added to the UNet, `model.unet_trained` or LoRA, the adapter.
+    """What is trained, by name: the ControlNet, what was added to the UNet, `model.unet_trained` or LoRA, and the
+    release's adapter behind RCLIP.
 
     With an image branch the ControlNet's text cross-attention stays as it is ("we keep all projection layers fixed in
     our HPA for both denoising UNet and ControlNet", Sec. 3.3, ConsisSR), and the norm before it, as released.

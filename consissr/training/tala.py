@@ -20,7 +20,7 @@ from consissr.weights.model import Model
 
 
 class Tala(Restoration):
-    """ControlNet, what is added to both networks, and the adapter, under Algorithm 1.
+    """ControlNet, what is added to both networks, and the image tokens' adapter, under Algorithm 1.
 
     soft_prompt: tokens appended to the text's, from an encoder of one's own (Table 3, ConsisSR: DAPE).
     """
@@ -44,7 +44,7 @@ class Tala(Restoration):
         z_hq, z_lq = batch.cache["z_hq"], batch.cache["z_lq"]  # line 2, (B, C, h, w)
         t = self.timesteps(batch)  # line 3: uniform, (B,)
         eps = batch.randn(*z_hq.shape[1:])  # line 4
-        condition = self.condition(batch)  # lines 5 and 6: c_img and c_txt; with them the hint
+        condition = self.condition(batch)  # lines 5 and 6: c_img (RCLIP ran in `prepare`) and c_txt; with them the hint
         r = batch.rand()  # line 7, (B,)
         r = r[:1] if c.shared_draw else r  # as released: one for all images
         p = probability(t, self.form("power"), c.gamma, len(self.schedule))

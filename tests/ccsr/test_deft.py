@@ -153,7 +153,7 @@ def test_the_released_losses(tiny_model: Path, tmp_path: Path, dinos: list[str])
     batch = prepared(stage)
     told = condition_of(stage.adversary.summary, batch.lq)
     assert torch.equal(batch.cache["summary"], told), "the discriminator is told of the low-quality image"
-    image = stage.latents.decode(batch.cache["x0_T"]).clamp(-1, 1)
+    image = stage.latents.decode(batch.cache["x0_from_T"]).clamp(-1, 1)
     assert decoder["pixel"].item() == pytest.approx((image - make_batch().hq).square().mean().item(), rel=1e-5)
     assert len(spectral) == 5 * 6  # a pair of vectors for each of three convolutions in each of five heads
     assert all(not torch.equal(value, spectral[name]) for name, value in stage.buffers.items() if value.numel() > 1)
