@@ -10,6 +10,7 @@ from PIL import Image
 
 from consissr.errors import UserError
 from consissr.evaluation.folders import Listing, list_images, list_runs, pair, parse_methods, read_image
+from consissr.evaluation.provenance import fingerprint
 
 
 def problems(sets: dict[str, Path], **kwargs) -> list[str]:
@@ -150,3 +151,15 @@ def test_what_is_hidden_is_no_image(sets: dict[str, Path]) -> None:
     for name in (".ipynb_checkpoints/a-checkpoint.png", "._a.png"):
         (sets["good"] / name).write_bytes((sets["good"] / "a.png").read_bytes())
     assert sorted(list_images(sets["good"])) == ["a", "b", "c"]
+
+
+def test_a_hidden_folder_that_a_link_shows_counts(sets: dict[str, Path]) -> None:
+    """Its images are listed, as infer.py restores them, and what is kept of them knows when they change."""
+    album = sets["good"] / ".store" / "album"
+    album.mkdir(parents=True)
+    (album / "x.png").write_bytes((sets["good"] / "a.png").read_bytes())
+    (sets["good"] / "album").symlink_to(album)
+    assert sorted(list_images(sets["good"])) == ["a", "album/x", "b", "c"]
+    before = fingerprint(sets["good"])
+    (album / "x.png").write_bytes((sets["good"] / "b.png").read_bytes())
+    assert fingerprint(sets["good"]) != before
