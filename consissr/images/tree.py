@@ -24,7 +24,7 @@ def tree(
         real = os.path.realpath(folder)
         below = Path(real).relative_to(real_top).parts if Path(real).is_relative_to(real_top) else ()
         found = below and not any(name.startswith(".") for name in below)
-        return not ((folder.is_symlink() and found) or real in seen or seen.add(real))
+        return not ((os.path.islink(folder) and found) or real in seen or seen.add(real))
 
     for root, folders, names in os.walk(top, onerror=onerror, followlinks=True):
         here = Path(root)
