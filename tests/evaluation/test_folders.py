@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from consissr.errors import UserError
 from consissr.evaluation.folders import Listing, list_images, list_runs, pair, parse_methods, read_image
@@ -143,6 +143,12 @@ def test_sizes_are_those_after_rotation(sets: dict[str, Path]) -> None:
         turned.save(folder / f"a{ending}", exif=exif)
         assert Listing(folder).sizes == {"a": upright.size}
         assert read_image(folder / f"a{ending}").shape[2:] == upright.size[::-1]
+
+
+def test_listing_decodes_no_picture(sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are listed several times before anything is computed."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels are decoded"))
+    assert len(Listing(sets["good"]).sizes) == 3
 
 
 def test_what_is_hidden_is_no_image(sets: dict[str, Path]) -> None:
