@@ -20,7 +20,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     several("--sr", "[NAME=]DIR", "result folders; sub-folders sample0, sample1, ... are repeated runs")
     folder("--hr", "high-resolution references of the same names")
     folder("--lr", "low-resolution inputs of the same names")
-    several("--run", "[NAME=]MODEL", "restore --lr with infer.py first; under --table, NAME is a row of ours")
+    several("--run", "[NAME=]MODEL", "restore --lr with infer.py first, to the size of --hr; --table: NAME is our row")
     add("--repeat", type=int, metavar="N", help="runs of --run with different noise (default: the table's, or one)")
     add("--infer-flags", default="", metavar="'...'", help="further flags for infer.py under --run")
     folder("-o --output", "where results go (%(default)s)", default=Path("evaluation"))

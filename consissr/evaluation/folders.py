@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from consissr.errors import UserError
 from consissr.evaluation.provenance import files_below
 from consissr.images import formats
-from consissr.images.metadata import orientation
 
 if TYPE_CHECKING:
     import torch
@@ -152,8 +151,7 @@ class Listing:
         for name, path in self.files.items():
             try:
                 with formats.opened(path) as image:
-                    turned = orientation(image) >= 5 and image.format != "TIFF"  # Pillow swaps TIFF's sides itself
-                    self.sizes[name], self.formats[name] = image.size[::-1] if turned else image.size, image.format
+                    self.sizes[name], self.formats[name] = formats.size_as_seen(image, path), image.format
             except UserError as error:
                 self.unreadable.append(str(error))
 

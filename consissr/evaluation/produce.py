@@ -20,6 +20,7 @@ from consissr.evaluation import provenance, stlpips
 from consissr.evaluation.folders import EXTENSIONS, Listing, named, pair, parse_methods
 from consissr.evaluation.tables import Table
 from consissr.evaluation.workers import end_with_parent
+from consissr.images.formats import output_size
 
 FILE_FLAGS = argparse.ArgumentParser(add_help=False)
 FILE_FLAGS.add_argument("--base")  # of infer.py: its weights count as the model's own do
@@ -57,13 +58,16 @@ def results_of(
 
 
 def scale_flags(hr: Path, lr: Path) -> list[str]:
-    """infer.py's --scale where all HR images are so many times as large as LR's, other than its own four times.
+    """infer.py's --scale that makes every LR image as large as its HR image, other than its own four times.
 
-    Raises UserError, before anything is restored, where they do not pair.
+    None of it where no factor does. Raises UserError, before anything is restored, where they do not pair.
     """
     large, small = pair({"HR": hr}, hr, lr).sizes, Listing(lr).sizes
-    scales = {a / b for name in large for a, b in zip(large[name], small[name], strict=True)}
-    return ["--scale", f"{scales.pop():g}"] if len(scales) == 1 and scales != {4.0} else []
+    words = sorted({f"{a / b:g}" for name in large for a, b in zip(large[name], small[name], strict=True)})
+    for word in ("4", *words):
+        if all(output_size(*small[name], float(word)) == size for name, size in large.items()):
+            return ["--scale", word] if word != "4" else []
+    return []
 
 
 def infer_flags(args: argparse.Namespace) -> list[str]:

@@ -61,8 +61,8 @@ def fingerprint(path: Path, endings: tuple[str, ...] = ()) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below `folder` by path; links to folders elsewhere are followed."""
-    files = (here / name for here, names in tree(folder, hidden=True) for name in names)
+    """Every file below `folder` by path, those of hidden folders left out: see `tree`."""
+    files = (here / name for here, names in tree(folder) for name in names)
     return sorted(file for file in files if file.is_file())
 
 

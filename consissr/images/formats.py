@@ -230,6 +230,13 @@ def more_than_one_picture(image: Image.Image) -> str:
     return f"only the first of {frames} pictures in the file was restored" if frames > 1 else ""
 
 
+def size_as_seen(image: Image.Image, path: str | Path) -> tuple[int, int]:
+    """Width and height, after rotation, of the image file `path` that is opened as `image`; its pixels stay unread."""
+    # Of PNG, Pillow would decode all to look behind the pixels; what stands there counts beside what stands before.
+    turn = png_orientation(reachable(path)) if image.format == "PNG" else orientation(image)
+    return image.size[::-1] if turn >= 5 and image.format != "TIFF" else image.size  # Pillow swaps TIFF's sides itself
+
+
 def probe(path: str | Path) -> tuple[int, int, Form, str]:
     """Height and width (as seen: after rotation), form, and what is not restored of an image file, from its header.
 
@@ -241,11 +248,7 @@ def probe(path: str | Path) -> tuple[int, int, Form, str]:
             form = replace(form_of(image), chunks=colour_chunks(reachable(path)))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        width, height = image.size
-        # Of PNG, Pillow would decode all to look behind the pixels; what stands there counts beside what stands before.
-        turn = png_orientation(reachable(path)) if image.format == "PNG" else orientation(image)
-        if turn >= 5 and image.format != "TIFF":  # Pillow swaps TIFF's sides itself
-            width, height = height, width
+        width, height = size_as_seen(image, path)
         notes = [more_than_one_picture(image)]
         if transfer := hdr(form.chunks):
             notes.append(f"its colours are HDR ({transfer}): it is restored like other pictures and stays HDR")

@@ -206,7 +206,8 @@ def folders(
 def _is_by_product(folder: Path) -> bool:
     """Whether it holds an earlier run's pictures of sampling steps, beside their result, or the frames of a film."""
     result = folder.name.removesuffix("_steps")
-    return (result != folder.name and (folder.parent / result).is_file()) or (folder / "film.json").is_file()
+    steps = result != folder.name and os.path.isfile(folder.parent / result)  # Path's raises where nothing may be read
+    return steps or os.path.isfile(folder / "film.json")
 
 
 def _in_list(path: Path) -> list[Job]:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from consissr.errors import UserError
 from consissr.evaluation.folders import Listing, list_images, list_runs, pair, parse_methods, read_image
+from consissr.evaluation.provenance import fingerprint
 
 
 def problems(sets: dict[str, Path], **kwargs) -> list[str]:
@@ -144,9 +145,27 @@ def test_sizes_are_those_after_rotation(sets: dict[str, Path]) -> None:
         assert read_image(folder / f"a{ending}").shape[2:] == upright.size[::-1]
 
 
+def test_listing_decodes_no_picture(sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are listed several times before anything is computed."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels are decoded"))
+    assert len(Listing(sets["good"]).sizes) == 3
+
+
 def test_what_is_hidden_is_no_image(sets: dict[str, Path]) -> None:
     """Jupyter's .ipynb_checkpoints, macOS' ._a.png."""
     (sets["good"] / ".ipynb_checkpoints").mkdir()
     for name in (".ipynb_checkpoints/a-checkpoint.png", "._a.png"):
         (sets["good"] / name).write_bytes((sets["good"] / "a.png").read_bytes())
     assert sorted(list_images(sets["good"])) == ["a", "b", "c"]
+
+
+def test_a_hidden_folder_that_a_link_shows_counts(sets: dict[str, Path]) -> None:
+    """Its images are listed, as infer.py restores them, and what is kept of them knows when they change."""
+    album = sets["good"] / ".store" / "album"
+    album.mkdir(parents=True)
+    (album / "x.png").write_bytes((sets["good"] / "a.png").read_bytes())
+    (sets["good"] / "album").symlink_to(album)
+    assert sorted(list_images(sets["good"])) == ["a", "album/x", "b", "c"]
+    before = fingerprint(sets["good"])
+    (album / "x.png").write_bytes((sets["good"] / "b.png").read_bytes())
+    assert fingerprint(sets["good"]) != before

@@ -226,9 +226,10 @@ def test_the_files_that_infer_is_told_of_count(tmp_path: Path, flag: str) -> Non
 def test_models_are_run_at_the_factor_of_the_pairs(tmp_path: Path, save, make_picture, monkeypatch) -> None:
     """Unless --infer-flags says otherwise: results of another size would be of no use."""
     monkeypatch.setattr(produce, "produce", lambda *words: {"m": words[6]})
-    lr = save(tmp_path / "lr", {"a": make_picture(0, size=(8, 9)), "b": make_picture(0, size=(7, 5))})
-    for factor, wanted in ((2, ["--scale", "2"]), (4, [])):
-        sizes = {"a": (8 * factor, 9 * factor), "b": (7 * factor, 5 * factor)}
+    small = {"a": (8, 9), "b": (7, 5)}
+    lr = save(tmp_path / "lr", {name: make_picture(0, size=size) for name, size in small.items()})
+    for factor, wanted in ((1.5, ["--scale", "1.5"]), (2, ["--scale", "2"]), (4, [])):
+        sizes = {name: tuple(int(factor * side + 0.5) for side in size) for name, size in small.items()}
         hr = save(tmp_path / str(factor), {name: make_picture(0, size=size) for name, size in sizes.items()})
         args = Namespace(sr=[], run=["m"], lr=lr, hr=hr, output=tmp_path, repeat=None, infer_flags="--tile 0")
         assert produce.results_of(args, None, Path("infer.py"))[0] == {"m": [*wanted, "--tile", "0"]}

@@ -1,5 +1,7 @@
 """Which files scripts/infer.py reads and writes, under which names, in which forms and sizes."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -259,6 +261,27 @@ def test_what_only_a_link_shows_is_found(infer, folder, tmp_path, files):
     status, _, err = infer("-i", folder, "-o", tmp_path / "out", "--recursive")
     assert status == 0 and "not read: 2 .nef" in err
     assert files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp", "sub/d.png", "album/x.png", "elsewhere/x.png"}
+
+
+def test_a_locked_sub_folder_is_one_failure(folder, tmp_path, monkeypatch):
+    """Such as lost+found on a disk. Root, as whom tests may run, may read all."""
+
+    def refuse(name, ending):
+        real = getattr(os, name)
+
+        def call(path=".", *args, **how):
+            if str(path).endswith(ending):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **how)
+
+        monkeypatch.setattr(os, name, call)
+
+    (folder / "locked").mkdir()
+    refuse("scandir", "locked")
+    refuse("stat", "locked/film.json")
+    planned = jobs.plan([str(folder)], jobs.Naming(output=tmp_path / "out"), recursive=True)
+    assert [job.key for job in planned] == ["a.png", "b.jpg", "c.webp", "locked", "sub/d.png"]
+    assert [job.error for job in planned if job.error] == ["cannot be read (Permission denied)"]
 
 
 def test_planning_compares_no_image_with_all_others(folder, tmp_path, monkeypatch):
