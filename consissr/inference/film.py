@@ -49,8 +49,9 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
         raise UserError(f"{' '.join(args.input)}: films are restored one at a time; name one")
     source = Path(args.input[0])
     target = args.output if args.output.suffix.lower() in SUFFIXES else args.output / source.name
-    if args.suffix and target != args.output:
-        target = target.with_stem(target.stem + args.suffix)
+    if args.suffix and target == args.output:
+        raise UserError(f"--output {target} is the result's whole name: leave out --suffix")
+    target = target.with_stem(target.stem + (args.suffix or ""))
     check_place(target, "--output")
     if os.path.realpath(target) == os.path.realpath(source):
         raise UserError(f"{target} would replace an input: use another --output or --suffix")
