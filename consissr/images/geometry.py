@@ -117,7 +117,7 @@ def finish(prepared: Prepared, y: Tensor, rule: str, color_fix: str, strength: f
     return finished(prepared, y, rule, color_fix, strength).whole()
 
 
-def finished(prepared: Prepared, y: Tensor, rule: str, color_fix: str, strength: float = 1.0) -> Rows:
+def finished(prepared: Prepared, y: Tensor, rule: str, color_fix: str, strength: float) -> Rows:
     """The same, made when it is read: beside y, a large result is never in memory as a whole."""
     color_fix = color_fix if strength else "none"
     if rule == "pad":
