@@ -172,7 +172,7 @@ def stage_2_step(
     with torch.no_grad():
         stage.prepare(batch)
     if not prefix.startswith("S1"):  # the release may decode the sampler's result; our stage trains on x0_from_T
-        batch.cache["x0_T"] = sampled(fixture, given)
+        batch.cache["x0_from_T"] = sampled(fixture, given)
     step = 100 if prefix.endswith("warm") else 101
     start(of_decoder, stage.networks)
     with watched(convolution=latents.vae.post_quant_conv, judge=stage.adversary) as seen:
