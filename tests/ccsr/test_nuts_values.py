@@ -183,7 +183,9 @@ def test_what_is_sampled_is_trained(base: Path) -> None:
             UserError, match=f"^the sampler evaluates t={never}, which these losses never train"
         ) as said:
             built(base, *words.split())
-        assert str(said.value).endswith("nuts.l_diff_t=all, or give the timestep that l_tmax shall train, nuts.t_max_step")
+        assert str(said.value).endswith(
+            "nuts.l_diff_t=all, or give the timestep that l_tmax shall train, nuts.t_max_step"
+        )
     for words in (
         "sampler.timesteps=[[999,700,renoise],[700,-1,x0]] nuts.l_diff_t=all",
         "sampler.timesteps=[[999,700,renoise],[700,-1,x0]] nuts.t_max_step=667",  # as released: another on purpose
