@@ -168,7 +168,10 @@ def evaluate(
 
 
 def delta_clip_i(result: np.ndarray, lq: np.ndarray) -> np.ndarray:
-    """How much closer to HR than its low-quality input a result is, by CLIP's similarity of each to HR."""
+    """How much closer to HR a result is than its low-quality input, 0 for no closer.
+
+    result, lq: CLIP's similarity of each to HR, -1 to 1, of shapes that broadcast: (runs, images) and (images,).
+    """
     # sim(SR, HR) / sim(LR, HR) - 1  (Eq. 5, ConsisSR)
     return result / lq - 1
 
