@@ -23,13 +23,21 @@ def check_names(names: Sequence[str]) -> None:
         raise UserError(f"data.pair_names is {list(names)}: give an HQ and an LQ name, such as [NAME_HR,NAME_LR4]")
 
 
-def relative(photos: Photos) -> dict[PhotoFile, str]:
-    """Names below a folder that all share: text lists may give whole paths."""
+def relative(photos: Photos, shared: bool = False) -> dict[PhotoFile, str]:
+    """Names; whole paths, which text lists may give, below the folder that all share; if `shared`, all names so."""
     names = {photo: photo.name for photo in photos}
-    if not all(map(os.path.isabs, names.values())):
+    whole = sum(map(os.path.isabs, names.values()))
+    if whole != len(names) and (whole or not shared):
         return names
     root = os.path.commonpath([os.path.dirname(name) for name in names.values()])
-    return {photo: os.path.relpath(name, root) for photo, name in names.items()}
+    return {photo: os.path.relpath(name, root or ".") for photo, name in names.items()}
+
+
+def keyed(photos: Photos, pattern: str, shared: bool) -> dict[PhotoFile, str]:
+    """What NAME stands for in the name of each image that matches `pattern`."""
+    return {
+        photo: key for photo, name in relative(photos, shared).items() if (key := common(name, pattern)) is not None
+    }
 
 
 def common(path: str, pattern: str) -> str | None:
@@ -46,15 +54,19 @@ def pairs(
 ) -> tuple[list[PhotoFile], list[PhotoFile]]:
     """The photographs that are HQ images by their name, and the LQ partner of each, below `folder`.
 
-    names: the HQ and the LQ file name without extension; NAME stands for what both share, as do their sub-folders. Both
-    may lie in one folder. Raises UserError for images without a partner, or with more than one.
+    names: the HQ and the LQ file name without extension; NAME stands for what both share, as do their sub-folders,
+    below the folders that all of one side share if need be (text lists with hq/1.png and lq/1.png). Both may lie in one
+    folder. Raises UserError for images without a partner, or with more than one.
     """
     check_names(names)
-    partners: dict[str, list[PhotoFile]] = {}
-    for photo, name in relative(list_photos(folder)).items():
-        if (key := common(name, names[1])) is not None:
+    theirs = list_photos(folder)
+    for shared in (False, True):
+        partners: dict[str, list[PhotoFile]] = {}
+        for photo, key in keyed(theirs, names[1], shared).items():
             partners.setdefault(key, []).append(photo)
-    keys = {photo: key for photo, name in relative(photos).items() if (key := common(name, names[0])) is not None}
+        keys = keyed(photos, names[0], shared)
+        if partners.keys() & set(keys.values()):
+            break
     if not keys:
         raise UserError(
             f"none of {len(photos)} images, first {photos[0].name}, is named {names[0]}: see data.pair_names"

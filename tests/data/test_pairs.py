@@ -53,18 +53,20 @@ def test_pairs_in_the_layout_of_lsdir(folder, tmp_path):
     assert (photo.name, partner.name) == ("b/c/5.png", "b/c/5x4.png")
 
 
-def test_pairs_named_by_text_lists_of_whole_paths(folder, tmp_path):
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "relative"])
+def test_pairs_named_by_text_lists(folder, tmp_path, whole):
     """Names are compared below the folder that a list's images share."""
     lists = []
     for kind in ("HR", "LR"):
         shutil.copytree(folder, tmp_path / kind)
         lists.append(tmp_path / f"{kind}.txt")
-        lists[-1].write_text("".join(f"{file}\n" for file in sorted((tmp_path / kind).rglob("*.png"))))
+        files = sorted((tmp_path / kind).rglob("*.png"))
+        lists[-1].write_text("".join(f"{file if whole else file.relative_to(tmp_path)}\n" for file in files))
     for partners in (lists[1], tmp_path / "LR"):
         dataset = photos_of(lists[0], lq_paths=[str(partners)])
         for n in range(8):
             photo, partner = (str(file.name) for file in dataset.pair(n))
-            assert photo.endswith(partner.replace(f"{tmp_path}/LR/", "")), partners
+            assert photo.endswith(partner.replace(f"{tmp_path}/", "").replace("LR/", "")), partners
 
 
 def test_pairs_beside_images_without(folder, tmp_path):
