@@ -58,8 +58,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(photos: Path, tmp_path: Path, capfd: 
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("through", "stopped")]
     told = [(line["step"], line.get("not_finite")) for line in logs[0]]
     assert told == [(1, None), (2, None), (3, None), (4, 2), (4, None), (5, 2), (5, None)]
-    means = [value for line in logs[0] for name, value in line.items() if name.endswith(("/loss", "/grad_norm"))]
-    assert means and all(map(math.isfinite, means)), "of the steps that were finite"
     assert all(math.isfinite(v) for line in logs[0] for v in line.values() if isinstance(v, float)), (
         "left out there, too"
     )
