@@ -63,8 +63,9 @@ def scale_flags(hr: Path, lr: Path) -> list[str]:
     None of it where no factor does. Raises UserError, before anything is restored, where they do not pair.
     """
     large, small = pair({"HR": hr}, hr, lr).sizes, Listing(lr).sizes
-    words = sorted({f"{a / b:g}" for name in large for a, b in zip(large[name], small[name], strict=True)})
-    for word in ("4", *words):
+    sides = [sides for name in large for sides in zip(large[name], small[name], strict=True)]
+    middle = (max((a - 0.5) / b for a, b in sides) + min((a + 0.5) / b for a, b in sides)) / 2  # of those that fit
+    for word in ("4", *(f"{middle:.{digits}g}" for digits in range(1, 9))):
         if all(output_size(*small[name], float(word)) == size for name, size in large.items()):
             return ["--scale", word] if word != "4" else []
     return []

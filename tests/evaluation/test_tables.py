@@ -228,7 +228,7 @@ def test_models_are_run_at_the_factor_of_the_pairs(tmp_path: Path, save, make_pi
     monkeypatch.setattr(produce, "produce", lambda *words: {"m": words[6]})
     small = {"a": (8, 9), "b": (7, 5)}
     lr = save(tmp_path / "lr", {name: make_picture(0, size=size) for name, size in small.items()})
-    for factor, wanted in ((1.5, ["--scale", "1.5"]), (2, ["--scale", "2"]), (4, [])):
+    for factor, wanted in ((1.5, ["--scale", "1.5"]), (1.9, ["--scale", "1.9"]), (2, ["--scale", "2"]), (4, [])):
         sizes = {name: tuple(int(factor * side + 0.5) for side in size) for name, size in small.items()}
         hr = save(tmp_path / str(factor), {name: make_picture(0, size=size) for name, size in sizes.items()})
         args = Namespace(sr=[], run=["m"], lr=lr, hr=hr, output=tmp_path, repeat=None, infer_flags="--tile 0")
