@@ -83,6 +83,7 @@ def check(args: argparse.Namespace) -> int:
         raise UserError("--check compares with --hr and builds its baselines from --lr: give both folders")
     wrong = folders.parse_methods(args.wrong_condition)
     checks.check_names({**folders.parse_methods(args.sr), **produce.models_by_row(None, args.run)}, wrong)
+    checks.scale_between(args.lr, args.hr)  # pairs that the check refuses, before models run
     results, _ = produce.results_of(args, None, INFER, places)
     rows = checks.check(results, args.hr, args.lr, args.output, wrong, args.jobs)
     output.write_text(args.output / "check.md", checks.as_text(rows) + "\n")

@@ -143,6 +143,10 @@ def test_the_check(call, sets: dict[str, Path], tmp_path: Path, monkeypatch: pyt
         assert status == 2 and told in errors and not text
     text = call(*folders, "--run", "nano-ccsr", "--metrics", "psnr,ssim")[1]
     assert "Not ranked (a model of another size): nano-ccsr." in text and "Rank" not in text
+    monkeypatch.setattr(produce, "run_script", lambda *words: pytest.fail("a model is run"))
+    shutil.copy(sets["hr"] / "b.png", sets["lr"] / "b.png")
+    status, _, errors = call("--check", *folders, "--run", "nano-ccsr")
+    assert status == 2 and "b has size 192x96, LR's is 192x96: not 4 times as large" in errors
 
 
 def test_listings(call) -> None:
