@@ -63,6 +63,10 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for values that cannot be, and for flags that --check, or the want of it, would pass over."""
     if args.output.is_file():
         raise UserError(f"--output {args.output} is a file: name a folder")
+    for flag, place in (("--hr", args.hr), ("--lr", args.lr)):
+        if (args.run or args.check) and place and args.output.resolve().is_relative_to(place.resolve()):
+            raise UserError(f"--output {args.output} lies in {flag} {place}, where results would count as its images: "
+                            "name a folder elsewhere")  # fmt: skip
     if args.repeat is not None and args.repeat < 1:
         raise UserError(f"--repeat must be at least 1, not {args.repeat}")
     if args.report_images < 0:
