@@ -279,9 +279,12 @@ def test_a_locked_sub_folder_is_one_failure(folder, tmp_path, monkeypatch):
     (folder / "locked").mkdir()
     refuse("scandir", "locked")
     refuse("stat", "locked/film.json")
+    (folder / "sub" / "deep").mkdir()  # whose name alone can be read: chmod a-x sub
+    for name in ("scandir", "stat", "lstat"):
+        refuse(name, "sub/deep")
     planned = jobs.plan([str(folder)], jobs.Naming(output=tmp_path / "out"), recursive=True)
-    assert [job.key for job in planned] == ["a.png", "b.jpg", "c.webp", "locked", "sub/d.png"]
-    assert [job.error for job in planned if job.error] == ["cannot be read (Permission denied)"]
+    assert [job.key for job in planned] == ["a.png", "b.jpg", "c.webp", "locked", "sub/d.png", "sub/deep"]
+    assert [job.error for job in planned if job.error] == 2 * ["cannot be read (Permission denied)"]
 
 
 def test_planning_compares_no_image_with_all_others(folder, tmp_path, monkeypatch):
