@@ -17,7 +17,7 @@ from PIL import Image
 from consissr.config.loading import find_config, nearest
 from consissr.errors import UserError
 from consissr.evaluation import provenance, stlpips
-from consissr.evaluation.folders import EXTENSIONS, Listing, named, pair, parse_methods
+from consissr.evaluation.folders import EXTENSIONS, Listing, list_images, named, pair, parse_methods
 from consissr.evaluation.tables import Table
 from consissr.evaluation.workers import end_with_parent
 from consissr.images.formats import output_size
@@ -50,6 +50,7 @@ def results_of(
     if table and small and stlpips.weights_file() is None:
         raise UserError(f"{models[small[0]]} is small: beside published values it is shown with a learned distance, "
                         "which needs pip install stlpips-pytorch==0.0.2")  # fmt: skip
+    list_images(args.lr)  # what does not pair is told before anything is restored
     if args.hr:
         flags = [*scale_flags(args.hr, args.lr), *flags]
     repeat = args.repeat or (table.runs if table else 1)

@@ -81,12 +81,14 @@ def test_our_rows_are_restored_and_measured(
     assert "- CCSR-S1: 3 runs, the published values are of 10;" in text
 
 
-def test_flags_for_infer_are_split_as_a_shell_does(monkeypatch: pytest.MonkeyPatch, root: Path, tmp_path: Path) -> None:
+def test_flags_for_infer_are_split_as_a_shell_does(
+    monkeypatch: pytest.MonkeyPatch, root: Path, sets: dict[str, Path], tmp_path: Path
+) -> None:
     from consissr.evaluation import produce
     from consissr.evaluation.tables import load_table
 
     table = load_table("ccsr/table4", root / "configs" / "tables")
-    args = Namespace(sr=["a=b"], run=["CCSR-S1=nano-ccsr"], lr=tmp_path, hr=None, output=tmp_path, repeat=1)
+    args = Namespace(sr=["a=b"], run=["CCSR-S1=nano-ccsr"], lr=sets["lr"], hr=None, output=tmp_path, repeat=1)
     monkeypatch.setattr(produce, "produce", lambda *words: dict.fromkeys(words[1], words[-2]))
     monkeypatch.setattr(produce.stlpips, "weights_file", lambda: Path("weights"))
     args.infer_flags = '--positive "clean, 8k" --steps 2'

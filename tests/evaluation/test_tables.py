@@ -237,6 +237,15 @@ def test_models_are_run_at_the_factor_of_the_pairs(tmp_path: Path, save, make_pi
     assert produce.results_of(args, None, Path("infer.py"))[0] == {"m": ["--tile", "0"]}, "no one factor"
 
 
+def test_a_name_of_two_images_is_told_before_a_model_runs(tmp_path, save, make_picture, monkeypatch) -> None:
+    monkeypatch.setattr(produce, "produce", lambda *words: pytest.fail("a model is run"))
+    lr = save(tmp_path / "lr", {"a": make_picture(0, size=(8, 9))})
+    (lr / "a.jpg").write_bytes((lr / "a.png").read_bytes())
+    args = Namespace(sr=[], run=["m"], lr=lr, hr=None, output=tmp_path, repeat=None, infer_flags="")
+    with pytest.raises(UserError, match="lr holds a in more than one format"):
+        produce.results_of(args, None, Path("infer.py"))
+
+
 def test_rows_are_timed_with_the_model_named_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(produce, "time_model", lambda *words: words)
     table = load_table("ccsr/table7", TABLES)
