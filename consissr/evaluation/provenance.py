@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+from consissr.errors import UserError
 from consissr.images.tree import tree
 
 MODEL_FILES = (".safetensors", ".bin", ".ckpt", ".yaml", ".json")
@@ -61,8 +62,12 @@ def fingerprint(path: Path, endings: tuple[str, ...] = ()) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below `folder` by path, those of hidden folders left out: see `tree`."""
-    files = (here / name for here, names in tree(folder) for name in names)
+    """Every file below `folder` by path, those of hidden folders left out: see `tree`. UserError: it cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): allow it, or take it out of {folder}")
+
+    files = (here / name for here, names in tree(folder, onerror=refuse) for name in names)
     return sorted(file for file in files if file.is_file())
 
 

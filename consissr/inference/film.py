@@ -13,6 +13,7 @@ from pathlib import Path
 
 from consissr.config.machine import check_place, whole
 from consissr.errors import UserError
+from consissr.images import formats
 from consissr.inference.flags import check
 from consissr.inference.jobs import Naming
 from consissr.inference.processes import numbers
@@ -49,6 +50,8 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
         raise UserError(f"{' '.join(args.input)}: films are restored one at a time; name one")
     source = Path(args.input[0])
     target = args.output if args.output.suffix.lower() in SUFFIXES else args.output / source.name
+    if target != args.output and not args.output.is_dir() and args.output.suffix.lower() in formats.READABLE:
+        raise UserError(f"--output {args.output} is neither a folder nor a film that is written ({' '.join(SUFFIXES)})")
     if args.suffix and target == args.output:
         raise UserError(f"--output {target} is the result's whole name: leave out --suffix")
     target = target.with_stem(target.stem + (args.suffix or ""))

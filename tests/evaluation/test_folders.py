@@ -1,7 +1,8 @@
 """Pairing: everything that does not pair is named in one clear line."""
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,21 @@ def test_what_is_hidden_is_no_image(sets: dict[str, Path]) -> None:
     for name in (".ipynb_checkpoints/a-checkpoint.png", "._a.png"):
         (sets["good"] / name).write_bytes((sets["good"] / "a.png").read_bytes())
     assert sorted(list_images(sets["good"])) == ["a", "b", "c"]
+
+
+def test_a_sub_folder_that_cannot_be_read_is_an_error(sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images would be left out of every measure, and nobody told. (Root, as whom tests may run, may read all.)"""
+    (sets["good"] / "locked").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: str | Path) -> Iterator[os.DirEntry]:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"good/locked cannot be read \(Permission denied\)"):
+        list_images(sets["good"])
 
 
 def test_a_hidden_folder_that_a_link_shows_counts(sets: dict[str, Path]) -> None:

@@ -211,6 +211,7 @@ def test_the_files_that_infer_is_told_of_count(tmp_path: Path, flag: str) -> Non
     """By what stands in them."""
     (tmp_path / "infer.py").touch()
     (tmp_path / "named").write_bytes(b"1")
+    (tmp_path / "lr").mkdir()
 
     def produced() -> dict[str, Path]:
         flags = ["--steps", "1", flag, str(tmp_path / "named")]

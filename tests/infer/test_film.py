@@ -47,6 +47,8 @@ def test_a_film(infer, model, tmp_path, calls, files):
             assert status == 2 and err.startswith(f"error: {flags[0].replace('out', '')} ") and err.count("\n") == 1
     status, _, err = infer("-i", tmp_path / "a.mp4", "-o", tmp_path / "b.mp4", "--suffix", "_x4")
     assert status == 2 and "b.mp4 is the result's whole name: leave out --suffix" in err
+    status, _, err = infer("-i", tmp_path / "a.mp4", "-o", tmp_path / "b.png")
+    assert status == 2 and "b.png is neither a folder nor a film that is written (.avi " in err
     assert not calls and files(tmp_path) == {"a.mp4"}
     status, out, err = infer("-i", tmp_path / "a.mp4", "-o", tmp_path / "out", "-s", 2)
     assert status == 0 and "done 3" in out and (tmp_path / "out" / "a.mp4").read_bytes() == b"film\3"
