@@ -142,7 +142,7 @@ def test_inference_from_the_command_line(script, tiny_model, tmp_path, capsys):
     assert "relative difference of the results" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["ccsr-1", "ccsr-2-guided", "consissr"])
+@pytest.mark.parametrize("method", [pytest.param("ccsr-1", marks=pytest.mark.slow), "ccsr-2-guided", "consissr"])
 def test_random_weights(script, monkeypatch, tmp_path, method):
     """The path of `--size sd21 --random-weights`, with smaller numbers in place of SD2.1's."""
     small = {

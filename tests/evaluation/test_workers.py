@@ -62,7 +62,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL, signal.SIGINT]
+)
 def test_processes_end_with_their_parent(tmp_path: Path, number: signal.Signals) -> None:
     """SIGINT goes to the whole group, as from a keyboard; one line comes of it."""
     code, folder = tmp_path / "slow.py", tmp_path / "pids"

@@ -101,7 +101,8 @@ def our_layout(hub: Hub, all_in_one: Path, _) -> str:
     return "someone/tiny"
 
 
-LAYOUTS = (whole_v2, pytest.param(v1_ckpt, marks=pytest.mark.slow), v1_half, mirrored_base, by_hand, our_layout)
+SLOW = (v1_ckpt, mirrored_base)
+LAYOUTS = (*(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW), whole_v2, v1_half, by_hand, our_layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
