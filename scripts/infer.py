@@ -44,6 +44,9 @@ def restore(args: argparse.Namespace) -> int:
         return 0
 
     # 2. the model
+    quiet = args.quiet or rank > 0
+    if err.is_terminal and not quiet and not all(job.error for job in missing):  # importing torch alone takes seconds
+        err.print(f"loading {args.model} ...", markup=False)
     from consissr.inference import batch, progress
 
     made_with = sampler_settings(args) | given(args, MADE_WITH)
@@ -59,7 +62,6 @@ def restore(args: argparse.Namespace) -> int:
             settings = replace(settings, plan=changed_plan(restorer.sampler, changes))
 
     # 3. the files
-    quiet = args.quiet or rank > 0
     remark = progress.overlooked(args.input, args.recursive, args.output)
     with progress.Terminal(err, len(missing), quiet, remark) as terminal:
         ran = {"precision": restorer.precision, "device": str(restorer.device)} if restorer else {}

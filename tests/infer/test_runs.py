@@ -200,6 +200,17 @@ def test_unknown_device():
             choose_device(name)
 
 
+def test_loading_is_told_at_a_terminal(infer, folder, tmp_path, monkeypatch):
+    """It takes seconds, and with a cold disk half a minute."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    words = ("-i", folder, "-o", tmp_path / "out", "-m", "nano-ccsr")
+    assert infer(*words)[2].startswith("loading nano-ccsr ...\n")
+    assert infer(*words, "--skip-existing")[2].count("loading") == 0, "nothing is loaded"
+    assert infer(*words, "--overwrite", "-q")[2].count("loading") == 0
+    monkeypatch.delenv("FORCE_COLOR")
+    assert infer(*words, "--overwrite")[2].count("loading") == 0
+
+
 def test_nothing_heavy_before_the_plan(root):
     """--help, --dry-run and refusals must not wait for torch."""
     code = (
