@@ -45,6 +45,8 @@ class RunLog:
         with whole(self.lines) as shortened:
             shortened.write_text("".join(json.dumps(line) + "\n" for line in earlier))
         self.tracker = tracker(config, self.folder, step)
+        if config.compile:
+            log.info("compile=true: networks are compiled in the first steps, which take minutes; others are faster")
         self.bar = tqdm(initial=step, total=config.steps, desc=config.stage, mininterval=2)
 
     def means(self, values: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ stopped and goes on; and steps that are not finite.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import signal
 import time
@@ -25,7 +26,7 @@ from consissr.training import loop as loop_module
 from consissr.training.checkpoints import list_checkpoints, load_checkpoint
 from consissr.training.loop import Loop
 from consissr.training.precision import stores_bf16
-from consissr.training.run_log import read_log
+from consissr.training.run_log import RunLog, read_log
 from consissr.training.stage import Batch
 from tests.training.test_loop_values import Toy
 
@@ -83,6 +84,16 @@ def terminate() -> None:
 def saved(folder: Path) -> list[int]:
     """Steps of the checkpoints."""
     return [load_checkpoint(path)["step"] for path in list_checkpoints(folder)]
+
+
+def test_compiling_is_told(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The bar stands still for minutes meanwhile."""
+    for words, told in ((["compile=true"], 1), ([], 0)):
+        caplog.clear()
+        config = run_config(None, [f"data.paths=[{photos}]", f"output_dir={tmp_path}", *WORDS, *words])
+        with caplog.at_level(logging.INFO):
+            RunLog(config, 0, {}).close()
+        assert caplog.text.count("compiled in the first steps, which take minutes") == told
 
 
 def test_what_is_told_and_saved_when(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
