@@ -1,8 +1,8 @@
 """The one exception that users meet, and how scripts end."""
 
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 
 class UserError(Exception):
@@ -23,6 +23,20 @@ def exit_status(work: Callable[[], int], interrupted: str = "the same command go
     with suppress(OSError):  # a full disk or closed pipe does not change the status
         sys.stderr.write(told)
     return status
+
+
+@contextmanager
+def compile_errors_in_one_line(instead: str) -> Iterator[None]:
+    """Makes a UserError of code that torch.compile cannot make, or finds damaged. instead: how to do without."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._inductor.", "torch._dynamo.")):
+            raise
+        raise UserError(
+            f"the networks could not be compiled ({reason_of(error)}): install a C++ compiler; remove the file, if one "
+            f"is named, which a run that was killed left damaged; or {instead}"
+        ) from error
 
 
 def reason_of(error: BaseException) -> str:

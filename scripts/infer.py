@@ -20,7 +20,7 @@ from functools import partial
 from rich.console import Console
 
 import consissr
-from consissr.errors import exit_status
+from consissr.errors import compile_errors_in_one_line, exit_status
 from consissr.inference import film, jobs, processes
 from consissr.inference.flags import MADE_WITH, PLAN_FLAGS, SETTINGS, check, given, parser, sampler_settings
 
@@ -68,7 +68,8 @@ def restore(args: argparse.Namespace) -> int:
         report = batch.Report(terminal.tell, terminal.on_tile, log, {"seed": args.seed} | ran)
         for job in existing:
             report.add(batch.Outcome(job, "skipped"))
-        batch.run(restorer, missing, settings, report)
+        with compile_errors_in_one_line("leave out --compile"):
+            batch.run(restorer, missing, settings, report)
     process = f"process {rank + 1} of {world}: " if world > 1 else ""
     if not args.quiet:
         with suppress(OSError, SystemExit):  # everything is written, whether or not this can be said

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from consissr.errors import UserError
 from consissr.nano.config import run_config
-from consissr.training.checks import check_changes, check_run
+from consissr.training.checks import check_changes, check_run, launched, shared_out
 from consissr.training.lock import claimed
 
 
@@ -61,6 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
         config = run_config(options.config, options.overrides)
+        shared = shared_out(config, launched())
+        if shared.micro_batch < config.micro_batch:
+            told = f"{launched()} processes share a batch of {config.batch}"
+            logging.info("micro_batch=%d in place of %d: %s", shared.micro_batch, config.micro_batch, told)
+        config = shared
         if options.dry_run:
             from consissr.training.dry_run import describe
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -96,6 +97,12 @@ def check_numbers(config: TrainConfig) -> None:
 def launched() -> int:
     """How many processes the launcher says it started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def shared_out(config: TrainConfig, processes: int) -> TrainConfig:
+    """`config`, its micro-batches no larger than each process's share of the batch where that divides."""
+    share, rest = divmod(config.batch, processes)
+    return config if rest or share >= config.micro_batch else replace(config, micro_batch=share)
 
 
 def accumulation(config: TrainConfig, processes: int) -> int:

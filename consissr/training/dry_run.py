@@ -24,7 +24,7 @@ from consissr.errors import UserError
 from consissr.evaluation.learned import LPIPS_VGG, find
 from consissr.models.image_prompt import build_tower
 from consissr.models.vae.latents import empty_latents
-from consissr.training.checks import launched, problems
+from consissr.training.checks import launched, problems, shared_out
 from consissr.training.estimate import memory
 from consissr.training.restoration import base_for
 from consissr.training.stage import Stage, trained_ids
@@ -160,13 +160,14 @@ def batches(config: TrainConfig) -> Iterator[str]:
     """The global batch, and how it comes about."""
     counts = [config.processes or launched()]
     counts += [n for n in (4, 8, 16) if not config.processes and n not in counts]
+    micro = {n: shared_out(config, n).micro_batch for n in counts}
     ways = [
-        f"{n} process{'es' if n > 1 else ''} x {config.batch // (config.micro_batch * n)} accumulated"
+        f"micro_batch {micro[n]} x {n} process{'es' if n > 1 else ''} x {config.batch // (micro[n] * n)} accumulated"
         for n in counts
-        if config.batch % (config.micro_batch * n) == 0
+        if config.batch % (micro[n] * n) == 0
     ]
-    fits = " = or ".join(ways) or f"not a multiple of micro_batch x {counts[0]} processes"
-    yield f"effective batch {config.batch} = micro_batch {config.micro_batch} x {fits.replace(' = or ', ', or ')}"
+    fits = ", or ".join(ways) or f"not a multiple of micro_batch {config.micro_batch} x {counts[0]} processes"
+    yield f"effective batch {config.batch} = {fits}"
     yield f"{config.steps * config.batch:,} images seen in all, {config.data.crop} x {config.data.crop} pixels"
 
 

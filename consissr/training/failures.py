@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from consissr.config.training import TrainConfig
-from consissr.errors import UserError
+from consissr.errors import UserError, compile_errors_in_one_line
 from consissr.models.memory import is_out_of_memory
 from consissr.training.checkpoints import last_good
 from consissr.training.processes import Processes
@@ -17,12 +17,13 @@ from consissr.training.processes import Processes
 
 @contextmanager
 def step_errors_in_one_line(config: TrainConfig, step: Callable[[], int], world: int) -> Iterator[None]:
-    """Makes UserErrors of what stops a step: too little memory, and what the system could not do.
+    """Makes UserErrors of what stops a step: too little memory, no compiler, and what the system could not do.
 
     step: called for the number of the step that is being computed.
     """
     try:
-        yield
+        with compile_errors_in_one_line("use compile=false"):
+            yield
     except (OSError, SafetensorError) as error:
         good = last_good(Path(config.output_dir))
         raise UserError(f"step {step()}: {error}; {good}; mend this and use --resume latest") from error

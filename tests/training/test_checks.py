@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -13,8 +15,8 @@ import pytest
 
 from consissr.errors import UserError
 from consissr.nano.config import run_config
-from consissr.training.checks import check_models, check_run
-from scripts.train import stage_builder
+from consissr.training.checks import accumulation, check_models, check_run, shared_out
+from scripts.train import main, stage_builder
 from tests.training.tiny import beside, words
 
 
@@ -95,6 +97,22 @@ def test_crops_are_whole_latents(runs: Path, photos: Path, tmp_path: Path, stage
     with pytest.raises(UserError, match="data.crop is 62: the autoencoder needs a multiple of 4, such as 64"):
         config = run_config(path, overrides)
         stage_builder(config.stage)(config)
+
+
+def test_processes_share_the_batch(photos: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    """A file that is written for one process runs on two as it is, and says so; nothing else is changed."""
+    config = run_config(None, ["stage=nuts", f"data.paths=[{photos}]", "batch=8", "micro_batch=8", "data.crop=64"])
+    assert [shared_out(config, n).micro_batch for n in (1, 2, 4, 8, 16, 3)] == [8, 4, 2, 1, 8, 8]
+    assert replace(shared_out(config, 2), micro_batch=8) == config
+    assert [accumulation(shared_out(config, n), n) for n in (1, 2, 4, 8)] == [1, 1, 1, 1]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("consissr.training.loop.Loop.__init__", lambda loop, config, *_: given.append(config))
+    monkeypatch.setattr("consissr.training.loop.Loop.run", lambda loop: tmp_path)
+    given: list = []
+    with caplog.at_level(logging.INFO):
+        assert main(words("autoencoder", photos, tmp_path, "batch=4", "micro_batch=4")) == 0
+    assert given[0].micro_batch == 2 and given[0].batch == 4
+    assert "micro_batch=2 in place of 4: 2 processes share a batch of 4" in caplog.text
 
 
 @pytest.mark.parametrize(
