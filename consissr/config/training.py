@@ -34,8 +34,8 @@ class TrainConfig:
     batch: int = 96
     """Global batch: images per optimiser step over all processes (96 for NUTS, 64 for DeFT: Sec. IV-A, CCSR)."""
     micro_batch: int = 4
-    """Images per process and forward pass, fewer where a process's share of the batch is; accumulation =
-    batch / (micro_batch * processes)."""
+    """Images per process and forward pass, with several processes as many as divide each one's share of the batch;
+    accumulation = batch / (micro_batch * processes)."""
     processes: int = 0
     """Expected number of processes; another world size is an error. 0: take what was launched."""
     engine: str = "ddp"

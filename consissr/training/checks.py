@@ -100,9 +100,12 @@ def launched() -> int:
 
 
 def shared_out(config: TrainConfig, processes: int) -> TrainConfig:
-    """`config`, its micro-batches no larger than each process's share of the batch where that divides."""
+    """`config`; with several processes its micro-batches are the largest up to its own that divide a process's share."""
     share, rest = divmod(config.batch, processes)
-    return config if rest or share >= config.micro_batch else replace(config, micro_batch=share)
+    if rest or processes == 1:
+        return config
+    micro_batch = next(n for n in range(min(config.micro_batch, share), 0, -1) if share % n == 0)
+    return config if micro_batch == config.micro_batch else replace(config, micro_batch=micro_batch)
 
 
 def accumulation(config: TrainConfig, processes: int) -> int:

@@ -103,6 +103,8 @@ def test_processes_share_the_batch(photos: Path, tmp_path: Path, monkeypatch, ca
     """A file that is written for one process runs on two as it is, and says so; nothing else is changed."""
     config = run_config(None, ["stage=nuts", f"data.paths=[{photos}]", "batch=8", "micro_batch=8", "data.crop=64"])
     assert [shared_out(config, n).micro_batch for n in (1, 2, 4, 8, 16, 3)] == [8, 4, 2, 1, 8, 8]
+    wide = replace(config, batch=96, micro_batch=4)
+    assert [shared_out(wide, n).micro_batch for n in (1, 8, 16, 24, 32)] == [4, 4, 3, 4, 3]
     assert replace(shared_out(config, 2), micro_batch=8) == config
     assert [accumulation(shared_out(config, n), n) for n in (1, 2, 4, 8)] == [1, 1, 1, 1]
     monkeypatch.setenv("WORLD_SIZE", "2")

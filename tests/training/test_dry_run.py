@@ -11,6 +11,7 @@ import torch
 from consissr.config.training import TrainConfig
 from consissr.nano.config import run_config
 from consissr.training import dry_run, estimate
+from consissr.training.checks import accumulation, shared_out
 from consissr.training.stage import Stage
 from scripts.train import main, stage_builder
 
@@ -37,6 +38,8 @@ def test_every_recipe_builds_and_is_described(path: Path) -> None:
     trained = [p for phase in stage.phases for p in phase.parameters.values()]
     assert trained and {id(p) for p in trained} <= {id(p) for p in stage.networks.parameters()}
     assert "not a multiple" not in next(dry_run.batches(config))
+    for n in (1, 2, 4, 8, 16, 32):  # as it stands, wherever each process gets an image
+        assert config.batch % n or accumulation(shared_out(config, n), n) >= 1
     assert any(line.startswith("  photographs") for line in dry_run.inputs(config))
 
 
