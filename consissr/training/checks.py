@@ -100,7 +100,7 @@ def launched() -> int:
 
 
 def shared_out(config: TrainConfig, processes: int) -> TrainConfig:
-    """`config`; with several processes its micro-batches are the largest up to its own that divide a process's share."""
+    """`config`; with several processes with the largest micro-batch, up to its own, that divides a process's share."""
     share, rest = divmod(config.batch, processes)
     if rest or processes == 1:
         return config
