@@ -33,8 +33,9 @@ def compile_errors_in_one_line(instead: str) -> Iterator[None]:
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._inductor.", "torch._dynamo.")):
             raise
+        reason = reason_of(getattr(error, "inner_exception", error))  # its own may name the backend alone
         raise UserError(
-            f"the networks could not be compiled ({reason_of(error)}): install a C++ compiler; remove the file, if one "
+            f"the networks could not be compiled ({reason}): install a C++ compiler; remove the file, if one "
             f"is named, which a run that was killed left damaged; or {instead}"
         ) from error
 
