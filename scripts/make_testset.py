@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("-o", "--output", type=Path, required=True, help="new folder")
     root.add_argument("--count", type=int, default=0, help="number of crops; 0: one of each photograph")
     root.add_argument("--crop", type=int, default=512, help="side of the HR crops in pixels")
-    root.add_argument("--preset", default="ccsr", help="degradation: ccsr or consissr (the papers' settings)")
+    root.add_argument("--preset", default="ccsr", help="degradation: ccsr, consissr (as released) or heavy (ours)")
     root.add_argument("--seed", type=int, default=0, help="seed of crops and degradations")
     return root
 

@@ -48,7 +48,7 @@ def parser(description: str, commands: Mapping[str, Callable]) -> argparse.Argum
     sub("sizes")
     add = sub("degradation")
     add("-i", "--input", default="", help="folder of photographs; empty: made-up pictures")
-    add("--preset", default="ccsr", help="settings: ccsr or consissr")
+    add("--preset", default="ccsr", help="settings: ccsr, consissr or heavy")
     add("--images", type=int, default=48, help="images per path")
     return root
 

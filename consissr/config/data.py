@@ -39,7 +39,8 @@ class DataConfig:
     degradation: str = "ccsr"
     """Preset of the two-stage Real-ESRGAN degradation, as the method's release sets it: 'consissr', of Real-ESRGAN's
     own strength, or 'ccsr', milder (blur up to 1.5 and 1.0 instead of 3.0 and 1.5, noise up to 15 and 12 instead of 30
-    and 25, JPEG from quality 60 instead of 30; the paper says "the degradation pipeline in RealESRGAN")."""
+    and 25, JPEG from quality 60 instead of 30; the paper says "the degradation pipeline in RealESRGAN"). Or 'heavy',
+    ours: ConsisSR's with Gaussian noise of 25 to 50 and JPEG of quality 10 to 30 in the second stage."""
     draws: str = "per_image"
     """What the images of a micro-batch share of the degradation: nothing ('per_image') or all but blur kernels and
     strengths ('per_batch', ConsisSR as released)."""

@@ -1,6 +1,6 @@
-"""Settings of the two-stage degradation: the releases' values under two names."""
+"""Settings of the two-stage degradation: the releases' values under two names, and a heavier one of ours."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from consissr.config.loading import check_word
 
@@ -80,7 +80,11 @@ CONSISSR = DegradationConfig(
 )  # fmt: skip
 """ConsisSR's release: Real-ESRGAN's own strengths."""
 
-PRESETS = {"ccsr": CCSR, "consissr": CONSISSR}
+HEAVY = replace(CONSISSR, second=replace(CONSISSR.second, gaussian_prob=1.0, gaussian=(25.0, 50.0), jpeg=(10.0, 30.0)))
+"""Ours, of no paper's tables: ConsisSR's with so much noise and compression at LQ size that an image itself says little
+about its colours and textures. Here a prompt could add something."""
+
+PRESETS = {"ccsr": CCSR, "consissr": CONSISSR, "heavy": HEAVY}
 
 
 def preset(name: str) -> DegradationConfig:

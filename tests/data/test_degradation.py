@@ -107,6 +107,17 @@ def test_presets_hold_the_releases_values():
     ]
 
 
+def test_heavy_hides_colour_and_texture():
+    """At LQ size errors are nearly as large as the picture's own contrast, half as large again as ConsisSR's."""
+    x = picture(24, 96, 96) * 2 - 1
+    small = F.interpolate(x, size=(24, 24), mode="area")
+    error = {name: (degrade(x, preset(name), range(24))[0] - small).var() for name in ("consissr", "heavy")}
+    assert error["heavy"] > 0.75 * small.var() and error["heavy"] > 1.4 * error["consissr"]
+    heavy, released = preset("heavy"), preset("consissr")
+    assert (heavy.second.gaussian, heavy.second.jpeg, heavy.second.gaussian_prob) == ((25, 50), (10, 30), 1)
+    assert heavy.first == released.first and heavy.second.resize == released.second.resize
+
+
 # --- blur, noise, JPEG ---
 
 
@@ -225,7 +236,7 @@ def test_result_depends_on_pixels_and_seed_alone():
     assert not torch.equal(other[0], lq[2:3])
 
 
-@pytest.mark.parametrize("name", ["ccsr", "consissr"])
+@pytest.mark.parametrize("name", ["ccsr", "consissr", "heavy"])
 def test_output_form(name):
     x = picture(4, 96, 128) * 2 - 1
     lq, enlarged = degrade(x, preset(name), range(4))
