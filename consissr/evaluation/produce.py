@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
@@ -22,9 +23,20 @@ from consissr.evaluation.tables import Table
 from consissr.evaluation.workers import end_with_parent
 from consissr.images.formats import output_size
 
-FILE_FLAGS = argparse.ArgumentParser(add_help=False)
-FILE_FLAGS.add_argument("--base")  # of infer.py: its weights count as the model's own do
+
+class KnownFlags(argparse.ArgumentParser):
+    """Those of infer.py's flags that evaluation looks at itself. A mistake among them is a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"--infer-flags: {message}; see python scripts/infer.py --help")
+
+
+FILE_FLAGS = KnownFlags(add_help=False)
+FILE_FLAGS.add_argument("--base")  # its weights count as the model's own do
 FILE_FLAGS.add_argument("--config", type=find_config)  # its text counts as other flags do
+SIZE_FLAGS = KnownFlags(add_help=False, parents=[FILE_FLAGS])
+SIZE_FLAGS.add_argument("-s", "--scale", "--outscale", "--upscale")
+SIZE_FLAGS.add_argument("--longest-side")
 
 
 def results_of(
@@ -52,16 +64,18 @@ def results_of(
                         "which needs pip install stlpips-pytorch==0.0.2")  # fmt: skip
     list_images(args.lr)  # what does not pair is told before anything is restored
     if args.hr:
-        flags = [*scale_flags(args.hr, args.lr), *flags]
+        chosen = SIZE_FLAGS.parse_known_args(flags)[0]
+        flags = [*scale_flags(args.hr, args.lr, any(vars(chosen).values())), *flags]
     repeat = args.repeat or (table.runs if table else 1)
     results |= produce(table, models, args.lr, args.output, script, repeat, flags, find)
     return results, small if table or len(small) < len(results) else []
 
 
-def scale_flags(hr: Path, lr: Path) -> list[str]:
+def scale_flags(hr: Path, lr: Path, chosen: bool = False) -> list[str]:
     """infer.py's --scale that makes every LR image as large as its HR image, other than its own four times.
 
-    None of it where no factor does. Raises UserError, before anything is restored, where they do not pair.
+    chosen: flags choose sizes already, which may fit where no factor does. Raises UserError, before anything is
+    restored, where the images do not pair, and where nothing would make them as large.
     """
     large, small = pair({"HR": hr}, hr, lr).sizes, Listing(lr).sizes
     sides = [sides for name in large for sides in zip(large[name], small[name], strict=True)]
@@ -69,7 +83,12 @@ def scale_flags(hr: Path, lr: Path) -> list[str]:
     for word in ("4", *(f"{middle:.{digits}g}" for digits in range(1, 9))):
         if all(output_size(*small[name], float(word)) == size for name, size in large.items()):
             return ["--scale", word] if word != "4" else []
-    return []
+    if chosen:
+        return []
+    name = next(name for name, size in large.items() if output_size(*small[name], 4) != size)
+    own, size = ("x".join(map(str, sizes[name])) for sizes in (small, large))
+    raise UserError(f"HR {hr}: no one factor makes all images of LR {lr} as large ({name} is {size}, LR's {own}): "
+                    "split them by factor, or give --infer-flags '--longest-side PX'")  # fmt: skip
 
 
 def infer_flags(args: argparse.Namespace) -> list[str]:
