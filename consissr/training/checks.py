@@ -102,7 +102,7 @@ def launched() -> int:
 def shared_out(config: TrainConfig, processes: int) -> TrainConfig:
     """`config`; with several processes with the largest micro-batch, up to its own, that divides a process's share."""
     share, rest = divmod(config.batch, processes)
-    if rest or processes == 1:
+    if rest or share < 1 or processes == 1:
         return config
     micro_batch = next(n for n in range(min(config.micro_batch, share), 0, -1) if share % n == 0)
     return config if micro_batch == config.micro_batch else replace(config, micro_batch=micro_batch)

@@ -107,6 +107,7 @@ def test_processes_share_the_batch(photos: Path, tmp_path: Path, monkeypatch, ca
     assert [shared_out(wide, n).micro_batch for n in (1, 8, 16, 24, 32)] == [4, 4, 3, 4, 3]
     assert replace(shared_out(config, 2), micro_batch=8) == config
     assert [accumulation(shared_out(config, n), n) for n in (1, 2, 4, 8)] == [1, 1, 1, 1]
+    assert [shared_out(replace(config, batch=batch), 2).micro_batch for batch in (0, -2)] == [8, 8], "told by check_run"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("consissr.training.loop.Loop.__init__", lambda loop, config, *_: given.append(config))
     monkeypatch.setattr("consissr.training.loop.Loop.run", lambda loop: tmp_path)
