@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -100,11 +101,15 @@ def launched() -> int:
 
 
 def shared_out(config: TrainConfig, processes: int) -> TrainConfig:
-    """`config`; with several processes with the largest micro-batch, up to its own, that divides a process's share."""
+    """`config`; with several processes with the largest micro-batch, up to its own, that divides a process's share.
+
+    And the pool of pairs, where there is one.
+    """
     share, rest = divmod(config.batch, processes)
     if rest or share < 1 or processes == 1:
         return config
-    micro_batch = next(n for n in range(min(config.micro_batch, share), 0, -1) if share % n == 0)
+    whole = math.gcd(share, config.data.pair_pool)  # gcd(share, 0) is share
+    micro_batch = next(n for n in range(min(config.micro_batch, whole), 0, -1) if whole % n == 0)
     return config if micro_batch == config.micro_batch else replace(config, micro_batch=micro_batch)
 
 

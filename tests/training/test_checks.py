@@ -105,6 +105,8 @@ def test_processes_share_the_batch(photos: Path, tmp_path: Path, monkeypatch, ca
     assert [shared_out(config, n).micro_batch for n in (1, 2, 4, 8, 16, 3)] == [8, 4, 2, 1, 8, 8]
     wide = replace(config, batch=96, micro_batch=4)
     assert [shared_out(wide, n).micro_batch for n in (1, 8, 16, 24, 32)] == [4, 4, 3, 4, 3]
+    pool = replace(wide.data, pair_pool=64)  # a multiple of micro_batch: not of 3
+    assert [shared_out(replace(wide, data=pool), n).micro_batch for n in (1, 8, 16)] == [4, 4, 2]
     assert replace(shared_out(config, 2), micro_batch=8) == config
     assert [accumulation(shared_out(config, n), n) for n in (1, 2, 4, 8)] == [1, 1, 1, 1]
     assert [shared_out(replace(config, batch=batch), 2).micro_batch for batch in (0, -2)] == [8, 8], "told by check_run"
