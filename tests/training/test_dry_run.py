@@ -14,6 +14,7 @@ from consissr.training import dry_run, estimate
 from consissr.training.checks import accumulation, shared_out
 from consissr.training.stage import Stage
 from scripts.train import main, stage_builder
+from tests.training.tiny import words
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if "\nstage: " in path.read_text())
@@ -41,6 +42,15 @@ def test_every_recipe_builds_and_is_described(path: Path) -> None:
     for n in (1, 2, 4, 8, 16, 32):  # as it stands, wherever each process gets an image
         assert config.batch % n or accumulation(shared_out(config, n), n) >= 1
     assert any(line.startswith("  photographs") for line in dry_run.inputs(config))
+
+
+def test_memory_is_that_of_a_process(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of the micro-batch that each of the processes asked for will have."""
+    told, common = [], ("--dry-run", "data.crop=512", "batch=4", "processes=2")
+    for micro_batch in (2, 4):
+        assert main(words("autoencoder", photos, tmp_path, *common, f"micro_batch={micro_batch}")) == 0
+        told.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  activations  ")))
+    assert told[0] == told[1]
 
 
 def counts(name: str) -> dict[str, int]:
