@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from consissr.errors import UserError
+from consissr.evaluation.folders import parse_methods
 from consissr.evaluation.learned import check_device
 
 
@@ -63,7 +64,10 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for values that cannot be, and for flags that --check, or the want of it, would pass over."""
     if args.output.is_file():
         raise UserError(f"--output {args.output} is a file: name a folder")
-    for flag, place in (("--hr", args.hr), ("--lr", args.lr)):
+    places = [("--hr", args.hr), ("--lr", args.lr)]
+    for flag, words in (("--sr", args.sr), ("--wrong-condition", args.wrong_condition)):
+        places += [(flag, folder) for folder in parse_methods(words).values()]
+    for flag, place in places:
         if (args.run or args.check) and place and args.output.resolve().is_relative_to(place.resolve()):
             raise UserError(f"--output {args.output} lies in {flag} {place}, where results would count as its images: "
                             "name a folder elsewhere")  # fmt: skip

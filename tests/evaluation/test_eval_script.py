@@ -183,16 +183,17 @@ def test_mistakes_are_one_line(call, sets: dict[str, Path], tmp_path: Path, argu
     assert text.startswith("error: ") and message in text and "Traceback" not in text
 
 
-@pytest.mark.parametrize("words", [("--run", "nano-ccsr"), ("--check", "--sr", "../good")])
-@pytest.mark.parametrize("place", ["hr", "lr"])
+@pytest.mark.parametrize("words", [("--run", "nano-ccsr"), ("--check",)])
+@pytest.mark.parametrize("place", ["hr", "lr", "good"])
 def test_results_do_not_go_among_the_images(
     call, sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch, place: str, words: tuple[str, ...]
 ) -> None:
     """Where the next model would restore them, and no pair would fit any more: --output may be the default."""
-    folders = {"hr": "../hr", "lr": "../lr", place: "."}
+    folders = {"hr": "../hr", "lr": "../lr", "good": "../good", place: "."}
+    flag = {"good": "--sr"}.get(place, f"--{place}")
     monkeypatch.chdir(sets[place])
-    status, _, told = call(*words, "--hr", folders["hr"], "--lr", folders["lr"])
-    assert status == 2 and f"--output evaluation lies in --{place} ., where results would count" in told
+    status, _, told = call(*words, "--sr", f"m={folders['good']}", "--hr", folders["hr"], "--lr", folders["lr"])
+    assert status == 2 and f"--output evaluation lies in {flag} ., where results would count" in told
     assert sorted(file.name for file in sets[place].iterdir()) == ["a.png", "b.png", "c.png"]
 
 
