@@ -34,7 +34,7 @@ class KnownFlags(argparse.ArgumentParser):
 FILE_FLAGS = KnownFlags(add_help=False)
 FILE_FLAGS.add_argument("--base")  # its weights count as the model's own do
 FILE_FLAGS.add_argument("--config", type=find_config)  # its text counts as other flags do
-SIZE_FLAGS = KnownFlags(add_help=False, parents=[FILE_FLAGS])
+SIZE_FLAGS = KnownFlags(add_help=False)
 SIZE_FLAGS.add_argument("-s", "--scale", "--outscale", "--upscale")
 SIZE_FLAGS.add_argument("--longest-side")
 

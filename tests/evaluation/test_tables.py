@@ -235,14 +235,12 @@ def test_models_are_run_at_the_factor_of_the_pairs(tmp_path: Path, save, make_pi
         args = Namespace(sr=[], run=["m"], lr=lr, hr=hr, output=tmp_path, repeat=None, infer_flags="--tile 0")
         assert produce.results_of(args, None, Path("infer.py"))[0] == {"m": [*wanted, "--tile", "0"]}
     save(hr, {"b": make_picture(0, size=(15, 10))})
-    for fits in ("--longest-side 36", "-s3", "--config own.yaml", "--upscale=2"):
-        monkeypatch.chdir(tmp_path)
-        Path("own.yaml").write_text("longest-side: 36\n")
+    for fits in ("--longest-side 36", "-s3", "--upscale=2"):
         args.infer_flags = fits
         assert produce.results_of(args, None, Path("infer.py"))[0] == {"m": fits.split()}, "another size is asked for"
-    args.infer_flags = "--tile 0"
-    with pytest.raises(UserError, match=r"no one factor .* \(b is 10x15, LR's 5x7\).*--longest-side"):
-        produce.results_of(args, None, Path("infer.py"))
+    for args.infer_flags in ("--tile 0", "--config own.yaml", "--base sd21"):  # neither says a size
+        with pytest.raises(UserError, match=r"no one factor .* \(b is 10x15, LR's 5x7\).*--longest-side"):
+            produce.results_of(args, None, Path("infer.py"))
 
 
 def test_a_flag_of_infer_without_its_value_is_one_line(tmp_path: Path, save, make_picture) -> None:
