@@ -50,7 +50,8 @@ def restored(args: Namespace, restore: Callable[[Namespace], int]) -> int:
         raise UserError(f"{' '.join(args.input)}: films are restored one at a time; name one")
     source = Path(args.input[0])
     target = args.output if args.output.suffix.lower() in SUFFIXES else args.output / source.name
-    if target != args.output and not args.output.is_dir() and args.output.suffix.lower() in formats.READABLE:
+    picture = args.output.suffix.lower() in (*formats.READABLE, *formats.PLUGINS)
+    if target != args.output and not args.output.is_dir() and picture:
         raise UserError(f"--output {args.output} is neither a folder nor a film that is written ({' '.join(SUFFIXES)})")
     if args.suffix and target == args.output:
         raise UserError(f"--output {target} is the result's whole name: leave out --suffix")
