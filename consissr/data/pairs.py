@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from itertools import product
 
 from consissr.data.listing import Photos, list_photos
 from consissr.data.photo import PhotoFile
@@ -82,9 +83,10 @@ def pairs(
 
 def hint(photos: Photos, folder: str, names: Sequence[str]) -> str:
     """For a message: the known way of naming that fits these files, if one does."""
-    here, there = relative(photos).values(), relative(list_photos(folder)).values()
-    for known in KNOWN:
-        keys = {common(name, known[0]) for name in here} - {None}
-        if known != tuple(names) and keys and keys <= {common(name, known[1]) for name in there}:
+    theirs = list_photos(folder)
+    for known, shared in product(KNOWN, (False, True)):
+        keys = set(keyed(photos, known[0], shared).values())
+        if known != tuple(names) and keys and keys <= set(keyed(theirs, known[1], shared).values()):
             return f": use data.pair_names=[{','.join(known)}]"
-    return f"; its first file is {next(iter(there))}: data.pair_names says how names differ"
+    first = next(iter(relative(theirs).values()))
+    return f"; its first file is {first}: data.pair_names says how names differ"

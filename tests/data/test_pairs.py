@@ -69,6 +69,18 @@ def test_pairs_named_by_text_lists(folder, tmp_path, whole):
             assert photo.endswith(partner.replace(f"{tmp_path}/", "").replace("LR/", "")), partners
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "relative"])
+def test_how_names_in_text_lists_differ_is_told(folder, tmp_path, whole):
+    lists = []
+    for kind, end in (("HR", ""), ("LR", "x4")):
+        lists.append(tmp_path / f"{kind}.txt")
+        shutil.copytree(folder, tmp_path / kind)
+        files = [file.rename(file.with_stem(file.stem + end)) for file in list((tmp_path / kind).rglob("*.png"))]
+        lists[-1].write_text("".join(f"{file if whole else file.relative_to(tmp_path)}\n" for file in files))
+    with pytest.raises(UserError, match=r"8 of 8 images have no single partner.*: use data.pair_names=\[NAME,NAMEx4\]"):
+        photos_of(lists[0], lq_paths=[str(lists[1])])
+
+
 def test_pairs_beside_images_without(folder, tmp_path):
     """Real pairs and images to degrade, drawn as their probabilities say."""
     for kind, side in (("hq", 96), ("lq", 24)):
