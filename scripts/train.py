@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from consissr.errors import UserError
 from consissr.nano.config import run_config
-from consissr.training.checks import check_changes, check_run, launched, shared_out
+from consissr.training.checks import check_changes, check_run, depends_on_micro_batch, launched, shared_out
 from consissr.training.lock import claimed
 
 
@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         shared = shared_out(config, launched())
         if shared.micro_batch < config.micro_batch:
             told = f"{launched()} processes share a batch of {config.batch}"
+            told += "; what is learned changes with it" if depends_on_micro_batch(config) else ""
             logging.info("micro_batch=%d in place of %d: %s", shared.micro_batch, config.micro_batch, told)
         config = shared
         if options.dry_run:

@@ -113,6 +113,12 @@ def shared_out(config: TrainConfig, processes: int) -> TrainConfig:
     return config if micro_batch == config.micro_batch else replace(config, micro_batch=micro_batch)
 
 
+def depends_on_micro_batch(config: TrainConfig) -> bool:
+    """Whether images of one micro-batch share more than the step: a contrastive loss, an adaptive weight, draws."""
+    one_r = config.tala.shared_draw and config.stage.removeprefix("nano_") in ("tala", "nuts")
+    return config.stage in ("clip", "deft", "nano_deft") or config.data.draws == "per_batch" or one_r
+
+
 def accumulation(config: TrainConfig, processes: int) -> int:
     """Micro-batches per optimiser step and process. Raises UserError if the global batch does not divide."""
     if config.processes and config.processes != processes:

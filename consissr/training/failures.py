@@ -12,6 +12,7 @@ from consissr.config.training import TrainConfig
 from consissr.errors import UserError, compile_errors_in_one_line
 from consissr.models.memory import is_out_of_memory
 from consissr.training.checkpoints import last_good
+from consissr.training.checks import depends_on_micro_batch
 from consissr.training.processes import Processes
 
 
@@ -37,8 +38,7 @@ def memory_remedy(config: TrainConfig, step: int, world: int) -> str:
     """A line on a step that ran out of memory: what was done, and what needs less."""
     c, ways = config, []
     if c.micro_batch > 1:
-        shared = c.stage in ("clip", "deft", "nano_deft") or c.data.draws == "per_batch"
-        ways.append("a smaller one" + ("" if shared else " (same result)"))
+        ways.append("a smaller one" + ("" if depends_on_micro_batch(c) else " (same result)"))
     if c.stage.removeprefix("nano_") in ("tala", "nuts") and not c.gradient_checkpointing:
         ways.append("gradient_checkpointing=true")
     if world > 1 and c.engine == "ddp":

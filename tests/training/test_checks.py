@@ -15,7 +15,8 @@ import pytest
 
 from consissr.errors import UserError
 from consissr.nano.config import run_config
-from consissr.training.checks import accumulation, check_models, check_run, shared_out
+from consissr.training.checks import accumulation, check_models, check_run, depends_on_micro_batch, shared_out
+from consissr.training.failures import memory_remedy
 from scripts.train import main, stage_builder
 from tests.training.tiny import beside, words
 
@@ -118,6 +119,27 @@ def test_processes_share_the_batch(photos: Path, tmp_path: Path, monkeypatch, ca
         assert main(words("autoencoder", photos, tmp_path, "batch=4", "micro_batch=4")) == 0
     assert given[0].micro_batch == 2 and given[0].batch == 4
     assert "micro_batch=2 in place of 4: 2 processes share a batch of 4" in caplog.text
+    assert "what is learned changes" not in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert main(words("clip", photos, tmp_path, "batch=4", "micro_batch=4")) == 0
+    assert "what is learned changes with it" in caplog.text, "captions are told from those of the same micro-batch"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["stage=nuts"], False),
+        (["stage=nuts", "tala.shared_draw=true"], True),
+        (["stage=deft"], True),
+        (["stage=rclip"], False),
+        (["stage=rclip", "data.draws=per_batch"], True),
+    ],
+)
+def test_what_depends_on_the_micro_batch(words: list[str], wanted: bool) -> None:
+    config = run_config(None, words)
+    assert depends_on_micro_batch(config) is wanted
+    told = memory_remedy(config, 1, 1)
+    assert "a smaller one" in told and ("(same result)" in told) is not wanted
 
 
 @pytest.mark.parametrize(
