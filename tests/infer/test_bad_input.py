@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.exc import BackendCompilerFailed
 
 from consissr.config.sampler import SamplerConfig
 from consissr.images import codec
@@ -142,6 +143,20 @@ def test_memory_that_is_taken_while_a_file_is_read_ahead(infer, folder, tmp_path
     monkeypatch.setattr(codec, "read", full)
     status, out, _ = infer("-i", folder, "-o", tmp_path / "out")
     assert status == 0 and files(tmp_path / "out") == {"a.png", "b.jpg", "c.webp"}
+
+
+def test_what_cannot_be_compiled_is_told(infer, model, folder, tmp_path, monkeypatch):
+    """No compiler, or a file of an earlier run that is damaged."""
+
+    def fail(*_, **__):
+        error = RuntimeError.__new__(BackendCompilerFailed)  # its constructor differs from one torch to the next
+        error.inner_exception = ImportError("main.so: file too short\nand more")
+        raise error
+
+    monkeypatch.setattr(type(model), "__call__", fail)
+    status, _, err = infer("-i", folder, "-o", tmp_path / "out", "--compile")
+    assert status == 2 and err.endswith("or leave out --compile\n")
+    assert "error: the networks could not be compiled (main.so: file too short): install a C++ compiler" in err
 
 
 def test_defects_of_the_program_are_not_hidden(infer, model, folder, tmp_path):
