@@ -34,7 +34,8 @@ def restore(args: argparse.Namespace) -> int:
     naming = jobs.Naming(output=args.output, suffix=args.suffix, ext=args.ext, repeat=args.repeat, **sizes)
     mine = jobs.plan(args.input, naming, args.recursive, args.skip_existing)[rank::world]
     missing, existing = jobs.drop_existing(mine, args.skip_existing, args.overwrite)
-    out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
+    plain = {"soft_wrap": True, "highlight": False, "emoji": False}  # names are told as they are
+    out, err = Console(**plain), Console(stderr=True, **plain)
     if args.dry_run:
         out.print_json(json.dumps(vars(args), default=str))
         for job in missing:

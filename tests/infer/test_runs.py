@@ -278,6 +278,15 @@ def test_the_bar_shows_names_as_they_are():
     assert "photo[draft].png: tile 1 of 2" in out.getvalue()
 
 
+def test_names_are_told_as_they_are(infer, folder, tmp_path):
+    """Not with a picture of a cat in place of its name."""
+    (folder / "a.png").rename(folder / "a:cat:.png")
+    (folder / "b.jpg").write_bytes(b"")
+    (folder / "b.jpg").rename(folder / "b:dog:.jpg")
+    assert "a:cat:.png -> " in infer("-i", folder, "-o", tmp_path / "out", "--dry-run")[1]
+    assert "b:dog:.jpg: " in infer("-i", folder, "-o", tmp_path / "out")[2]
+
+
 def test_results_matter_more_than_what_is_said_of_them():
     """A log on a full disk; a pipe that nobody reads any more."""
     for error in (OSError(28, "No space left on device"), BrokenPipeError()):
