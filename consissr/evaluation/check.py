@@ -61,6 +61,8 @@ def scale_between(lr: Path, hr: Path) -> int:
     pairs, small = folders.pair({"HR": hr}, hr, lr), folders.Listing(lr).sizes
     first = pairs.images[0]
     scale = round(pairs.sizes[first][0] / small[first][0])
+    if pairs.sizes[first] < small[first]:
+        raise UserError(f"HR {hr}: its images are smaller than those of LR {lr}: were the two folders exchanged?")
     if odd := [name for name in pairs.images if pairs.sizes[name] != tuple(scale * side for side in small[name])]:
         own, size = ("x".join(map(str, sizes[odd[0]])) for sizes in (small, pairs.sizes))
         raise UserError(f"HR {hr}: {folders.some(odd)} has size {size}, LR's is {own}: not {scale} times as large")

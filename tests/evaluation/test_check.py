@@ -92,6 +92,8 @@ def test_baselines_are_of_the_given_images(sets: dict[str, Path], tmp_path: Path
 def test_folders_that_do_not_fit_are_named(sets: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--wrong-condition x: no --sr folder of that name; write NAME=DIR"):
         check.check({"good": sets["good"]}, sets["hr"], sets["lr"], tmp_path / "out", {"x": sets["bad"]}, jobs=1)
+    with pytest.raises(UserError, match="its images are smaller than those of LR .*: were the two folders exchanged"):
+        check.scale_between(sets["hr"], sets["lr"])
     shutil.copy(sets["hr"] / "b.png", sets["lr"] / "b.png")
     with pytest.raises(UserError, match="b has size 192x96, LR's is 192x96: not 4 times as large"):
         check.check({"good": sets["good"]}, sets["hr"], sets["lr"], tmp_path / "out", jobs=1)
