@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor.exc import InductorError
+from torch._inductor import exc
 
 from consissr.errors import UserError
 from consissr.nano.config import run_config
@@ -222,7 +222,7 @@ def test_too_little_memory_is_told(
     assert message in one_line(caplog)
 
 
-@pytest.mark.parametrize("kind", [InductorError, BackendCompilerFailed])
+@pytest.mark.parametrize("kind", [getattr(exc, "InductorError", exc.LoweringException), BackendCompilerFailed])
 def test_what_cannot_be_compiled_is_told(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: type
 ) -> None:
