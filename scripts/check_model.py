@@ -15,11 +15,7 @@ from consissr.errors import UserError, exit_status
 
 
 def plans_of(config) -> dict:
-    """The plans to check a model with, by name: one and two steps of NUTS, as `--steps` makes them, and its own if that
-    is another.
-
-    None stands for its own.
-    """
+    """Plans to check a model with, by name: one and two steps of NUTS, as `--steps` makes them, and its own (None)."""
     from ccsr.timesteps import plan_of, sampler_plan
 
     own, plans = sampler_plan(config), {}
