@@ -81,8 +81,8 @@ CONSISSR = DegradationConfig(
 """ConsisSR's release: Real-ESRGAN's own strengths."""
 
 HEAVY = replace(CONSISSR, second=replace(CONSISSR.second, gaussian_prob=1.0, gaussian=(25.0, 50.0), jpeg=(10.0, 30.0)))
-"""Ours, of no paper's tables: ConsisSR's with so much noise and compression at LQ size that an image itself says little
-about its colours and textures. Here a prompt could add something."""
+"""Ours, of no paper's tables: ConsisSR's with so much noise and compression in the second stage that an image itself
+says little about its colours and textures. Here a prompt could add something."""
 
 PRESETS = {"ccsr": CCSR, "consissr": CONSISSR, "heavy": HEAVY}
 

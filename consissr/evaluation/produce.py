@@ -71,7 +71,7 @@ def results_of(
     return results, small if table or len(small) < len(results) else []
 
 
-def scale_flags(hr: Path, lr: Path, chosen: bool = False) -> list[str]:
+def scale_flags(hr: Path, lr: Path, chosen: bool) -> list[str]:
     """infer.py's --scale that makes every LR image as large as its HR image, other than its own four times.
 
     chosen: flags choose sizes already, which may fit where no factor does. Raises UserError, before anything is

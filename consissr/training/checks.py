@@ -115,8 +115,8 @@ def shared_out(config: TrainConfig, processes: int) -> TrainConfig:
 
 def depends_on_micro_batch(config: TrainConfig) -> bool:
     """Whether images of one micro-batch share more than the step: a contrastive loss, an adaptive weight, draws."""
-    one_r = config.tala.shared_draw and config.stage.removeprefix("nano_") in ("tala", "nuts")
-    return config.stage in ("clip", "deft", "nano_deft") or config.data.draws == "per_batch" or one_r
+    one_draw = config.tala.shared_draw and config.stage.removeprefix("nano_") in ("tala", "nuts")
+    return config.stage in ("clip", "deft", "nano_deft") or config.data.draws == "per_batch" or one_draw
 
 
 def accumulation(config: TrainConfig, processes: int) -> int:
