@@ -295,8 +295,7 @@ class Loop:
             self.frozen.restore()
             with self.average.swapped(), torch.compiler.set_stance("force_eager"):
                 self.stage.export(self.output_dir)
-        self.processes.wait()
-        self.processes.close()
+        self.processes.leave()
         self.accelerator.end_training()
         return self.output_dir
 

@@ -79,6 +79,12 @@ class Processes:
             values /= self.world
         return values
 
+    def leave(self) -> None:
+        """Until all processes have nothing more to ask of each other: the one that keeps the store may then end."""
+        self.wait()
+        self.close()
+        self.wait()
+
     @contextlib.contextmanager
     def machine_first(self, local_rank: int) -> Iterator[None]:
         """The first process of each machine goes through alone; the others follow, and find what it cached."""
@@ -99,9 +105,17 @@ class Processes:
         if self.world == 1 or self.orphaned():  # without a launcher there is no store either
             return self.rank == 0
         try:
-            return self.store.compare_set(FAILED, "", str(self.rank)) in (b"", str(self.rank).encode())
+            return self.store.add(FAILED, 1) == 1
         except RuntimeError:  # the store went with the process or launcher that kept it
             return self.rank == 0
+
+    def outlast(self, seconds: float = 5) -> None:
+        """Where no launcher keeps the store, process 0 does: it stays until the others that fail, too, have asked."""
+        if self.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        until = time.monotonic() + seconds
+        while self.store.add(FAILED, 0) < self.world and time.monotonic() < until:
+            time.sleep(0.01)
 
     @contextlib.contextmanager
     def one_line(self) -> Iterator[None]:
@@ -111,8 +125,10 @@ class Processes:
         except Exception as error:
             if self.world == 1 or not isinstance(error, UserError | RuntimeError):
                 raise
-            if not self.speaks():
-                self.close()
+            self.close()  # before process 0, which may keep the store, is told that it may go
+            speaks = self.speaks()
+            self.outlast()
+            if not speaks:
                 raise SystemExit(2) from None
             if not isinstance(error, UserError) and broken(error):
                 error = UserError(

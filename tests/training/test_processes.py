@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from consissr.errors import UserError
 from consissr.training.checkpoints import load_checkpoint
 from consissr.training.processes import Processes
 from consissr.training.run_log import read_log
-from tests.training.children import finish, start, start_several
+from tests.training.children import finish, forkserver, say_into, start, start_several, world
 from tests.training.tiny import beside, slow_but, words
 
 MORE = ("micro_batch=1", "ema=0.9", "optimizer.warmup=2", "optimizer.decay=cosine", "checkpoint_limit=9")
@@ -33,6 +35,37 @@ def test_machines_that_cannot_reach_each_other_name_the_remedy(monkeypatch: pyte
     monkeypatch.setattr(dist, "new_group", refused)
     with pytest.raises(UserError, match=r"connectFullMesh failed.*set GLOO_SOCKET_IFNAME"):
         Processes(0, 2, torch.device("cpu"), timeout=1)
+
+
+def fail_late(environment: dict[str, str], out: Path, ends: bool) -> None:
+    """One of two processes, which all meet the same error, or end; process 1 a second after process 0."""
+    os.environ.update(environment)
+    say_into(out)
+    rank = int(environment["RANK"])
+    dist.init_process_group("gloo")
+    processes = Processes(rank, 2, torch.device("cpu"), timeout=0.05)  # a sign of life every 0.6 s
+    close = processes.close
+    processes.close = lambda: (time.sleep(rank), close())
+    try:
+        with processes.one_line():
+            if not ends:
+                raise UserError("the loss is not finite")
+            processes.leave()
+    except UserError as error:
+        print(error, flush=True)
+        os._exit(2)
+    os._exit(0)  # at once, as the interpreter may
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_process_that_keeps_the_store_leaves_last(tmp_path: Path, ends: bool) -> None:
+    """The others, late, would print twenty lines of a connection that was reset."""
+    outs = [tmp_path / f"{rank}.txt" for rank in range(2)]
+    both = [forkserver().Process(target=fail_late, args=(*place, ends)) for place in zip(world(2), outs, strict=True)]
+    for process in both:
+        process.start()
+    assert finish(*both) == ([0, 0] if ends else [2, 2])
+    assert [out.read_text().strip() for out in outs] == ["" if ends else "the loss is not finite", ""]
 
 
 def assert_same_figures(one: Path, two: Path, stage: str) -> None:
