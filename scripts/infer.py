@@ -55,8 +55,7 @@ def restore(args: argparse.Namespace) -> int:
     log, restorer = batch.open_log(args.json, vars(args), mine) if args.json else None, None
     if sizes := {(job.out_height, job.out_width) for job in missing if not job.error}:
         restorer = load(args, local_rank, one_size=len(sizes) == 1)
-        if short_side := restorer.sampler.short_side:
-            missing = [jobs.memory_checked(job, short_side) for job in missing]
+        missing = batch.memory_checked_again(missing, restorer.sampler)
         if (changes := given(args, PLAN_FLAGS)) or args.config:
             from ccsr.timesteps import changed_plan
 

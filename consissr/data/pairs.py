@@ -30,7 +30,10 @@ def relative(photos: Photos, shared: bool = False) -> dict[PhotoFile, str]:
     whole = sum(map(os.path.isabs, names.values()))
     if whole != len(names) and (whole or not shared):
         return names
-    root = os.path.commonpath([os.path.dirname(name) for name in names.values()])
+    try:
+        root = os.path.commonpath([os.path.dirname(name) for name in names.values()])
+    except ValueError:  # two drives of Windows share no folder
+        return names
     return {photo: os.path.relpath(name, root or ".") for photo, name in names.items()}
 
 

@@ -77,6 +77,7 @@ def prepare(
     """
     height, width = image.shape[2:]
     size = output_size(height, width, scale, longest)
+    short_side = least_side(rule, short_side)
     if longest is not None:
         scale = longest / max(height, width)
     if rule == "pad":
@@ -93,7 +94,6 @@ def prepare(
             return part[:, :, to_device(which - first, part.device)][..., to_device(across, part.device)]
 
         return Prepared(rows, padded, size, raised, image.device, margin)
-    short_side = short_side or RELEASED_SHORT_SIDE
     lq = to_pil(image.whole() if isinstance(image, Rows) else image)
     if rule == "ccsr":
         x = to_tensor(ccsr_input(lq, scale, short_side))
@@ -139,6 +139,11 @@ def finished(prepared: Prepared, y: Tensor, rule: str, color_fix: str, strength:
     y = crop(truncated(transfer(y, prepared.rows, color_fix, strength)), prepared.upscaled)
     kind = Image.Resampling.BICUBIC if rule == "ccsr" else Image.Resampling.LANCZOS
     return Rows.of(to_tensor(to_pil(y).resize(prepared.size[::-1], kind)))
+
+
+def least_side(rule: str, short_side: int) -> int:
+    """What short sides are raised to under a size rule: the released ones know no 0, which turns it off under `pad`."""
+    return short_side or (0 if rule == "pad" else RELEASED_SHORT_SIDE)
 
 
 def at_least(size: tuple[int, int], short_side: int) -> tuple[int, int]:

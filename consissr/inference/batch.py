@@ -24,12 +24,14 @@ from consissr import __version__
 from consissr.errors import UserError
 from consissr.images import codec
 from consissr.images.codec import Photo, Samples
+from consissr.images.geometry import least_side
 from consissr.images.inputs import equal_sizes
 from consissr.images.metadata import with_settings
-from consissr.inference.jobs import Job, reason
+from consissr.inference.jobs import Job, memory_checked, reason
 from consissr.models.memory import is_out_of_memory, peak_memory_mb
 
 if TYPE_CHECKING:
+    from consissr.config.sampler import SamplerConfig
     from consissr.restorer import Restorer
 
 READERS = 2
@@ -86,6 +88,12 @@ class Report:
                 log.warning("--json: the log ends here (%s)", error.strerror)
                 self.log = None
         self.tell(outcome)
+
+
+def memory_checked_again(jobs: Iterable[Job], sampler: SamplerConfig) -> list[Job]:
+    """Jobs as `memory_checked` leaves them now that is known what the model raises short sides to."""
+    side = least_side(sampler.geometry, sampler.short_side)
+    return [memory_checked(job, side) if side else job for job in jobs]
 
 
 def run(restorer: Restorer, jobs: Iterable[Job], settings: Settings, report: Report) -> None:

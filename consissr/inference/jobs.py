@@ -254,7 +254,7 @@ def _measured(job: Job, naming: Naming) -> Job:
 def memory_checked(job: Job, short_side: int = 0) -> Job:
     """`job`, or, where what is free is too little for it, with the reason against it.
 
-    short_side: what the model raises the short side of smaller results to (`sampler.short_side`), once it is known.
+    short_side: what the model raises the short side of smaller results to (`geometry.least_side`), once it is known.
     """
     least = min(job.out_height, job.out_width)
     if job.error or 0 < short_side <= least:

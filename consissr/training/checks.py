@@ -97,7 +97,10 @@ def check_numbers(config: TrainConfig) -> None:
 
 def launched() -> int:
     """How many processes the launcher says it started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdigit() or int(told) < 1:
+        raise UserError(f"WORLD_SIZE={told} in the environment is no number of processes: unset it, or use torchrun")
+    return int(told)
 
 
 def shared_out(config: TrainConfig, processes: int) -> TrainConfig:

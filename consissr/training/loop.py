@@ -33,7 +33,7 @@ from consissr.training.processes import Flags, Processes
 from consissr.training.run_log import RunLog
 from consissr.training.stage import Batch, Stage, seed_of, trained_ids
 from consissr.training.validation import Validation
-from consissr.training.window import LogWindow, counted, product_rate
+from consissr.training.window import LogWindow, counted, fastest_rate
 from consissr.weights.precision import choose_precision
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -114,7 +114,7 @@ class Loop:
                 network.compile()
         self.players = [Player(phase, self.accelerator, config.engine == "zero1") for phase in self.stage.phases]
         self.average = Average(self.weights(), config.ema)
-        self.window.peak = product_rate(self.device, self.autocast)
+        self.window.peak = fastest_rate(self.device, self.autocast)
 
     def batches(self) -> Iterator[Batch]:
         """Micro-batches of this process from the current step on."""

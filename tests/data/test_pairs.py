@@ -1,5 +1,6 @@
 """Own low-quality partners of photographs: by name, at their scale, beside images to degrade."""
 
+import os
 import shutil
 
 import numpy as np
@@ -79,6 +80,18 @@ def test_how_names_in_text_lists_differ_is_told(folder, tmp_path, whole):
         lists[-1].write_text("".join(f"{file if whole else file.relative_to(tmp_path)}\n" for file in files))
     with pytest.raises(UserError, match=r"8 of 8 images have no single partner.*: use data.pair_names=\[NAME,NAMEx4\]"):
         photos_of(lists[0], lq_paths=[str(lists[1])])
+
+
+def test_names_on_two_drives_are_compared_as_they_are(folder, tmp_path, monkeypatch):
+    """Windows' D:/hq and E:/lq share no folder, which os.path tells by a ValueError."""
+
+    def two_drives(paths):
+        raise ValueError("Paths don't have the same drive")
+
+    (tmp_path / "hq.txt").write_text("".join(f"{file}\n" for file in folder.rglob("*.png")))
+    monkeypatch.setattr(os.path, "commonpath", two_drives)
+    with pytest.raises(UserError, match="8 of 8 images have no single partner"):
+        photos_of(tmp_path / "hq.txt", lq_paths=[str(folder)])
 
 
 def test_pairs_beside_images_without(folder, tmp_path):

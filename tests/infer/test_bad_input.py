@@ -110,14 +110,21 @@ def test_result_larger_than_memory(infer, folder, tmp_path, monkeypatch):
 
 
 def test_result_that_the_networks_see_larger_than_memory(infer, model, folder, tmp_path, monkeypatch):
-    """The model raises short sides, which is known once it is loaded: a strip of 4x64 pixels, 32 times as large."""
+    """The model raises short sides, which is known once it is loaded: a strip of 4x64 pixels, 32 times as large.
+
+    Or 128 times, where its rules raise them to 512 unasked.
+    """
     Image.new("RGB", (16, 1)).save(folder / "strip.png")
-    model.sampler = SamplerConfig(short_side=128)
-    for each, status in ((24 + 340, 1), (24 + 350, 0)):
-        free = SimpleNamespace(available=each * 128 * 2048)
-        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: free)
-        found, _, err = infer("-i", folder / "strip.png", "-o", tmp_path / str(each))
-        assert found == status and ("for the networks 32 times as large, needs" in err) == bool(status)
+    for config, side in ((SamplerConfig(short_side=128), 128), (SamplerConfig(geometry="ccsr"), 512)):
+        model.sampler = config
+        area = side * 16 * side
+        one_piece = min(area, 2048 * 2048) / area
+        for each, status in ((24 + 340 * one_piece, 1), (24 + 350 * one_piece, 0)):
+            free = SimpleNamespace(available=each * area)
+            monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: free)
+            found, _, err = infer("-i", folder / "strip.png", "-o", tmp_path / f"{side} {status}")
+            told = f"for the networks {side / 4:g} times as large, needs" in err
+            assert found == status and told == bool(status)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -147,6 +147,8 @@ def test_what_depends_on_the_micro_batch(words: list[str], wanted: bool) -> None
     [
         ("ACCELERATE_USE_FSDP", "true", "stage 'nuts' does not run under FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "stage 'nuts' does not run under DeepSpeed"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE=0 in the environment is no number of processes: unset it, or use torchrun"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE=two in the environment is no number of processes"),
         ("WORLD_SIZE", "3", "batch 8 is not a multiple of micro_batch 4 x 3 process(es): use batch=12"),
     ],
 )

@@ -118,7 +118,7 @@ def test_what_is_told_and_saved_when(photos: Path, tmp_path: Path, monkeypatch: 
 
     words = ["steps=5", "log_every=2", "checkpoint_every=3", "validate_every=2", "workers=3"]
     words += [f"data.validation={photos}"]
-    monkeypatch.setattr(loop_module, "product_rate", lambda *given: asked.append(given) or 7.0)
+    monkeypatch.setattr(loop_module, "fastest_rate", lambda *given: asked.append(given) or 7.0)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     run = begun(tmp_path / "photos", tmp_path / "run", *words, build=Slow)
     assert asked == [(torch.device("cpu"), False)]
@@ -155,7 +155,7 @@ def test_a_steps_work_is_counted_once_in_a_run(photos: Path, tmp_path: Path, mon
     never stopped."""
     asked = []
     monkeypatch.setattr(loop_module, "counted", lambda run: asked.append(run()) or 50)
-    monkeypatch.setattr(loop_module, "product_rate", lambda *_: 1.0)
+    monkeypatch.setattr(loop_module, "fastest_rate", lambda *_: 1.0)
     begun(photos, tmp_path, "steps=2").run()
     begun(photos, tmp_path, "steps=3", resume="latest").run()
     assert len(asked) == 1

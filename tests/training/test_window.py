@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from consissr.training.processes import Processes
-from consissr.training.window import LogWindow, counted
+from consissr.training.window import LogWindow, counted, fastest_rate
 
 
 def test_counting_changes_no_bit() -> None:
@@ -49,6 +50,27 @@ def test_speed_leaves_out_what_was_no_step(monkeypatch: pytest.MonkeyPatch) -> N
     values = window.close(2)
     speed = {"steps_per_second": 0.5, "data_seconds": 0.5, "peak_share": 0.25}
     assert values == speed | {"loss": 4.0}, "2 s a step: 50 of 200 operations per second"
+
+
+@pytest.mark.parametrize("faster", ["product", "convolution"])
+def test_the_peak_is_what_the_faster_operation_reaches(monkeypatch: pytest.MonkeyPatch, faster: str) -> None:
+    """By a clock on which the slower one takes a second and the other half of the time that its work would."""
+    product, convolution = 2 * 512**3, 2 * (2 * 64 * 64) * 96 * 96 * 9
+    seconds = {"product": 1.0, "convolution": convolution / product}
+    seconds[faster] /= 2
+    now, multiply, convolve = [0.0], torch.Tensor.__matmul__, F.conv2d
+
+    def timed(run, name: str):
+        def call(*args, **kwargs):
+            now[0] += seconds[name]
+            return run(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed(multiply, "product"))
+    monkeypatch.setattr(F, "conv2d", timed(convolve, "convolution"))
+    assert fastest_rate(torch.device("cpu"), low=False) == pytest.approx(2 * product)
 
 
 def test_means_leave_out_what_was_not_finite() -> None:
