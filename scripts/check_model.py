@@ -77,8 +77,10 @@ def check_model(args: argparse.Namespace) -> int:
     """Restore, check, print two tables."""
     if not args.realsr and not args.photos:
         raise UserError("nothing to check: give --realsr DIR (with LR/ and HR/), --photos DIR, or both")
-    if args.photos and not Path(args.photos).exists():
-        raise UserError(f"--photos {args.photos} does not exist: give a folder of photographs")
+    if args.photos:
+        from consissr.data.listing import list_photos
+
+        list_photos(args.photos)  # what is not there is told before real pairs are restored
     from consissr.weights.find import base_of, places, read_config
 
     model, *_ = weights = places(args.model, args.base)

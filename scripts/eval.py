@@ -54,9 +54,9 @@ def evaluate_folders(args: argparse.Namespace) -> int:
 def print_table(args: argparse.Namespace) -> int:
     table = tables.load_table(args.table, TABLES)
     if table.kind == "figure":
-        args.repeat = args.repeat or table.runs
+        args.repeat, box = args.repeat or table.runs, parse_box(args.box)
         results, _ = produce.results_of(args, None, INFER, places)
-        print("\n".join(map(str, figures.draw(table, results, args, parse_box(args.box)))))
+        print("\n".join(map(str, figures.draw(table, results, args, box))))
         return 0
     dataset, status = table.dataset(args.dataset), 0
     if table.kind == "complexity":
@@ -82,7 +82,7 @@ def check(args: argparse.Namespace) -> int:
     if not (args.hr and args.lr):
         raise UserError("--check compares with --hr and builds its baselines from --lr: give both folders")
     wrong = folders.parse_methods(args.wrong_condition)
-    checks.check_names({**folders.parse_methods(args.sr), **produce.models_by_row(None, args.run)}, wrong)
+    checks.check_names({**folders.parse_methods(args.sr), **produce.models_by_row(None, args.run)}, wrong, args.hr)
     checks.scale_between(args.lr, args.hr)  # pairs that the check refuses, before models run
     results, _ = produce.results_of(args, None, INFER, places)
     rows = checks.check(results, args.hr, args.lr, args.output, wrong, args.jobs)

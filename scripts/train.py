@@ -61,17 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
         config = run_config(options.config, options.overrides)
+        if options.dry_run:
+            from consissr.training.dry_run import describe
+
+            print("\n".join(describe(config, stage_builder(config.stage))))
+            return 0
         shared = shared_out(config, launched())
         if shared.micro_batch < config.micro_batch:
             told = f"{launched()} processes share a batch of {config.batch}"
             told += "; what is learned changes with it" if depends_on_micro_batch(config) else ""
             logging.info("micro_batch=%d in place of %d: %s", shared.micro_batch, config.micro_batch, told)
         config = shared
-        if options.dry_run:
-            from consissr.training.dry_run import describe
-
-            print("\n".join(describe(config, stage_builder(config.stage))))
-            return 0
         check_run(config, options.resume)  # again in Loop, but here before torch is imported
         if options.resume:
             check_changes(config, options.resume, options.allow_changes)

@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +61,7 @@ def scale_between(lr: Path, hr: Path) -> int:
     pairs, small = folders.pair({"HR": hr}, hr, lr), folders.Listing(lr).sizes
     first = pairs.images[0]
     scale = round(pairs.sizes[first][0] / small[first][0])
-    if pairs.sizes[first] < small[first]:
-        raise UserError(f"HR {hr}: its images are smaller than those of LR {lr}: were the two folders exchanged?")
+    folders.check_exchanged(hr, lr, pairs.sizes, small)
     if odd := [name for name in pairs.images if pairs.sizes[name] != tuple(scale * side for side in small[name])]:
         own, size = ("x".join(map(str, sizes[odd[0]])) for sizes in (small, pairs.sizes))
         raise UserError(f"HR {hr}: {folders.some(odd)} has size {size}, LR's is {own}: not {scale} times as large")
@@ -84,12 +83,14 @@ def write_baselines(lr: Path, output: Path, scale: int = 4) -> dict[str, Path]:
     return written
 
 
-def check_names(names: Collection[str], wrong: Iterable[str]) -> None:
-    """Raises UserError where a result has the name of a baseline, and where one of `wrong` is no result's."""
+def check_names(names: Collection[str], wrong: dict[str, Path], hr: Path) -> None:
+    """Raises UserError where a result has the name of a baseline, and where one of `wrong` is no result's or does not
+    pair with HR."""
     if taken := [name for name in names if name in (BICUBIC, GRAINY)]:
         raise UserError(f"'{taken[0]}' names a row of the check itself: write another NAME=DIR")
     if unknown := [name for name in wrong if name not in names]:
         raise UserError(f"--wrong-condition {unknown[0]}: no --sr folder of that name; write NAME=DIR")
+    folders.pair(wrong, hr, None)
 
 
 def check(
@@ -105,7 +106,7 @@ def check(
     `wrong` maps names of `results` to folders restored with another image's condition under the image's own name.
     """
     wrong = wrong or {}
-    check_names(results, wrong)
+    check_names(results, wrong, hr)
     baselines = write_baselines(lr, output / "baselines", scale_between(lr, hr))
     protocol, cache = get_protocol("ccsr"), output / "scores.jsonl"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from consissr.errors import UserError
 from consissr.evaluation.folders import parse_methods
 from consissr.evaluation.learned import check_device
+from consissr.evaluation.workers import check_jobs
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -64,17 +65,19 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for values that cannot be, and for flags that --check, or the want of it, would pass over."""
     if args.output.is_file():
         raise UserError(f"--output {args.output} is a file: name a folder")
+    writes_images = args.run or args.check or "figure" in (args.table or "")
     places = [("--hr", args.hr), ("--lr", args.lr)]
     for flag, words in (("--sr", args.sr), ("--wrong-condition", args.wrong_condition)):
         places += [(flag, folder) for folder in parse_methods(words).values()]
     for flag, place in places:
-        if (args.run or args.check) and place and args.output.resolve().is_relative_to(place.resolve()):
+        if writes_images and place and args.output.resolve().is_relative_to(place.resolve()):
             raise UserError(f"--output {args.output} lies in {flag} {place}, where results would count as its images: "
                             "name a folder elsewhere")  # fmt: skip
     if args.repeat is not None and args.repeat < 1:
         raise UserError(f"--repeat must be at least 1, not {args.repeat}")
     if args.report_images < 0:
         raise UserError(f"--report-images must be at least 0, not {args.report_images}")
+    check_jobs(args.jobs)
     check_device(args.device)
     if args.check:
         refuse(args, "--check", *FIXED)

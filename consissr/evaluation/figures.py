@@ -218,9 +218,7 @@ def _pairs(inputs: Inputs) -> folders.Pairs:
 
 
 def _chosen(inputs: Inputs, images: Sequence[str]) -> list[str]:
-    if unknown := [name for name in inputs.images if name not in images]:
-        example = next(iter(images))
-        raise UserError(f"there is no image '{unknown[0]}'; names come without extension, for instance {example}")
+    folders.check_images(inputs.images, images)
     return inputs.images or list(images)[:1]
 
 

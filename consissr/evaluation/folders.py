@@ -120,8 +120,7 @@ def pair(folders: dict[str, Path], hr: Path | None, lr: Path | None, unranked: C
     Raises UserError with one line per problem: missing and surplus names, files that cannot be read, a format that
     differs from its folder's other files, sizes that differ from HR's.
     """
-    if unknown := [name for name in unranked if name not in folders]:
-        raise UserError(f"no result folder is called '{unknown[0]}', which is not to be ranked: {', '.join(folders)}")
+    check_unranked(unranked, folders)
     runs = {name: [Listing(run) for run in list_runs(folder)] for name, folder in folders.items()}
     reference = Listing(hr, f"HR {hr}") if hr else next(iter(runs.values()))[0]
     inputs = Listing(lr, f"LR {lr}") if lr else None
@@ -191,6 +190,25 @@ def read_image(path: Path) -> "torch.Tensor":
     if photo.form.bits == 8:
         return codec.to_uint8(photo.pixels)[None].float() / 255
     return (photo.pixels[None] + 1) / 2
+
+
+def check_unranked(unranked: Collection[str], names: Collection[str]) -> None:
+    """Raises UserError where one of `unranked` is no method's name."""
+    if unknown := [name for name in unranked if name not in names]:
+        raise UserError(f"no result folder is called '{unknown[0]}', which is not to be ranked: {', '.join(names)}")
+
+
+def check_images(chosen: Collection[str], images: Collection[str]) -> None:
+    """Raises UserError where one of `chosen` is no image's name."""
+    if unknown := [name for name in chosen if name not in images]:
+        example = next(iter(images))
+        raise UserError(f"there is no image '{unknown[0]}'; names come without extension, for instance {example}")
+
+
+def check_exchanged(hr: Path, lr: Path, large: dict[str, tuple[int, int]], small: dict[str, tuple[int, int]]) -> None:
+    """Raises UserError where HR's images (sizes `large` by name) are smaller than LR's (`small`)."""
+    if all(max(large[name]) < max(small[name]) for name in large):
+        raise UserError(f"HR {hr}: its images are smaller than those of LR {lr}: were the two folders exchanged?")
 
 
 def some(names: list[str]) -> str:

@@ -18,7 +18,18 @@ from PIL import Image
 from consissr.config.loading import find_config, nearest
 from consissr.errors import UserError
 from consissr.evaluation import provenance, stlpips
-from consissr.evaluation.folders import EXTENSIONS, Listing, list_images, named, pair, parse_methods
+from consissr.evaluation.folders import (
+    EXTENSIONS,
+    Listing,
+    check_exchanged,
+    check_images,
+    check_unranked,
+    list_images,
+    named,
+    pair,
+    parse_methods,
+    some,
+)
 from consissr.evaluation.tables import Table
 from consissr.evaluation.workers import end_with_parent
 from consissr.images.formats import output_size
@@ -35,8 +46,8 @@ FILE_FLAGS = KnownFlags(add_help=False)
 FILE_FLAGS.add_argument("--base")  # its weights count as the model's own do
 FILE_FLAGS.add_argument("--config", type=find_config)  # its text counts as other flags do
 SIZE_FLAGS = KnownFlags(add_help=False)
-SIZE_FLAGS.add_argument("-s", "--scale", "--outscale", "--upscale")
-SIZE_FLAGS.add_argument("--longest-side")
+SIZE_FLAGS.add_argument("-s", "--scale", "--outscale", "--upscale", type=float)
+SIZE_FLAGS.add_argument("--longest-side", type=int)
 
 
 def results_of(
@@ -62,33 +73,45 @@ def results_of(
     if table and small and stlpips.weights_file() is None:
         raise UserError(f"{models[small[0]]} is small: beside published values it is shown with a learned distance, "
                         "which needs pip install stlpips-pytorch==0.0.2")  # fmt: skip
-    list_images(args.lr)  # what does not pair is told before anything is restored
+    # what does not pair, or is not there, is told before anything is restored
+    check_images(args.image, list_images(args.lr))
+    check_unranked(args.unranked, results | models)
+    if results:
+        pair(results, args.hr, args.lr)
     if args.hr:
-        chosen = SIZE_FLAGS.parse_known_args(flags)[0]
-        flags = [*scale_flags(args.hr, args.lr, any(vars(chosen).values())), *flags]
+        flags = [*scale_flags(args.hr, args.lr, SIZE_FLAGS.parse_known_args(flags)[0]), *flags]
     repeat = args.repeat or (table.runs if table else 1)
     results |= produce(table, models, args.lr, args.output, script, repeat, flags, find)
     return results, small if table or len(small) < len(results) else []
 
 
-def scale_flags(hr: Path, lr: Path, chosen: bool) -> list[str]:
+def scale_flags(hr: Path, lr: Path, chosen: argparse.Namespace) -> list[str]:
     """infer.py's --scale that makes every LR image as large as its HR image, other than its own four times.
 
-    chosen: flags choose sizes already, which may fit where no factor does. Raises UserError, before anything is
-    restored, where the images do not pair, and where nothing would make them as large.
+    chosen: the user's own scale and longest_side, or None. Raises UserError, before anything is restored, where the
+    images do not pair, and where nothing would make them as large.
     """
     large, small = pair({"HR": hr}, hr, lr).sizes, Listing(lr).sizes
+    if chosen.scale or chosen.longest_side:
+        made = {name: output_size(*small[name], chosen.scale or 4, chosen.longest_side) for name in large}
+        if odd := [name for name in large if made[name] != large[name]]:
+            own, size = ("x".join(map(str, sizes[odd[0]])) for sizes in (made, large))
+            raise UserError(f"--infer-flags: {some(odd)} would be made {own}, but is {size} in HR {hr}: choose another "
+                            "size, or none")  # fmt: skip
+        return []
+    check_exchanged(hr, lr, large, small)
     sides = [sides for name in large for sides in zip(large[name], small[name], strict=True)]
     middle = (max((a - 0.5) / b for a, b in sides) + min((a + 0.5) / b for a, b in sides)) / 2  # of those that fit
     for word in ("4", *(f"{middle:.{digits}g}" for digits in range(1, 9))):
         if all(output_size(*small[name], float(word)) == size for name, size in large.items()):
             return ["--scale", word] if word != "4" else []
-    if chosen:
-        return []
     name = next(name for name, size in large.items() if output_size(*small[name], 4) != size)
     own, size = ("x".join(map(str, sizes[name])) for sizes in (small, large))
-    raise UserError(f"HR {hr}: no one factor makes all images of LR {lr} as large ({name} is {size}, LR's {own}): "
-                    "split them by factor, or give --infer-flags '--longest-side PX'")  # fmt: skip
+    told = f"HR {hr}: no one factor makes all images of LR {lr} as large ({name} is {size}, LR's {own})"
+    longest = max(large[name])
+    if all(output_size(*small[name], 4, longest) == size for name, size in large.items()):
+        raise UserError(f"{told}: give --infer-flags '--longest-side {longest}'")
+    raise UserError(f"{told}: split them by factor")
 
 
 def infer_flags(args: argparse.Namespace) -> list[str]:

@@ -25,9 +25,14 @@ def count(jobs: int | None, device: str = "cpu", gigabytes: float = 0.0) -> int:
     if jobs is None:
         room = int(SPARE * free_gigabytes() / gigabytes) if gigabytes else cores()
         return max(1, min(cores(), room)) if device == "cpu" else 1
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {jobs}: leave it out for one process per core")
+    check_jobs(jobs)
     return jobs
+
+
+def check_jobs(jobs: int | None) -> None:
+    """Raises UserError for a number of processes that cannot be."""
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {jobs}: leave it out for one process per core")
 
 
 def free_gigabytes() -> float:

@@ -19,6 +19,8 @@ def numbers() -> tuple[int, int, int]:
     except ValueError:
         told = " ".join(f"{name}={os.environ.get(name, '')}" for name, _ in _ENVIRONMENT)
         raise UserError(f"{told} in the environment are not whole numbers: unset them, or use torchrun") from None
+    if world > 1 and not os.environ.get("RANK"):
+        raise UserError(f"WORLD_SIZE={world} is in the environment without RANK: unset it, or use torchrun")
     if not 0 <= rank < world:
         raise UserError(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit: use torchrun")
     return rank, local, world

@@ -19,6 +19,8 @@ from consissr.training.checkpoints import find_checkpoint, list_checkpoints, ste
 
 log = logging.getLogger(__name__)
 
+FROM_LAUNCHER = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What launchers tell each of several processes, beside their number: which one it is, and where they meet."""
 FREE = (
     *("output_dir", "steps", "processes", "engine", "timeout", "skip_not_finite", "micro_batch", "precision", "ema"),
     *("frozen_precision", "export_precision", "gradient_checkpointing", "compile", "workers", "tracker", "log_every"),
@@ -57,6 +59,11 @@ def check_launch(config: TrainConfig) -> None:
     if config.checkpoint_limit < 1:
         raise UserError(f"checkpoint_limit is {config.checkpoint_limit}: at least 1 checkpoint must be kept")
     accumulation(config, launched())
+    if launched() > 1 and (lacking := [name for name in FROM_LAUNCHER if name not in os.environ]):
+        raise UserError(
+            f"WORLD_SIZE={launched()} is in the environment without {', '.join(lacking)}: unset it to train with one "
+            "process, or use torchrun or accelerate launch"
+        )
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", "bf16") or (asked == "bf16" and config.precision == "fp32"):
         raise UserError(
@@ -117,9 +124,11 @@ def shared_out(config: TrainConfig, processes: int) -> TrainConfig:
 
 
 def depends_on_micro_batch(config: TrainConfig) -> bool:
-    """Whether images of one micro-batch share more than the step: a contrastive loss, an adaptive weight, draws."""
+    """Whether images of one micro-batch share more than the step: a contrastive loss, an adaptive weight, draws, a pool
+    that pairs wait in."""
     one_draw = config.tala.shared_draw and config.stage.removeprefix("nano_") in ("tala", "nuts")
-    return config.stage in ("clip", "deft", "nano_deft") or config.data.draws == "per_batch" or one_draw
+    shared = config.data.draws == "per_batch" or config.data.pair_pool > 0
+    return config.stage in ("clip", "deft", "nano_deft") or shared or one_draw
 
 
 def accumulation(config: TrainConfig, processes: int) -> int:

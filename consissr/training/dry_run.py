@@ -40,13 +40,14 @@ from consissr.weights.names import published
 
 def describe(config: TrainConfig, builder: Any) -> Iterator[str]:
     """The report, line by line, on the run that `config` and the stage class `builder` make."""
+    batch_lines = batches(config)
     config = shared_out(config, config.processes or launched())
     init = model_folder(config.init)
     if init is not None and (init / "config.yaml").is_file() and config.stage.removeprefix("nano_") != "deft":
         config = replace(config, model=replace(config.model, base=base_for(config.model, init)))
     stage = build(config, builder)
     yield f"stage {config.stage}, {config.steps} optimiser steps; output: {config.output_dir}"
-    yield from batches(config)
+    yield from batch_lines
     yield ""
     yield from parameters(stage)
     yield ""

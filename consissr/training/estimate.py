@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from consissr.config.training import TrainConfig
+from consissr.training.checks import launched
 from consissr.training.precision import frozen_matrices
 from consissr.training.stage import Batch, Stage, trained_ids
 
@@ -26,8 +27,8 @@ def memory(config: TrainConfig, stage: Stage) -> Iterator[str]:
         for phase in stage.phases
         for p in phase.parameters.values()
     )
-    if config.engine == "zero1" and config.processes:
-        moments //= config.processes
+    if config.engine == "zero1":
+        moments //= config.processes or launched()
     count = sum(p.numel() for phase in stage.phases for p in phase.parameters.values())
     sizes = {
         "frozen weights" + (" (matrices in bf16)" if halved else ""): sum(

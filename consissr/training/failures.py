@@ -11,7 +11,7 @@ from torch import Tensor
 from consissr.config.training import TrainConfig
 from consissr.errors import UserError, compile_errors_in_one_line
 from consissr.models.memory import is_out_of_memory
-from consissr.training.checkpoints import last_good
+from consissr.training.checkpoints import last_good, list_checkpoints
 from consissr.training.checks import depends_on_micro_batch
 from consissr.training.processes import Processes
 
@@ -27,7 +27,8 @@ def step_errors_in_one_line(config: TrainConfig, step: Callable[[], int], world:
             yield
     except (OSError, SafetensorError) as error:
         good = last_good(Path(config.output_dir))
-        raise UserError(f"step {step()}: {error}; {good}; mend this and use --resume latest") from error
+        again = "use --resume latest" if list_checkpoints(Path(config.output_dir)) else "start again"
+        raise UserError(f"step {step()}: {error}; {good}; mend this and {again}") from error
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -62,5 +63,5 @@ def not_finite(
     return UserError(
         f"step {step}: {'loss' if what == 'loss' else 'gradient'} of '{phase}' is not finite ({bad[0][1]}); files: "
         f"{', '.join(file for one in bad for file in one[0])}; {last_good(Path(config.output_dir))}: "
-        "resume it with a lower learning rate"
+        f"{'resume it' if list_checkpoints(Path(config.output_dir)) else 'start again'} with a lower learning rate"
     )

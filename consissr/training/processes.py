@@ -110,12 +110,14 @@ class Processes:
             return self.rank == 0
 
     def outlast(self, seconds: float = 5) -> None:
-        """Where no launcher keeps the store, process 0 does: it stays until the others that fail, too, have asked."""
+        """Where no launcher keeps the store, process 0 does: it stays until the others, if they meet the same within
+        `seconds`, have asked."""
         if self.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
         until = time.monotonic() + seconds
-        while self.store.add(FAILED, 0) < self.world and time.monotonic() < until:
-            time.sleep(0.01)
+        with contextlib.suppress(RuntimeError):  # a store elsewhere, which is gone
+            while self.store.add(FAILED, 0) < self.world and time.monotonic() < until:
+                time.sleep(0.01)
 
     @contextlib.contextmanager
     def one_line(self) -> Iterator[None]:

@@ -147,8 +147,10 @@ def test_pairs_of_another_factor_are_restored_by_it(call, pairs: Path, tiny_mode
 def test_mistakes_come_before_the_work(call, pairs: Path, tiny_model: Path, tmp_path: Path, make_picture, save) -> None:
     status, _, text = call("no-such-model")
     assert status == 2 and text.startswith("error: nothing to check: give --realsr DIR")
-    status, _, text = call(tiny_model, "--realsr", pairs, "--photos", "gone", "-o", tmp_path / "out")
-    assert status == 2 and text == "error: --photos gone does not exist: give a folder of photographs\n"
+    (tmp_path / "empty").mkdir()
+    for place, told in (("gone", "gone does not exist"), (tmp_path / "empty", "empty holds no images")):
+        status, _, text = call(tiny_model, "--realsr", pairs, "--photos", place, "-o", tmp_path / "out")
+        assert status == 2 and text.startswith("error: data path") and told in text
     assert not (tmp_path / "out").exists(), "the real pairs are not restored first"
     save(pairs / "LR", {"d": make_picture(3, size=(24, 28))})
     status, _, text = call(tiny_model, "--realsr", pairs, "-o", tmp_path / "out")

@@ -88,12 +88,13 @@ def test_flags_for_infer_are_split_as_a_shell_does(
     from consissr.evaluation.tables import load_table
 
     table = load_table("ccsr/table4", root / "configs" / "tables")
-    args = Namespace(sr=["a=b"], run=["CCSR-S1=nano-ccsr"], lr=sets["lr"], hr=None, output=tmp_path, repeat=1)
+    asked = {"sr": [f"a={sets['lr']}"], "run": ["CCSR-S1=nano-ccsr"], "lr": sets["lr"], "repeat": 1}
+    args = Namespace(**asked, hr=None, output=tmp_path, image=[], unranked=[])
     monkeypatch.setattr(produce, "produce", lambda *words: dict.fromkeys(words[1], words[-2]))
     monkeypatch.setattr(produce.stlpips, "weights_file", lambda: Path("weights"))
     args.infer_flags = '--positive "clean, 8k" --steps 2'
     results, small = produce.results_of(args, table, Path("infer.py"), bundled=["nano-ccsr"])
-    assert results == {"a": Path("b"), "CCSR-S1": ["--positive", "clean, 8k", "--steps", "2"]} and small == ["CCSR-S1"]
+    assert results == {"a": sets["lr"], "CCSR-S1": ["--positive", "clean, 8k", "--steps", "2"]} and small == ["CCSR-S1"]
     monkeypatch.setattr(produce, "produce", lambda *words: dict.fromkeys(words[1], words[5]))
     args.repeat = None
     assert produce.results_of(args, table, Path("infer.py"))[0]["CCSR-S1"] == 10, "as many runs as the table's"
@@ -183,7 +184,7 @@ def test_mistakes_are_one_line(call, sets: dict[str, Path], tmp_path: Path, argu
     assert text.startswith("error: ") and message in text and "Traceback" not in text
 
 
-@pytest.mark.parametrize("words", [("--run", "nano-ccsr"), ("--check",)])
+@pytest.mark.parametrize("words", [("--run", "nano-ccsr"), ("--check",), ("--table", "consissr/figure7")])
 @pytest.mark.parametrize("place", ["hr", "lr", "good"])
 def test_results_do_not_go_among_the_images(
     call, sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch, place: str, words: tuple[str, ...]
@@ -217,6 +218,11 @@ CHECK = ("--check", "--sr", "SR", "--hr", "HR", "--lr", "LR")
         (("--sr", "SR", "--hr", "HR", "--device", "cudda", "--metrics", "st-lpips"), "cudda cannot be used here"),
         (("--sr", "SR", "--repeat", "0"), "--repeat must be at least 1, not 0"),
         (("--sr", "SR", "--report-images", "-5"), "--report-images must be at least 0, not -5"),
+        (
+            (*CHECK, "--run", "n", "--wrong-condition", "good=gone"),
+            "gone is not a folder",
+        ),
+        (("--table", "consissr/figure7", "--run", "m", "--lr", "LR", "--box", "1,2"), "--box 1,2 is not X,Y,W,H"),
         ((*CHECK, "--run", "m", "--wrong-condition", "nope=HR"), "--wrong-condition nope: no --sr folder of that name"),
     ],
 )

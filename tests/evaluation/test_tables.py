@@ -224,6 +224,12 @@ def test_the_files_that_infer_is_told_of_count(tmp_path: Path, flag: str) -> Non
     assert produced() != first
 
 
+def to_run(lr: Path, hr: Path | None, **given) -> Namespace:
+    """What eval.py --run was asked for."""
+    plain = {"sr": [], "run": ["m"], "repeat": None, "infer_flags": "", "image": [], "unranked": []}
+    return Namespace(lr=lr, hr=hr, output=lr.parent, **plain | given)
+
+
 def test_models_are_run_at_the_factor_of_the_pairs(tmp_path: Path, save, make_picture, monkeypatch) -> None:
     """Unless --infer-flags says otherwise: results of another size would be of no use."""
     monkeypatch.setattr(produce, "produce", lambda *words: {"m": words[6]})
@@ -232,20 +238,27 @@ def test_models_are_run_at_the_factor_of_the_pairs(tmp_path: Path, save, make_pi
     for factor, wanted in ((1.5, ["--scale", "1.5"]), (1.9, ["--scale", "1.9"]), (2, ["--scale", "2"]), (4, [])):
         sizes = {name: tuple(int(factor * side + 0.5) for side in size) for name, size in small.items()}
         hr = save(tmp_path / str(factor), {name: make_picture(0, size=size) for name, size in sizes.items()})
-        args = Namespace(sr=[], run=["m"], lr=lr, hr=hr, output=tmp_path, repeat=None, infer_flags="--tile 0")
+        args = to_run(lr, hr, infer_flags="--tile 0")
         assert produce.results_of(args, None, Path("infer.py"))[0] == {"m": [*wanted, "--tile", "0"]}
-    save(hr, {"b": make_picture(0, size=(15, 10))})
-    for fits in ("--longest-side 36", "-s3", "--upscale=2"):
+    for fits in ("--longest-side 36", "-s4", "--upscale=4"):
+        large = {"a": (32, 36), "b": (36, 26)} if "longest" in fits else {"a": (32, 36), "b": (28, 20)}
+        save(hr, {name: make_picture(0, size=size) for name, size in large.items()})
         args.infer_flags = fits
-        assert produce.results_of(args, None, Path("infer.py"))[0] == {"m": fits.split()}, "another size is asked for"
-    for args.infer_flags in ("--tile 0", "--config own.yaml", "--base sd21"):  # neither says a size
-        with pytest.raises(UserError, match=r"no one factor .* \(b is 10x15, LR's 5x7\).*--longest-side"):
-            produce.results_of(args, None, Path("infer.py"))
+        assert produce.results_of(args, None, Path("infer.py"))[0] == {"m": fits.split()}
+    args.infer_flags = "-s 2"
+    with pytest.raises(UserError, match=r"--infer-flags: a, b would be made 18x16, but is 36x32 in HR"):
+        produce.results_of(args, None, Path("infer.py"))
+    for side, remedy in (((36, 26), "give --infer-flags '--longest-side 36'$"), ((15, 10), "split them by factor$")):
+        save(hr, {"b": make_picture(0, size=side)})
+        for args.infer_flags in ("--tile 0", "--config own.yaml", "--base sd21"):  # neither says a size
+            told = rf"no one factor .* \(b is {side[1]}x{side[0]}, LR's 5x7\): {remedy}"
+            with pytest.raises(UserError, match=told):
+                produce.results_of(args, None, Path("infer.py"))
 
 
 def test_a_flag_of_infer_without_its_value_is_one_line(tmp_path: Path, save, make_picture) -> None:
     lr = save(tmp_path / "lr", {"a": make_picture(0, size=(8, 9))})
-    args = Namespace(sr=[], run=["m"], lr=lr, hr=None, output=tmp_path, repeat=None, infer_flags="--config")
+    args = to_run(lr, None, infer_flags="--config")
     with pytest.raises(UserError, match="--infer-flags: argument --config: expected one argument; see .*infer.py"):
         produce.results_of(args, None, Path("infer.py"))
 
@@ -254,9 +267,26 @@ def test_a_name_of_two_images_is_told_before_a_model_runs(tmp_path, save, make_p
     monkeypatch.setattr(produce, "produce", lambda *words: pytest.fail("a model is run"))
     lr = save(tmp_path / "lr", {"a": make_picture(0, size=(8, 9))})
     (lr / "a.jpg").write_bytes((lr / "a.png").read_bytes())
-    args = Namespace(sr=[], run=["m"], lr=lr, hr=None, output=tmp_path, repeat=None, infer_flags="")
+    args = to_run(lr, None)
     with pytest.raises(UserError, match="lr holds a in more than one format"):
         produce.results_of(args, None, Path("infer.py"))
+
+
+def test_other_mistakes_are_told_before_a_model_runs(tmp_path, save, make_picture, monkeypatch) -> None:
+    """Result folders that do not pair, names that are no image's or no row's, and folders that were exchanged."""
+    monkeypatch.setattr(produce, "produce", lambda *words: pytest.fail("a model is run"))
+    lr = save(tmp_path / "lr", {name: make_picture(0, size=(8, 9)) for name in "ab"})
+    hr = save(tmp_path / "hr", {name: make_picture(0, size=(32, 36)) for name in "ab"})
+    few = save(tmp_path / "few", {"a": make_picture(0, size=(32, 36))})
+    for args, message in (
+        (to_run(lr, hr, sr=[f"X={few}"]), "few lacks 1 of the 2 images of HR .*: b"),
+        (to_run(lr, hr, sr=["X=gone"]), "gone is not a folder"),
+        (to_run(lr, hr, image=["c"]), "there is no image 'c'; names come without extension, for instance a"),
+        (to_run(lr, hr, unranked=["n"]), "no result folder is called 'n', which is not to be ranked: m"),
+        (to_run(hr, lr), "its images are smaller than those of LR .*: were the two folders exchanged"),
+    ):
+        with pytest.raises(UserError, match=message):
+            produce.results_of(args, None, Path("infer.py"))
 
 
 def test_rows_are_timed_with_the_model_named_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

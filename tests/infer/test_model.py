@@ -67,6 +67,9 @@ def test_numbers_of_processes_that_are_none(monkeypatch):
     monkeypatch.setenv("RANK", "")
     monkeypatch.setenv("WORLD_SIZE", "")
     assert processes.numbers() == (0, 0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # else every second image alone would be restored, without a word
+    with pytest.raises(UserError, match="WORLD_SIZE=2 is in the environment without RANK: unset it, or use torchrun"):
+        processes.numbers()
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(UserError, match="RANK=x .* are not whole numbers: unset them, or use torchrun"):
         processes.numbers()

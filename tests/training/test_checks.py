@@ -18,6 +18,7 @@ from consissr.nano.config import run_config
 from consissr.training.checks import accumulation, check_models, check_run, depends_on_micro_batch, shared_out
 from consissr.training.failures import memory_remedy
 from scripts.train import main, stage_builder
+from tests.training.children import world
 from tests.training.tiny import beside, words
 
 
@@ -111,7 +112,8 @@ def test_processes_share_the_batch(photos: Path, tmp_path: Path, monkeypatch, ca
     assert replace(shared_out(config, 2), micro_batch=8) == config
     assert [accumulation(shared_out(config, n), n) for n in (1, 2, 4, 8)] == [1, 1, 1, 1]
     assert [shared_out(replace(config, batch=batch), 2).micro_batch for batch in (0, -2)] == [8, 8], "told by check_run"
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in world(2)[0].items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("consissr.training.loop.Loop.__init__", lambda loop, config, *_: given.append(config))
     monkeypatch.setattr("consissr.training.loop.Loop.run", lambda loop: tmp_path)
     given: list = []
@@ -133,6 +135,7 @@ def test_processes_share_the_batch(photos: Path, tmp_path: Path, monkeypatch, ca
         (["stage=deft"], True),
         (["stage=rclip"], False),
         (["stage=rclip", "data.draws=per_batch"], True),
+        (["stage=rclip", "data.pair_pool=8"], True),
     ],
 )
 def test_what_depends_on_the_micro_batch(words: list[str], wanted: bool) -> None:
@@ -148,6 +151,11 @@ def test_what_depends_on_the_micro_batch(words: list[str], wanted: bool) -> None
         ("ACCELERATE_USE_FSDP", "true", "stage 'nuts' does not run under FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "stage 'nuts' does not run under DeepSpeed"),
         ("WORLD_SIZE", "0", "WORLD_SIZE=0 in the environment is no number of processes: unset it, or use torchrun"),
+        (
+            "WORLD_SIZE",
+            "2",
+            "WORLD_SIZE=2 is in the environment without RANK, MASTER_ADDR, MASTER_PORT: unset it",
+        ),
         ("WORLD_SIZE", "two", "WORLD_SIZE=two in the environment is no number of processes"),
         ("WORLD_SIZE", "3", "batch 8 is not a multiple of micro_batch 4 x 3 process(es): use batch=12"),
     ],

@@ -14,6 +14,7 @@ from consissr.training import dry_run, estimate
 from consissr.training.checks import accumulation, shared_out
 from consissr.training.stage import Stage
 from scripts.train import main, stage_builder
+from tests.training.children import world
 from tests.training.tiny import words
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -51,6 +52,25 @@ def test_memory_is_that_of_a_process(photos: Path, tmp_path: Path, capsys: pytes
         assert main(words("autoencoder", photos, tmp_path, *common, f"micro_batch={micro_batch}")) == 0
         told.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  activations  ")))
     assert told[0] == told[1]
+
+
+def test_launched_processes_count_as_those_asked_for(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun, too, the moments are shared out; other numbers of processes begin with the file's micro-batch."""
+    given = words("autoencoder", photos, tmp_path, "--dry-run", "batch=96", "micro_batch=4", "engine=zero1")
+    given += ["autoencoder.widths=[256,512]"]
+
+    def told(beginning: str, *more: str) -> str:
+        assert main([*given, *more]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if beginning in line)
+
+    asked = told("moments", "processes=16")
+    assert asked != told("moments")
+    for name, value in world(16)[0].items():
+        monkeypatch.setenv(name, value)
+    assert told("moments") == asked
+    assert "micro_batch 3 x 16 processes x 2" in (line := told("effective batch")) and "4 x 4 processes x 6" in line
 
 
 def counts(name: str) -> dict[str, int]:
