@@ -6,7 +6,7 @@
 
 Writes per_image.csv, summary.json, table.md, table.tex, report.html and summary.svg into the output folder. Scores are
 kept in scores.jsonl there, so an interrupted or repeated evaluation computes only what is new. Exit status: 1 when a
-metric that --metrics asks for was not computed, 2 for a mistake.
+metric that --metrics asks for was not computed (2 when none was), 2 for a mistake.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def print_table(args: argparse.Namespace) -> int:
     table = tables.load_table(args.table, TABLES)
     if table.kind == "figure":
         args.repeat, box = args.repeat or table.runs, parse_box(args.box)
-        results, _ = produce.results_of(args, None, INFER, places)
+        results, _ = produce.results_of(args, None, INFER, places, paired=table.figure != "steps")
         print("\n".join(map(str, figures.draw(table, results, args, box))))
         return 0
     dataset, status = table.dataset(args.dataset), 0

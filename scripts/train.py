@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             from consissr.training.dry_run import describe
 
-            print("\n".join(describe(config, stage_builder(config.stage))))
+            if os.environ.get("RANK", "0") == "0":
+                print("\n".join(describe(config, stage_builder(config.stage))))
             return 0
         shared = shared_out(config, launched())
         if shared.micro_batch < config.micro_batch:

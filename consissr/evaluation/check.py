@@ -60,7 +60,7 @@ def scale_between(lr: Path, hr: Path) -> int:
     """How many times as large as LR's the HR images are. UserError where they do not pair, or where that differs."""
     pairs, small = folders.pair({"HR": hr}, hr, lr), folders.Listing(lr).sizes
     first = pairs.images[0]
-    scale = round(pairs.sizes[first][0] / small[first][0])
+    scale = max(1, round(pairs.sizes[first][0] / small[first][0]))
     folders.check_exchanged(hr, lr, pairs.sizes, small)
     if odd := [name for name in pairs.images if pairs.sizes[name] != tuple(scale * side for side in small[name])]:
         own, size = ("x".join(map(str, sizes[odd[0]])) for sizes in (small, pairs.sizes))

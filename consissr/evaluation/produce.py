@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -56,11 +57,13 @@ def results_of(
     script: Path,
     find: Callable[[str, str | None], list[Path]] = lambda name, base: [Path(name)],
     bundled: Collection[str] = (),
+    paired: bool = True,
 ) -> tuple[dict[str, Path], list[str]]:
     """Result folders by row: those of --sr, then what --run restores from --lr; and which rows are not to be ranked.
 
     find: model name, and base where another is asked for -> where the weights lie (`weights.find.places`); by default
-    names are folders. bundled: the small models, which are not ranked beside others or a table's.
+    names are folders. bundled: the small models, which are not ranked beside others or a table's. paired: whether rows
+    are compared, and so must have the same images and HR's sizes.
     """
     results, models, flags = parse_methods(args.sr), models_by_row(table, args.run), infer_flags(args)
     if not models:
@@ -76,10 +79,11 @@ def results_of(
     # what does not pair, or is not there, is told before anything is restored
     check_images(args.image, list_images(args.lr))
     check_unranked(args.unranked, results | models)
-    if results:
+    if results and paired:
         pair(results, args.hr, args.lr)
-    if args.hr:
-        flags = [*scale_flags(args.hr, args.lr, SIZE_FLAGS.parse_known_args(flags)[0]), *flags]
+    chosen = SIZE_FLAGS.parse_known_args(flags)[0]
+    if args.hr and (paired or not any(vars(chosen).values())):
+        flags = [*scale_flags(args.hr, args.lr, chosen), *flags]
     repeat = args.repeat or (table.runs if table else 1)
     results |= produce(table, models, args.lr, args.output, script, repeat, flags, find)
     return results, small if table or len(small) < len(results) else []
@@ -92,6 +96,8 @@ def scale_flags(hr: Path, lr: Path, chosen: argparse.Namespace) -> list[str]:
     images do not pair, and where nothing would make them as large.
     """
     large, small = pair({"HR": hr}, hr, lr).sizes, Listing(lr).sizes
+    if not math.isfinite(chosen.scale or 0):
+        return []  # which infer.py refuses
     if chosen.scale or chosen.longest_side:
         made = {name: output_size(*small[name], chosen.scale or 4, chosen.longest_side) for name in large}
         if odd := [name for name in large if made[name] != large[name]]:
@@ -100,8 +106,8 @@ def scale_flags(hr: Path, lr: Path, chosen: argparse.Namespace) -> list[str]:
                             "size, or none")  # fmt: skip
         return []
     check_exchanged(hr, lr, large, small)
-    sides = [sides for name in large for sides in zip(large[name], small[name], strict=True)]
-    middle = (max((a - 0.5) / b for a, b in sides) + min((a + 0.5) / b for a, b in sides)) / 2  # of those that fit
+    fitting = {name: factors(large[name], small[name]) for name in large}
+    middle = (max(low for low, _ in fitting.values()) + min(high for _, high in fitting.values())) / 2
     for word in ("4", *(f"{middle:.{digits}g}" for digits in range(1, 9))):
         if all(output_size(*small[name], float(word)) == size for name, size in large.items()):
             return ["--scale", word] if word != "4" else []
@@ -111,7 +117,15 @@ def scale_flags(hr: Path, lr: Path, chosen: argparse.Namespace) -> list[str]:
     longest = max(large[name])
     if all(output_size(*small[name], 4, longest) == size for name, size in large.items()):
         raise UserError(f"{told}: give --infer-flags '--longest-side {longest}'")
+    if name := next((name for name, (low, high) in fitting.items() if low > high), ""):
+        raise UserError(f"{told}: the sides of {name} differ by different factors, so crop its HR or LR image")
     raise UserError(f"{told}: split them by factor")
+
+
+def factors(sides: tuple[int, int], own: tuple[int, int]) -> tuple[float, float]:
+    """The least and the largest factor that make `own` sides as large as `sides`; crossed where there is none."""
+    pairs = list(zip(sides, own, strict=True))
+    return max((a - 0.5) / b for a, b in pairs), min((a + 0.5) / b for a, b in pairs)
 
 
 def infer_flags(args: argparse.Namespace) -> list[str]:

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
+from consissr.config.data import DataConfig
 from consissr.config.folder import FolderConfig
 from consissr.config.model import ModelConfig
 from consissr.config.sampler import SamplerConfig
 from consissr.config.sd21 import SD_BETAS, TEXT, TOKENS, TOWER, UNET, VAE
 from consissr.config.training import TrainConfig
+from consissr.data import datasets
+from consissr.data.patterns import matching
 from consissr.errors import UserError
 from consissr.evaluation.learned import LPIPS_VGG, find
 from consissr.models.image_prompt import build_tower
@@ -54,8 +57,16 @@ def describe(config: TrainConfig, builder: Any) -> Iterator[str]:
     yield from memory(config, stage)
     yield ""
     yield from inputs(config)
-    for error in problems(config):
+    for error in dict.fromkeys(map(str, (*problems(config), *data_problems(config.data)))):
         yield f"\nthe run itself would stop here: {error}"
+
+
+def data_problems(config: DataConfig) -> Iterator[UserError]:
+    """What the run's data set would refuse of its settings."""
+    try:
+        datasets.check(config)
+    except UserError as error:
+        yield error
 
 
 def build(config: TrainConfig, builder: Any) -> Stage:
@@ -250,8 +261,12 @@ def needs(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def here(name: str) -> str:
-    """Whether a path exists."""
-    return "here" if os.path.exists(os.path.expanduser(name)) else "missing"
+    """Whether a path exists, or something that a pattern means."""
+    place = os.path.expanduser(name)
+    try:
+        return "here" if os.path.exists(place) or matching(place) else "missing"
+    except UserError:  # a part of a range is missing, which `problems` tells
+        return "missing"
 
 
 def base_state(model: ModelConfig) -> str:

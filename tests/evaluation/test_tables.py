@@ -248,12 +248,31 @@ def test_models_are_run_at_the_factor_of_the_pairs(tmp_path: Path, save, make_pi
     args.infer_flags = "-s 2"
     with pytest.raises(UserError, match=r"--infer-flags: a, b would be made 18x16, but is 36x32 in HR"):
         produce.results_of(args, None, Path("infer.py"))
-    for side, remedy in (((36, 26), "give --infer-flags '--longest-side 36'$"), ((15, 10), "split them by factor$")):
+    for side, remedy in (
+        ((36, 26), "give --infer-flags '--longest-side 36'$"),
+        ((14, 10), "split them by factor$"),
+        ((20, 28), "the sides of b differ by different factors"),
+    ):
         save(hr, {"b": make_picture(0, size=side)})
         for args.infer_flags in ("--tile 0", "--config own.yaml", "--base sd21"):  # neither says a size
             told = rf"no one factor .* \(b is {side[1]}x{side[0]}, LR's 5x7\): {remedy}"
             with pytest.raises(UserError, match=told):
                 produce.results_of(args, None, Path("infer.py"))
+
+
+def test_pictures_of_steps_need_no_pairs(tmp_path, save, make_picture, monkeypatch) -> None:
+    """Each is shown by itself: one image of a folder, and results of any size. What is no size infer.py refuses."""
+    monkeypatch.setattr(produce, "produce", lambda *words: {"m": words[6]})
+    lr, hr = (save(tmp_path / name, dict.fromkeys("ab", make_picture(0, size=size))) for name, size in
+              (("lr", (8, 9)), ("hr", (32, 36))))  # fmt: skip
+    one = save(tmp_path / "one", {"a": make_picture(0, size=(32, 36))})
+    found, _ = produce.results_of(
+        to_run(lr, hr, sr=[f"X={one}"], infer_flags="-s 2"), None, Path("infer.py"), paired=False
+    )
+    assert found == {"X": one, "m": ["-s", "2"]}
+    for word in ("nan", "inf", "-1e400"):
+        args = to_run(lr, hr, infer_flags=f"--scale={word}")
+        assert produce.results_of(args, None, Path("infer.py"))[0] == {"m": [f"--scale={word}"]}
 
 
 def test_a_flag_of_infer_without_its_value_is_one_line(tmp_path: Path, save, make_picture) -> None:
@@ -283,6 +302,7 @@ def test_other_mistakes_are_told_before_a_model_runs(tmp_path, save, make_pictur
         (to_run(lr, hr, sr=["X=gone"]), "gone is not a folder"),
         (to_run(lr, hr, image=["c"]), "there is no image 'c'; names come without extension, for instance a"),
         (to_run(lr, hr, unranked=["n"]), "no result folder is called 'n', which is not to be ranked: m"),
+        (to_run(lr, hr, infer_flags="-s 2"), "a, b would be made 18x16, but is 36x32 in HR"),
         (to_run(hr, lr), "its images are smaller than those of LR .*: were the two folders exchanged"),
     ):
         with pytest.raises(UserError, match=message):

@@ -54,6 +54,19 @@ def test_memory_is_that_of_a_process(photos: Path, tmp_path: Path, capsys: pytes
     assert told[0] == told[1]
 
 
+def test_what_a_run_would_refuse_of_its_data_is_said(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs are not shrunk; a pattern's photographs are there; of several processes one prints."""
+    given = words("autoencoder", photos, tmp_path, "--dry-run", f"data.paths=[{photos}/*.png]")
+    assert main([*given, f"data.lq_paths=[{photos}]", "data.shrink=0.5"]) == 0
+    said = capsys.readouterr().out
+    assert f"{photos}/*.png: here" in said
+    assert said.count("would stop here") == said.count("would stop here: LQ/HQ pairs are never resized") == 1
+    monkeypatch.setenv("RANK", "1")
+    assert main(given) == 0 and not capsys.readouterr().out
+
+
 def test_launched_processes_count_as_those_asked_for(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
