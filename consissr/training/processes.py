@@ -23,7 +23,7 @@ from torch import distributed as dist
 from consissr.errors import UserError, reason_of
 
 LONG = timedelta(days=1)
-FAILED = "consissr/failed"
+FAILED = "failed"
 
 
 class Processes:
@@ -46,8 +46,7 @@ class Processes:
                     f"the processes cannot reach each other ({reason_of(error)}): set GLOO_SOCKET_IFNAME, and "
                     "NCCL_SOCKET_IFNAME, to the network interface between the machines"
                 ) from error
-            # A client of its own: one that waits for a key keeps every other call of its connection waiting.
-            self.store = dist.distributed_c10d._get_default_store().clone()
+            self.store = own_client()
             self.thread = threading.Thread(target=self.watch, name="signs of life", daemon=True)
             self.thread.start()
 
@@ -147,7 +146,7 @@ class Processes:
             if self.ended.wait(every):
                 return
             try:
-                self.store.set(f"consissr/alive/{self.rank}", str(number))
+                self.store.set(f"alive/{self.rank}", str(number))
                 silent = self.silent()
             except RuntimeError:
                 return
@@ -158,7 +157,7 @@ class Processes:
         """The others whose last sign is too old."""
         now, lost = time.monotonic(), []
         for other in range(self.world):
-            key = f"consissr/alive/{other}"
+            key = f"alive/{other}"
             sign = self.store.get(key) if self.store.check([key]) else b""
             if self.others.get(other, (None, now))[0] != sign:
                 self.others[other] = (sign, now)
@@ -179,6 +178,14 @@ class Processes:
         self.ended.set()
         if self.world > 1:
             self.thread.join(5)
+
+
+def own_client() -> dist.Store:
+    """The launcher's store, or process 0's, by a connection of its own: one that waits for a key keeps every other call
+    of its connection waiting. Keys are those of this attempt: torchrun may start the processes again."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    return dist.PrefixStore(f"consissr/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def record(message: str) -> None:
