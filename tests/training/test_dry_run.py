@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,11 @@ def test_memory_is_that_of_a_process(photos: Path, tmp_path: Path, capsys: pytes
 
 
 def test_what_a_run_would_refuse_of_its_data_is_said(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Pairs are not shrunk; a pattern's photographs are there; of several processes one prints."""
     given = words("autoencoder", photos, tmp_path, "--dry-run", f"data.paths=[{photos}/*.png]")
@@ -63,8 +68,9 @@ def test_what_a_run_would_refuse_of_its_data_is_said(
     said = capsys.readouterr().out
     assert f"{photos}/*.png: here" in said
     assert said.count("would stop here") == said.count("would stop here: LQ/HQ pairs are never resized") == 1
-    monkeypatch.setenv("RANK", "1")
-    assert main(given) == 0 and not capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")  # whose levels of logging are put back
+    with caplog.at_level(logging.INFO), caplog.at_level(logging.INFO, "consissr.data"):
+        assert main(given) == 0 and not capsys.readouterr().out
 
 
 def test_launched_processes_count_as_those_asked_for(
