@@ -82,29 +82,33 @@ def results_of(
     if results and paired:
         pair(results, args.hr, args.lr)
     chosen = SIZE_FLAGS.parse_known_args(flags)[0]
-    if args.hr and (paired or not any(vars(chosen).values())):
-        flags = [*scale_flags(args.hr, args.lr, chosen), *flags]
+    if args.hr and not any(vars(chosen).values()):
+        flags = [*scale_flags(args.hr, args.lr), *flags]
+    elif args.hr and paired:
+        check_sizes(args.hr, args.lr, chosen)
     repeat = args.repeat or (table.runs if table else 1)
     results |= produce(table, models, args.lr, args.output, script, repeat, flags, find)
     return results, small if table or len(small) < len(results) else []
 
 
-def scale_flags(hr: Path, lr: Path, chosen: argparse.Namespace) -> list[str]:
+def check_sizes(hr: Path, lr: Path, chosen: argparse.Namespace) -> None:
+    """Raises UserError where the scale and longest_side that the user's flags choose do not give HR's sizes."""
+    if not math.isfinite(chosen.scale or 0):
+        return  # which infer.py refuses
+    large, small = pair({"HR": hr}, hr, lr).sizes, Listing(lr).sizes
+    made = {name: output_size(*small[name], chosen.scale or 4, chosen.longest_side) for name in large}
+    if odd := [name for name in large if made[name] != large[name]]:
+        own, size = ("x".join(map(str, sizes[odd[0]])) for sizes in (made, large))
+        raise UserError(f"--infer-flags: {some(odd)} would be made {own}, but is {size} in HR {hr}: choose another "
+                        "size, or none")  # fmt: skip
+
+
+def scale_flags(hr: Path, lr: Path) -> list[str]:
     """infer.py's --scale that makes every LR image as large as its HR image, other than its own four times.
 
-    chosen: the user's own scale and longest_side, or None. Raises UserError, before anything is restored, where the
-    images do not pair, and where nothing would make them as large.
+    Raises UserError, before anything is restored, where the images do not pair, and where no factor does it.
     """
     large, small = pair({"HR": hr}, hr, lr).sizes, Listing(lr).sizes
-    if not math.isfinite(chosen.scale or 0):
-        return []  # which infer.py refuses
-    if chosen.scale or chosen.longest_side:
-        made = {name: output_size(*small[name], chosen.scale or 4, chosen.longest_side) for name in large}
-        if odd := [name for name in large if made[name] != large[name]]:
-            own, size = ("x".join(map(str, sizes[odd[0]])) for sizes in (made, large))
-            raise UserError(f"--infer-flags: {some(odd)} would be made {own}, but is {size} in HR {hr}: choose another "
-                            "size, or none")  # fmt: skip
-        return []
     check_exchanged(hr, lr, large, small)
     fitting = {name: factors(large[name], small[name]) for name in large}
     middle = (max(low for low, _ in fitting.values()) + min(high for _, high in fitting.values())) / 2

@@ -43,7 +43,7 @@ from consissr.weights.names import published
 
 def describe(config: TrainConfig, builder: Any) -> Iterator[str]:
     """The report, line by line, on the run that `config` and the stage class `builder` make."""
-    batch_lines = batches(config)
+    batch_lines = batches(config)  # from the file's own micro-batch
     config = shared_out(config, config.processes or launched())
     init = model_folder(config.init)
     if init is not None and (init / "config.yaml").is_file() and config.stage.removeprefix("nano_") != "deft":

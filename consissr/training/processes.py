@@ -24,6 +24,7 @@ from consissr.errors import UserError, reason_of
 
 LONG = timedelta(days=1)
 FAILED = "failed"
+"""Key of the store: how many processes have failed so far."""
 
 
 class Processes:
